@@ -1,7 +1,7 @@
 """Recover what pruning has cost: `sparsefw recover PRUNED OUTPUT`.
 
 All kept weights are fitted together, so that the pruned model predicts what the dense model does. Zeros stay zeros.
-Both models, with gradients, have to fit into memory. More windows gain more.
+The model has to fit into memory with the state of its fit, at 60 % in bf16 8.4 bytes a weight. More windows gain more.
 """
 
 import os

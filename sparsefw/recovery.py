@@ -1,15 +1,18 @@
 """Fit all kept weights of a pruned model together, so that it predicts what the dense model does.
 
-A step takes one window. Its loss is the divergence of the predictions, see `model.head`, and its gradients go through
-the whole model, to weights that move as in a reconstruction, see `solver.kept_weights`. Some windows are held out. What
-does no better on these is not written.
+All windows first go through the dense model, block by block. Then the pruned one is in memory. A step takes one window.
+Its loss is the divergence of the predictions, see `model.head`, and its gradients go through the whole model, to
+weights that move as in a reconstruction, see `solver.kept_weights`. Some windows are held out. What does no better on
+these is not written.
 
-Both models are in memory. A step takes 8 flops a weight and token, 2 of them in the dense model.
+In memory are a model, the state of its kept weights and the gradient of one matrix: in half precision 2 bytes a weight,
+16 a kept one. A step takes 6 flops a weight and token, and the dense model 2.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,14 @@ from sparsefw.driver.job import Job, windows_of_texts
 from sparsefw.driver.reconstruct import pruned_matrices
 from sparsefw.driver.run import limits_of, own_text, workload_of
 from sparsefw.errors import InputError, option
-from sparsefw.estimate.memory import GIB, pruned_shape, reconstruction_bytes
+from sparsefw.estimate.gradients import recovery_bytes
+from sparsefw.estimate.memory import GIB, pruned_shape
 from sparsefw.inputs import Inputs, Output
-from sparsefw.model import ModelShape, StreamedModel, shape_of
-from sparsefw.model.activations import split_batches
-from sparsefw.model.forward import check_token
+from sparsefw.model import HiddenStates, ModelShape, StreamedModel, shape_of
+from sparsefw.model.activations import Store, split_batches
+from sparsefw.model.forward import embed
 from sparsefw.model.gradients import SliceGradients, deterministic
-from sparsefw.model.head import add_divergence
+from sparsefw.model.head import add_divergence, logits
 from sparsefw.model.stand_ins import explained
 from sparsefw.packing import rewrite
 from sparsefw.ranks import ALONE
@@ -83,27 +87,28 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
         rounded = arithmetic.rounds_products(torch.float32 if in_fp32 else dense.dtype, device, shape.hidden)
         with (
             memory.gpu_limited(limits.get("gpu")),
-            teacher.whole(),
-            student.whole(),
             deterministic(refuse=False),
             arithmetic.rounded_products() if rounded else nullcontext(),
+            student.outside(),
         ):
-            before, after, steps = _fit(teacher, student, report, job.config, windows.ids, say)
-            if not after < before:
-                raise InputError(
-                    f"{pruned}: nothing is gained: the divergence on held-out windows goes from {before:.4g} to "
-                    f"{after:.4g}; give more windows ({option('nsamples')})"
-                )
-            tensors = {name: x for i in student.unique_blocks for name, x in student.block_tensors(i).items()}
-            assert tensors.keys() <= source.tensors.keys()
-            text = CalibrationText(windows.source, windows.hash, windows.n, seqlen, job.inputs.seed)
-            recovery = Recovery(job.inputs.dataset, text, before, after, steps)
-            # Perplexities were those of the weights before.
-            report = replace(report, recoveries=[*report.recoveries, recovery], evaluation=[])
-            texts = {"report.json": report.to_json(), "report.html": html.page(report)}
-            texts |= {OWN_TEXT: windows.own} if windows.own else {}
-            options: dict[str, Any] = dict(overwrite=output.overwrite, restart=output.restart, texts=texts)
-            rewrite(source, output.folder, source.config, lambda name, x: {name: tensors.get(name, x)}, **options)
+            states = _behind_blocks(teacher, student, windows.ids)
+            with student.whole():
+                before, after, steps = _fit(student, states, report, job.config, windows.ids, say)
+                if not after < before:
+                    raise InputError(
+                        f"{pruned}: nothing is gained: the divergence on held-out windows goes from {before:.4g} to "
+                        f"{after:.4g}; give more windows ({option('nsamples')})"
+                    )
+                tensors = {name: x for i in student.unique_blocks for name, x in student.block_tensors(i).items()}
+        assert tensors.keys() <= source.tensors.keys()
+        text = CalibrationText(windows.source, windows.hash, windows.n, seqlen, job.inputs.seed)
+        recovery = Recovery(job.inputs.dataset, text, before, after, steps)
+        # Perplexities were those of the weights before.
+        report = replace(report, recoveries=[*report.recoveries, recovery], evaluation=[])
+        texts = {"report.json": report.to_json(), "report.html": html.page(report)}
+        texts |= {OWN_TEXT: windows.own} if windows.own else {}
+        options: dict[str, Any] = dict(overwrite=output.overwrite, restart=output.restart, texts=texts)
+        rewrite(source, output.folder, source.config, lambda name, x: {name: tensors.get(name, x)}, **options)
     say(f"divergence on held-out windows: {before:.4g} to {after:.4g}")
     say(f"checkpoint: {output.folder}")
     return recovery
@@ -129,16 +134,17 @@ def _job(pruned: Path, output: Output, given: dict[str, Any]) -> tuple[Report, C
 
 
 def _check_memory(job: Job, shape: ModelShape, seqlen: int, device: torch.device) -> dict[str, int]:
-    """Refuse memory limits that are too low for both models and a step of all blocks at once. Returns the limits."""
+    """Refuse memory limits that are too low for a step of all blocks at once. Returns the limits."""
     limits, workload = limits_of(job, device, ALONE), workload_of(job, job.config, [1], seqlen, device, ALONE)
-    needed = 2 * shape.whole + sum(reconstruction_bytes(b, shape, workload, seqlen, 0) for b in shape.blocks)
-    place, free = ("gpu", limits["gpu"]) if workload.gpu else ("host", limits["host"] - workload.process)
-    if needed > free:
-        raise InputError(
-            f"{option(f'{place}_memory', round(limits[place] / GIB, 2))}: both models with gradients take "
-            f"{(needed + limits[place] - free) / GIB:.2f} GiB, all at once; give more, or shorter windows "
-            f"({option('seqlen', seqlen)})"
-        )
+    step, states = recovery_bytes(shape, workload), job.inputs.nsamples * sum(x.nbytes(seqlen) for x in shape.between)
+    needs = {"host": workload.process + states}
+    needs |= {"gpu": step} if workload.gpu else {"host": needs["host"] + step}
+    for place, needed in needs.items():
+        if needed > limits[place]:
+            raise InputError(
+                f"{option(f'{place}_memory', round(limits[place] / GIB, 2))}: the model with its gradients takes "
+                f"{needed / GIB:.2f} GiB, all at once; give more, or shorter windows ({option('seqlen', seqlen)})"
+            )
     return limits
 
 
@@ -151,9 +157,20 @@ def _check_models(folder: Path, teacher: StreamedModel, student: StreamedModel) 
         raise InputError(f"{folder}: unsupported model: {type(teacher.model).__name__} predicts no tokens of a text")
 
 
+@torch.no_grad()
+def _behind_blocks(teacher: StreamedModel, student: StreamedModel, ids: Tensor) -> HiddenStates:
+    """All windows behind the last block of the dense model, on the host: what follows is the same in both models."""
+    states = embed(student, ids, 1, Store(student.device, "host"))
+    for i, block in enumerate(teacher.blocks):
+        teacher.open(i)
+        states.advance(i, block)
+        teacher.close(i)
+    return states
+
+
 def _fit(
-    teacher: StreamedModel,
     student: StreamedModel,
+    states: HiddenStates,
     report: Report,
     config: PruneConfig,
     ids: Tensor,
@@ -162,7 +179,8 @@ def _fit(
     """Make a step of each window that is not held out. The losses before and after, and the number of steps.
 
     Args:
-        teacher, student: the dense and the pruned model, both in memory.
+        student: the pruned model, in memory.
+        states: the windows behind the blocks of the dense model.
         report: of the run that has pruned it.
         config: names the backend.
         ids: (windows, seqlen) tokens.
@@ -176,41 +194,48 @@ def _fit(
     if not held_out:
         raise InputError(f"{option('nsamples', len(ids))}: give two windows or more, one of which is held out")
     windows = ids.to(student.device).split(1)
+    divergence = partial(_divergence, student, states, windows)
 
-    def loss(numbers: Sequence[int]) -> float:
+    def loss() -> float:
         with torch.no_grad():
-            losses = [_divergence(teacher, student, windows[j]) for j in numbers]
-        return torch.stack(losses).mean().item()
+            return torch.stack([divergence(j) for j in held_out]).mean().item()
 
-    check_token(int(ids.max()), teacher.vocabulary)
-    before, said = loss(held_out), list[Tensor]()
+    before, said = loss(), list[Tensor]()
     say(f"recovery: {len(learned)} steps; divergence on {len(held_out)} held-out windows: {before:.4g}")
-    weights = KeptWeights(matrices, len(learned), RATE, config.backend)
+    weights = KeptWeights(matrices, len(learned), RATE, config.backend, undo=False)
     for n, j in enumerate(learned, 1):
-        said.append(_divergence(teacher, student, windows[j], weights))
-        # Zeros where there are none.
-        weights.gradients()
-        weights.step()
+        said.append(divergence(j, weights))
         if n % -(-len(learned) // LINES) == 0:
             say(f"step {n} of {len(learned)}: divergence {torch.stack(said).mean().item():.4g}")
             said.clear()
     weights.close()
     for i in student.unique_blocks:
         student.round(i)
-    return before, loss(held_out), len(learned)
+    return before, loss(), len(learned)
 
 
 def _divergence(
-    teacher: StreamedModel, student: StreamedModel, ids: Tensor, weights: KeptWeights | None = None
+    student: StreamedModel,
+    states: HiddenStates,
+    windows: Sequence[Tensor],
+    j: int,
+    weights: KeptWeights | None = None,
 ) -> Tensor:
-    """The divergence of a window's predictions, mean over tokens, () fp32; its gradients are added to the weights'."""
-    total, forward = torch.zeros((), device=ids.device), dict(input_ids=ids, use_cache=False)
+    """The divergence of predictions in window j, mean over tokens, () fp32; weights move a step against its gradients.
+
+    Args:
+        student, states: as for `_fit`.
+        windows: (1, seqlen) tokens of each window, on the device.
+        j: number of the window.
+        weights: the weights that move; None: none do.
+    """
+    ids, total = windows[j], torch.zeros((), device=student.device)
     with explained(type(student.model).__name__, "a step of all blocks together"):
         with torch.no_grad():
-            p: Tensor = teacher.model(**forward).logits
+            p = logits(student, ids, states.hidden[j], states.behind_last(j))
         with SliceGradients(weights.parameters if weights else ()) as slices:
-            q: Tensor = student.model(**forward).logits
+            q: Tensor = student.model(input_ids=ids, use_cache=False).logits
         add_divergence(total, p, q.detach(), replace=weights is not None)
         if weights:
-            torch.autograd.backward(q, p, inputs=slices.leaves)
+            weights.step(partial(torch.autograd.backward, q, p, inputs=slices.leaves))
     return total / ids.numel()

@@ -154,7 +154,7 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
         (output, ("--model", output), "the output itself"),
         (old, (), "arguments.seqlen: missing; prune again with this version of sparsefw"),
         (output, ("--nsamples", 1), "--nsamples 1: give two windows or more"),
-        (output, ("--host-memory", 0.1), "--host-memory 0.1: both models with gradients take "),
+        (output, ("--host-memory", 0.1), "--host-memory 0.1: the model with its gradients takes "),
         (
             output,
             ("--model", tmp_path / "same"),

@@ -16,6 +16,8 @@ from gpu_lines import Part
 from gpu_trace import summary
 from kill_runs import outputs
 
+from sparsefw import memory
+
 GPU = torch.cuda.is_available()
 RUN = [sys.executable, "-m", "sparsefw.run"]
 
@@ -151,6 +153,24 @@ def block_profiled(part: Part) -> None:
         part.add(pinned={name: n for name, n in torch.cuda.host_memory_stats().items() if "bytes" in name})
     profiled.export_chrome_trace(str(trace))
     part.add(run=output, **summary(trace))
+
+
+def recovered(part: Part) -> None:
+    """8B blocks fitted together, twice: seconds and memory, and whether both have the same bytes."""
+    import sparsefw.recover
+
+    pruned, windows = part.scratch / "8B-masks", ["--nsamples", 32, "--seqlen", TINY_SEQLEN if part.tiny else 512]
+    status, errors = launch(flags(part, "8B", pruned.name, "--nsamples", "4", "--reconstruct", "0"), None)
+    if status:
+        raise RuntimeError(errors)
+    ends = []
+    for output in (part.scratch / "8B-recovered", part.scratch / "8B-again"):
+        started = time.perf_counter()
+        if status := sparsefw.recover.main([*map(str, [pruned, output, *windows]), "--overwrite"]):
+            raise SystemExit(status)
+        ends.append(outputs(output))
+        peak = torch.cuda.max_memory_allocated() if GPU else memory.peak_memory()["host_bytes"]
+        part.add(run=output.name, run_s=time.perf_counter() - started, peak_bytes=peak, same_bytes=ends[0] == ends[-1])
 
 
 def cold(part: Part) -> None:

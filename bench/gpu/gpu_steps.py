@@ -1,7 +1,8 @@
 """The first hour on a GPU, in five steps: `bench/gpu.sh FOLDER STEP` for STEP = 1 to 5, in this order.
 
     1  compile all kernels for this card with many processes; run the kernels' tests
-    2  steps of a reconstruction on one block; a block of Llama-3-70B's sizes without one, under the profiler
+    2  steps of a reconstruction on one block; a block of Llama-3-70B's sizes without one, under the profiler; 8B blocks
+       fitted together
     3  roofs; products, Gram and cross matrices, exact products, each beside the library and its roof
     4  row kernels at the chunks of real runs; hundreds of repeats, bits compared; counters of the memory; packed
        matrices beside dense ones
@@ -36,6 +37,7 @@ STEPS = {
         "reconstruction": (150, "gpu_reconstruct.steps"),
         "block compiled": (120, "gpu_runs.block_compiled"),
         "block profiled": (130, "gpu_runs.block_profiled"),
+        "recovery": (70, "gpu_runs.recovered"),
     },
     "3": {
         "roofs": (60, "gpu_products.roofs"),

@@ -15,15 +15,14 @@ import torch
 from sparsefw.checkpoint.tensors import BYTES_OF_CHUNK, CHUNK
 from sparsefw.data.text import takes_library
 from sparsefw.data.windows import reading_bytes, window_bytes
+from sparsefw.estimate.gradients import forward_bytes, reconstruction_bytes
 from sparsefw.inputs import Inputs
 from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import Placement
-from sparsefw.model.head import PIECE, tokens_and_steps, tokens_of_pass
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
-from sparsefw.solver.kept_weights import bytes_of_state
 from sparsefw.solver.patterns import check_used
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
 
@@ -162,7 +161,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     others = _other_blocks(shape, workload, placement)
     # All tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
     piece = max(shape.pieces, default=0) + shape.quantized
-    forward = max(_forward(b, shape, workload, tokens) for b in blocks)
+    forward = max(forward_bytes(b, shape, workload.seqlen, tokens) for b in blocks)
     # Beside what is loaded, a chunk of its entries is dequantized.
     chunk = min(CHUNK["cuda"], block // shape.itemsize) if workload.gpu and shape.quantized else 0
     quantized = shape.quantized + BYTES_OF_CHUNK * chunk
@@ -299,11 +298,6 @@ def _other_blocks(shape: ModelShape, workload: Workload, placement: Placement) -
     return pinned * (methods + placement.ahead)
 
 
-def _forward(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int) -> int:
-    """A micro-batch inside a block; scores of attention, where they are held, grow with the square of the tokens."""
-    return block.forward.peak(tokens) + shape.heads * workload.seqlen * tokens * (4 + shape.itemsize)
-
-
 def _cross_bytes(stage: Sequence[LayerShape], dense: bool) -> int:
     """Cross matrices of a stage; layers that do not write to the stream share a square one."""
     if not dense or stage[0].experts:
@@ -317,7 +311,7 @@ def _stages_of_block(
     block: BlockShape, shape: ModelShape, workload: Workload, placement: Placement, tokens: int
 ) -> tuple[int, int]:
     """To calibrate a block and to solve it: Gram and cross matrices with what they are made of, and with a solve."""
-    config, forward = workload.config, _forward(block, shape, workload, tokens)
+    config, forward = workload.config, forward_bytes(block, shape, workload.seqlen, tokens)
     order = stages(block.layers)
     # All stages are watched at once to find them.
     watched = sum(s[0].d * s[0].parts + sum(x.rows for x in s) for s in order)
@@ -387,31 +381,3 @@ def solver_bytes(shape: ModelShape, workload: Workload, memory: int) -> int:
         if (rows := -(-sum(layer.rows for layer in stage) // ROW_UNIT) * ROW_UNIT)
     ]
     return min(memory, max(sizes, default=memory))
-
-
-def reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: Workload, tokens: int, loss: int) -> int:
-    """The state of kept weights; what the tokens of a step leave inside a block for its gradients, or a loss takes."""
-    experts = {layer.name: max(1, layer.experts) for layer in block.all_layers}
-    state, written = 0, 0
-    for layer in block.layers:
-        # Experts that stay dense lie in the parameter of the others; their weights do not move.
-        kept = layer.rows * patterns.kept_in_row(workload.config.pattern, layer.d) * max(1, layer.experts)
-        state += bytes_of_state(layer.rows * layer.d * experts[layer.name], kept, shape.itemsize)
-        # One parameter at a time has the places of its kept weights in 8 bytes each, and their new values.
-        written = max(written, (8 + shape.itemsize) * kept)
-    scores = 2 * shape.heads * workload.seqlen * tokens * (4 + shape.itemsize)
-    backward = block.forward.kept(tokens) + _forward(block, shape, workload, tokens) + scores
-    if not (block.predicts and block.layers):
-        return state + written + max(backward, loss)
-
-    def logits(tokens: int) -> int:
-        # Both models have logits, and a head makes them of others; a piece has three distributions in fp32 and a byte.
-        entries = tokens * shape.vocabulary
-        return 3 * shape.logits_itemsize * entries + 13 * min(
-            entries, max(PIECE["cuda" if workload.gpu else "cpu"], shape.vocabulary)
-        )
-
-    # A step looks at some tokens. To measure the loss takes all, and no gradients.
-    (every, _), seqlen = tokens_and_steps(block, shape, workload.seqlen, 1), workload.seqlen
-    of_step, measured = logits(len(range(seqlen)[tokens_of_pass(0, every)])), logits(seqlen)
-    return shape.outside + state + written + max(backward + of_step, measured, loss)

@@ -13,7 +13,8 @@ Weights in half precision are moved in fp32, and rounded after every step to the
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,18 @@ class KeptWeights:
         steps: number of steps that will be made.
         rate: the first rate, see above.
         backend: the operations.
+        undo: whether `put_back` shall be possible, which takes a copy of the weights.
     """
 
     def __init__(
-        self, matrices: Iterable[tuple[nn.Parameter, list[Tensor]]], steps: int, rate: float, backend: Backend = TORCH
+        self,
+        matrices: Iterable[tuple[nn.Parameter, list[Tensor]]],
+        steps: int,
+        rate: float,
+        backend: Backend = TORCH,
+        undo: bool = True,
     ) -> None:
-        self._variables = [_Variable(parameter, views) for parameter, views in matrices]
+        self._variables = [_Variable(parameter, views, undo) for parameter, views in matrices]
         self._steps, self._rate, self._backend, self._done = steps, rate, backend, 0
         for parameter in self.parameters:
             parameter.requires_grad_()
@@ -55,13 +62,24 @@ class KeptWeights:
                 parameter.grad = torch.zeros_like(parameter)
         return [_in_memory(p.grad, p) for p in self.parameters if p.grad is not None]
 
-    def step(self) -> None:
-        """Move the weights against the gradients, which are gone then."""
+    def step(self, backward: Callable[[], None] = lambda: None) -> None:
+        """Move the weights against the gradients, which are gone then.
+
+        Args:
+            backward: makes gradients that are not there. Each parameter moves as soon as its gradient is complete, so
+                that few are in memory; those with gradients of parts, see `SliceGradients`, at the end.
+        """
         # Half a period of a cosine, from the first rate to 0.
         rate = self._rate * (1 + math.cos(math.pi * self._done / self._steps)) / 2
         self._done += 1
-        for variable in self._variables:
-            variable.step(rate, self._done, self._backend)
+        moves = {id(x.parameter): partial(x.step, rate, self._done, self._backend) for x in self._variables}
+        awaited = [parameter for parameter in self.parameters if parameter.grad is None]
+        hooks = [x.register_post_accumulate_grad_hook(lambda x: moves.pop(id(x))()) for x in awaited]
+        backward()
+        for hook in hooks:
+            hook.remove()
+        for move in moves.values():
+            move()
 
     def put_back(self) -> None:
         """Make all weights what they were before the first step."""
@@ -78,21 +96,22 @@ class KeptWeights:
 class _Variable:
     """A parameter with the state of its optimization. Parameters move one by one: few gradients are copied at once."""
 
-    def __init__(self, parameter: nn.Parameter, views: list[Tensor]) -> None:
+    def __init__(self, parameter: nn.Parameter, views: list[Tensor], undo: bool) -> None:
         self.parameter = parameter
         self._flat = _in_memory(parameter.detach(), parameter).view(-1)
         kept = _in_memory(kept_entries(parameter, views), parameter).reshape(-1).nonzero().flatten()
         self._index = kept.to(index_dtype(parameter.numel()))
-        self._before = self._flat.index_select(0, self._index)
-        self._weight = self._before.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+        before = self._flat.index_select(0, self._index)
+        self._before = before if undo else None
+        self._weight = before.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
         self._m, self._v = torch.zeros_like(self._weight), torch.zeros_like(self._weight)
         self._scale = self._weight.square().mean().sqrt().item() / math.sqrt(views[0].shape[1]) if len(kept) else 0.0
 
     @torch.no_grad()
     def step(self, rate: float, step: int, backend: Backend) -> None:
-        """Move the kept entries against their gradients."""
-        assert self.parameter.grad is not None
-        gradient, state = _in_memory(self.parameter.grad, self.parameter), (self._weight, self._m, self._v)
+        """Move the kept entries against their gradients, zeros where there are none."""
+        gradient, state = self.parameter.grad, (self._weight, self._m, self._v)
+        gradient = _in_memory(torch.zeros_like(self.parameter) if gradient is None else gradient, self.parameter)
         rate *= self._scale
         backend.adam_step(self._flat, gradient.reshape(-1), self._index, *state, rate=rate, step=step)
         self.parameter.grad = None
@@ -100,6 +119,7 @@ class _Variable:
     @torch.no_grad()
     def put_back(self) -> None:
         """Make the parameter what it was."""
+        assert self._before is not None
         self._flat.index_copy_(0, self._index.long(), self._before)
 
     def close(self) -> None:
@@ -108,18 +128,18 @@ class _Variable:
         self.parameter.grad = None
 
 
-def bytes_of_state(weights: int, kept: int, itemsize: int) -> int:
-    """Bytes of the state of a parameter, beside the parameter itself.
+def bytes_of_state(weights: int, kept: int, itemsize: int, undo: bool = True) -> int:
+    """Bytes of the state of a parameter, beside the parameter itself and its gradient.
 
-    Each weight has a gradient. Each that is kept has its place, what it was, what it is in fp32, m and v.
+    Each weight that is kept has its place, what it was, what it is in fp32, m and v.
 
     Args:
         weights: number of weights, kept or not.
         kept: number of those that are kept.
         itemsize: bytes of a weight.
+        undo: as for `KeptWeights`.
     """
-    moved = 3 * max(4, itemsize)
-    return itemsize * weights + kept * (index_dtype(weights).itemsize + itemsize + moved)
+    return kept * (index_dtype(weights).itemsize + undo * itemsize + 3 * max(4, itemsize))
 
 
 def index_dtype(entries: int) -> torch.dtype:

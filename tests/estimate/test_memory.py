@@ -10,6 +10,7 @@ from helpers import verifying
 from helpers.families import first_is_fast
 from torch.utils._pytree import tree_leaves
 
+from sparsefw import recover, recovery
 from sparsefw.driver import loop
 from sparsefw.driver import run as driver_run
 from sparsefw.estimate.memory import CODE_OF_EXPERTS, LIBRARIES, memory_needs
@@ -97,3 +98,23 @@ def test_a_run_takes_what_is_expected(name, models, tmp_path, monkeypatch):
     assert main([*places, "--kernel", "torch", "--precision", "ieee", *flags]) == 0
     # Small models are mostly what is bounded from above: the state of a solve, and a micro-batch.
     assert expected[-1] / 3 <= max(watched.points) <= expected[-1], (name, max(watched.points), expected[-1])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_recovery_takes_what_is_expected(family, models, tmp_path, monkeypatch):
+    expected, watched, needed, fit = [], Watched(), recovery.recovery_bytes, recovery._fit
+
+    def asked(shape, workload):
+        expected.append(needed(shape, workload))
+        return expected[-1]
+
+    def counted(*args):
+        with watched:
+            return fit(*args)
+
+    monkeypatch.setattr(recovery, "recovery_bytes", asked)
+    monkeypatch.setattr(recovery, "_fit", counted)
+    places = ["--model", str(models / family), "--dataset", str(models / "text.txt"), "--output", str(tmp_path / "out")]
+    assert main([*places, *WINDOWS[:4], "--method", "magnitude", "--reconstruct", "0"]) == 0
+    assert recover.main([str(tmp_path / "out"), str(tmp_path / "recovered"), "--nsamples", "16"]) == 0
+    assert expected[0] / 2 <= max(watched.points) <= expected[0], (max(watched.points), expected[0])

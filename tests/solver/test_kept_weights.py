@@ -1,6 +1,7 @@
 """Steps on kept weights are those of Adam, and nothing else in a parameter moves."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from sparsefw.kernels import triton_ops
 from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.kernels.definitions import DECAYS
+from sparsefw.model.gradients import SliceGradients
 from sparsefw.solver.kept_weights import KeptWeights, kept_entries
 
 RATE = 0.2
@@ -105,6 +107,39 @@ def test_gradients_add_up_and_a_step_without_one_goes_on():
     weights.step()
     expected = adam(W, W != 0, 6, [2 * first + second, none])
     torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_each_parameter_moves_once_its_gradient_is_complete():
+    """One is used twice; of another a part is, whose gradient lies in that of the whole."""
+    sources, x = [pruned(6, 6), pruned(6, 6, seed=2), pruned(2, 6, 6, seed=3)], torch.randn(4, 6)
+    left = []
+
+    def ended(at_once):
+        a, b, experts = parameters = [nn.Parameter(W.clone()) for W in sources]
+        views = [a.detach()], [b.detach()], [*experts.detach()]
+
+        class Watched(Backend):
+            def adam_step(self, *args, **kwargs):
+                left.append(sum(parameter.grad is not None for parameter in parameters))
+                TORCH.adam_step(*args, **kwargs)
+
+        weights = KeptWeights(list(zip(parameters, views, strict=True)), 3, RATE, Watched(TORCH.operations), undo=False)
+        for _ in range(3):
+            with SliceGradients(parameters) as slices:
+                loss = (x @ a @ b @ a @ experts[1]).square().mean()
+            backward = partial(torch.autograd.backward, loss, inputs=slices.leaves)
+            if at_once:
+                weights.step(backward)
+            else:
+                backward()
+                weights.step()
+        return parameters
+
+    results = [ended(at_once) for at_once in (False, True)]
+    assert all(torch.equal(bits(p), bits(q)) for p, q in zip(*results, strict=True))
+    assert not any(torch.equal(p, W) for p, W in zip(results[0], sources, strict=True))
+    # The experts' is there from the beginning.
+    assert left == 3 * [3, 2, 1] + 3 * [2, 2, 1]
 
 
 @pytest.mark.parametrize("size", [1e-10, 1e-18, 1e-22, 1e-30])

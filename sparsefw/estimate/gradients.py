@@ -1,0 +1,85 @@
+"""Bytes that blocks take while they run, and while their kept weights are fitted: block by block, or all together."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+from sparsefw.model.head import PIECE, tokens_and_steps, tokens_of_pass
+from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
+from sparsefw.solver import patterns
+from sparsefw.solver.kept_weights import bytes_of_state
+from sparsefw.solver.patterns import Pattern
+
+if TYPE_CHECKING:
+    from sparsefw.estimate.memory import Workload
+
+
+def forward_bytes(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int) -> int:
+    """A micro-batch inside a block; scores of attention, where they are held, grow with the square of the tokens."""
+    return block.forward.peak(tokens) + shape.heads * seqlen * tokens * (4 + shape.itemsize)
+
+
+def reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: "Workload", tokens: int, loss: int) -> int:
+    """The state of kept weights; what the tokens of a step leave inside a block for its gradients, or a loss takes."""
+    states = _states(block.layers, block, shape, workload.config.pattern)
+    fitted = sum(x.state + x.gradient for x in states) + max((x.written for x in states), default=0)
+    backward = _kept(block, shape, workload.seqlen, tokens) + forward_bytes(block, shape, workload.seqlen, tokens)
+    if not (block.predicts and block.layers):
+        return fitted + max(backward, loss)
+    # A step looks at some tokens. To measure the loss takes all, and no gradients.
+    (every, _), seqlen = tokens_and_steps(block, shape, workload.seqlen, 1), workload.seqlen
+    of_step = _logits(shape, len(range(seqlen)[tokens_of_pass(0, every)]), workload.gpu)
+    return shape.outside + fitted + max(backward + of_step, _logits(shape, seqlen, workload.gpu), loss)
+
+
+def recovery_bytes(shape: ModelShape, workload: "Workload") -> int:
+    """A model of which all kept weights are fitted together, in steps of one window.
+
+    Gradients are there one by one, but those of experts, which are complete when all have theirs.
+    """
+    seqlen, pattern, blocks = workload.seqlen, workload.config.pattern, shape.blocks
+    states = [x for b in blocks for x in _states(b.layers, b, shape, pattern, undo=False)]
+    gradients = max((x.gradient for x in states), default=0) + sum(x.gradient for x in states if x.experts)
+    written = max((x.written for x in states), default=0)
+    backward = max(forward_bytes(b, shape, seqlen, seqlen) for b in blocks) + _logits(shape, seqlen, workload.gpu)
+    kept = sum(_kept(b, shape, seqlen, seqlen) for b in blocks)
+    return shape.whole + sum(x.state for x in states) + gradients + written + backward + kept
+
+
+class _State(NamedTuple):
+    """Bytes of the fit of a matrix, or of the same one of all experts.
+
+    Attributes:
+        state, gradient: of the kept weights, and of all.
+        written: the places of the kept weights in 8 bytes each, and their new values: of one matrix at a time.
+        experts: whether it is in a mixture.
+    """
+
+    state: int
+    gradient: int
+    written: int
+    experts: bool
+
+
+def _states(
+    layers: Iterable[LayerShape], block: BlockShape, shape: ModelShape, pattern: Pattern, undo: bool = True
+) -> list[_State]:
+    # Experts that stay dense lie in the parameter of the others; their weights do not move.
+    experts = {layer.name: max(1, layer.experts) for layer in block.all_layers}
+    states = []
+    for layer in layers:
+        kept = layer.rows * patterns.kept_in_row(pattern, layer.d) * max(1, layer.experts)
+        weights = layer.rows * layer.d * experts[layer.name]
+        state = bytes_of_state(weights, kept, shape.itemsize, undo)
+        states.append(_State(state, shape.itemsize * weights, (8 + shape.itemsize) * kept, layer.experts > 0))
+    return states
+
+
+def _kept(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int) -> int:
+    """What a block keeps for its gradients."""
+    return block.forward.kept(tokens) + 2 * shape.heads * seqlen * tokens * (4 + shape.itemsize)
+
+
+def _logits(shape: ModelShape, tokens: int, gpu: bool) -> int:
+    """Both models have logits, and a head makes them of others; a piece has three distributions in fp32 and a byte."""
+    entries, piece = tokens * shape.vocabulary, max(PIECE["cuda" if gpu else "cpu"], shape.vocabulary)
+    return 3 * shape.logits_itemsize * entries + 13 * min(entries, piece)
