@@ -67,13 +67,15 @@ class KeptWeights:
 
         Args:
             backward: makes gradients that are not there. Each parameter moves as soon as its gradient is complete, so
-                that few are in memory; those with gradients of parts, see `SliceGradients`, at the end.
+                that few are in memory. Those with gradients of parts, see `SliceGradients`, and those that share memory
+                move at the end.
         """
         # Half a period of a cosine, from the first rate to 0.
         rate = self._rate * (1 + math.cos(math.pi * self._done / self._steps)) / 2
         self._done += 1
         moves = {id(x.parameter): partial(x.step, rate, self._done, self._backend) for x in self._variables}
-        awaited = [parameter for parameter in self.parameters if parameter.grad is None]
+        # torch refuses gradients by what has been changed, and counts changes of all that shares its memory.
+        awaited = [x for x in self.parameters if x.grad is None and x.untyped_storage().nbytes() == x.nbytes]
         hooks = [x.register_post_accumulate_grad_hook(lambda x: moves.pop(id(x))()) for x in awaited]
         backward()
         for hook in hooks:

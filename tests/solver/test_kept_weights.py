@@ -110,13 +110,17 @@ def test_gradients_add_up_and_a_step_without_one_goes_on():
 
 
 def test_each_parameter_moves_once_its_gradient_is_complete():
-    """One is used twice; of another a part is, whose gradient lies in that of the whole."""
-    sources, x = [pruned(6, 6), pruned(6, 6, seed=2), pruned(2, 6, 6, seed=3)], torch.randn(4, 6)
+    """One is used twice; of another a part is, whose gradient lies in that of the whole; two share memory."""
+    sources, x = (
+        [pruned(6, 6), pruned(6, 6, seed=2), pruned(2, 6, 6, seed=3), *pruned(2, 6, 6, seed=4)],
+        torch.randn(4, 6),
+    )
     left = []
 
     def ended(at_once):
-        a, b, experts = parameters = [nn.Parameter(W.clone()) for W in sources]
-        views = [a.detach()], [b.detach()], [*experts.detach()]
+        parameters = [nn.Parameter(W.clone()) for W in sources[:3]]
+        a, b, experts, c, d = parameters = [*parameters, *map(nn.Parameter, torch.stack(sources[3:]).unbind())]
+        views = [a.detach()], [b.detach()], [*experts.detach()], [c.detach()], [d.detach()]
 
         class Watched(Backend):
             def adam_step(self, *args, **kwargs):
@@ -126,7 +130,7 @@ def test_each_parameter_moves_once_its_gradient_is_complete():
         weights = KeptWeights(list(zip(parameters, views, strict=True)), 3, RATE, Watched(TORCH.operations), undo=False)
         for _ in range(3):
             with SliceGradients(parameters) as slices:
-                loss = (x @ a @ b @ a @ experts[1]).square().mean()
+                loss = (x @ a @ b @ c @ d @ a @ experts[1]).square().mean()
             backward = partial(torch.autograd.backward, loss, inputs=slices.leaves)
             if at_once:
                 weights.step(backward)
@@ -139,7 +143,7 @@ def test_each_parameter_moves_once_its_gradient_is_complete():
     assert all(torch.equal(bits(p), bits(q)) for p, q in zip(*results, strict=True))
     assert not any(torch.equal(p, W) for p, W in zip(results[0], sources, strict=True))
     # The experts' is there from the beginning.
-    assert left == 3 * [3, 2, 1] + 3 * [2, 2, 1]
+    assert left == 3 * [5, 4, 3, 2, 1] + 3 * [4, 4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("size", [1e-10, 1e-18, 1e-22, 1e-30])
