@@ -111,11 +111,8 @@ def test_gradients_add_up_and_a_step_without_one_goes_on():
 
 def test_each_parameter_moves_once_its_gradient_is_complete():
     """One is used twice; of another a part is, whose gradient lies in that of the whole; two share memory."""
-    sources, x = (
-        [pruned(6, 6), pruned(6, 6, seed=2), pruned(2, 6, 6, seed=3), *pruned(2, 6, 6, seed=4)],
-        torch.randn(4, 6),
-    )
-    left = []
+    sources = [pruned(6, 6), pruned(6, 6, seed=2), pruned(2, 6, 6, seed=3), *pruned(2, 6, 6, seed=4)]
+    x, left = torch.randn(4, 6), []
 
     def ended(at_once):
         parameters = [nn.Parameter(W.clone()) for W in sources[:3]]
