@@ -1,7 +1,7 @@
 """Recover what pruning has cost: `sparsefw recover PRUNED OUTPUT`.
 
 All kept weights are fitted together, so that the pruned model predicts what the dense model does. Zeros stay zeros.
-The model has to fit into memory with the state of its fit, at 60 % in bf16 8.4 bytes a weight. More windows gain more.
+The model has to fit into memory with the state of its fit, at 60 % in bf16 8.8 bytes a weight. More windows gain more.
 """
 
 import os
@@ -37,7 +37,11 @@ def command(argv: list[str] | None) -> int:
     from sparsefw.recovery import recover
 
     memory.share_freed()
-    recover(arguments.pruned, output, inputs, say)
+    try:
+        recover(arguments.pruned, output, inputs, say)
+    except KeyboardInterrupt as interruption:
+        interruption.add_note("a recovery makes its steps again")
+        raise
     return 0
 
 

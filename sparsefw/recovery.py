@@ -5,14 +5,15 @@ Its loss is the divergence of the predictions, see `model.head`, and its gradien
 weights that move as in a reconstruction, see `solver.kept_weights`. Some windows are held out. What does no better on
 these is not written.
 
-In memory are a model, the state of its kept weights and the gradient of one matrix: in half precision 2 bytes a weight,
-16 a kept one. A step takes 6 flops a weight and token, and the dense model 2.
+In memory are a model, the state of its kept weights, the gradient of one matrix and the activations of a window: see
+`estimate.gradients`. A step takes 6 flops a weight and token, and the dense model 2.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from torch import Tensor
 from sparsefw import arithmetic, memory
 from sparsefw.checkpoint.files import check_output
 from sparsefw.checkpoint.source import Checkpoint, inspect
+from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.windows import window_length
 from sparsefw.driver.generation import OWN_TEXT
 from sparsefw.driver.job import Job, windows_of_texts
 from sparsefw.driver.reconstruct import pruned_matrices
 from sparsefw.driver.run import limits_of, own_text, workload_of
 from sparsefw.errors import InputError, option
-from sparsefw.estimate.gradients import recovery_bytes
-from sparsefw.estimate.memory import GIB, pruned_shape
+from sparsefw.estimate.memory import pruned_shape, recovery_needs
+from sparsefw.estimate.placement import too_little
 from sparsefw.inputs import Inputs, Output
 from sparsefw.model import HiddenStates, ModelShape, StreamedModel, shape_of
 from sparsefw.model.activations import Store, split_batches
@@ -80,8 +82,9 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
         StreamedModel(source, device, in_fp32=in_fp32) as student,
     ):
         _check_models(job.folder, teacher, student)
-        longest = window_length(job.inputs.model, job.inputs.seqlen, teacher.max_seqlen)
-        limits = _check_memory(job, shape, longest, device)
+        limits = _check_memory(
+            job, shape, window_length(job.inputs.model, job.inputs.seqlen, teacher.max_seqlen), device
+        )
         write, _ = own_text(job, teacher, shape, say, ALONE)
         windows, _, seqlen = windows_of_texts(job, teacher.max_seqlen, write, say, ALONE)
         rounded = arithmetic.rounds_products(torch.float32 if in_fp32 else dense.dtype, device, shape.hidden)
@@ -99,16 +102,15 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
                         f"{pruned}: nothing is gained: the divergence on held-out windows goes from {before:.4g} to "
                         f"{after:.4g}; give more windows ({option('nsamples')})"
                     )
-                tensors = {name: x for i in student.unique_blocks for name, x in student.block_tensors(i).items()}
-        assert tensors.keys() <= source.tensors.keys()
-        text = CalibrationText(windows.source, windows.hash, windows.n, seqlen, job.inputs.seed)
-        recovery = Recovery(job.inputs.dataset, text, before, after, steps)
-        # Perplexities were those of the weights before.
-        report = replace(report, recoveries=[*report.recoveries, recovery], evaluation=[])
-        texts = {"report.json": report.to_json(), "report.html": html.page(report)}
-        texts |= {OWN_TEXT: windows.own} if windows.own else {}
-        options: dict[str, Any] = dict(overwrite=output.overwrite, restart=output.restart, texts=texts)
-        rewrite(source, output.folder, source.config, lambda name, x: {name: tensors.get(name, x)}, **options)
+                states.close()
+                text = CalibrationText(windows.source, windows.hash, windows.n, seqlen, job.inputs.seed)
+                recovery = Recovery(job.inputs.model, job.inputs.dataset, text, before, after, steps)
+                # Perplexities were those of the weights before.
+                report = replace(report, recoveries=[*report.recoveries, recovery], evaluation=[])
+                texts = {"report.json": report.to_json(), "report.html": html.page(report)}
+                texts |= {OWN_TEXT: windows.own} if windows.own else {}
+                options: dict[str, Any] = dict(overwrite=output.overwrite, restart=output.restart, texts=texts)
+                rewrite(source, output.folder, source.config, _recovered(student), **options)
     say(f"divergence on held-out windows: {before:.4g} to {after:.4g}")
     say(f"checkpoint: {output.folder}")
     return recovery
@@ -119,42 +121,69 @@ def _job(pruned: Path, output: Output, given: dict[str, Any]) -> tuple[Report, C
     report, source = report_of(pruned), inspect(pruned)
     if source.quantization:
         raise InputError(f"{pruned}: packed; sparsefw unpack makes it dense again")
-    folder, missing = find_source(report, pruned, given.get("model"))
+    model = given.get("model", None if report.in_memory else report.argument("model", str))
+    folder, missing = find_source(report, pruned, model, "model")
     if folder is None:
-        raise InputError(missing.replace(option("against"), option("model")))
+        raise InputError(missing)
     of_run: dict[str, Any] = {name: report.argument(name, kind) for name, kind in OF_RUN.items()}
     # The weights are fitted to the windows before, where little is left to gain.
     seed = (report.recoveries[-1].data.seed if report.recoveries else report.argument("seed", int)) + 1
-    inputs = Inputs(**of_run | {"seed": seed} | given)
+    inputs = Inputs(**of_run | {"seed": seed, "evaluate": ()} | given)
     if any(text in VARIABLES for text in inputs.shares):
         raise InputError(f"{pruned}: calibrated on data without a name; name a text with {option('dataset')}")
-    check_output(output.folder, pruned, output.overwrite, [Path(text).expanduser() for text in inputs.shares])
+    if inputs.nsamples < 2:
+        raise InputError(f"{option('nsamples', inputs.nsamples)}: give two windows or more, one of which is held out")
+    for read in (pruned, folder):
+        check_output(output.folder, read, output.overwrite, [Path(text).expanduser() for text in inputs.shares])
+    begun = Writer(output.folder, 0, restart=output.restart).begun().get("identity")
+    if begun and (begun.get("source"), begun.get("form")) != (str(pruned.resolve()), source.config):
+        raise InputError(
+            f"{output.folder}: an unfinished run of other input is there; {option('restart', True)} discards it, or "
+            "choose another folder"
+        )
     chosen: dict[str, Any] = {name: report.argument(name, kind) for name, kind in CHOSEN.items()}
     return report, source, Job(inputs, PruneConfig(**chosen), output, folder=folder)
 
 
 def _check_memory(job: Job, shape: ModelShape, seqlen: int, device: torch.device) -> dict[str, int]:
-    """Refuse memory limits that are too low for a step of all blocks at once. Returns the limits."""
-    limits, workload = limits_of(job, device, ALONE), workload_of(job, job.config, [1], seqlen, device, ALONE)
-    step, states = recovery_bytes(shape, workload), job.inputs.nsamples * sum(x.nbytes(seqlen) for x in shape.between)
-    needs = {"host": workload.process + states}
-    needs |= {"gpu": step} if workload.gpu else {"host": needs["host"] + step}
-    for place, needed in needs.items():
-        if needed > limits[place]:
-            raise InputError(
-                f"{option(f'{place}_memory', round(limits[place] / GIB, 2))}: the model with its gradients takes "
-                f"{needed / GIB:.2f} GiB, all at once; give more, or shorter windows ({option('seqlen', seqlen)})"
-            )
+    """Refuse memory limits that are too low. Returns the limits."""
+    workload = workload_of(job, job.config, [job.inputs.nsamples], seqlen, device, ALONE)
+    limits, needs = limits_of(job, device, ALONE), recovery_needs(shape, workload)
+    for what, limit in limits.items():
+        if (least := getattr(needs, what)) > limit:
+            raise too_little(what, limit, least, f"shorter windows ({option('seqlen', seqlen)})")
     return limits
 
 
 def _check_models(folder: Path, teacher: StreamedModel, student: StreamedModel) -> None:
     """Refuse models that do not belong together, or predict no tokens."""
-    forms = [{name: (x.shape, x.dtype) for name, x in model.model.named_parameters()} for model in (teacher, student)]
-    if forms[0] != forms[1]:
-        raise InputError(f"{folder}: another model than what was pruned; name that with {option('model')}")
     if teacher.runs is not teacher.model or not teacher.logits_itemsize:
         raise InputError(f"{folder}: unsupported model: {type(teacher.model).__name__} predicts no tokens of a text")
+    with teacher.outside(), student.outside():
+        dense, pruned = (dict(model.model.named_parameters()) for model in (teacher, student))
+        alike = dense.keys() == pruned.keys() and all(
+            # Those inside of the blocks have no data here. Outside of them nothing is pruned.
+            (x.shape, x.dtype) == (pruned[name].shape, pruned[name].dtype)
+            and (x.is_meta or torch.equal(x, pruned[name]))
+            for name, x in dense.items()
+        )
+    if not alike:
+        raise InputError(f"{folder}: another model than what was pruned; name that with {option('model')}")
+
+
+def _recovered(student: StreamedModel) -> Callable[[str, Tensor], dict[str, Tensor]]:
+    """By the name of a tensor and what it was, what is written: a block at a time is on the host."""
+    block_of = {name: i for i in student.unique_blocks for name in student.tensors_of(i)}
+
+    @lru_cache(1)
+    def tensors_of(i: int) -> dict[str, Tensor]:
+        tensors = student.block_tensors(i)
+        if student.device.type == "cuda":
+            # Copies to the host are on their way.
+            torch.cuda.current_stream(student.device).record_event().synchronize()
+        return tensors
+
+    return lambda name, x: {name: tensors_of(block_of[name]).get(name, x) if name in block_of else x}
 
 
 @torch.no_grad()
@@ -191,37 +220,37 @@ def _fit(
     for i in student.unique_blocks:
         matrices += pruned_matrices(student, i, (x for x in layers if x.name.startswith(f"{student.names[i]}.")))
     learned, held_out = split_batches(len(ids))
-    if not held_out:
-        raise InputError(f"{option('nsamples', len(ids))}: give two windows or more, one of which is held out")
     windows = ids.to(student.device).split(1)
-    divergence = partial(_divergence, student, states, windows)
+    step = partial(_step, student, states, windows)
 
     def loss() -> float:
         with torch.no_grad():
-            return torch.stack([divergence(j) for j in held_out]).mean().item()
+            return torch.stack([step(j) for j in held_out]).mean().item()
 
-    before, said = loss(), list[Tensor]()
+    before, losses = loss(), list[Tensor]()
     say(f"recovery: {len(learned)} steps; divergence on {len(held_out)} held-out windows: {before:.4g}")
+    if not math.isfinite(before):
+        raise InputError("the pruned model: weights hold NaN or Inf, or are too large; prune again")
     weights = KeptWeights(matrices, len(learned), RATE, config.backend, undo=False)
     for n, j in enumerate(learned, 1):
-        said.append(divergence(j, weights))
+        losses.append(step(j, weights))
         if n % -(-len(learned) // LINES) == 0:
-            say(f"step {n} of {len(learned)}: divergence {torch.stack(said).mean().item():.4g}")
-            said.clear()
+            say(f"step {n} of {len(learned)}: divergence {torch.stack(losses).mean().item():.4g}")
+            losses.clear()
     weights.close()
     for i in student.unique_blocks:
         student.round(i)
     return before, loss(), len(learned)
 
 
-def _divergence(
+def _step(
     student: StreamedModel,
     states: HiddenStates,
     windows: Sequence[Tensor],
     j: int,
     weights: KeptWeights | None = None,
 ) -> Tensor:
-    """The divergence of predictions in window j, mean over tokens, () fp32; weights move a step against its gradients.
+    """The divergence of predictions in window j, mean over tokens, () fp32; weights move against its gradients.
 
     Args:
         student, states: as for `_fit`.
@@ -230,12 +259,13 @@ def _divergence(
         weights: the weights that move; None: none do.
     """
     ids, total = windows[j], torch.zeros((), device=student.device)
-    with explained(type(student.model).__name__, "a step of all blocks together"):
-        with torch.no_grad():
-            p = logits(student, ids, states.hidden[j], states.behind_last(j))
-        with SliceGradients(weights.parameters if weights else ()) as slices:
-            q: Tensor = student.model(input_ids=ids, use_cache=False).logits
-        add_divergence(total, p, q.detach(), replace=weights is not None)
-        if weights:
+    context = type(student.model).__name__, "a step of all blocks together"
+    with torch.no_grad():
+        p = logits(student, ids, states.hidden[j], states.behind_last(j))
+    with explained(*context), SliceGradients(weights.parameters if weights else ()) as slices:
+        q: Tensor = student.model(input_ids=ids, use_cache=False).logits
+    add_divergence(total, p, q.detach(), replace=weights is not None)
+    if weights:
+        with explained(*context):
             weights.step(partial(torch.autograd.backward, q, p, inputs=slices.leaves))
     return total / ids.numel()

@@ -162,17 +162,20 @@ def _check_sums(check: Check, output: Path, digest: str | None) -> str:
     return actual
 
 
-def find_source(report: Report, output: Path, against: str | None) -> tuple[Path | None, str]:
-    """The source's folder, or why there is none. Only a source that `against` names has to be there."""
+def find_source(report: Report, output: Path, against: str | None, named: str = "against") -> tuple[Path | None, str]:
+    """The source's folder, or why there is none. Only a source that `against` names has to be there.
+
+    Messages name it as the option `named`.
+    """
     model = report.argument("model", str)
     if against is None and report.in_memory:
         # The name that it has may be that of other weights: it may have been trained since it was loaded.
-        return None, f"the model was in memory; name a checkpoint of it with {option('against')}"
+        return None, f"the model was in memory; name a checkpoint of it with {option(named)}"
     if against is None and model != DEFAULT and not os.path.isdir(os.path.expanduser(model)):
-        return None, f"{model or 'the report'}: no such folder here; name the source with {option('against')}"
+        return None, f"{model or 'the report'}: no such folder here; name the source with {option(named)}"
     folder = locate(model if against is None else against)
     if folder.resolve() == output.resolve():
-        raise InputError(f"{against or model}: the output itself; name what was pruned with {option('against')}")
+        raise InputError(f"{against or model}: the output itself; name what was pruned with {option(named)}")
     return folder, ""
 
 

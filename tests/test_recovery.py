@@ -8,10 +8,11 @@ from functools import partial
 import pytest
 import torch
 from helpers.checkpoints import contents
-from helpers.commands import tensors_of
+from helpers.commands import interrupt, interrupted_at, tensors_of
 from helpers.families import first_is_fast, save_model
 from helpers.pretended_gpu import pretended_gpu
 from helpers.verifying import DOWN, WANDA
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -146,6 +147,17 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
     del report["arguments"]["seqlen"]
     (old / "report.json").write_text(json.dumps(report))
     assert pack.main([str(output), str(tmp_path / "packed")]) == 0
+    retrained, damaged = tmp_path / "retrained", tmp_path / "damaged"
+    for folder, of, name, value in (
+        (retrained, source, "model.norm.weight", 1.5),
+        (damaged, output, DOWN, math.nan),
+    ):
+        shutil.copytree(of, folder)
+        for shard in folder.glob("*.safetensors"):
+            tensors = load_file(shard)
+            if name in tensors:
+                tensors[name].view(-1)[0] = value
+            save_file(tensors, shard, {"format": "pt"})
     for pruned_folder, flags, message in (
         (source, (), "no report.json in it"),
         (tmp_path / "packed", (), "sparsefw unpack makes it dense again"),
@@ -154,7 +166,9 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
         (output, ("--model", output), "the output itself"),
         (old, (), "arguments.seqlen: missing; prune again with this version of sparsefw"),
         (output, ("--nsamples", 1), "--nsamples 1: give two windows or more"),
-        (output, ("--host-memory", 0.1), "--host-memory 0.1: the model with its gradients takes "),
+        (output, ("--host-memory", 0.1), "--host-memory 0.1: this run needs at least "),
+        (output, ("--model", retrained), "another model than what was pruned; name that with --model"),
+        (damaged, (), "the pruned model: weights hold NaN or Inf"),
         (
             output,
             ("--model", tmp_path / "same"),
@@ -166,6 +180,28 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
         assert recover.main([str(pruned_folder), str(tmp_path / "x"), *map(str, flags)]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "x").exists()
+    before = contents(source)
+    assert recover.main([str(output), str(source), "--overwrite"]) == 2
+    assert "lies in the input folder" in capsys.readouterr().err
+    assert contents(source) == before
+
+
+def test_what_another_command_has_begun_is_refused_before_the_steps(pruned, tmp_path, capsys, monkeypatch):
+    _, output = pruned(*WANDA)
+    x = tmp_path / "x"
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 8)
+        assert pack.main([str(output), str(x)]) == 130
+    monkeypatch.setattr(recovery, "_fit", None)
+    assert recover.main([str(output), str(x)]) == 2
+    assert "an unfinished run of other input is there; --restart discards it" in capsys.readouterr().err
+
+
+def test_an_interrupted_one_says_that_it_begins_anew(pruned, tmp_path, capsys, monkeypatch):
+    _, output = pruned(*WANDA)
+    monkeypatch.setattr(recovery, "_fit", lambda *args: interrupt())
+    assert recover.main([str(output), str(tmp_path / "x")]) == 130
+    assert "interrupted; a recovery makes its steps again" in capsys.readouterr().err
 
 
 def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):

@@ -168,9 +168,9 @@ def recovered(part: Part) -> None:
         started = time.perf_counter()
         if status := sparsefw.recover.main([*map(str, [pruned, output, *windows]), "--overwrite"]):
             raise SystemExit(status)
+        part.add(run=output.name, run_s=time.perf_counter() - started, peak_memory=memory.peak_memory())
         ends.append(outputs(output))
-        peak = torch.cuda.max_memory_allocated() if GPU else memory.peak_memory()["host_bytes"]
-        part.add(run=output.name, run_s=time.perf_counter() - started, peak_bytes=peak, same_bytes=ends[0] == ends[-1])
+    part.add(same_bytes=ends[0] == ends[1])
 
 
 def cold(part: Part) -> None:

@@ -1,10 +1,9 @@
 """Bytes that blocks take while they run, and while their kept weights are fitted: block by block, or all together."""
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from sparsefw.model.head import PIECE, tokens_and_steps, tokens_of_pass
-from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
+from sparsefw.model.shapes import BlockShape, ModelShape
 from sparsefw.solver import patterns
 from sparsefw.solver.kept_weights import bytes_of_state
 from sparsefw.solver.patterns import Pattern
@@ -20,8 +19,8 @@ def forward_bytes(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int
 
 def reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: "Workload", tokens: int, loss: int) -> int:
     """The state of kept weights; what the tokens of a step leave inside a block for its gradients, or a loss takes."""
-    states = _states(block.layers, block, shape, workload.config.pattern)
-    fitted = sum(x.state + x.gradient for x in states) + max((x.written for x in states), default=0)
+    fits = _fit_of(block, shape, workload.config.pattern)
+    fitted = sum(x.state + x.gradient for x in fits) + max((x.written for x in fits), default=0)
     backward = _kept(block, shape, workload.seqlen, tokens) + forward_bytes(block, shape, workload.seqlen, tokens)
     if not (block.predicts and block.layers):
         return fitted + max(backward, loss)
@@ -34,18 +33,18 @@ def reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: "Worklo
 def recovery_bytes(shape: ModelShape, workload: "Workload") -> int:
     """A model of which all kept weights are fitted together, in steps of one window.
 
-    Gradients are there one by one, but those of experts, which are complete when all have theirs.
+    Gradients are there one by one. Those of experts of all blocks stay until the backward pass ends.
     """
     seqlen, pattern, blocks = workload.seqlen, workload.config.pattern, shape.blocks
-    states = [x for b in blocks for x in _states(b.layers, b, shape, pattern, undo=False)]
-    gradients = max((x.gradient for x in states), default=0) + sum(x.gradient for x in states if x.experts)
-    written = max((x.written for x in states), default=0)
+    fits = [x for b in blocks for x in _fit_of(b, shape, pattern, undo=False)]
+    gradients = max((x.gradient for x in fits), default=0) + sum(x.gradient for x in fits if x.experts)
+    written = max((x.written for x in fits), default=0)
     backward = max(forward_bytes(b, shape, seqlen, seqlen) for b in blocks) + _logits(shape, seqlen, workload.gpu)
     kept = sum(_kept(b, shape, seqlen, seqlen) for b in blocks)
-    return shape.whole + sum(x.state for x in states) + gradients + written + backward + kept
+    return shape.whole + sum(x.state for x in fits) + gradients + written + backward + kept
 
 
-class _State(NamedTuple):
+class _Fit(NamedTuple):
     """Bytes of the fit of a matrix, or of the same one of all experts.
 
     Attributes:
@@ -60,18 +59,16 @@ class _State(NamedTuple):
     experts: bool
 
 
-def _states(
-    layers: Iterable[LayerShape], block: BlockShape, shape: ModelShape, pattern: Pattern, undo: bool = True
-) -> list[_State]:
+def _fit_of(block: BlockShape, shape: ModelShape, pattern: Pattern, undo: bool = True) -> list[_Fit]:
     # Experts that stay dense lie in the parameter of the others; their weights do not move.
     experts = {layer.name: max(1, layer.experts) for layer in block.all_layers}
-    states = []
-    for layer in layers:
+    fits = []
+    for layer in block.layers:
         kept = layer.rows * patterns.kept_in_row(pattern, layer.d) * max(1, layer.experts)
         weights = layer.rows * layer.d * experts[layer.name]
         state = bytes_of_state(weights, kept, shape.itemsize, undo)
-        states.append(_State(state, shape.itemsize * weights, (8 + shape.itemsize) * kept, layer.experts > 0))
-    return states
+        fits.append(_Fit(state, shape.itemsize * weights, (8 + shape.itemsize) * kept, layer.experts > 0))
+    return fits
 
 
 def _kept(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from sparsefw.checkpoint.tensors import BYTES_OF_CHUNK, CHUNK
 from sparsefw.data.text import takes_library
 from sparsefw.data.windows import reading_bytes, window_bytes
-from sparsefw.estimate.gradients import forward_bytes, reconstruction_bytes
+from sparsefw.estimate.gradients import forward_bytes, reconstruction_bytes, recovery_bytes
 from sparsefw.inputs import Inputs
 from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
@@ -185,10 +185,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     phases["write"] = weights, others
     phases["end"] = end, max(passing, piece) if workload.gpu else max(0, piece - end)
     near, far = _activations(shape, workload, placement)
-    process = workload.process
-    if not workload.gpu:
-        sent = any(layer.experts for b in blocks for layer in b.all_layers)
-        process += LIBRARIES + CODE_OF_EXPERTS * (sent and shape.itemsize == 2)
+    process = _process(shape, workload)
     # One rank reads the texts of all.
     read = [workload.ranks * n for n in (workload.windows, *workload.evaluation)]
     texts = reading_bytes(read[0], read[1:], workload.seqlen)
@@ -204,6 +201,24 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         device, host = int(margin * (on_device + near)), int(margin * (on_host + far)) + process
         needs[phase] = (device + workload.held, host) if workload.gpu else (0, device + host)
     return MemoryNeeds(needs)
+
+
+def recovery_needs(shape: ModelShape, workload: Workload) -> MemoryNeeds:
+    """What a recovery takes: the windows behind the dense blocks, on the host, beside a step of all blocks together."""
+    step, nbytes = recovery_bytes(shape, workload), pinned_bytes if workload.gpu else int
+    states = workload.windows * sum(nbytes(x.nbytes(workload.seqlen)) for x in shape.between)
+    if not workload.gpu:
+        return MemoryNeeds({"recover": (0, _process(shape, workload) + int((1 + CPU_MARGIN) * (states + step)))})
+    # Weights on their way to the GPU, or from there.
+    passing = 2 * pinned_bytes(max(b.nbytes for b in shape.blocks)) + _outside_pinned(shape)
+    device, host = (int((1 + GPU_MARGIN) * n) for n in (step, states + passing))
+    return MemoryNeeds({"recover": (device + workload.held, host + workload.process)})
+
+
+def _process(shape: ModelShape, workload: Workload) -> int:
+    """Bytes of the process, with a CPU's libraries."""
+    sent = any(layer.experts for b in shape.blocks for layer in b.all_layers)
+    return workload.process + (not workload.gpu) * (LIBRARIES + CODE_OF_EXPERTS * (sent and shape.itemsize == 2))
 
 
 def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> dict[str, int]:

@@ -81,17 +81,22 @@ def place(
     for what in ("gpu", "host"):
         limit, least = limits.get(what, 0), min(getattr(needs, what) for needs in tried)
         if least > limit:
-            # The user's limit for the host is that of all ranks on a machine. Rounded up, so that what is named is
-            # enough although the same process takes a little more or less each time.
-            among = workload.ranks_here if what == "host" else 1
-            enough = math.ceil(100 * among * (least / GIB + 0.01)) / 100
-            memory = f"{what.replace('gpu', 'GPU')} memory{f' for {among} ranks' if among > 1 else ''}"
-            raise InputError(
-                f"{option(f'{what}_memory', round(among * limit / GIB, 2))}: this run needs at least {enough:.2f} GiB "
-                f"of {memory}; give more, or {remedy}"
-            )
+            raise too_little(what, limit, least, remedy, workload.ranks_here)
         tried = [needs for needs in tried if getattr(needs, what) <= limit]
     raise AssertionError("a placement fits each limit, and none fits both")
+
+
+def too_little(what: str, limit: int, least: int, remedy: str, ranks_here: int = 1) -> InputError:
+    """The refusal of a limit of "gpu" or "host" memory that is too low; all in bytes, and words that say what to do."""
+    # The user's limit for the host is that of all ranks on a machine. Rounded up, so that what is named is enough
+    # although the same process takes a little more or less each time.
+    among = ranks_here if what == "host" else 1
+    enough = math.ceil(100 * among * (least / GIB + 0.01)) / 100
+    memory = f"{what.replace('gpu', 'GPU')} memory{f' for {among} ranks' if among > 1 else ''}"
+    return InputError(
+        f"{option(f'{what}_memory', round(among * limit / GIB, 2))}: this run needs at least {enough:.2f} GiB of "
+        f"{memory}; give more, or {remedy}"
+    )
 
 
 def written_at_once(shape: ModelShape, workload: Workload, limits: dict[str, int], inputs: Inputs) -> int:

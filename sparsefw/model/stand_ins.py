@@ -73,6 +73,9 @@ def explained(model: str, place: str, input_kind: str = TEXT) -> Iterator[None]:
         raise
     # A model's code may raise whatever there is.
     except Exception as error:
+        if "DefaultCPUAllocator" in str(error):
+            # The host's memory is full, for which torch has no class.
+            raise
         raise ForwardFailed(
             f"unsupported model {model}: {place} fails on {input_kind}: {type(error).__name__}: "
             f"{shown(first_line(error))}; {ADVICE[input_kind]}"

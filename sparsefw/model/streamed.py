@@ -87,7 +87,7 @@ class StreamedModel(BlockModel):
 
     def read(self, i: int | None) -> Mapping[str, Loadable]:
         """Block i's tensors as they are stored, on the host; None: those outside of the blocks that text needs."""
-        return self._read_tensors({name: self.infos[name] for name in self._tensors_of(i)}, self.device.type == "cuda")
+        return self._read_tensors({name: self.infos[name] for name in self.tensors_of(i)}, self.device.type == "cuda")
 
     def _slots(self, i: int | None) -> list[Slot]:
         # Buffers that are computed are there.
@@ -97,7 +97,7 @@ class StreamedModel(BlockModel):
         goes_into = self._skeleton.goes_into
         # Tensors that a block shares with others may be missing. They are never changed, so the checkpoint's are read.
         inside = "" if i is None else f"{self.names[i]}."
-        others = [name for name in self._tensors_of(i) if not goes_into[name].startswith(inside)]
+        others = [name for name in self.tensors_of(i) if not goes_into[name].startswith(inside)]
         if missing := {name: self.infos[name] for name in others if name not in tensors}:
             tensors = {**tensors, **self._read_tensors(missing, False)}
         values = self._skeleton.load(tensors, self.device)
@@ -116,7 +116,7 @@ class StreamedModel(BlockModel):
         own = {name: x.to(self._own[name].dtype) for name, x in state.items() if name not in sources}
         tensors = self._skeleton.exported(own)
         # A parameter that is one tensor of the checkpoint may have several names that transformers understands.
-        mine, its = self._skeleton.names_of(tensors), self._skeleton.names_of(self._tensors_of(i))
+        mine, its = self._skeleton.names_of(tensors), self._skeleton.names_of(self.tensors_of(i))
         same = {mine[p][0]: its[p][0] for p in mine if len(mine[p]) == len(its.get(p, ())) == 1}
         return {same.get(name, name): tensor for name, tensor in tensors.items()}
 
@@ -126,11 +126,12 @@ class StreamedModel(BlockModel):
         # A stored form goes as soon as it is dequantized.
         return {name: dequantized(read.pop(name)) for name in [*read]}
 
-    def _tensors_of(self, i: int | None) -> list[str]:
+    def tensors_of(self, i: int | None) -> list[str]:
+        """Names of the checkpoint's tensors that block i needs; None: that are needed outside of the blocks."""
         return self._tensors[None if i is None else self.names[i]]
 
     def _bytes_of(self, i: int | None) -> int:
-        return sum(self.infos[name].nbytes for name in self._tensors_of(i))
+        return sum(self.infos[name].nbytes for name in self.tensors_of(i))
 
     def _cut(self, block_bytes: int) -> list[list[str]]:
         """Cut the list of all tensors outside of the blocks into pieces; `block_bytes` are those of the largest block.
@@ -138,7 +139,7 @@ class StreamedModel(BlockModel):
         What text needs is held together in any case. A single tensor may be larger than a piece should be.
         """
         most, size = max(block_bytes, self._bytes_of(None)), 0
-        blocks, needed = frozenset(self.names), self._tensors_of(None)
+        blocks, needed = frozenset(self.names), self.tensors_of(None)
         inside = {name for name, parameter in self._skeleton.goes_into.items() if block_of(parameter, blocks)}
         pieces: list[list[str]] = [[]]
         # First what text needs.
@@ -154,7 +155,7 @@ class StreamedModel(BlockModel):
     def _notes(self) -> list[str]:
         tensors, built, kind = self.infos, self._skeleton, type(self.model).__name__
         source = built.checkpoint
-        needed = {*self._tensors_of(None), *built.unused}
+        needed = {*self.tensors_of(None), *built.unused}
         # By what is said of them: tensors outside of the blocks that are not loaded.
         others = {
             f"{kind} has no use for": built.unused,
@@ -173,7 +174,7 @@ class StreamedModel(BlockModel):
                 size = sum(tensors[name].nbytes for name in names) / 1e9
                 notes.append(f"not pruned: {len(names)} tensors that {what}, {size:.2f} GB, {names[0]} first")
         changed: dict[torch.dtype, list[str]] = {}
-        for name in (name for i in self.unique_blocks for name in self._tensors_of(i)):
+        for name in (name for i in self.unique_blocks for name in self.tensors_of(i)):
             dtype = self._own[built.goes_into[name]].dtype
             if tensors[name].dtype.is_floating_point and tensors[name].dtype != dtype:
                 changed.setdefault(dtype, []).append(name)

@@ -99,7 +99,8 @@ def card_of(folder: Path, name: str, report: Report, source: Path | None) -> str
     command = " ".join(command_of(_given(report) | {"output": folders[0]}))
     facts["made_by"] = _call(report, folders[0]) if of_python else command
     for before, after, one in zip(folders, folders[1:], report.recoveries, strict=False):
-        given: dict[str, Argument] = {"dataset": one.dataset, "nsamples": one.data.windows}
+        given: dict[str, Argument] = {} if one.model == model else {"model": one.model}
+        given |= {"dataset": one.dataset, "nsamples": one.data.windows}
         given |= {"seqlen": one.data.seqlen, "seed": one.data.seed}
         words = ["python -m sparsefw.recover", before, shlex.quote(after), *command_of(given)[1:]]
         facts["made_by"] += ("\n# " if of_python else "\n") + " ".join(words)
@@ -125,7 +126,7 @@ def _hub_id(folder: Path | None) -> str:
 def _published(report: Report) -> Report:
     """The report without paths of the machine: files and folders there have their last name alone."""
     named = [name_and_share(text)[0] for field in ("dataset", "evaluate") for text in report.argument(field, tuple)]
-    named += [name_and_share(text)[0] for recovery in report.recoveries for text in recovery.dataset]
+    named += [name for x in report.recoveries for name in (x.model, *(name_and_share(text)[0] for text in x.dataset))]
     paths = {name: Path(os.path.abspath(os.path.expanduser(name))) for name in [report.argument("model", str), *named]}
     local = [name for name, path in paths.items() if path.exists() or name.startswith(("/", ".", "~"))]
 
@@ -141,7 +142,12 @@ def _published(report: Report) -> Report:
     evaluation = [replace(text, source=public(text.source)) for text in report.evaluation]
     data = replace(report.data, source=public(report.data.source))
     recoveries = [
-        replace(x, dataset=tuple(map(public, x.dataset)), data=replace(x.data, source=public(x.data.source)))
+        replace(
+            x,
+            model=public(x.model),
+            dataset=tuple(map(public, x.dataset)),
+            data=replace(x.data, source=public(x.data.source)),
+        )
         for x in report.recoveries
     ]
     return replace(report, arguments=arguments, data=data, evaluation=evaluation, recoveries=recoveries)
@@ -149,7 +155,8 @@ def _published(report: Report) -> Report:
 
 def _datasets(report: Report) -> list[str]:
     """Hub ids of the calibration texts that are datasets of the Hub."""
-    texts = [name_and_share(text)[0] for text in report.argument("dataset", tuple)]
+    given = [*report.argument("dataset", tuple), *(text for recovery in report.recoveries for text in recovery.dataset)]
+    texts = dict.fromkeys(name_and_share(text)[0] for text in given)
     ids = [NAMED[text, "train"][0] if (text, "train") in NAMED else text for text in texts]
     return [text for text in ids if re.fullmatch(r"[\w.-]+/[\w.-]+", text)]
 

@@ -179,12 +179,14 @@ class Recovery:
     """How all kept weights of the pruned model were fitted together, see `sparsefw.recovery`.
 
     Attributes:
+        model: the dense model.
         dataset: the texts, as flags name them.
         data: the windows.
         before, after: divergence of predicted tokens on held-out windows, mean over tokens.
         steps: number of steps.
     """
 
+    model: str
     dataset: tuple[str, ...]
     data: CalibrationText
     before: float

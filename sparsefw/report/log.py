@@ -201,9 +201,10 @@ def recovery_lines(report: Report) -> Iterator[str]:
     for one in report.recoveries:
         yield (
             f"recovered on {amount(one.data.source, one.data.windows, one.data.seqlen)} of {one.data.source}: "
-            f"divergence of predictions on held-out windows {one.before:.4g} to {one.after:.4g}. Errors of layers are "
-            "those before it"
+            f"divergence of predictions on held-out windows {one.before:.4g} to {one.after:.4g}"
         )
+    if report.recoveries:
+        yield "Errors of layers are those before it was recovered"
 
 
 def rank_line(rank: RankRecord) -> str:

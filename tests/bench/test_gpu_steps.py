@@ -117,7 +117,7 @@ def forked(command, **options):
     return SimpleNamespace(poll=lambda: process.exitcode, kill=process.kill, wait=wait)
 
 
-@pytest.mark.parametrize(("step", "same"), [("2", [True] * 2), ("5", [True] * 4)])
+@pytest.mark.parametrize(("step", "same"), [("2", [True]), ("5", [True] * 4)])
 def test_runs(step, same, lines, set_threads, monkeypatch):
     # A pool of threads does not survive the fork.
     set_threads(1)
@@ -125,7 +125,7 @@ def test_runs(step, same, lines, set_threads, monkeypatch):
     monkeypatch.setattr(gpu_runs, "launch", lambda arguments, environment: (sparsefw.run.main(arguments), ""))
     names = [name for name in gpu_steps.STEPS[step] if name != "reconstruction"]
     rows = [row for name in names for row in lines(name)]
-    reports = [row for row in rows if "peak_memory" in row]
+    reports = [row for row in rows if "seconds" in row]
     assert len(reports) == len(names) - ("recovery" in names)
     assert all(0 < row["relative_error"] < 1 and row["seconds"]["solve"] > 0 for row in reports)
     assert [value for row in rows for name, value in row.items() if name.startswith("same_bytes")] == same

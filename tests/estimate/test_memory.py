@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from sparsefw import recover, recovery
 from sparsefw.driver import loop
 from sparsefw.driver import run as driver_run
+from sparsefw.estimate import memory
 from sparsefw.estimate.memory import CODE_OF_EXPERTS, LIBRARIES, memory_needs
 from sparsefw.model.shape_of import LiveBytes
 from sparsefw.run import main
@@ -102,7 +103,7 @@ def test_a_run_takes_what_is_expected(name, models, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_recovery_takes_what_is_expected(family, models, tmp_path, monkeypatch):
-    expected, watched, needed, fit = [], Watched(), recovery.recovery_bytes, recovery._fit
+    expected, watched, needed, fit = [], Watched(), memory.recovery_bytes, recovery._fit
 
     def asked(shape, workload):
         expected.append(needed(shape, workload))
@@ -112,7 +113,7 @@ def test_a_recovery_takes_what_is_expected(family, models, tmp_path, monkeypatch
         with watched:
             return fit(*args)
 
-    monkeypatch.setattr(recovery, "recovery_bytes", asked)
+    monkeypatch.setattr(memory, "recovery_bytes", asked)
     monkeypatch.setattr(recovery, "_fit", counted)
     places = ["--model", str(models / family), "--dataset", str(models / "text.txt"), "--output", str(tmp_path / "out")]
     assert main([*places, *WINDOWS[:4], "--method", "magnitude", "--reconstruct", "0"]) == 0
