@@ -15,7 +15,7 @@ LIMITS = {
     "kernels: code lines": 2_500,
     "bench: code lines": 3_350,
     "tests: code lines": 14_600,
-    "documents: words": 17_750,
+    "documents: words": 17_950,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}
