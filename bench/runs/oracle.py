@@ -185,9 +185,13 @@ def main() -> int:
     runs = RUNS | ({"smollm2": smollm2(str(Path(arguments.smollm2).resolve()))} if arguments.smollm2 else {})
     if unknown := [name for name in arguments.names if name not in runs]:
         parser.error(f"{', '.join(unknown)}: no such run; there are {', '.join(runs)}")
-    known = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {"machine": machine(), "runs": {}}
+    known = none = {"machine": machine(), "runs": {}}
+    if DIGESTS.exists():
+        known = json.loads(DIGESTS.read_text())
     if known["machine"] != machine():
-        sys.exit(f"{DIGESTS}: made on {known['machine']}, this is {machine()}: write them before the change")
+        if not arguments.write:
+            sys.exit(f"{DIGESTS}: made on {known['machine']}, this is {machine()}: --write them before the change")
+        known = none
     changed = []
     for name in arguments.names or runs:
         with tempfile.TemporaryDirectory() as scratch:
