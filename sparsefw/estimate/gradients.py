@@ -1,6 +1,6 @@
 """Bytes that blocks take while they run, and while their kept weights are fitted: block by block, or all together."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from sparsefw.model.head import PIECE, tokens_and_steps, tokens_of_pass
 from sparsefw.model.shapes import BlockShape, ModelShape
@@ -8,39 +8,37 @@ from sparsefw.solver import patterns
 from sparsefw.solver.kept_weights import bytes_of_state
 from sparsefw.solver.patterns import Pattern
 
-if TYPE_CHECKING:
-    from sparsefw.estimate.memory import Workload
-
 
 def forward_bytes(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int) -> int:
     """A micro-batch inside a block; scores of attention, where they are held, grow with the square of the tokens."""
     return block.forward.peak(tokens) + shape.heads * seqlen * tokens * (4 + shape.itemsize)
 
 
-def reconstruction_bytes(block: BlockShape, shape: ModelShape, workload: "Workload", tokens: int, loss: int) -> int:
+def reconstruction_bytes(
+    block: BlockShape, shape: ModelShape, pattern: Pattern, seqlen: int, tokens: int, loss: int, gpu: bool
+) -> int:
     """The state of kept weights; what the tokens of a step leave inside a block for its gradients, or a loss takes."""
-    fits = _fit_of(block, shape, workload.config.pattern)
+    fits = _fit_of(block, shape, pattern)
     fitted = sum(x.state + x.gradient for x in fits) + max((x.written for x in fits), default=0)
-    backward = _kept(block, shape, workload.seqlen, tokens) + forward_bytes(block, shape, workload.seqlen, tokens)
+    backward = _kept(block, shape, seqlen, tokens) + forward_bytes(block, shape, seqlen, tokens)
     if not (block.predicts and block.layers):
         return fitted + max(backward, loss)
     # A step looks at some tokens. To measure the loss takes all, and no gradients.
-    (every, _), seqlen = tokens_and_steps(block, shape, workload.seqlen, 1), workload.seqlen
-    of_step = _logits(shape, len(range(seqlen)[tokens_of_pass(0, every)]), workload.gpu)
-    return shape.outside + fitted + max(backward + of_step, _logits(shape, seqlen, workload.gpu), loss)
+    every, _ = tokens_and_steps(block, shape, seqlen, 1)
+    of_step = _logits(shape, len(range(seqlen)[tokens_of_pass(0, every)]), gpu)
+    return shape.outside + fitted + max(backward + of_step, _logits(shape, seqlen, gpu), loss)
 
 
-def recovery_bytes(shape: ModelShape, workload: "Workload") -> int:
+def recovery_bytes(shape: ModelShape, pattern: Pattern, seqlen: int, gpu: bool) -> int:
     """A model of which all kept weights are fitted together, in steps of one window.
 
     Gradients are there one by one. Those of experts of all blocks stay until the backward pass ends.
     """
-    seqlen, pattern, blocks = workload.seqlen, workload.config.pattern, shape.blocks
-    fits = [x for b in blocks for x in _fit_of(b, shape, pattern, undo=False)]
+    fits = [x for b in shape.blocks for x in _fit_of(b, shape, pattern, undo=False)]
     gradients = max((x.gradient for x in fits), default=0) + sum(x.gradient for x in fits if x.experts)
     written = max((x.written for x in fits), default=0)
-    backward = max(forward_bytes(b, shape, seqlen, seqlen) for b in blocks) + _logits(shape, seqlen, workload.gpu)
-    kept = sum(_kept(b, shape, seqlen, seqlen) for b in blocks)
+    backward = max(forward_bytes(b, shape, seqlen, seqlen) for b in shape.blocks) + _logits(shape, seqlen, gpu)
+    kept = sum(_kept(b, shape, seqlen, seqlen) for b in shape.blocks)
     return shape.whole + sum(x.state for x in fits) + gradients + written + backward + kept
 
 

@@ -180,7 +180,8 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         of_step = min(placement.step or placement.batch, most) * workload.seqlen
         # The loss of a micro-batch that is held out: its hidden states and those of the dense model four times in fp32.
         loss = max(forward, 16 * tokens * shape.hidden) + 2 * tokens * shape.hidden * shape.itemsize
-        fitted = max(b.nbytes + reconstruction_bytes(b, shape, workload, of_step, loss) for b in blocks)
+        work = config.pattern, workload.seqlen, of_step, loss, workload.gpu
+        fitted = max(b.nbytes + reconstruction_bytes(b, shape, *work) for b in blocks)
         phases["reconstruct"] = fitted, others + passing
     phases["write"] = weights, others
     phases["end"] = end, max(passing, piece) if workload.gpu else max(0, piece - end)
@@ -205,7 +206,8 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
 
 def recovery_needs(shape: ModelShape, workload: Workload) -> MemoryNeeds:
     """What a recovery takes: the windows behind the dense blocks, on the host, beside a step of all blocks together."""
-    step, nbytes = recovery_bytes(shape, workload), pinned_bytes if workload.gpu else int
+    step = recovery_bytes(shape, workload.config.pattern, workload.seqlen, workload.gpu)
+    nbytes = pinned_bytes if workload.gpu else int
     states = workload.windows * sum(nbytes(x.nbytes(workload.seqlen)) for x in shape.between)
     if not workload.gpu:
         return MemoryNeeds({"recover": (0, _process(shape, workload) + int((1 + CPU_MARGIN) * (states + step)))})

@@ -119,7 +119,7 @@ def test_all_but_the_pruned_layers_is_the_sources(pruned):
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     with streamed(source) as model:
-        inside = {name for i in range(len(model.blocks)) for name in model._tensors_of(i)}
+        inside = {name for i in range(len(model.blocks)) for name in model.tensors_of(i)}
     assert changed
     assert changed < inside
     report = json.loads((output / "report.json").read_text())
