@@ -203,8 +203,8 @@ def recovery_lines(report: Report) -> Iterator[str]:
             f"recovered on {amount(one.data.source, one.data.windows, one.data.seqlen)} of {one.data.source}: "
             f"divergence of predictions on held-out windows {one.before:.4g} to {one.after:.4g}"
         )
-    if report.recoveries:
-        yield "Errors of layers are those before it was recovered"
+    if report.recoveries and not reconstruction_line(report):
+        yield "errors of layers are those before it was recovered"
 
 
 def rank_line(rank: RankRecord) -> str:
