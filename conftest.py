@@ -12,8 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Defaults depend on it. Tests that want it set it.
-os.environ.pop("HF_HUB_OFFLINE", None)
+# Defaults depend on them. Tests that want them set them.
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(name, None)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,8 +14,8 @@ LIMITS = {
     "sparsefw: code lines": 11_200,
     "kernels: code lines": 2_500,
     "bench: code lines": 3_350,
-    "tests: code lines": 14_600,
-    "documents: words": 17_950,
+    "tests: code lines": 14_630,
+    "documents: words": 17_970,
 }
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}

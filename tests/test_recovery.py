@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.checkpoints import contents
+from helpers.checkpoints import contents, make_hub_cache
 from helpers.commands import interrupt, interrupted_at, tensors_of
 from helpers.families import first_is_fast, save_model
-from helpers.pretended_gpu import pretended_gpu
+from helpers.pretended_gpu import late_copies, pretended_gpu
 from helpers.verifying import DOWN, WANDA
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -86,8 +86,10 @@ def test_a_gpu_gives_the_same(pruned, tmp_path, monkeypatch):
     _, output = pruned(*WANDA)
     monkeypatch.setattr(recovery, "PruneConfig", partial(PruneConfig, kernel="torch"))
     folder, _ = recovered(output, tmp_path / "cpu", "--nsamples", 20)
+    pending = late_copies(monkeypatch)
     with pretended_gpu():
         on_gpu, _ = recovered(output, tmp_path / "gpu", "--nsamples", 20)
+    assert not pending
     assert tensors_of(on_gpu).keys() == tensors_of(folder).keys()
     assert all(torch.equal(tensor, tensors_of(folder)[name]) for name, tensor in tensors_of(on_gpu).items())
 
@@ -126,6 +128,21 @@ def test_each_recovery_has_other_windows(pruned, tmp_path):
     flags = [f"--dataset text.txt --nsamples {n} --seqlen 32 --seed {seed}" for n, seed in ((20, 1), (40, 2))]
     assert lines[-2] == f"python -m sparsefw.recover pruned recovered-1 {flags[0]}"
     assert lines[-1] == f"python -m sparsefw.recover recovered-1 second {flags[1]}"
+
+
+def test_what_was_pruned_is_found_in_the_hub_or_named(pruned, copied, tmp_path, hub, monkeypatch):
+    source, _ = pruned(*WANDA)
+    _, output = copied(*WANDA)
+    make_hub_cache(source, hub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    report = json.loads((output / "report.json").read_text())
+    report["arguments"]["model"] = "org/name"
+    (output / "report.json").write_text(json.dumps(report))
+    for flags, model in (((), "org/name"), (("--model", source), source.name)):
+        folder, report = recovered(output, tmp_path / f"recovered{len(flags)}", "--nsamples", 20, *flags)
+        assert report.recoveries[0].model == str(flags[1] if flags else model)
+        named = f" --model {model}" if flags else ""
+        assert f"sparsefw.recover pruned {folder.name}{named} --dataset" in (folder / "README.md").read_text()
 
 
 def test_weights_without_gradients_stay(pruned, tmp_path, monkeypatch):
@@ -203,6 +220,16 @@ def test_an_interrupted_one_says_that_it_begins_anew(pruned, tmp_path, capsys, m
     monkeypatch.setattr(recovery, "_fit", lambda *args: interrupt())
     assert recover.main([str(output), str(tmp_path / "x")]) == 130
     assert "interrupted; a recovery makes its steps again" in capsys.readouterr().err
+
+
+def test_a_full_host_is_no_fault_of_the_model(pruned, tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    _, output = pruned(*WANDA)
+    monkeypatch.setattr(LlamaMLP, "forward", full)
+    assert recover.main([str(output), str(tmp_path / "x")]) == 1
+    assert "the host's memory is full" in capsys.readouterr().err
 
 
 def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):

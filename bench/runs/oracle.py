@@ -185,13 +185,11 @@ def main() -> int:
     runs = RUNS | ({"smollm2": smollm2(str(Path(arguments.smollm2).resolve()))} if arguments.smollm2 else {})
     if unknown := [name for name in arguments.names if name not in runs]:
         parser.error(f"{', '.join(unknown)}: no such run; there are {', '.join(runs)}")
-    known = none = {"machine": machine(), "runs": {}}
-    if DIGESTS.exists():
-        known = json.loads(DIGESTS.read_text())
-    if known["machine"] != machine():
-        if not arguments.write:
-            sys.exit(f"{DIGESTS}: made on {known['machine']}, this is {machine()}: --write them before the change")
-        known = none
+    known = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {}
+    if arguments.write and known.get("machine") != machine():
+        known = {"machine": machine(), "runs": {}}
+    if known.get("machine") != machine():
+        sys.exit(f"{DIGESTS}: made on {known.get('machine')}, this is {machine()}: --write them before the change")
     changed = []
     for name in arguments.names or runs:
         with tempfile.TemporaryDirectory() as scratch:

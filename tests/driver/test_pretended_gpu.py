@@ -11,22 +11,20 @@ import pytest
 import torch
 from helpers import verifying
 from helpers.families import experts_like, save_model
-from helpers.pretended_gpu import DEVICE, NAME, SEGMENT, _Stream, pretended_gpu
+from helpers.pretended_gpu import DEVICE, NAME, SEGMENT, late_copies, pretended_gpu
 from helpers.problems import damped_problem, make_problem
 from helpers.problems import on_gpu as problem_on_gpu
 from helpers.stacks import drawn
-from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from sparsefw import memory, run
 from sparsefw import prune as prune_in_memory
+from sparsefw import run
 from sparsefw.arithmetic import OnItsWay, all_finite
 from sparsefw.driver import run as driver_run
 from sparsefw.estimate import placement
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.repeat import LEAST, repeat
-from sparsefw.model import skeleton
 from sparsefw.model.activations import PLACES, Activations, Store
 from sparsefw.model.settings import ONE_BY_ONE
 from sparsefw.report.content import PREDICTIONS
@@ -212,7 +210,7 @@ def test_placement_does_not_change_the_result(tmp_path, monkeypatch):
 
 def test_the_thread_that_writes_a_block_waits_for_its_copies(tmp_path, monkeypatch):
     """The main thread goes on; nothing is there before the event behind the copies."""
-    source, to_host, pending = save_model(tmp_path / "model", "llama", torch.bfloat16), memory.to_host, []
+    source = save_model(tmp_path / "model", "llama", torch.bfloat16)
     flags = ["--nsamples", "2", "--seqlen", "16", "--method", "wanda", "--compare", "magnitude", "--reconstruct", "0"]
     gpu, report = prune(source, tmp_path / "plain", *flags, stand_ins=True)
     waits = Counter(where.partition(":")[0] for where in gpu.waits.elements())
@@ -220,24 +218,10 @@ def test_the_thread_that_writes_a_block_waits_for_its_copies(tmp_path, monkeypat
     assert waits["sparsefw/driver/loop.py"] == len(report["blocks"])
     spans = [span["phase"] for span in report["timeline"] if span["lane"] == "main"]
     assert waits["sparsefw/timeline.py"] == sum(phase not in ("wait", "write") for phase in spans)
-    place_of, begin = driver_run.place, _Stream.__init__
-
-    def copied(x):
-        pending.append((host := torch.zeros(x.shape, dtype=x.dtype), to_host(x)))
-        return host
-
-    def arrive():
-        while pending:
-            Tensor.copy_(*pending.pop())
-
-    def stream_begins(stream, device=None):
-        begin(stream)
-        stream.record_event = lambda: SimpleNamespace(synchronize=arrive)
-
+    place_of = driver_run.place
     # The main thread waits for no event while a block is written then.
     monkeypatch.setattr(driver_run, "place", lambda *args, **options: place_of(*args, fixed={"ahead": False}))
-    monkeypatch.setattr(skeleton, "to_host", copied)
-    monkeypatch.setattr(_Stream, "__init__", stream_begins)
+    late_copies(monkeypatch)
     prune(source, tmp_path / "late", *flags, stand_ins=True)
     plain, late = (sorted((tmp_path / name).glob("*.safetensors")) for name in ("plain", "late"))
     assert [path.read_bytes() for path in plain] == [path.read_bytes() for path in late]

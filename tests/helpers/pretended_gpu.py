@@ -27,7 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from triton.runtime.interpreter import GridExecutor
 
+from sparsefw import memory
 from sparsefw.memory import pinned_bytes
+from sparsefw.model import skeleton
 from sparsefw.model.tape import tensors_in
 
 DEVICE = torch.device("cuda", 0)
@@ -382,3 +384,24 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
             yield gpu
         finally:
             torch._C._set_only_lift_cpu_tensors(lifts)
+
+
+def late_copies(monkeypatch: Any) -> list[tuple[Tensor, Tensor]]:
+    """From now on, copies of blocks to the host arrive with the next event. Returns those that have not arrived yet."""
+    pending, begin, to_host = list[tuple[Tensor, Tensor]](), _Stream.__init__, memory.to_host
+
+    def copied(x: Tensor) -> Tensor:
+        pending.append((host := torch.zeros(x.shape, dtype=x.dtype), to_host(x)))
+        return host
+
+    def arrive() -> None:
+        while pending:
+            Tensor.copy_(*pending.pop())
+
+    def stream_begins(stream: _Stream, device: Any = None) -> None:
+        begin(stream)
+        stream.record_event = lambda: SimpleNamespace(synchronize=arrive)
+
+    monkeypatch.setattr(skeleton, "to_host", copied)
+    monkeypatch.setattr(_Stream, "__init__", stream_begins)
+    return pending
