@@ -28,7 +28,7 @@ TINY_CASES = "lmo 576"
 def machine(part: Part) -> None:
     """The card, the machine and the versions."""
     installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
-    names = ("torch", "triton", "transformers", "safetensors", "numpy", "pytest", "pytest-xdist", "datasets")
+    names = ("torch", "triton", "transformers", "msgspec", "numpy", "pytest", "pytest-xdist", "datasets")
     part.add(versions={name: installed.get(name, "not installed") for name in names}, python=sys.version.split()[0])
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     disk = shutil.disk_usage(part.scratch).free

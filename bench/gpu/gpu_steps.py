@@ -10,12 +10,13 @@
 
 A step ends within 8 minutes. Each of its parts is a process with a time limit of its own, so neither a hang nor a fault
 of the GPU takes the others with it. Results go to FOLDER/results.jsonl line by line, what a part prints to
-FOLDER/NAME.txt. Needs torch, triton, transformers and pytest. This project need not be installed, nor is there any need
-of a network, of `datasets`, or of plugins of pytest.
+FOLDER/NAME.txt. This project need not be installed, nor is there any need of a network, of `datasets`, or of plugins of
+pytest. What is needed and not there is named before anything starts: images for CUDA often lack msgspec, a wheel
+without dependencies.
 """
 
 import argparse
-import importlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -25,6 +26,9 @@ import time
 from pathlib import Path
 
 from gpu_lines import Part
+
+# Modules that the parts import.
+NEEDED = "torch triton transformers safetensors numpy psutil jinja2 tqdm msgspec filelock pytest".split()
 
 # Every step's parts: limit in seconds, module and function. A step's limits add up to less than 8 minutes.
 STEPS = {
@@ -110,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         help="folder for checkpoints and caches, 30 GB (default: %(default)s)")  # fmt: skip
     add("--tiny", action="store_true", help="tiny sizes, to try everything out without a GPU")
     arguments = parser.parse_args(argv)
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        parser.error(f"not installed: {' '.join(missing)}")
     if arguments.tiny:
         # Set before a part imports triton.
         os.environ.setdefault("TRITON_INTERPRET", "1")

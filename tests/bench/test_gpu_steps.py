@@ -55,6 +55,13 @@ def test_the_script_runs_a_part(tmp_path):
     assert [line["way"] for line in lines if "way" in line] == ["bare", "triton"] * 2
 
 
+def test_what_is_not_installed_is_named_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_steps, "NEEDED", ["torch", "nowhere"])
+    with pytest.raises(SystemExit):
+        gpu_steps.main([str(tmp_path / "results"), "1", "--tiny"])
+    assert capsys.readouterr().err.endswith("not installed: nowhere\n") and not list(tmp_path.iterdir())
+
+
 def test_kernels_are_tested(lines):
     (row,) = lines("kernel tests")
     assert (row["end_of_tests"], set(row["ends"]), row["failed"]) == ("status 0", {"PASSED"}, [])
