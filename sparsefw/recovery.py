@@ -135,8 +135,10 @@ def _job(pruned: Path, output: Output, given: dict[str, Any]) -> tuple[Report, C
         raise InputError(f"{option('nsamples', inputs.nsamples)}: give two windows or more, one of which is held out")
     for read in (pruned, folder):
         check_output(output.folder, read, output.overwrite, [Path(text).expanduser() for text in inputs.shares])
-    begun = Writer(output.folder, 0, restart=output.restart).begun().get("identity")
-    if begun and (begun.get("source"), begun.get("form")) != (str(pruned.resolve()), source.config):
+    writer = Writer(output.folder, 0, restart=output.restart)
+    if not (begun := writer.begun().get("identity")):
+        writer.check_space(sum(x.stored_nbytes for x in source.tensors.values()))
+    elif (begun.get("source"), begun.get("form")) != (str(pruned.resolve()), source.config):
         raise InputError(
             f"{output.folder}: an unfinished run of other input is there; {option('restart', True)} discards it, or "
             "choose another folder"

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,15 +205,20 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
     assert contents(source) == before
 
 
-def test_what_another_command_has_begun_is_refused_before_the_steps(pruned, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_written_is_refused_before_the_steps(pruned, tmp_path, capsys, monkeypatch):
     _, output = pruned(*WANDA)
     x = tmp_path / "x"
     with monkeypatch.context() as patched:
         interrupted_at(patched, 8)
         assert pack.main([str(output), str(x)]) == 130
     monkeypatch.setattr(recovery, "_fit", None)
-    assert recover.main([str(output), str(x)]) == 2
-    assert "an unfinished run of other input is there; --restart discards it" in capsys.readouterr().err
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**3))
+    for folder, message in (
+        (x, "an unfinished run of other input is there; --restart discards it"),
+        (tmp_path / "new" / "y", "GB are still to be written, and the disk has 0.00 GB free"),
+    ):
+        assert recover.main([str(output), str(folder)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_an_interrupted_one_says_that_it_begins_anew(pruned, tmp_path, capsys, monkeypatch):

@@ -28,7 +28,7 @@ from pathlib import Path
 from gpu_lines import Part
 
 # Modules that the parts import.
-NEEDED = "torch triton transformers safetensors numpy psutil jinja2 tqdm msgspec filelock pytest".split()
+NEEDED = ["torch", "triton", "transformers", "safetensors", "psutil", "jinja2", "tqdm", "msgspec", "filelock", "pytest"]
 
 # Every step's parts: limit in seconds, module and function. A step's limits add up to less than 8 minutes.
 STEPS = {

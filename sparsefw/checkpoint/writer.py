@@ -211,7 +211,7 @@ class Writer:
 
     def check_space(self, size: int) -> None:
         """Refuse to begin a run that the disk has too little space for; `size` bytes are still to be written."""
-        free = shutil.disk_usage(self._partial).free
+        free = shutil.disk_usage(next(x for x in (self._partial, *self._partial.parents) if x.exists())).free
         if size > free:
             raise InputError(
                 f"{self.output}: {size / 1e9:.2f} GB are still to be written, and the disk has {free / 1e9:.2f} GB "

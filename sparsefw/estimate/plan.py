@@ -17,7 +17,15 @@ from sparsefw.data.text import SELF
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows, window_length
 from sparsefw.errors import InputError, counted, fitted, option
-from sparsefw.estimate.memory import GIB, Workload, disk_space, memory_needs, process_bytes, pruned_shape
+from sparsefw.estimate.memory import (
+    GIB,
+    Workload,
+    disk_space,
+    memory_needs,
+    process_bytes,
+    pruned_shape,
+    recovery_needs,
+)
 from sparsefw.estimate.placement import memory_limits, place, reconstruction_line, reconstruction_steps, written_at_once
 from sparsefw.inputs import CARDS, DEFAULT, DEFAULT_MODEL, Inputs, Output
 from sparsefw.model.shape_of import shape_of_text, without_weights
@@ -133,7 +141,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
     placement, _ = place(shape, workload, limits, output.folder.resolve().parent)
     written = written_at_once(shape, workload, limits, inputs)
     needs = memory_needs(shape, replace(workload, written=written), placement)
-    notes = list(described.notes)
+    recovery, notes = recovery_needs(shape, workload), list(described.notes)
     if seqlen < inputs.seqlen:
         notes.append(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
     return {
@@ -159,6 +167,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
         "placement": asdict(placement) | {"folder": str(placement.folder)},
         "disk": disk_space(shape, workload, placement),
         "reconstruction": reconstruction_steps(shape, workload, placement),
+        "recovery": dict(gpu=recovery.gpu, host=recovery.host) if shape.vocabulary else None,
         "notes": notes,
     }
 
@@ -213,4 +222,6 @@ def lines(content: dict[str, Any]) -> Iterator[str]:
     )
     if content["reconstruction"]:
         yield reconstruction_line(content["reconstruction"])
+    if after := content["recovery"]:
+        yield f"recovery of all blocks afterwards, GiB: GPU {after['gpu'] / GIB:.2f}, host {after['host'] / GIB:.2f}"
     yield from (f"note: {note}" for note in content["notes"])

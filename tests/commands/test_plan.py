@@ -64,6 +64,9 @@ def test_lines_and_json(config, tmp_path, capsys):
     peak = max(peak["gpu"] for peak in content["memory"].values()) / 2**30
     assert re.search(rf"^all +{peak:.2f} ", out, re.MULTILINE)
     assert "placement: micro-batches of 1 window, activations on the device, the next block is read" in out
+    recovery = content["recovery"]
+    assert recovery["gpu"] > content["memory"]["write"]["gpu"]
+    assert f"GiB: GPU {recovery['gpu'] / 2**30:.2f}, host {recovery['host'] / 2**30:.2f}\n" in out
 
 
 def test_defaults_are_those_of_a_run_on_that_device(config, tmp_path, capsys):
