@@ -36,7 +36,7 @@ from sparsefw.inputs import Inputs, Output
 from sparsefw.model import HiddenStates, ModelShape, StreamedModel, shape_of
 from sparsefw.model.activations import Store, split_batches
 from sparsefw.model.forward import embed
-from sparsefw.model.gradients import SliceGradients, deterministic
+from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import add_divergence, logits
 from sparsefw.model.stand_ins import explained
 from sparsefw.packing import rewrite
@@ -229,20 +229,38 @@ def _fit(
         with torch.no_grad():
             return torch.stack([step(j) for j in held_out]).mean().item()
 
-    before, losses = loss(), list[Tensor]()
-    say(f"recovery: {len(learned)} steps; divergence on {len(held_out)} held-out windows: {before:.4g}")
-    if not math.isfinite(before):
-        raise InputError("the pruned model: weights hold NaN or Inf, or are too large; prune again")
     weights = KeptWeights(matrices, len(learned), RATE, config.backend, undo=False)
-    for n, j in enumerate(learned, 1):
-        losses.append(step(j, weights))
-        if n % -(-len(learned) // LINES) == 0:
-            say(f"step {n} of {len(learned)}: divergence {torch.stack(losses).mean().item():.4g}")
-            losses.clear()
-    weights.close()
-    for i in student.unique_blocks:
-        student.round(i)
-    return before, loss(), len(learned)
+    if operation := _operation_that_varies(partial(step, learned[0], weights, trial=True)):
+        say(f"another run may give other bits: {operation}")
+    with deterministic(refuse=not operation):
+        before, losses = loss(), list[Tensor]()
+        say(f"recovery: {len(learned)} steps; divergence on {len(held_out)} held-out windows: {before:.4g}")
+        if not math.isfinite(before):
+            raise InputError("the pruned model: weights hold NaN or Inf, or are too large; prune again")
+        for n, j in enumerate(learned, 1):
+            losses.append(step(j, weights))
+            if n % -(-len(learned) // LINES) == 0:
+                say(f"step {n} of {len(learned)}: divergence {torch.stack(losses).mean().item():.4g}")
+                losses.clear()
+        weights.close()
+        for i in student.unique_blocks:
+            student.round(i)
+        return before, loss(), len(learned)
+
+
+def _operation_that_varies(trial: Callable[[], object]) -> str:
+    """The operation that torch refuses in a step where the same bits are asked for; empty: none.
+
+    Weights move while gradients are made. So a step that is refused could not be made again.
+    """
+    try:
+        with deterministic():
+            trial()
+    except (InputError, RuntimeError) as error:
+        if operation := refused(error):
+            return operation
+        raise
+    return ""
 
 
 def _step(
@@ -251,6 +269,7 @@ def _step(
     windows: Sequence[Tensor],
     j: int,
     weights: KeptWeights | None = None,
+    trial: bool = False,
 ) -> Tensor:
     """The divergence of predictions in window j, mean over tokens, () fp32; weights move against its gradients.
 
@@ -259,6 +278,7 @@ def _step(
         windows: (1, seqlen) tokens of each window, on the device.
         j: number of the window.
         weights: the weights that move; None: none do.
+        trial: as for `KeptWeights.step`.
     """
     ids, total = windows[j], torch.zeros((), device=student.device)
     context = type(student.model).__name__, "a step of all blocks together"
@@ -269,5 +289,5 @@ def _step(
     add_divergence(total, p, q.detach(), replace=weights is not None)
     if weights:
         with explained(*context):
-            weights.step(partial(torch.autograd.backward, q, p, inputs=slices.leaves))
+            weights.step(partial(torch.autograd.backward, q, p, inputs=slices.leaves), trial)
     return total / ids.numel()

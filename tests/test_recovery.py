@@ -120,6 +120,37 @@ def test_losses_and_steps_are_those_of_the_definition(pruned, tmp_path, monkeypa
     assert torch.allclose(steps, -rate * gradient[clear].sign(), rtol=1e-2)
 
 
+class Watched(torch.autograd.Function):
+    """The identity. On the way back it keeps torch's mode, and does what torch may refuse."""
+
+    @staticmethod
+    def forward(ctx, x, modes, refused):
+        ctx.modes, ctx.refused = modes, refused
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.modes.append(torch.get_deterministic_debug_mode())
+        if ctx.refused:
+            torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+        return gradient, None, None
+
+
+def test_steps_give_the_same_bits_or_name_what_does_not(pruned, tmp_path, capsys, monkeypatch):
+    _, output = pruned(*WANDA)
+    forward, warns, refuses = LlamaMLP.forward, 1, 2
+    for refused in (False, True):
+        modes = []
+        with monkeypatch.context() as patched:
+            # Weights of the last MLP would have moved by then.
+            patched.setattr(LlamaMLP, "forward", lambda mlp, x, w=(modes, refused): forward(mlp, Watched.apply(x, *w)))
+            recovered(output, tmp_path / str(refused), "--nsamples", 20)
+        assert modes.count(refuses if refused else warns) == refused
+        assert ("another run may give other bits: put_" in capsys.readouterr().out) == refused
+    one, other = (tensors_of(tmp_path / name) for name in ("True", "False"))
+    assert all(torch.equal(x, other[name]) for name, x in one.items())
+
+
 def test_each_recovery_has_other_windows(pruned, tmp_path):
     _, output = pruned(*WANDA)
     first, _ = recovered(output, tmp_path / "first", "--nsamples", 20)

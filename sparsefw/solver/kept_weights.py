@@ -62,24 +62,32 @@ class KeptWeights:
                 parameter.grad = torch.zeros_like(parameter)
         return [_in_memory(p.grad, p) for p in self.parameters if p.grad is not None]
 
-    def step(self, backward: Callable[[], None] = lambda: None) -> None:
+    def step(self, backward: Callable[[], None] = lambda: None, trial: bool = False) -> None:
         """Move the weights against the gradients, which are gone then.
 
         Args:
             backward: makes gradients that are not there. Each parameter moves as soon as its gradient is complete, so
                 that few are in memory. Those with gradients of parts, see `SliceGradients`, and those that share memory
                 move at the end.
+            trial: nothing moves, and this is no step: to see whether `backward` raises an error.
         """
         # Half a period of a cosine, from the first rate to 0.
         rate = self._rate * (1 + math.cos(math.pi * self._done / self._steps)) / 2
-        self._done += 1
-        moves = {id(x.parameter): partial(x.step, rate, self._done, self._backend) for x in self._variables}
+        self._done += not trial
+        moves = {
+            id(x.parameter): x.forget if trial else partial(x.step, rate, self._done, self._backend)
+            for x in self._variables
+        }
         # torch refuses gradients by what has been changed, and counts changes of all that shares its memory.
         awaited = [x for x in self.parameters if x.grad is None and x.untyped_storage().nbytes() == x.nbytes]
         hooks = [x.register_post_accumulate_grad_hook(lambda x: moves.pop(id(x))()) for x in awaited]
-        backward()
-        for hook in hooks:
-            hook.remove()
+        try:
+            backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for variable in self._variables * trial:
+                variable.forget()
         for move in moves.values():
             move()
 
@@ -116,6 +124,10 @@ class _Variable:
         gradient = _in_memory(torch.zeros_like(self.parameter) if gradient is None else gradient, self.parameter)
         rate *= self._scale
         backend.adam_step(self._flat, gradient.reshape(-1), self._index, *state, rate=rate, step=step)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the gradient go."""
         self.parameter.grad = None
 
     @torch.no_grad()
@@ -127,7 +139,7 @@ class _Variable:
     def close(self) -> None:
         """The parameter asks for no gradient any more."""
         self.parameter.requires_grad_(False)
-        self.parameter.grad = None
+        self.forget()
 
 
 def bytes_of_state(weights: int, kept: int, itemsize: int, undo: bool = True) -> int:

@@ -129,7 +129,7 @@ def test_scores_of_the_bound(row_backend, gap, damping, shape):
     size = exact["R"].abs()
     if damping:
         size = size + (((exact["target_gap"] if gap else 0) + exact["W"] * (1 - exact["M"])) * exact["damping"]).abs()
-    bound = 8 * 2.0**-24 * (exact["target_gap"].abs() * size).sum(1) if gap else torch.zeros(shape[0])
+    bound = 8 * 2.0**-24 * (exact["target_gap"].abs() * size).sum(1) if gap else torch.zeros(shape[0], device=DEVICE)
     assert ((constant.double() - truth[1]).abs() <= bound).all()
 
 

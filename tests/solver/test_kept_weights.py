@@ -125,11 +125,17 @@ def test_each_parameter_moves_once_its_gradient_is_complete():
                 TORCH.adam_step(*args, **kwargs)
 
         weights = KeptWeights(list(zip(parameters, views, strict=True)), 3, RATE, Watched(TORCH.operations), undo=False)
-        for _ in range(3):
+
+        def backward(error=False):
             with SliceGradients(parameters) as slices:
                 loss = (x @ a @ b @ c @ d @ a @ experts[1]).square().mean()
-            backward = partial(torch.autograd.backward, loss, inputs=slices.leaves)
+            torch.autograd.backward(loss, inputs=slices.leaves)
+            assert not error
+
+        for _ in range(3):
             if at_once:
+                with pytest.raises(AssertionError):
+                    weights.step(partial(backward, error=True), trial=True)
                 weights.step(backward)
             else:
                 backward()
