@@ -28,8 +28,8 @@ from torch.nn import functional as F
 LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 # Rows of x that packed.cpp multiplies in one call at most.
 MOST = 16
-# Entries of W that are expanded at once for more rows.
-EXPANDED = 1 << 22
+# Entries of W that are expanded at once for more rows. Small pieces stay in a CPU's caches, and starve a GPU.
+EXPANDED, EXPANDED_GPU = 1 << 22, 1 << 26
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -147,7 +147,7 @@ def unpacked_product(
     """x W^T by torch, some rows of W at a time, which `unpack` expands; arguments as in `packed_product`."""
     cols, rows = x.shape[1], len(mask)
     y = x.new_empty(len(x), rows)
-    size = max(1, EXPANDED // cols)
+    size = max(1, (EXPANDED if x.device.type == "cpu" else EXPANDED_GPU) // cols)
     for first in range(0, rows, size):
         last = min(first + size, rows)
         W = unpack(values, mask, starts, cols=cols, first=first, last=last)

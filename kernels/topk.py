@@ -14,10 +14,10 @@ that was right for similar scores (`bracket`):
 - Once a single key too many or too few reaches an end, that key is looked up, and the search is done.
 
 A pass is one reduction over the row: a count, or a look-up. On the scores of SmolLM2-135M a search from the last step's
-threshold takes 4 to 5 passes, one anew 8 to 9, and bisection on the bits 16 to 17 (`bench/counts.py`); no search takes
-more than 50. A count costs one comparison an entry and one sum. Radix selection by 4 bits would take 8 passes, each
-with 15 sums, or with a histogram in shared memory and an atomic an entry. Only a row with a tie at its k-th key needs
-the running count that gives the tie to the lower index.
+threshold takes 4 to 5 passes, one anew 8 to 9, and bisection on the bits 16 to 17 (counted once, by a script that is
+gone); no search takes more than 50. A count costs one comparison an entry and one sum. Radix selection by 4 bits would
+take 8 passes, each with 15 sums, or with a histogram in shared memory and an atomic an entry. Only a row with a tie at
+its k-th key needs the running count that gives the tie to the lower index.
 """
 
 import triton

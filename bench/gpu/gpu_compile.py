@@ -100,11 +100,13 @@ def kernel_tests(part: Part) -> None:
     command = [sys.executable, "-m", "pytest", "-v", "-rN", "-m", "gpu or not gpu", tests]
     if importlib.util.find_spec("xdist") and not part.tiny:
         command += ["-n", str(WORKERS)]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout=60"]
     path, started = part.folder / "kernel-tests-results.txt", time.perf_counter()
     try:
         with path.open("w", encoding="utf-8") as output:
             # Less than the limit of this part, so that the results so far are counted.
-            done = subprocess.run(command, cwd=REPO, stdout=output, stderr=subprocess.STDOUT, timeout=250, check=False)
+            done = subprocess.run(command, cwd=REPO, stdout=output, stderr=subprocess.STDOUT, timeout=220, check=False)
         end = f"status {done.returncode}"
     except subprocess.TimeoutExpired:
         end = "cut off"

@@ -27,7 +27,7 @@ GRAMS = [(4096, 4096), (4096, 8192), (16384, 8192), (4096, 14336), (4096, 28672)
 CROSSES = [(4096, 4096, 4096), (4096, 8192, 8192), (16384, 8192, 8192), (4096, 8192, 28672), (4096, 28672, 28672)]
 EXACT = [(6528, 8192), (1856, 28672), (4096, 4096)]
 # Matrices of 8B and 70B, and rows of x that a packed matrix multiplies.
-PACKED, BATCHES = [(4096, 4096), (8192, 8192), (8192, 28672)], (1, 4, 16)
+PACKED, BATCHES = [(4096, 4096), (8192, 8192), (8192, 28672)], (1, 4, 16, 512)
 
 # Precisions whose kernels are measured: those of runs on a GPU. The interpreter multiplies in fp32 anyway.
 PRECISIONS = ("bf16", "tf32") if GPU else ("ieee",)

@@ -19,6 +19,7 @@ from gpu_trace import summary
 from timing import GPU, Moment
 from torch import Tensor
 
+from sparsefw import memory
 from sparsefw.driver.block import Run
 from sparsefw.driver.reconstruct import RATE, Fit
 from sparsefw.model.activations import split_batches
@@ -27,7 +28,7 @@ from sparsefw.model.forward import embed
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.kept_weights import KeptWeights
 
-DEVICE = torch.device("cuda" if GPU else "cpu")
+DEVICE = memory.this_device()
 # Sizes by transformers' model_type: Qwen3-30B-A3B is the mixture.
 MIXTURE = {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128}
 MIXTURE |= {"num_experts_per_tok": 8, "num_attention_heads": 32, "head_dim": 128, "num_key_value_heads": 4}

