@@ -96,6 +96,18 @@ def counted(number: int, thing: str) -> str:
 
 
 @contextmanager
+def errors_in_one_line(what: str, limit: int = 200) -> Iterator[None]:
+    """Make an error of a library, which may be any exception, one of the input; `what` could not be done."""
+    try:
+        yield
+    except Exception as error:
+        # Memory that is full is no mistake of the input. torch has a class of its own for a GPU's.
+        if isinstance(error, InputError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise InputError(f"{what}: {shown(first_line(error), limit)}") from error
+
+
+@contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Name the file in an error of the system inside the `with` block. A full disk, for one, names none."""
     try:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsefw.errors import InputError, first_line, invocation, printable, shown, worded
+from sparsefw.errors import InputError, errors_in_one_line, first_line, invocation, printable, shown, worded
 
 # The triangle of a symmetric matrix is summed in this number of panels of rows. One of them is in a buffer at a time.
 PANELS = 16
@@ -269,10 +269,8 @@ def joined_with(log: Callable[[str], None]) -> Iterator[tuple[Ranks, Callable[[s
         # A rank sees all GPUs of its machine, or its own alone.
         torch.cuda.set_device(local % torch.cuda.device_count())
     if made:
-        try:
+        with errors_in_one_line("the other ranks cannot be reached; start with torchrun"):
             dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise InputError(f"the other ranks cannot be reached: {first_line(error)}; start with torchrun") from error
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), here, local)
     _check_gpus(ranks, has_gpu)
     yield ranks, say

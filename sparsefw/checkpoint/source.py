@@ -7,7 +7,7 @@ Hub's cache. `inspect` reads the headers, and has checked everything that it ret
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,14 +15,13 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import SafetensorError, safe_open
 
 from sparsefw.checkpoint import files
 from sparsefw.checkpoint.files import CONFIG, parse_object, read_bounded, roots_of
 from sparsefw.checkpoint.quantization import FP8_DTYPES, Quantization, joined, most_bytes, quantization_of
 from sparsefw.checkpoint.tensors import TensorInfo, stamp_of
-from sparsefw.errors import InputError, first_line, shown
+from sparsefw.errors import InputError, errors_in_one_line, first_line, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -139,21 +138,12 @@ def locate(model: str, wanted: list[str] = WANTED) -> Path:
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted, ignore_patterns=UNWANTED))
 
 
-@contextmanager
-def from_hub(model: str) -> Iterator[None]:
-    """Turn a failed download inside into an error of one line.
-
-    Raises:
-        InputError: no such id, no access to it, or no network and no cached copy.
-    """
-    try:
-        yield
-    # The Hub's library passes on the HTTPError of a proxy.
-    except (HFValidationError, HTTPError, OSError) as error:
-        raise InputError(
-            f"{model}: no such folder, and it could not be downloaded from the Hub ({shown(first_line(error))}); check "
-            "the name, log in with `hf auth login` if the model is gated, or give the path of a local checkpoint"
-        ) from error
+def from_hub(model: str) -> AbstractContextManager[None]:
+    """Turn a failed download inside into an error of one line."""
+    return errors_in_one_line(
+        f"{model}: no such folder, and it could not be downloaded from the Hub (check the name, log in with `hf auth "
+        "login` if the model is gated, or give the path of a local checkpoint)"
+    )
 
 
 def inspect(folder: Path) -> Checkpoint:

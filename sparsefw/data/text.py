@@ -9,12 +9,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsefw.errors import InputError, first_line, option, shown
+from sparsefw.errors import InputError, errors_in_one_line, option, shown
 
 # Which half of a dataset: what models are calibrated on, or what they are evaluated on.
 Split = Literal["train", "test"]
@@ -97,17 +96,6 @@ def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], 
 def takes_library(dataset: str) -> bool:
     """Whether a library that takes much memory reads a text: one of the Hub, or a parquet file."""
     return dataset not in ("default", SELF) and not dataset.lower().endswith(tuple(x for x in FILES if x != ".parquet"))
-
-
-@contextmanager
-def errors_in_one_line(what: str) -> Iterator[None]:
-    """Make an error of a library, which may be any exception, one of the input; `what` could not be done."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise InputError(f"{what}: {shown(first_line(error))}") from error
 
 
 def _read(items: Iterable[Any], source: str) -> Iterator[Any]:

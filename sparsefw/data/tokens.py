@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto import AutoTokenizer
 
-from sparsefw.data.text import errors_in_one_line
+from sparsefw.errors import errors_in_one_line
 
 Tokenizer = PreTrainedTokenizerBase
 

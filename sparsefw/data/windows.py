@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from sparsefw.data.batches import Batch, token_batch
-from sparsefw.data.text import SELF, errors_in_one_line, read_text
+from sparsefw.data.text import SELF, read_text
 from sparsefw.data.tokens import Tokenizer, start_tokens, tokens_of
-from sparsefw.errors import InputError, option
+from sparsefw.errors import InputError, errors_in_one_line, option
 
 SEPARATOR = "\n\n"
 

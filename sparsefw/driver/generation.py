@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sparsefw.data.text import SELF, errors_in_one_line
+from sparsefw.data.text import SELF
 from sparsefw.data.tokens import Tokenizer, start_tokens, tokenize
-from sparsefw.errors import option
+from sparsefw.errors import errors_in_one_line, option
 from sparsefw.model.block_model import BlockModel
 
 # The file with the text, beside the report: a record for each window, with its text and its tokens.

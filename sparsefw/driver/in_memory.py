@@ -4,8 +4,8 @@ The model is written as its own library does it.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,7 +25,7 @@ from sparsefw.data.batches import Batch, Batches
 from sparsefw.data.text import SELF
 from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
 from sparsefw.driver.run import Shown, carry_out, computes_in_fp32, kernel_line, own_text
-from sparsefw.errors import InputError, first_line, shown
+from sparsefw.errors import InputError, errors_in_one_line, shown
 from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import resident
 from sparsefw.model.block_model import ResidentModel
@@ -212,16 +211,6 @@ def save(model: nn.Module, folder: Path) -> None:
             safetensors.torch.save_model(model, str(folder / "model.safetensors"))
 
 
-@contextmanager
-def explained_saving(model: nn.Module) -> Iterator[None]:
-    """Turn what a library raises when it cannot write a model, inside the `with` block, into an error of one line.
-
-    Weights that lie in the same memory are one reason: safetensors takes only some of them. A config that its library
-    does not take is another, such as a temperature without sampling.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
-        raise InputError(f"model: {type(model).__name__} cannot be written: {shown(first_line(error), 600)}") from error
+def explained_saving(model: nn.Module) -> AbstractContextManager[None]:
+    """Turn what a library raises when it cannot write a model, inside the `with` block, into an error of one line."""
+    return errors_in_one_line(f"model: {type(model).__name__} cannot be written", 600)

@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 
 from sparsefw import memory
 from sparsefw.arithmetic import computes_in_fp32
 from sparsefw.checkpoint.quantization import DTYPES, dtype_in, quantization_of
-from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_config, from_hub, inspect, read_json
+from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_config, inspect, locate, read_json
 from sparsefw.data.text import SELF
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows, window_length
@@ -71,7 +70,9 @@ def describe(model: str, device: torch.device = CPU, writes: bool = False) -> De
         InputError: there is no such model; its config is damaged, asks for what no model has, or describes one that
             transformers does not know or cannot load.
     """
-    path = _find_config(model)
+    path = Path(os.path.expanduser(model))
+    if not path.is_file():
+        path = locate(model, [CONFIG]) / CONFIG
     named = read_json(path)
     check_config(named, path)
     quantization, notes = quantization_of(named, path), list[str]()
@@ -98,18 +99,6 @@ def describe(model: str, device: torch.device = CPU, writes: bool = False) -> De
         quantized = int(share * shape.written * max(block.nbytes for block in shape.blocks))
         shape = replace(shape, quantized=shape.quantized + quantized)
     return DescribedModel(type(built.model).__name__, shape, dtype, built.max_seqlen, notes + built.notes)
-
-
-def _find_config(model: str) -> Path:
-    path = Path(os.path.expanduser(model))
-    if model and path.is_file():
-        return path
-    if model and path.is_dir():
-        return path / CONFIG
-    if not model or path.exists() or model.startswith((".", "/", "~")):
-        raise InputError(f"{model or option('model')}: no such folder or file; give one with a config, or a Hub id")
-    with from_hub(model):
-        return Path(huggingface_hub.hf_hub_download(model, CONFIG))
 
 
 def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) -> dict[str, Any]:

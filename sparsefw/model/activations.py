@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,6 @@ class Activations:
 
     def __len__(self) -> int:
         return len(self._stored)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[j] for j in range(len(self)))
 
     def append(self, x: Tensor) -> None:
         """Add a micro-batch."""

@@ -223,8 +223,6 @@ class BlockModel:
         They are those of the open block, which are others when it is opened again. Those on a GPU are copied, see
         `to_host`.
         """
-        if i not in self.unique_blocks:
-            return {}
         # By their places, which hooks of `state_dict` may leave parts out of. Buffers are not changed.
         parameters = [slot for slot in self._open[i] if isinstance(slot.own, nn.Parameter)]
         # A tensor that has several places is written once.

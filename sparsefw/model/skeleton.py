@@ -10,15 +10,13 @@ and `streamed`. transformers may change these in any version. They were tested w
 breaks one, this file is the place to mend it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -37,26 +35,10 @@ from transformers.utils import logging
 from sparsefw.checkpoint.quantization import GUARD, KEY, ORIGINAL
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable, TensorInfo
-from sparsefw.errors import InputError, first_line, shown
+from sparsefw.errors import InputError, errors_in_one_line, first_line, shown
 from sparsefw.memory import to_host
 from sparsefw.model.settings import ONE_BY_ONE, ask_for_no_more
 from sparsefw.model.slots import restore, slots_of
-
-# Errors of transformers for a config or tensors that do not fit. They cannot be fewer: entries of a config reach the
-# code of a model's class unchecked, and a wrong one fails wherever it is used first, as a size, a key, an attribute or
-# a divisor. Only MemoryError and mistakes in the source of transformers, such as NameError, are left out.
-LOADING = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
 
 # Computed buffers of real models take a few MiB; a config that asks for more than its checkpoint's size is no model's.
 BUFFERS_ALLOWED = 64 * 2**20
@@ -130,7 +112,7 @@ def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
     # transformers would draw a progress bar for every block.
     logging.disable_progress_bar()
     config: Any = read_config(checkpoint)
-    with _loading(checkpoint, "model"):
+    with errors_in_one_line(f"{checkpoint.folder}: transformers cannot load this model"):
         return _build(checkpoint, config, as_named)
 
 
@@ -143,7 +125,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     Raises:
         InputError: transformers cannot load it.
     """
-    with _loading(checkpoint, "config"):
+    with errors_in_one_line(f"{checkpoint.folder}: transformers cannot load this config"):
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         for part in (config, getattr(config, "text_config", None)):
             for key in (KEY, GUARD):
@@ -151,17 +133,6 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
                     delattr(part, key)
         ask_for_no_more(config)
         return config
-
-
-@contextmanager
-def _loading(checkpoint: Checkpoint, what: str) -> Iterator[None]:
-    """Turn errors of transformers, inside the `with` block, into one line; `what` is loaded."""
-    try:
-        yield
-    except InputError:
-        raise
-    except LOADING as error:
-        raise InputError(f"{checkpoint.folder}: transformers cannot load this {what}: {first_line(error)}") from error
 
 
 def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:

@@ -109,8 +109,6 @@ class StreamedModel(BlockModel):
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """As `BlockModel.block_tensors`, under the checkpoint's names and in its form."""
-        if i not in self.unique_blocks:
-            return {}
         state = self.blocks[i].state_dict(prefix=f"{self.names[i]}.")
         sources = self.shared.sources
         own = {name: x.to(self._own[name].dtype) for name, x in state.items() if name not in sources}
