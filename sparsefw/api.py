@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sparsefw.data.batches import Batches
+    from sparsefw.driver.job import Job
     from sparsefw.report.content import Report
     from sparsefw.report.log import Progress
     from sparsefw.solver.layer import LayerResult
@@ -194,7 +195,7 @@ def prune(
             tokenizer = _tokenizer_of(module)
         with _folder(folder, ranks) as written, nullcontext() if batches else on_cpu_by_default():
             job = Job(inputs, config, Output(written, **places), documents, tokenizer)
-            with _packing(job.output, ranks):
+            with _packing(job, ranks):
                 report = run_in_memory(module, job, batches, folder is not None, say, ranks.first and progress, ranks)
     # A temporary folder is gone.
     return PruneResult(report if folder else replace(report, arguments=report.arguments | {"output": None}), folder)
@@ -230,25 +231,29 @@ def prune_checkpoint(
     with joined_with(log) as (ranks, say):
         folder = ranks.local_first(lambda: locate(inputs.model))
         job = Job(inputs, config, output, dataset, tokenizer, folder)
-        with _packing(output, ranks):
+        with _packing(job, ranks):
             return run_job(job, say, ranks.first and progress, ranks)
 
 
 @contextmanager
-def _packing(output: Output, ranks: Ranks) -> Iterator[None]:
+def _packing(job: "Job", ranks: Ranks) -> Iterator[None]:
     """Pack what is written inside, if a packed copy is wanted."""
+    output = job.output
     if output.packed is None:
         yield
         return
-    from sparsefw.checkpoint.files import check_free
+    from sparsefw.checkpoint.files import check_output
     from sparsefw.packing import pack_folder
 
-    if output.packed.resolve() == output.folder.resolve():
-        raise InputError(f"{output.packed}: the output itself; give another folder for its packed copy")
-    check_free(output.packed, output.overwrite)
+    for folder in filter(None, (job.folder, output.folder)):
+        check_output(output.packed, folder, output.overwrite, job.inputs.paths)
     yield
     if ranks.first:
-        pack_folder(output.folder, output.packed, overwrite=output.overwrite, restart=output.restart)
+        try:
+            pack_folder(output.folder, output.packed, overwrite=output.overwrite, restart=output.restart)
+        except InputError as error:
+            error.add_note(f"{output.folder} is complete")
+            raise
     ranks.barrier()
 
 
@@ -337,6 +342,8 @@ def _check(model: Any, on_batches: bool) -> None:
     """
     from transformers import PreTrainedModel
 
+    from sparsefw.checkpoint.packed import MASK
+
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if type(module).__module__.split(".")[0] == "peft":
             raise InputError(f"{name or 'model'}: is an adapter of peft; merge the adapters first: merge_and_unload()")
@@ -346,6 +353,8 @@ def _check(model: Any, on_batches: bool) -> None:
         expected = f"a module in memory, since calibration= is given{loads}" if on_batches else expected
         raise InputError(f"model: got {type(model).__name__}, expected {expected}")
     for name, parameter in model.named_parameters():
+        if name.endswith(MASK):
+            raise InputError("model: is packed; model.dequantize() makes it dense")
         if parameter.is_meta:
             raise InputError(
                 f"{name}: is on the meta device, without data; give a model with its weights, or a language model as "

@@ -35,8 +35,6 @@ FAILED, BAD_INPUT, MISTAKE, INTERRUPTED = 1, 2, 70, 130
 # Seconds that a rank which has lost another one gives the launcher.
 PATIENCE = 10
 
-GOES_ON = "the same command goes on from what is finished"
-
 
 def main() -> int:
     """The command `sparsefw`: its first argument names one of `COMMANDS`, whose arguments follow."""
@@ -95,7 +93,7 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     """The exit status and the message of an exception; the traceback of a mistake is printed."""
     on_one_line = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted" if hasattr(error, "__notes__") else f"interrupted; {GOES_ON}"
+        return INTERRUPTED, "interrupted"
     if isinstance(error, InputError):
         return BAD_INPUT, str(error)
     if isinstance(error, OSError) and error.filename is not None:
@@ -190,6 +188,21 @@ def given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
     """The values of a dataclass's fields that were given as flags."""
     values = {f.name: getattr(arguments, f.name, None) for f in fields(settings)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def folder(text: str) -> Path:
+    """A path, in which `~` at the beginning is the user's own folder."""
+    return Path(os.path.expanduser(text))
+
+
+def refuse_ranks(command: str) -> None:
+    """Refuse a start by torchrun.
+
+    Raises:
+        InputError: there are several ranks.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(f"{command} is one process: start it without torchrun")
 
 
 def say(line: str) -> None:

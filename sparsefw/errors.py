@@ -96,7 +96,7 @@ def counted(number: int, thing: str) -> str:
 
 
 @contextmanager
-def errors_in_one_line(what: str, limit: int = 200) -> Iterator[None]:
+def errors_in_one_line(what: str, advice: str = "", limit: int = 200) -> Iterator[None]:
     """Make an error of a library, which may be any exception, one of the input; `what` could not be done."""
     try:
         yield
@@ -104,7 +104,7 @@ def errors_in_one_line(what: str, limit: int = 200) -> Iterator[None]:
         # Memory that is full is no mistake of the input. torch has a class of its own for a GPU's.
         if isinstance(error, InputError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
             raise
-        raise InputError(f"{what}: {shown(first_line(error), limit)}") from error
+        raise InputError("; ".join(filter(None, [f"{what}: {shown(first_line(error), limit)}", advice]))) from error
 
 
 @contextmanager

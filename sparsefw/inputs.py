@@ -1,6 +1,7 @@
 """What the commands read and where they write. Flags, ranges and help are made of these fields, as of PruneConfig's."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,11 @@ class Inputs:
     def shares(self) -> dict[str, float]:
         """The share of each calibration text in the windows, by its name."""
         return dict(map(name_and_share, self.dataset))
+
+    @property
+    def paths(self) -> list[Path]:
+        """What the texts are, if they are files."""
+        return [Path(os.path.expanduser(name)) for name in (*self.shares, *self.evaluate)]
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,9 @@ def _check_datasets(datasets: Sequence[str]) -> None:
         if not 0 < share < math.inf:
             raise InputError(f"{option('dataset', dataset)}: expected a share above 0 behind the last =")
         if name in names:
-            raise InputError(f"{option('dataset', name)}: given twice; give it once, with a share: {shown(name)}=2")
+            of_mixture = f"; {GENERAL} has it, too" if name in MIXTURE else ""
+            once = f"give it once, with a share: {shown(name)}=2{of_mixture}"
+            raise InputError(f"{option('dataset', name)}: given twice; {once}")
         names.add(name)
 
 

@@ -6,19 +6,19 @@ interrupted command goes on where it was.
 """
 
 import sys
-from pathlib import Path
 
-from sparsefw.cli import Parser, launch, load_libraries, say
+from sparsefw.cli import Parser, folder, launch, load_libraries, refuse_ranks, say
 
 
 def packer(command: str, description: str | None, argv: list[str] | None) -> int:
     """Pack or unpack, and print the sizes; `command` says which."""
     parser = Parser(command, description)
-    parser.add_argument("source", type=Path, metavar="PRUNED" if command == "pack" else "PACKED", help="a folder")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the result")
+    parser.add_argument("source", type=folder, metavar="PRUNED" if command == "pack" else "PACKED", help="a folder")
+    parser.add_argument("output", type=folder, metavar="OUTPUT", help="folder for the result")
     parser.add_argument("--overwrite", action="store_true", help="replace an older checkpoint in OUTPUT")
     parser.add_argument("--restart", action="store_true", help="discard what an interrupted command left")
     arguments = parser.parse_args(argv)
+    refuse_ranks(command)
     load_libraries()
     from sparsefw import packing
 

@@ -10,20 +10,20 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsefw.checkpoint.files import durably, file_digest
+from sparsefw.checkpoint.files import check_output, durably, file_digest
 from sparsefw.checkpoint.packed import FORMAT, MASK, form_of, pack
 from sparsefw.checkpoint.quantization import GUARD, KEY, without_quantization
 from sparsefw.checkpoint.source import CONFIG, Checkpoint, inspect, stamps
 from sparsefw.checkpoint.tensors import dequantized, read_tensors
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import BATCHES
+from sparsefw.data.text import OWN_TEXT
 from sparsefw.errors import InputError
 from sparsefw.model.skeleton import Skeleton, build
 from sparsefw.report.card import write_card
@@ -32,7 +32,7 @@ from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS
 from sparsefw.solver.patterns import Pattern, without_index
 
-REPORTS = ("report.json", "report.html")
+REPORTS = ("report.json", "report.html", OWN_TEXT)
 
 # transformers says this where sparsefw is not imported: its loader knows no other way to ask for a package.
 ADVICE = "packed by sparsefw: pip install sparsefw, and import sparsefw before from_pretrained"
@@ -63,7 +63,7 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
     whole &= pattern.scope != "group"
     kept = _kept(skeleton, report, pattern, whole)
     if not kept:
-        raise InputError(f"{pruned}: no matrix would become smaller by leaving out its zeros")
+        raise InputError(f"{pruned}: no matrix becomes smaller without its zeros; those stored transposed stay dense")
     facts = {
         "quant_method": "sparsefw",
         "format": FORMAT,
@@ -151,13 +151,12 @@ def rewrite(
         texts: contents of other files by name, in place of the checkpoint's report.
     """
     folder = checkpoint.folder
-    if output.resolve() == folder.resolve():
-        raise InputError(f"{output}: the checkpoint itself; give another folder for the output")
+    check_output(output, folder, overwrite)
     files = defaultdict(list)
     for name, info in checkpoint.tensors.items():
         files[info.file].append(name)
     identity = {"source": str(folder.resolve()), "files": stamps(checkpoint), "config": file_digest(folder / CONFIG)}
-    identity |= {"form": config, "texts": sha256("".join(texts.values()).encode()).hexdigest()}
+    identity["form"] = config
     with Writer(output, len(files), identity, source=folder, overwrite=overwrite, restart=restart) as writer:
         for n, file in enumerate(tqdm(sorted(files), unit="shard", disable=None)):
             if n in writer.records:

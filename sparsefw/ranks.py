@@ -269,7 +269,7 @@ def joined_with(log: Callable[[str], None]) -> Iterator[tuple[Ranks, Callable[[s
         # A rank sees all GPUs of its machine, or its own alone.
         torch.cuda.set_device(local % torch.cuda.device_count())
     if made:
-        with errors_in_one_line("the other ranks cannot be reached; start with torchrun"):
+        with errors_in_one_line("the other ranks cannot be reached", "start with torchrun"):
             dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), here, local)
     _check_gpus(ranks, has_gpu)

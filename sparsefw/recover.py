@@ -4,13 +4,10 @@ All kept weights are fitted together, so that the pruned model predicts what the
 The model has to fit into memory with the state of its fit, at 60 % in bf16 8.8 bytes a weight. More windows gain more.
 """
 
-import os
 import sys
 from dataclasses import fields
-from pathlib import Path
 
-from sparsefw.cli import Parser, add_flag, given, launch, load_libraries, say
-from sparsefw.errors import InputError
+from sparsefw.cli import Parser, add_flag, folder, given, launch, load_libraries, refuse_ranks, say
 from sparsefw.inputs import Inputs, Output
 
 # The fields of Inputs that are flags.
@@ -20,8 +17,8 @@ INPUTS = ("model", "dataset", "nsamples", "seqlen", "seed")
 def command(argv: list[str] | None) -> int:
     """Recover a checkpoint, and print what is gained."""
     parser = Parser("recover", __doc__)
-    parser.add_argument("pruned", type=Path, metavar="PRUNED", help="folder that sparsefw run wrote")
-    parser.add_argument("folder", type=Path, metavar="OUTPUT", help="folder for the result")
+    parser.add_argument("pruned", type=folder, metavar="PRUNED", help="folder that sparsefw run wrote")
+    parser.add_argument("folder", type=folder, metavar="OUTPUT", help="folder for the result")
     for f in fields(Inputs):
         if f.name in INPUTS:
             add_flag(parser, f, "the run's, plus 1" if f.name == "seed" else "the run's")
@@ -29,8 +26,7 @@ def command(argv: list[str] | None) -> int:
         if f.name in ("overwrite", "restart", "gpu_memory", "host_memory"):
             add_flag(parser, f)
     arguments = parser.parse_args(argv)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("recover is one process: start it without torchrun")
+    refuse_ranks("recover")
     inputs, output = given(arguments, Inputs), Output(**given(arguments, Output))
     load_libraries()
     from sparsefw import memory

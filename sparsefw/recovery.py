@@ -24,12 +24,12 @@ from sparsefw import arithmetic, memory
 from sparsefw.checkpoint.files import check_output
 from sparsefw.checkpoint.source import Checkpoint, inspect
 from sparsefw.checkpoint.writer import Writer
+from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.windows import window_length
-from sparsefw.driver.generation import OWN_TEXT
 from sparsefw.driver.job import Job, windows_of_texts
 from sparsefw.driver.reconstruct import pruned_matrices
 from sparsefw.driver.run import limits_of, own_text, workload_of
-from sparsefw.errors import InputError, option
+from sparsefw.errors import InputError, counted, option
 from sparsefw.estimate.memory import pruned_shape, recovery_needs
 from sparsefw.estimate.placement import too_little
 from sparsefw.inputs import Inputs, Output
@@ -109,7 +109,8 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
                 report = replace(report, recoveries=[*report.recoveries, recovery], evaluation=[])
                 texts = {"report.json": report.to_json(), "report.html": html.page(report)}
                 texts |= {OWN_TEXT: windows.own} if windows.own else {}
-                options: dict[str, Any] = dict(overwrite=output.overwrite, restart=output.restart, texts=texts)
+                # What an interrupted one has written may be of other bits.
+                options: dict[str, Any] = dict(overwrite=output.overwrite, restart=True, texts=texts)
                 rewrite(source, output.folder, source.config, _recovered(student), **options)
     say(f"divergence on held-out windows: {before:.4g} to {after:.4g}")
     say(f"checkpoint: {output.folder}")
@@ -122,7 +123,12 @@ def _job(pruned: Path, output: Output, given: dict[str, Any]) -> tuple[Report, C
     if source.quantization:
         raise InputError(f"{pruned}: packed; sparsefw unpack makes it dense again")
     model = given.get("model", None if report.in_memory else report.argument("model", str))
-    folder, missing = find_source(report, pruned, model, "model")
+    try:
+        folder, missing = find_source(report, pruned, model, "model")
+    except InputError as error:
+        if "model" not in given:
+            error.add_note(f"{option('model')} names what was pruned")
+        raise
     if folder is None:
         raise InputError(missing)
     of_run: dict[str, Any] = {name: report.argument(name, kind) for name, kind in OF_RUN.items()}
@@ -133,8 +139,8 @@ def _job(pruned: Path, output: Output, given: dict[str, Any]) -> tuple[Report, C
         raise InputError(f"{pruned}: calibrated on data without a name; name a text with {option('dataset')}")
     if inputs.nsamples < 2:
         raise InputError(f"{option('nsamples', inputs.nsamples)}: give two windows or more, one of which is held out")
-    for read in (pruned, folder):
-        check_output(output.folder, read, output.overwrite, [Path(text).expanduser() for text in inputs.shares])
+    for read in (folder, pruned):
+        check_output(output.folder, read, output.overwrite, inputs.paths)
     writer = Writer(output.folder, 0, restart=output.restart)
     if not (begun := writer.begun().get("identity")):
         writer.check_space(sum(x.stored_nbytes for x in source.tensors.values()))
@@ -234,9 +240,11 @@ def _fit(
         say(f"another run may give other bits: {operation}")
     with deterministic(refuse=not operation):
         before, losses = loss(), list[Tensor]()
-        say(f"recovery: {len(learned)} steps; divergence on {len(held_out)} held-out windows: {before:.4g}")
+        say(f"recovery: {len(learned)} steps; divergence on {counted(len(held_out), 'held-out window')}: {before:.4g}")
         if not math.isfinite(before):
             raise InputError("the pruned model: weights hold NaN or Inf, or are too large; prune again")
+        if not before:
+            raise InputError(f"both models predict the same; name what was pruned with {option('model')}")
         for n, j in enumerate(learned, 1):
             losses.append(step(j, weights))
             if n % -(-len(learned) // LINES) == 0:

@@ -7,15 +7,14 @@ all is well; 1: a check failed, and the culprits are listed; 2: bad input, as wh
 """
 
 import sys
-from pathlib import Path
 
-from sparsefw.cli import Parser, launch, load_libraries, say
+from sparsefw.cli import Parser, folder, launch, load_libraries, say
 
 
 def command(argv: list[str] | None) -> int:
     """Verify a checkpoint, and print the verdict."""
     parser = Parser("verify", __doc__)
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder that sparsefw run wrote")
+    parser.add_argument("output", type=folder, metavar="OUTPUT", help="folder that sparsefw run wrote")
     parser.add_argument("--against", metavar="ID|PATH", help="the checkpoint that was pruned (default: what the report "
         "names, where that is a folder here)")  # fmt: skip
     parser.add_argument("--digest", metavar="HEX", help="SHA-256 of OUTPUT/SHA256SUMS, as the run has printed it: with "

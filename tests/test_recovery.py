@@ -222,7 +222,7 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
         (
             output,
             ("--model", tmp_path / "same"),
-            "nothing is gained: the divergence on held-out windows goes from 0",
+            "both models predict the same; name what was pruned with --model",
         ),
         (output, ("--dataset", tmp_path / "none.txt"), "none.txt"),
     ):
@@ -232,7 +232,7 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
         assert not (tmp_path / "x").exists()
     before = contents(source)
     assert recover.main([str(output), str(source), "--overwrite"]) == 2
-    assert "lies in the input folder" in capsys.readouterr().err
+    assert ", which is read; choose another folder" in capsys.readouterr().err
     assert contents(source) == before
 
 
@@ -257,6 +257,17 @@ def test_an_interrupted_one_says_that_it_begins_anew(pruned, tmp_path, capsys, m
     monkeypatch.setattr(recovery, "_fit", lambda *args: interrupt())
     assert recover.main([str(output), str(tmp_path / "x")]) == 130
     assert "interrupted; a recovery makes its steps again" in capsys.readouterr().err
+
+
+def test_another_one_that_was_interrupted_while_it_wrote_does_not_matter(pruned, tmp_path, monkeypatch, capsys):
+    _, output = pruned(*WANDA)
+    expected, _ = recovered(output, tmp_path / "expected", "--nsamples", 20)
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 8)
+        assert recover.main([str(output), str(tmp_path / "x"), "--nsamples", "40"]) == 130
+    assert "shards are finished; a recovery makes its steps again" in capsys.readouterr().err
+    folder, _ = recovered(output, tmp_path / "x", "--nsamples", 20)
+    assert all(torch.equal(x, tensors_of(expected)[name]) for name, x in tensors_of(folder).items())
 
 
 def test_a_full_host_is_no_fault_of_the_model(pruned, tmp_path, capsys, monkeypatch):

@@ -25,7 +25,7 @@ from helpers.verifying import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sparsefw import prune
+from sparsefw import pack, prune
 from sparsefw.checkpoint.files import SUMS, file_digest
 from sparsefw.checkpoint.source import INDEX
 from sparsefw.driver.in_memory import save
@@ -295,9 +295,18 @@ class TestSource:
         refused(capsys, message, "out", "--against", against)
 
 
+def test_a_packed_matrix_that_is_damaged_is_a_failed_check(copied, tmp_path, capsys):
+    _, output = copied(*WANDA)
+    assert pack.main([str(output), str(tmp_path / "packed")]) == 0
+    for shard in (tmp_path / "packed").glob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-50] + b"\xff" * 50)
+    assert main([str(tmp_path / "packed")]) == 1
+    assert "failed: sums, model" in capsys.readouterr().out
+
+
 def test_bad_input(pruned, tmp_path, capsys):
     source, output = pruned(*WANDA)
-    refused(capsys, ".*nowhere: no report.json in it; give a folder that sparsefw.run wrote", tmp_path / "nowhere")
+    refused(capsys, ".*nowhere: no such folder; give one that sparsefw run wrote", tmp_path / "nowhere")
     refused(capsys, ".*: no report.json in it; give a folder that sparsefw.run wrote", source)
     refused(capsys, "--digest A+: expected 64 digits", output, f"--digest={'A' * 64}")
     copy = shutil.copytree(output, tmp_path / "copy")

@@ -96,12 +96,16 @@ def durably(path: Path, write: Callable[[Path], object] | str) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with naming(path):
-        if isinstance(write, str):
-            temporary.write_text(write, encoding="utf-8")
-        else:
-            write(temporary)
-        _sync(temporary)
-        temporary.replace(path)
+        try:
+            if isinstance(write, str):
+                temporary.write_text(write, encoding="utf-8")
+            else:
+                write(temporary)
+            _sync(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         _sync(path.parent)
 
 
@@ -157,13 +161,25 @@ def check_output(output: Path, source: Path, overwrite: bool, texts: Iterable[Pa
         # All that the Hub's library has of the model.
         root = cache / root.relative_to(cache).parts[0]
     if target.is_relative_to(root) or root.is_relative_to(target):
-        raise InputError(f"{output}: is, holds or lies in the input folder {source}; choose another folder")
+        raise InputError(f"{output}: is, holds or lies in {source}, which is read; choose another folder")
     # os.path: what is too long for a path does not exist.
     for text in filter(os.path.exists, texts):
         # The text itself may be a link in the output.
         if any(path.is_relative_to(target) for path in (Path(os.path.abspath(text)), text.resolve())):
             raise InputError(f"{output}: {text} lies in it, and would be deleted with it; choose another folder")
     check_free(output, overwrite)
+
+
+def check_writable(folder: Path) -> Path:
+    """Refuse a folder that cannot be made or written to; returns it, or what is there of the folders that it lies in.
+
+    Raises:
+        InputError: no file can be written there.
+    """
+    there = next(x for x in (folder, *folder.parents) if x.exists())
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{folder}: cannot be written to; choose another folder")
+    return there
 
 
 def check_free(output: Path, overwrite: bool) -> None:
@@ -180,7 +196,7 @@ def check_free(output: Path, overwrite: bool) -> None:
     if target.is_mount():
         raise InputError(f"{output}: a mount point, which cannot be replaced; give a folder inside it")
     if target.exists() and not target.is_dir():
-        raise InputError(f"{output}: a file; {option('output')} is a folder")
+        raise InputError(f"{output}: a file; give a folder")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:

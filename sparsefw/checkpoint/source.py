@@ -141,8 +141,8 @@ def locate(model: str, wanted: list[str] = WANTED) -> Path:
 def from_hub(model: str) -> AbstractContextManager[None]:
     """Turn a failed download inside into an error of one line."""
     return errors_in_one_line(
-        f"{model}: no such folder, and it could not be downloaded from the Hub (check the name, log in with `hf auth "
-        "login` if the model is gated, or give the path of a local checkpoint)"
+        f"{model}: no such folder, and it could not be downloaded from the Hub",
+        "check the name, log in with `hf auth login` if the model is gated, or give the path of a local checkpoint",
     )
 
 

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import filelock
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from sparsefw.checkpoint.files import (
     CONFIG,
     SUMS,
     check_free,
+    check_writable,
     convert,
     durably,
     file_digest,
@@ -211,7 +213,7 @@ class Writer:
 
     def check_space(self, size: int) -> None:
         """Refuse to begin a run that the disk has too little space for; `size` bytes are still to be written."""
-        free = shutil.disk_usage(next(x for x in (self._partial, *self._partial.parents) if x.exists())).free
+        free = shutil.disk_usage(check_writable(self._partial.parent)).free
         if size > free:
             raise InputError(
                 f"{self.output}: {size / 1e9:.2f} GB are still to be written, and the disk has {free / 1e9:.2f} GB "
@@ -315,12 +317,14 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         finished = self._leave() if self._ranks.first else len(self.records)
+        if isinstance(error, SafetensorError):
+            # It names no file, as of a full disk.
+            error.add_note(f"{self.output} was written")
         if error and self._done:
             error.add_note(f"{self.output} is complete")
         elif error and finished:
-            error.add_note(
-                f"{finished} of {self.shards} shards are finished: the same {invocation()} goes on from there"
-            )
+            goes_on = "" if self._restart else f": the same {invocation()} goes on from there"
+            error.add_note(f"{finished} of {self.shards} shards are finished{goes_on}")
 
     def _leave(self) -> int:
         """Keep the finished shards of an unfinished run, remove everything else; returns the number of shards."""

@@ -37,6 +37,8 @@ COLUMNS = ("text", "messages", "content")
 
 # The name of the text that the dense model writes itself, to be calibrated on; it is made where the model is.
 SELF = "self"
+# The file with that text, beside the report: a record for each window, with its text and its tokens.
+OWN_TEXT = "calibration.jsonl"
 
 # Short names of calibration texts. The last two are none of evaluation texts.
 NAMES = ("default", "c4", "wikitext", GENERAL, SELF)

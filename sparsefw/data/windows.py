@@ -160,9 +160,11 @@ def _drawn(ids: "array[int]", source: str, nsamples: int, seqlen: int, seed: int
     """Windows cut from tokens and drawn, see `calibration_windows`: (nsamples, seqlen) int64."""
     needed, piece = nsamples * seqlen, seqlen // max(1, min(PIECES, seqlen // LEAST_PIECE))
     if len(ids) < needed:
+        fits = [("nsamples", len(ids) // seqlen), ("seqlen", len(ids) // nsamples)]
+        at_most = " or ".join(option(name, most) for name, most in fits if most)
         raise InputError(
-            f"{source}: {len(ids)} tokens, but {nsamples} windows of {seqlen} need {needed}; use a longer text, "
-            f"or at most {option('nsamples', len(ids) // seqlen)} or {option('seqlen', len(ids) // nsamples)}"
+            f"{source}: {len(ids)} tokens, but {nsamples} windows of {seqlen} need {needed}; use a longer text"
+            + (f", or at most {at_most}" if at_most else "")
         )
     generator = torch.Generator().manual_seed(seed)
     offset = int(torch.randint(min(piece - 1, len(ids) - needed) + 1, (1,), generator=generator))
@@ -269,14 +271,17 @@ def mixed_windows(
     ids = torch.empty(nsamples, seqlen, dtype=torch.int64)
     # Some of the windows are held out, and all are learned from in turn: each part has some of every text.
     order = torch.randperm(nsamples, generator=torch.Generator().manual_seed(seed)).argsort()
-    sources, own, numbers = [], "", counts(nsamples, list(shares.values()))
-    for (name, share), n, rows in zip(shares.items(), numbers, order.split(numbers), strict=True):
+    numbers = dict(zip(shares, counts(nsamples, list(shares.values())), strict=True))
+    for name, n in numbers.items():
         if not n:
-            share_of = f"{option('dataset', name)}: its share, {share:g}"
-            raise InputError(f"{share_of}, is none of {nsamples} windows; give more")
-        windows = drawn(name, n)
-        ids[rows], own = windows.ids, own or windows.own
-        sources.append(f"{windows.source} ({n})")
+            share_of = f"{option('dataset', name)}: its share, {shares[name]:g}"
+            raise InputError(f"{share_of}, is none of {nsamples} windows; give a larger share, or more windows")
+    # To write a text takes longest: before it does, the others are there.
+    windows = {name: drawn(name, numbers[name]) for name in sorted(shares, key=SELF.__eq__)}
+    for name, rows in zip(shares, order.split([*numbers.values()]), strict=True):
+        ids[rows] = windows[name].ids
+    sources = [f"{windows[name].source} ({n})" for name, n in numbers.items()]
+    own = "".join(x.own for x in windows.values())
     return replace(_windows(ids, " + ".join(sources)), own=own)
 
 

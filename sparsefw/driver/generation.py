@@ -23,9 +23,6 @@ from sparsefw.data.tokens import Tokenizer, start_tokens, tokenize
 from sparsefw.errors import errors_in_one_line, option
 from sparsefw.model.block_model import BlockModel
 
-# The file with the text, beside the report: a record for each window, with its text and its tokens.
-OWN_TEXT = "calibration.jsonl"
-
 # Logits are divided by the temperature. A token is one of the likeliest, which have this probability together.
 TEMPERATURE, TOP_P = 0.8, 0.95
 

@@ -213,4 +213,4 @@ def save(model: nn.Module, folder: Path) -> None:
 
 def explained_saving(model: nn.Module) -> AbstractContextManager[None]:
     """Turn what a library raises when it cannot write a model, inside the `with` block, into an error of one line."""
-    return errors_in_one_line(f"model: {type(model).__name__} cannot be written", 600)
+    return errors_in_one_line(f"model: {type(model).__name__} cannot be written", limit=600)

@@ -14,7 +14,7 @@ from sparsefw.checkpoint.files import check_output, durably
 from sparsefw.checkpoint.source import fingerprint, inspect, note_of_others, stamps
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import Batches
-from sparsefw.data.text import SELF
+from sparsefw.data.text import OWN_TEXT, SELF
 from sparsefw.data.tokens import Tokenizer
 from sparsefw.data.windows import Windows, Write, window_length, windows_of
 from sparsefw.driver import generation
@@ -58,8 +58,7 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
     assert job.folder is not None
     device = memory.this_device()
     say(kernel_line(job.config))
-    texts = [Path(name).expanduser() for name in (*job.inputs.shares, *job.inputs.evaluate)]
-    check_output(job.output.folder, job.folder, job.output.overwrite, texts)
+    check_output(job.output.folder, job.folder, job.output.overwrite, job.inputs.paths)
     source = inspect(job.folder)
     in_fp32 = ranks.on_first(lambda: computes_in_fp32(job, say, source.dtype, device))
     with StreamedModel(source, device, in_fp32=in_fp32) as model:
@@ -122,7 +121,7 @@ def own_text(
 
     def write(tokenizer: Tokenizer, seqlen: int, n: int) -> Windows:
         begun = Writer(output.folder, 0, restart=output.restart)
-        path, source = begun.folder / generation.OWN_TEXT, generation.own_source(inputs.seed)
+        path, source = begun.folder / OWN_TEXT, generation.own_source(inputs.seed)
         ids = generation.tokens_in(path) if begun.begun() and path.exists() else None
         if ids is None or ids.shape != (n, seqlen):
             with memory.gpu_limited(limits.get("gpu")):
@@ -222,7 +221,7 @@ def carry_out(
             say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} shards are finished")
         if ranks.first and isinstance(calibration, Windows) and calibration.own:
             # For a run that goes on with this one, too.
-            durably(writer.folder / generation.OWN_TEXT, calibration.own)
+            durably(writer.folder / OWN_TEXT, calibration.own)
         placement, _ = find_place(fixed=prepared.fixed | writer.chosen)
         needs = memory_needs(shape, replace(workload, written=prepared.written), placement)
         # The disk has a finished block as each method pruned it.

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsefw.caller import bars_wanted, on_cpu_by_default, settings_kept, to_logger
-from sparsefw.checkpoint.files import durably
+from sparsefw.checkpoint.files import check_writable, durably
 from sparsefw.checkpoint.source import Checkpoint, inspect
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import Windows, evaluation_windows, window_length
 from sparsefw.errors import InputError, naming, option
-from sparsefw.evaluation.metrics import Evaluation, task_records, text_record
+from sparsefw.evaluation.metrics import Evaluation, lines, task_records, text_record
 from sparsefw.evaluation.rows import request_of
 from sparsefw.evaluation.streaming import scores_of
 from sparsefw.fields import check_names
@@ -61,6 +61,8 @@ def evaluate(
     result = None if inputs.output is None else inputs.output / RESULT
     if result and result.exists() and not inputs.overwrite:
         raise InputError(f"{result}: is there already; give {option('overwrite', True)} to replace it")
+    if result:
+        check_writable(result.parent)
     with joined_with(log) as (ranks, say):
         ranks.agree({"models": names, "--against": first, "--tasks": inputs.tasks, "--texts": inputs.texts})
         sources = {name: inspect(ranks.local_first(partial(locate, name))) for name in names}
@@ -88,9 +90,14 @@ def evaluate(
             of_texts.append(text_record(of_text, likelihoods, first))
         evaluation = Evaluation([*names], first, records, of_texts)
         if result and ranks.first:
-            with naming(result):
-                result.parent.mkdir(parents=True, exist_ok=True)
-            durably(result, evaluation.to_json())
+            try:
+                with naming(result):
+                    result.parent.mkdir(parents=True, exist_ok=True)
+                durably(result, evaluation.to_json())
+            except OSError:
+                for line in lines(evaluation):
+                    say(line)
+                raise
     return evaluation
 
 

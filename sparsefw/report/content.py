@@ -286,6 +286,8 @@ def report_of(folder: Path) -> Report:
     Raises:
         InputError: there is none, or as `read_report`.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give one that sparsefw run wrote")
     if not (folder / "report.json").is_file():
         raise InputError(f"{folder}: no report.json in it; give a folder that sparsefw run wrote")
     return read_report(folder / "report.json")

@@ -15,8 +15,10 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers import auto
 
-from sparsefw import evaluate, pack, unpack, verify
+from sparsefw import evaluate, pack, prune, unpack, verify
 from sparsefw.checkpoint import packed as layout
+from sparsefw.data.text import OWN_TEXT
+from sparsefw.data.tokens import load_tokenizer
 from sparsefw.errors import InputError
 from sparsefw.packed import METHOD, PackedConfig, PackedLinear
 
@@ -121,6 +123,27 @@ def test_perplexity_is_that_of_the_dense_checkpoint(pruned, tmp_path, capsys):
     assert printed[0] == printed[1] != []
 
 
+def test_what_cannot_be_packed_ends_a_run_that_is_complete(tmp_path, capsys, monkeypatch):
+    source = save_model(tmp_path / "model", "gpt2", num_hidden_layers=1)
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert run(source, tmp_path / "text.txt", tmp_path / "out", *WANDA, "--packed", str(tmp_path / "packed")) == 2
+    error = capsys.readouterr().err
+    assert "no matrix becomes smaller without its zeros; those stored transposed stay dense" in error
+    assert error.endswith("out is complete\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in (pack, unpack):
+        assert command.main(["in", "out"]) == 2
+        assert "pack is one process: start it without torchrun" in capsys.readouterr().err
+
+
+def test_own_text_is_packed_too_and_folders_may_be_the_users(copied, tmp_path, monkeypatch):
+    _, output = copied(*WANDA)
+    (output / OWN_TEXT).write_text("{}")
+    monkeypatch.setenv("HOME", str(output.parent))
+    assert pack.main([f"~/{output.name}", "~/packed"]) == 0
+    assert (output.parent / "packed" / OWN_TEXT).read_text() == "{}"
+
+
 def test_an_interrupted_command_goes_on(pruned, tmp_path, monkeypatch, capsys):
     _, output = pruned(*WANDA)
     whole = contents(packed_of(output, tmp_path / "whole"))
@@ -137,6 +160,12 @@ def test_a_run_writes_a_packed_copy(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     assert run(source, tmp_path / "text.txt", tmp_path / "out", *WANDA, "--packed", str(tmp_path / "packed")) == 0
     assert contents(packed_of(tmp_path / "out", tmp_path / "by hand")) == contents(tmp_path / "packed")
+    # What is read or written stays as it is.
+    before = contents(source)
+    for folder in (source, source / "in", tmp_path, tmp_path / "x" / "in"):
+        assert run(source, tmp_path / "text.txt", tmp_path / "x", *WANDA, "--packed", str(folder), "--overwrite") == 2
+        assert "choose another folder" in capsys.readouterr().err
+    assert contents(source) == before
     # Before the run, not behind it, a folder that is there is refused.
     assert run(source, tmp_path / "text.txt", tmp_path / "x", *WANDA, "--packed", str(tmp_path / "packed")) == 2
     assert "--overwrite" in capsys.readouterr().err
@@ -145,11 +174,13 @@ def test_a_run_writes_a_packed_copy(tmp_path, capsys):
 
 def test_what_cannot_be_packed_is_refused(pruned, copied, tmp_path, capsys):
     source, output = pruned(*WANDA)
-    folder = packed_of(output, tmp_path)
+    folder, before = packed_of(output, tmp_path), contents(output)
     for arguments, message in (
         ([pack, source, tmp_path / "x"], "no report.json in it"),
         ([pack, folder, tmp_path / "x"], "packed already"),
-        ([pack, output, output], "the checkpoint itself"),
+        ([pack, output, output], "which is read; choose another folder"),
+        ([pack, output, output / "in", "--overwrite"], "which is read; choose another folder"),
+        ([pack, output, output.parent, "--overwrite"], "which is read; choose another folder"),
         ([pack, output, folder], "--overwrite"),
         ([unpack, output, tmp_path / "x"], "not packed"),
     ):
@@ -158,6 +189,9 @@ def test_what_cannot_be_packed_is_refused(pruned, copied, tmp_path, capsys):
         assert command.main([str(path) for path in paths]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+    assert contents(output) == before
+    with pytest.raises(InputError, match=r"model: is packed; model.dequantize\(\) makes it dense"):
+        prune(AutoModelForCausalLM.from_pretrained(folder), tokenizer=load_tokenizer(output))
     _, changed = copied(*WANDA)
     change_tensor(changed, DOWN, lambda tensor: tensor + 1)
     assert pack.main([str(changed), str(tmp_path / "x")]) == 2

@@ -122,22 +122,24 @@ def test_bad_configs_are_one_line(content, line, tmp_path, capsys):
 
 def test_no_model_there(tmp_path, capsys, monkeypatch):
     assert "config.json: missing" in refused(capsys, "--model", tmp_path)
-    assert "no such folder or file" in refused(capsys, "--model", tmp_path / "nothing")
+    assert "no such folder; give the folder of a checkpoint or a Hub id" in refused(
+        capsys, "--model", tmp_path / "nothing"
+    )
     assert "could not be downloaded from the Hub" in refused(capsys, "--model", "a/b/c")
     asked = []
 
-    def download(*what):
-        asked.append(what)
+    def download(*what, allow_patterns, **_):
+        asked.append((*what, *allow_patterns))
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     line = refused(capsys, "--model", "org/name")
-    assert "org/name: no such folder, and it could not be downloaded from the Hub (no network)" in line
+    assert "org/name: no such folder, and it could not be downloaded from the Hub: no network" in line
     assert asked == [("org/name", "config.json")]
 
 
 def test_a_hub_id_needs_its_config_only(config, capsys, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *what: str(config / "config.json"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(config))
     assert "org/name, LlamaForCausalLM" in said(capsys, "--model", "org/name", *SMALL)
 
 

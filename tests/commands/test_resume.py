@@ -65,7 +65,7 @@ def test_interrupted_anywhere_ends_with_the_same_bytes(place, monkeypatch, capsy
             break
         assert status == 130
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("sparsefw: interrupted; ")
+        assert error.startswith("sparsefw: interrupted")
         left = (place / ".interrupted.partial").exists()
         assert ("the same command goes on from there" in error) == left
         assert not (place / "interrupted").exists()

@@ -10,6 +10,7 @@ from helpers.texts import BOS, make_tokenizer, records, refused, replace_hub
 from transformers import PreTrainedTokenizerFast
 
 from sparsefw.data import tokens
+from sparsefw.data.text import SELF
 from sparsefw.data.windows import (
     TOKENS_READ,
     calibration_windows,
@@ -211,5 +212,13 @@ def test_a_mixture_has_the_windows_of_each_text(plain, texts):
 
 
 def test_share_of_no_window(plain, texts):
-    with refused(r"b.txt': its share, 0.1, is none of 8 windows; give more"):
+    with refused(r"b.txt': its share, 0.1, is none of 8 windows; give a larger share"):
         mixed_windows(plain, {texts[0]: 99, texts[1]: 0.1}, nsamples=8, seqlen=8, seed=3)
+
+
+def test_own_text_is_written_once_the_others_are_there(plain, tmp_path):
+    write = lambda *_: pytest.fail("written")  # noqa: E731
+    missing = str(tmp_path / "none.txt")
+    for shares, message in (({SELF: 1, missing: 1}, "none.txt"), ({SELF: 9, "default": 0.01}, "is none of 4 windows")):
+        with refused(message):
+            mixed_windows(plain, shares, write, nsamples=4, seqlen=8, seed=3)

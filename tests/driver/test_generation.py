@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 import sparsefw.plan
 from sparsefw import prune
 from sparsefw.checkpoint.source import inspect
+from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import windows_of
 from sparsefw.driver import generation
-from sparsefw.driver.generation import OWN_TEXT, write_tokens
+from sparsefw.driver.generation import write_tokens
 from sparsefw.inputs import DEFAULT_MODEL
 from sparsefw.model import StreamedModel
 from sparsefw.run import main

@@ -1,5 +1,6 @@
 """Whole evaluations."""
 
+import errno
 import json
 import runpy
 from contextlib import nullcontext
@@ -46,6 +47,25 @@ def test_output(place, tmp_path):
     assert evaluated(place, output=output, overwrite=True, eval_windows=2) != result
     assert (output / RESULT).read_text() != result.to_json()
     assert {path.name for path in output.iterdir()} == {RESULT, "notes.txt"}
+
+
+def test_an_output_that_cannot_be_written_loses_nothing(place, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "inspect", None)
+        patched.setattr("os.access", lambda *_: False)
+        with pytest.raises(InputError, match="out: cannot be written to"):
+            evaluated(place, output=tmp_path / "out")
+    lines = []
+
+    def full(path, *_, **__):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*evaluation\.json"):
+        evaluated(place, output=tmp_path / "out", log=lines.append)
+    assert any("perplexity" in line for line in lines)
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 def test_the_example_compares_methods(tasks, tmp_path, capsys):
