@@ -5,7 +5,6 @@ import os
 from collections.abc import Collection, Iterable
 from dataclasses import Field, field, fields
 from difflib import get_close_matches
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +61,6 @@ def check_names(call: str, names: Iterable[str], known: Collection[str]) -> None
             near = get_close_matches(ELSEWHERE.get(name, name), known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise TypeError(f"{call}() got an unexpected keyword argument {name!r}{hint}")
-
-
-def names_checked(settings: Any) -> Any:
-    """Have a dataclass refuse unknown arguments as `check_names` does."""
-    make = settings.__init__
-
-    @wraps(make)
-    def checked(self: Any, *args: Any, **options: Any) -> None:
-        check_names(settings.__name__, options, [f.name for f in fields(settings)])
-        make(self, *args, **options)
-
-    settings.__init__ = checked
-    return settings
 
 
 def set_field(settings: Any, name: str, value: Any) -> None:

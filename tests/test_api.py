@@ -207,8 +207,8 @@ class TestRefused:
             line = rf"^prune\(\) got an unexpected keyword argument '{name}'; did you mean {hint}\?$"
             with pytest.raises(TypeError, match=line):
                 prune(source, tmp_path / "out", CONFIG, dataset=TOKENS, **{name: 3})
-        with pytest.raises(TypeError, match=r"^PruneConfig\(\) got .* 'targets'; did you mean include\?$"):
-            PruneConfig(targets="mlp")
+        with pytest.raises(TypeError, match=r"^prune\(\) got .* 'targets'; did you mean include\?$"):
+            prune(source, tmp_path / "out", dataset=TOKENS, targets="mlp")
         with pytest.raises(TypeError, match="tokenizer: expected one of transformers, got str"):
             prune(source, tmp_path / "out", CONFIG, tokenizer="gpt2")
         with pytest.raises(TypeError, match="config: expected a PruneConfig, got str"):

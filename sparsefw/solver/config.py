@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from sparsefw.errors import InputError, option
-from sparsefw.fields import DEPENDS, check_fields, flag, names_checked, set_field
+from sparsefw.fields import DEPENDS, check_fields, flag, set_field
 from sparsefw.solver import patterns
 from sparsefw.solver.patterns import Pattern
 
@@ -71,7 +71,6 @@ MANY_WINDOWS, PASSES_OF_MANY = 128, 1
 LEAST_WINDOWS = 2
 
 
-@names_checked
 @dataclass(frozen=True)
 class PruneConfig:
     """How a model is pruned; the defaults are the product's.
