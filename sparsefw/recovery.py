@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparsefw import arithmetic, memory
-from sparsefw.checkpoint.files import check_output
+from sparsefw.checkpoint.files import SUMS, check_output, file_digest
 from sparsefw.checkpoint.source import Checkpoint, inspect
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.text import OWN_TEXT
@@ -114,6 +114,7 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
                 rewrite(source, output.folder, source.config, _recovered(student), **options)
     say(f"divergence on held-out windows: {before:.4g} to {after:.4g}")
     say(f"checkpoint: {output.folder}")
+    say(f"SHA-256 of {output.folder / SUMS}: {file_digest(output.folder / SUMS)}")
     return recovery
 
 

@@ -13,6 +13,7 @@ from helpers.stacks import STACKS, drawn, perplexity_of_whole, random_ids
 from huggingface_hub import ModelCard
 from safetensors.torch import load_model
 from torch import nn
+from torch.nn import functional as F
 
 from sparsefw import InputError, prune
 from sparsefw.data.batches import batches_of
@@ -330,6 +331,19 @@ def test_a_block_that_runs_more_than_once_stays_dense():
     assert result.report.kept_dense == ["blocks.1.0.weight", "blocks.1.2.weight"]
     assert result.report.notes == ["stay dense: 1 blocks that run more than once in a forward, blocks.1 first"]
     assert result.perplexity[NAME]["sparsefw"] == pytest.approx(perplexity_of_whole(model, batches), rel=1e-5)
+
+
+def test_losses_are_in_fp32():
+    """In bf16 a loss near 5.7 is right to 0.03."""
+    model, batches = drawn("bert")
+    model = model.bfloat16()
+    with torch.no_grad():
+        losses = [
+            F.cross_entropy(model(**batch)["logits"].float().flatten(0, 1), batch["labels"].flatten())
+            for batch in batches
+        ]
+    result = prune(model, calibration=batches, evaluate=batches, **QUICK)
+    assert result.perplexity[NAME]["dense"] == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-3)
 
 
 class _Twice(nn.Module):
