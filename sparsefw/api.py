@@ -238,21 +238,21 @@ def prune_checkpoint(
 @contextmanager
 def _packing(job: "Job", ranks: Ranks) -> Iterator[None]:
     """Pack what is written inside, if a packed copy is wanted."""
-    output = job.output
-    if output.packed is None:
+    folder, packed = job.output.folder, job.output.packed
+    if packed is None:
         yield
         return
     from sparsefw.checkpoint.files import check_output
     from sparsefw.packing import pack_folder
 
-    for folder in filter(None, (job.folder, output.folder)):
-        check_output(output.packed, folder, output.overwrite, job.inputs.paths)
+    for read in filter(None, (job.folder, folder)):
+        check_output(packed, read, job.output.overwrite, job.inputs.paths)
     yield
     if ranks.first:
         try:
-            pack_folder(output.folder, output.packed, overwrite=output.overwrite, restart=output.restart)
+            pack_folder(folder, packed, overwrite=job.output.overwrite, restart=job.output.restart)
         except InputError as error:
-            error.add_note(f"{output.folder} is complete")
+            error.add_note(f"{folder} is complete")
             raise
     ranks.barrier()
 

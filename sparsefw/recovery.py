@@ -110,8 +110,8 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
                 texts = {"report.json": report.to_json(), "report.html": html.page(report)}
                 texts |= {OWN_TEXT: windows.own} if windows.own else {}
                 # What an interrupted one has written may be of other bits.
-                options: dict[str, Any] = dict(overwrite=output.overwrite, restart=True, texts=texts)
-                rewrite(source, output.folder, source.config, _recovered(student), **options)
+                form, overwrite = _recovered(student), output.overwrite
+                rewrite(source, output.folder, source.config, form, overwrite=overwrite, restart=True, texts=texts)
     say(f"divergence on held-out windows: {before:.4g} to {after:.4g}")
     say(f"checkpoint: {output.folder}")
     say(f"SHA-256 of {output.folder / SUMS}: {file_digest(output.folder / SUMS)}")

@@ -59,10 +59,8 @@ def evaluate(
     limits: dict[str, Any] = {"gpu_memory": inputs.gpu_memory, "host_memory": inputs.host_memory}
     limits["progress"] = progress and bars_wanted()
     result = None if inputs.output is None else inputs.output / RESULT
-    if result and result.exists() and not inputs.overwrite:
+    if result and check_writable(result.parent) and result.exists() and not inputs.overwrite:
         raise InputError(f"{result}: is there already; give {option('overwrite', True)} to replace it")
-    if result:
-        check_writable(result.parent)
     with joined_with(log) as (ranks, say):
         ranks.agree({"models": names, "--against": first, "--tasks": inputs.tasks, "--texts": inputs.texts})
         sources = {name: inspect(ranks.local_first(partial(locate, name))) for name in names}
