@@ -251,8 +251,10 @@ def _packing(job: "Job", ranks: Ranks) -> Iterator[None]:
     if ranks.first:
         try:
             pack_folder(folder, packed, overwrite=job.output.overwrite, restart=job.output.restart)
-        except InputError as error:
-            error.add_note(f"{folder} is complete")
+        except BaseException as error:
+            # Those of the packed copy say that the same command goes on.
+            getattr(error, "__notes__", []).clear()
+            error.add_note(f"{folder} is complete; sparsefw pack {folder} {packed} goes on")
             raise
     ranks.barrier()
 
@@ -342,19 +344,19 @@ def _check(model: Any, on_batches: bool) -> None:
     """
     from transformers import PreTrainedModel
 
-    from sparsefw.checkpoint.packed import MASK
+    from sparsefw.packed import PackedLinear
 
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if type(module).__module__.split(".")[0] == "peft":
             raise InputError(f"{name or 'model'}: is an adapter of peft; merge the adapters first: merge_and_unload()")
+        if isinstance(module, PackedLinear):
+            raise InputError(f"{name}: is packed; model.dequantize() makes it dense")
     if not isinstance(model, nn.Module if on_batches else PreTrainedModel):
         expected = "a folder, a Hub id or a transformers model; any other module needs batches: calibration="
         loads = f": AutoModel.from_pretrained({str(model)!r})" if isinstance(model, str | Path) else ""
         expected = f"a module in memory, since calibration= is given{loads}" if on_batches else expected
         raise InputError(f"model: got {type(model).__name__}, expected {expected}")
     for name, parameter in model.named_parameters():
-        if name.endswith(MASK):
-            raise InputError("model: is packed; model.dequantize() makes it dense")
         if parameter.is_meta:
             raise InputError(
                 f"{name}: is on the meta device, without data; give a model with its weights, or a language model as "

@@ -1,8 +1,8 @@
 """The command line: a command is launched, its flags are parsed, and its lines are printed.
 
 An error is one line on stderr, and the exit status says what became of the command. It may be killed at any time: what
-a run has finished is safe on the disk, and the same command goes on from there. So signals need no care beyond a line
-that says so. Whatever takes seconds to import is imported inside of a command, so that --help does not wait for it.
+a run has finished is safe on the disk, and the same command goes on from there. So signals need no care. Whatever takes
+seconds to import is imported inside of a command, so that --help does not wait for it.
 """
 
 import argparse

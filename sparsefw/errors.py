@@ -96,13 +96,22 @@ def counted(number: int, thing: str) -> str:
 
 
 @contextmanager
-def errors_in_one_line(what: str, advice: str = "", limit: int = 200) -> Iterator[None]:
-    """Make an error of a library, which may be any exception, one of the input; `what` could not be done."""
+def errors_in_one_line(
+    what: str, advice: str = "", limit: int = 200, passing: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Make an error of a library, which may be any exception but `passing`, one of the input.
+
+    Args:
+        what: what could not be done.
+        advice: what the user may do.
+        limit: characters of the library's own line.
+    """
     try:
         yield
     except Exception as error:
-        # Memory that is full is no mistake of the input. torch has a class of its own for a GPU's.
-        if isinstance(error, InputError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        # Neither memory that is full is a mistake of the input, for which torch has ways of its own, nor one in code.
+        full = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+        if full or isinstance(error, (InputError, MemoryError, NameError, *passing)):
             raise
         raise InputError("; ".join(filter(None, [f"{what}: {shown(first_line(error), limit)}", advice]))) from error
 

@@ -63,7 +63,9 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
     whole &= pattern.scope != "group"
     kept = _kept(skeleton, report, pattern, whole)
     if not kept:
-        raise InputError(f"{pruned}: no matrix becomes smaller without its zeros; those stored transposed stay dense")
+        raise InputError(
+            f"{pruned}: no matrix becomes smaller; those that keep nearly all, or are transposed, stay dense"
+        )
     facts = {
         "quant_method": "sparsefw",
         "format": FORMAT,

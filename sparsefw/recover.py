@@ -7,6 +7,8 @@ The model has to fit into memory with the state of its fit, at 60 % in bf16 8.8 
 import sys
 from dataclasses import fields
 
+from safetensors import SafetensorError
+
 from sparsefw.cli import Parser, add_flag, folder, given, launch, load_libraries, refuse_ranks, say
 from sparsefw.inputs import Inputs, Output
 
@@ -35,8 +37,8 @@ def command(argv: list[str] | None) -> int:
     memory.share_freed()
     try:
         recover(arguments.pruned, output, inputs, say)
-    except KeyboardInterrupt as interruption:
-        interruption.add_note("a recovery makes its steps again")
+    except (KeyboardInterrupt, OSError, SafetensorError) as error:
+        error.add_note("a recovery makes its steps again")
         raise
     return 0
 

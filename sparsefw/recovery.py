@@ -76,7 +76,7 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
     assert job.folder is not None
     dense, device = inspect(job.folder), memory.this_device()
     in_fp32 = arithmetic.computes_in_fp32(dense.dtype, device)
-    shape = pruned_shape(shape_of(dense, in_fp32, writes=True), job.config)
+    shape = pruned_shape(shape_of(dense, in_fp32), job.config)
     with (
         StreamedModel(dense, device, in_fp32=in_fp32) as teacher,
         StreamedModel(source, device, in_fp32=in_fp32) as student,
@@ -109,7 +109,6 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
                 report = replace(report, recoveries=[*report.recoveries, recovery], evaluation=[])
                 texts = {"report.json": report.to_json(), "report.html": html.page(report)}
                 texts |= {OWN_TEXT: windows.own} if windows.own else {}
-                # What an interrupted one has written may be of other bits.
                 form, overwrite = _recovered(student), output.overwrite
                 rewrite(source, output.folder, source.config, form, overwrite=overwrite, restart=True, texts=texts)
     say(f"divergence on held-out windows: {before:.4g} to {after:.4g}")
@@ -127,7 +126,7 @@ def _job(pruned: Path, output: Output, given: dict[str, Any]) -> tuple[Report, C
     try:
         folder, missing = find_source(report, pruned, model, "model")
     except InputError as error:
-        if "model" not in given:
+        if "model" not in given and option("model") not in str(error):
             error.add_note(f"{option('model')} names what was pruned")
         raise
     if folder is None:
@@ -142,14 +141,15 @@ def _job(pruned: Path, output: Output, given: dict[str, Any]) -> tuple[Report, C
         raise InputError(f"{option('nsamples', inputs.nsamples)}: give two windows or more, one of which is held out")
     for read in (folder, pruned):
         check_output(output.folder, read, output.overwrite, inputs.paths)
-    writer = Writer(output.folder, 0, restart=output.restart)
-    if not (begun := writer.begun().get("identity")):
-        writer.check_space(sum(x.stored_nbytes for x in source.tensors.values()))
-    elif (begun.get("source"), begun.get("form")) != (str(pruned.resolve()), source.config):
+    begun = Writer(output.folder, 0, restart=output.restart).begun().get("identity")
+    if begun and (begun.get("source"), begun.get("form")) != (str(pruned.resolve()), source.config):
         raise InputError(
             f"{output.folder}: an unfinished run of other input is there; {option('restart', True)} discards it, or "
             "choose another folder"
         )
+    # What an interrupted one has written goes: it may be of other bits, and takes space.
+    with Writer(output.folder, 0, overwrite=output.overwrite, restart=True) as emptied:
+        emptied.check_space(sum(x.stored_nbytes for x in source.tensors.values()))
     chosen: dict[str, Any] = {name: report.argument(name, kind) for name, kind in CHOSEN.items()}
     return report, source, Job(inputs, PruneConfig(**chosen), output, folder=folder)
 
@@ -245,7 +245,7 @@ def _fit(
         if not math.isfinite(before):
             raise InputError("the pruned model: weights hold NaN or Inf, or are too large; prune again")
         if not before:
-            raise InputError(f"both models predict the same; name what was pruned with {option('model')}")
+            raise InputError(f"both models predict the same: nothing is lost, or {option('model')} is no dense model")
         for n, j in enumerate(learned, 1):
             losses.append(step(j, weights))
             if n % -(-len(learned) // LINES) == 0:
@@ -260,7 +260,7 @@ def _fit(
 def _operation_that_varies(trial: Callable[[], object]) -> str:
     """The operation that torch refuses in a step where the same bits are asked for; empty: none.
 
-    Weights move while gradients are made. So a step that is refused could not be made again.
+    A trial tells: in a step weights move while gradients are made, so that it could not be made again in another way.
     """
     try:
         with deterministic():

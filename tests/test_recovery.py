@@ -147,6 +147,9 @@ def test_steps_give_the_same_bits_or_name_what_does_not(pruned, tmp_path, capsys
             recovered(output, tmp_path / str(refused), "--nsamples", 20)
         assert modes.count(refuses if refused else warns) == refused
         assert ("another run may give other bits: put_" in capsys.readouterr().out) == refused
+    with monkeypatch.context() as patched:
+        patched.setattr(LlamaMLP, "forward", lambda mlp, x: forward(mlp, x).view(3, 5, 7, 11))
+        assert recover.main([str(output), str(tmp_path / "none"), "--nsamples", "20"]) != 0
     one, other = (tensors_of(tmp_path / name) for name in ("True", "False"))
     assert all(torch.equal(x, other[name]) for name, x in one.items())
 
@@ -222,7 +225,7 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
         (
             output,
             ("--model", tmp_path / "same"),
-            "both models predict the same; name what was pruned with --model",
+            "both models predict the same: nothing is lost, or --model is no dense model",
         ),
         (output, ("--dataset", tmp_path / "none.txt"), "none.txt"),
     ):
@@ -243,7 +246,8 @@ def test_what_cannot_be_written_is_refused_before_the_steps(pruned, tmp_path, ca
         interrupted_at(patched, 8)
         assert pack.main([str(output), str(x)]) == 130
     monkeypatch.setattr(recovery, "_fit", None)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**3))
+    size = sum(x.nbytes for x in tensors_of(output).values())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size - 1))
     for folder, message in (
         (x, "an unfinished run of other input is there; --restart discards it"),
         (tmp_path / "new" / "y", "GB are still to be written, and the disk has 0.00 GB free"),
@@ -266,6 +270,11 @@ def test_another_one_that_was_interrupted_while_it_wrote_does_not_matter(pruned,
         interrupted_at(patched, 8)
         assert recover.main([str(output), str(tmp_path / "x"), "--nsamples", "40"]) == 130
     assert "shards are finished; a recovery makes its steps again" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**3))
+        patched.setattr(recovery, "_fit", None)
+        assert recover.main([str(output), str(tmp_path / "x"), "--nsamples", "20"]) == 2
+    assert "the disk has" in capsys.readouterr().err
     folder, _ = recovered(output, tmp_path / "x", "--nsamples", 20)
     assert all(torch.equal(x, tensors_of(expected)[name]) for name, x in tensors_of(folder).items())
 

@@ -1,4 +1,4 @@
-"""Step 3: the roofs, and the matrix products of a run beside the library's and beside the roofs."""
+"""Steps 1 and 3: the roofs, and the matrix products of a run beside the library's and beside the roofs."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Step 4: row kernels at the chunks of real runs, whether their bits repeat, and what a profiler counts of them."""
+"""Steps 3 and 5: row kernels at the chunks of real runs, whether bits repeat, and what a profiler counts of them."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Steps 2 and 5: whole runs of `sparsefw.run` on random checkpoints of Llama's sizes, made here."""
+"""Steps 2, 4 and 5: whole runs of `sparsefw.run` on random checkpoints of Llama's sizes, made here."""
 
 import json
 import os

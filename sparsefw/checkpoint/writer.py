@@ -319,7 +319,7 @@ class Writer:
         finished = self._leave() if self._ranks.first else len(self.records)
         if isinstance(error, SafetensorError):
             # It names no file, as of a full disk.
-            error.add_note(f"{self.output} was written")
+            error.add_note(f"in {self.output}")
         if error and self._done:
             error.add_note(f"{self.output} is complete")
         elif error and finished:

@@ -38,7 +38,7 @@ def load_tokenizer(folder: Path, add_bos_token: bool | None = None) -> Tokenizer
     """
     # An option that is None would count as given.
     options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
-    with errors_in_one_line(f"{folder}: no tokenizer could be loaded", "give a folder with a tokenizer.json"):
+    with errors_in_one_line(f"{folder}: no tokenizer could be loaded", "give a folder with a sound tokenizer.json"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
 
 

@@ -276,8 +276,8 @@ def mixed_windows(
         if not n:
             share_of = f"{option('dataset', name)}: its share, {shares[name]:g}"
             raise InputError(f"{share_of}, is none of {nsamples} windows; give a larger share, or more windows")
-    # To write a text takes longest: before it does, the others are there.
-    windows = {name: drawn(name, numbers[name]) for name in sorted(shares, key=SELF.__eq__)}
+    # To write a text takes longest, and the others may be missing. So it is the last.
+    windows = {name: drawn(name, numbers[name]) for name in sorted(shares, key=lambda name: name == SELF)}
     for name, rows in zip(shares, order.split([*numbers.values()]), strict=True):
         ids[rows] = windows[name].ids
     sources = [f"{windows[name].source} ({n})" for name, n in numbers.items()]

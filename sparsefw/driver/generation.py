@@ -58,7 +58,7 @@ def write_tokens(
         (n, seqlen) int64 on the host.
 
     Raises:
-        InputError: the model writes no text, or the GPU is full.
+        InputError: the model writes no text.
     """
     writer: Any = model.model
     generator = torch.Generator().manual_seed(seed)

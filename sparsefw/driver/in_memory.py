@@ -14,6 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +23,6 @@ from sparsefw.checkpoint.source import PROCESSORS, SMALL, TOKENIZER_CONFIG, TOKE
 from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches
-from sparsefw.data.text import SELF
 from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
 from sparsefw.driver.run import Shown, carry_out, computes_in_fp32, kernel_line, own_text
 from sparsefw.errors import InputError, errors_in_one_line, shown
@@ -110,7 +110,7 @@ def _prepared(
     if batches is None:
         if job.inputs.evaluate and not opened.logits_itemsize:
             raise InputError(f"evaluate: {type(opened.model).__name__} returns no logits, of which perplexity is made")
-        shape = shape_of_text(opened, SELF in job.inputs.shares)
+        shape = shape_of_text(opened)
         write, written = own_text(job, opened, shape, say, ranks)
         calibration, evaluation, seqlen = windows_of_texts(job, opened.max_seqlen, write, say, ranks)
     else:
@@ -213,4 +213,5 @@ def save(model: nn.Module, folder: Path) -> None:
 
 def explained_saving(model: nn.Module) -> AbstractContextManager[None]:
     """Turn what a library raises when it cannot write a model, inside the `with` block, into an error of one line."""
-    return errors_in_one_line(f"model: {type(model).__name__} cannot be written", limit=600)
+    what, of_disk = f"model: {type(model).__name__} cannot be written", (OSError, SafetensorError)
+    return errors_in_one_line(what, limit=600, passing=of_disk)

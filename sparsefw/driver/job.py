@@ -122,12 +122,14 @@ def _read(job: Job, seqlen: int, write: Write) -> tuple[Windows, list[Windows]]:
     if tokenizer is None:
         assert job.folder is not None
         tokenizer = load_tokenizer(job.folder)
+    # Before a model writes its own text, which takes long, the others are there.
+    evaluation = [
+        windows.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows)
+        for name in dict.fromkeys(inputs.evaluate)
+    ]
     drawn = dict(nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
     if dataset is None:
         calibration = windows.mixed_windows(tokenizer, inputs.shares, write, **drawn)
     elif not isinstance(dataset, Tensor):
         calibration = windows.calibration_windows(tokenizer, dataset, **drawn)
-    return calibration, [
-        windows.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows)
-        for name in dict.fromkeys(inputs.evaluate)
-    ]
+    return calibration, evaluation

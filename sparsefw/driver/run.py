@@ -62,7 +62,7 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
     source = inspect(job.folder)
     in_fp32 = ranks.on_first(lambda: computes_in_fp32(job, say, source.dtype, device))
     with StreamedModel(source, device, in_fp32=in_fp32) as model:
-        shape = shape_of(source, in_fp32, SELF in job.inputs.shares)
+        shape = shape_of(source, in_fp32)
         _check_memory(job, shape, model, ranks)
         write, written = own_text(job, model, shape, say, ranks)
         calibration, evaluation, seqlen = windows_of_texts(job, model.max_seqlen, write, say, ranks)

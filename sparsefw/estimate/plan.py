@@ -12,7 +12,6 @@ from sparsefw import memory
 from sparsefw.arithmetic import computes_in_fp32
 from sparsefw.checkpoint.quantization import DTYPES, dtype_in, quantization_of
 from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_config, inspect, locate, read_json
-from sparsefw.data.text import SELF
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows, window_length
 from sparsefw.errors import InputError, counted, fitted, option
@@ -58,13 +57,12 @@ class DescribedModel:
     notes: list[str]
 
 
-def describe(model: str, device: torch.device = CPU, writes: bool = False) -> DescribedModel:
+def describe(model: str, device: torch.device = CPU) -> DescribedModel:
     """The model of a config. Nothing else is downloaded, and no weights are read.
 
     Args:
         model: a folder with a config.json, a config file, or a Hub id.
         device: device that it will run on.
-        writes: whether it writes its own calibration text.
 
     Raises:
         InputError: there is no such model; its config is damaged, asks for what no model has, or describes one that
@@ -88,7 +86,7 @@ def describe(model: str, device: torch.device = CPU, writes: bool = False) -> De
         stored, done = quantization.words
         notes.append(f"{path}: {stored}: tensors are {done} and written as {str(dtype).removeprefix('torch.')}")
     with without_weights(checkpoint or Checkpoint(folder, {}, {}, dtype), computes_in_fp32(dtype, device)) as built:
-        shape = shape_of_text(built, writes)
+        shape = shape_of_text(built)
     if not checkpoint:
         # As if each expert were a tensor of its own.
         sizes = (layer.experts * layer.rows * layer.d for block in shape.blocks for layer in block.layers)
@@ -114,7 +112,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
     free = {"gpu": CARDS[card] * 10**9, "host": ENDLESS} if card else memory.free_memory(memory.this_device())
     limits = memory_limits(output.gpu_memory, output.host_memory, free)
     device = torch.device("cuda" if "gpu" in limits else "cpu")
-    described = describe(str(DEFAULT_MODEL) if inputs.built_in else inputs.model, device, SELF in inputs.shares)
+    described = describe(str(DEFAULT_MODEL) if inputs.built_in else inputs.model, device)
     shape = pruned_shape(described.shape, config)
     seqlen = window_length(inputs.model, inputs.seqlen, described.max_seqlen)
     evaluation = tuple(_evaluation_windows(inputs, name, seqlen) for name in dict.fromkeys(inputs.evaluate))

@@ -54,16 +54,14 @@ def zeros(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor
     }
 
 
-def shape_of(checkpoint: Checkpoint, in_fp32: bool = False, writes: bool = False) -> ModelShape:
+def shape_of(checkpoint: Checkpoint, in_fp32: bool = False) -> ModelShape:
     """The shape of a checkpoint's model; its tensors are not read. `in_fp32` is as for `BlockModel`.
-
-    With `writes` it has what the model takes to write text.
 
     Raises:
         InputError: as `StreamedModel`.
     """
     with without_weights(checkpoint, in_fp32) as model:
-        return shape_of_text(model, writes)
+        return shape_of_text(model)
 
 
 @contextmanager
@@ -73,8 +71,8 @@ def without_weights(checkpoint: Checkpoint, in_fp32: bool = False) -> Iterator[S
         yield model
 
 
-def shape_of_text(model: BlockModel, writes: bool = False) -> ModelShape:
-    """The shape of a model that reads text, and with `writes` what it takes to write text.
+def shape_of_text(model: BlockModel) -> ModelShape:
+    """The shape of a model that reads text, with what it takes to write text.
 
     Raises:
         InputError: a block has no layers, or what it hands on cannot be followed.
@@ -87,8 +85,6 @@ def shape_of_text(model: BlockModel, writes: bool = False) -> ModelShape:
     with model.outside(checked=False):
         walks = [_Walk(embed(model, ids, 1)) for ids in windows]
     shape = _shape_of(model, walks, vocabulary, by_window)
-    if not writes:
-        return shape
     whole = 0 if model.is_whole else shape.outside + sum(block.nbytes for block in shape.blocks)
     return replace(shape, whole=whole, cache=len(shape.blocks) * shape.itemsize * _cached_entries(model.model))
 

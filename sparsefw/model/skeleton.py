@@ -112,7 +112,7 @@ def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
     # transformers would draw a progress bar for every block.
     logging.disable_progress_bar()
     config: Any = read_config(checkpoint)
-    with errors_in_one_line(f"{checkpoint.folder}: transformers cannot load this model"):
+    with errors_in_one_line(f"{checkpoint.folder}: transformers cannot load this model", limit=600):
         return _build(checkpoint, config, as_named)
 
 
@@ -125,7 +125,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     Raises:
         InputError: transformers cannot load it.
     """
-    with errors_in_one_line(f"{checkpoint.folder}: transformers cannot load this config"):
+    with errors_in_one_line(f"{checkpoint.folder}: transformers cannot load this config", limit=600):
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         for part in (config, getattr(config, "text_config", None)):
             for key in (KEY, GUARD):

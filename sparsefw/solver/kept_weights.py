@@ -86,10 +86,15 @@ class KeptWeights:
         finally:
             for hook in hooks:
                 hook.remove()
-            for variable in self._variables * trial:
-                variable.forget()
+            if trial:
+                self.forget()
         for move in moves.values():
             move()
+
+    def forget(self) -> None:
+        """Let all gradients go."""
+        for variable in self._variables:
+            variable.forget()
 
     def put_back(self) -> None:
         """Make all weights what they were before the first step."""

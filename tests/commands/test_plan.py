@@ -65,6 +65,9 @@ def test_lines_and_json(config, tmp_path, capsys):
     assert re.search(rf"^all +{peak:.2f} ", out, re.MULTILINE)
     assert "placement: micro-batches of 1 window, activations on the device, the next block is read" in out
     recovery = content["recovery"]
+    others = planned(capsys, tmp_path, "--model", config, "--gpu", "h100", *SMALL, "--dataset", "self")
+    # Libraries of texts differ.
+    assert recovery["gpu"] == others["recovery"]["gpu"]
     assert recovery["gpu"] > content["memory"]["write"]["gpu"]
     assert f"GiB: GPU {recovery['gpu'] / 2**30:.2f}, host {recovery['host'] / 2**30:.2f}\n" in out
 

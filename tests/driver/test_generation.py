@@ -96,6 +96,12 @@ def test_a_killed_run_goes_on_with_its_text(written, tmp_path, monkeypatch, caps
     assert own(tmp_path / "out")[0] == own(written)[0]
 
 
+def test_nothing_is_written_where_another_text_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generation, "write_tokens", None)
+    assert run(tmp_path / "out", "--eval", str(tmp_path / "none.txt")) == 2
+    assert "none.txt" in capsys.readouterr().err
+
+
 def test_half_are_conversations_by_the_template():
     tokenizer, lines = load_tokenizer(DEFAULT_MODEL), []
     tokenizer.chat_template = TEMPLATE

@@ -55,6 +55,10 @@ def test_an_output_that_cannot_be_written_loses_nothing(place, tmp_path, monkeyp
         patched.setattr("os.access", lambda *_: False)
         with pytest.raises(InputError, match="out: cannot be written to"):
             evaluated(place, output=tmp_path / "out")
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(InputError, match="cannot be written to"):
+            evaluated(place, output=folder)
     lines = []
 
     def full(path, *_, **__):

@@ -42,14 +42,13 @@ def test_layers_are_those_that_calibration_finds(family, tmp_path):
 
 @pytest.mark.parametrize("family", first_is_fast(["gemma4_text", "llama", "glm_moe_dsa"]))
 def test_a_cache_has_room_for_keys_and_values(family, tmp_path):
-    """Of every block, whatever config it has. Only a model that writes text has one."""
+    """Of every block, whatever config it has."""
     folder = save_model(tmp_path, family)
     model = AutoModelForCausalLM.from_pretrained(folder)
     layers = model(TOKENS[:1], use_cache=True).past_key_values.layers
     taken = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values) if x is not None)
-    per_token = shape_of(inspect(folder), writes=True).cache
+    per_token = shape(folder).cache
     assert taken / TOKENS.shape[1] <= per_token <= 4 * taken / TOKENS.shape[1]
-    assert shape(folder).cache == 0
 
 
 @pytest.mark.parametrize(("family", "itemsize"), [("llama", 2), ("mamba", 4)])
