@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsefw import errors
-from sparsefw.errors import InputError, by_command, first_line, naming, option, shown, worded
+from sparsefw.errors import InputError, by_command, errors_in_one_line, first_line, naming, option, shown, worded
 
 PACKAGE = Path(errors.__file__).parent
 
@@ -31,6 +32,17 @@ def test_shown(text, line):
 
 def test_no_message_has_what_does_not_print():
     assert str(InputError("the column a\nb\x1b[2J\u202e: none")) == r"the column a\nb\x1b[2J\u202e: none"
+
+
+def test_errors_of_a_library_are_one_line_but_for_full_memory_and_mistakes():
+    line = r"^a: cannot be read: no b; give another$"
+    with pytest.raises(InputError, match=line), errors_in_one_line("a: cannot be read", "give another"):
+        raise ValueError("no b\nand more")
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    for error in (InputError("b"), MemoryError(), torch.OutOfMemoryError("b"), full, NameError("b"), OSError(28, "b")):
+        with pytest.raises(type(error)) as caught, errors_in_one_line("a", passing=(OSError,)):
+            raise error
+        assert caught.value is error
 
 
 def test_errors_of_the_system_name_a_file():

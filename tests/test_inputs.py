@@ -44,7 +44,7 @@ def test_general_is_a_mixture():
 
 
 def test_texts_are_given_once():
-    with refused("dataset='a.txt': given twice; give it once, with a share: "):
+    with refused("dataset='a.txt': given twice; give it once, with a share: a.txt=2$"):
         Inputs(dataset=["a.txt", "b.txt", "a.txt=3"])
     with refused("dataset='c4': given twice; give it once, with a share: c4=2; general has it, too"):
         Inputs(dataset=["c4", "general"])

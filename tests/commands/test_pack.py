@@ -1,6 +1,7 @@
 """Packed checkpoints: what is packed, how it is loaded, and that unpacking gives the same bytes."""
 
 import re
+import shutil
 import sys
 import warnings
 from contextlib import nullcontext
@@ -167,6 +168,10 @@ def test_a_run_writes_a_packed_copy(tmp_path, capsys):
         assert run(source, tmp_path / "text.txt", tmp_path / "x", *WANDA, "--packed", str(folder), "--overwrite") == 2
         assert "choose another folder" in capsys.readouterr().err
     assert contents(source) == before
+    (tmp_path / "texts").mkdir()
+    text = shutil.copy(tmp_path / "text.txt", tmp_path / "texts")
+    assert run(source, text, tmp_path / "x", *WANDA, "--packed", str(tmp_path / "texts"), "--overwrite") == 2
+    assert "text.txt lies in it, and would be deleted with it" in capsys.readouterr().err
     # Before the run, not behind it, a folder that is there is refused.
     assert run(source, tmp_path / "text.txt", tmp_path / "x", *WANDA, "--packed", str(tmp_path / "packed")) == 2
     assert "--overwrite" in capsys.readouterr().err
