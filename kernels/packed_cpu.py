@@ -28,7 +28,8 @@ from torch.nn import functional as F
 LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 # Rows of x that packed.cpp multiplies in one call at most.
 MOST = 16
-# Entries of W that are expanded at once for more rows. Small pieces stay in a CPU's caches, and starve a GPU.
+# Entries of W that are expanded at once for more rows. Few stay in a CPU's caches; many are expected to keep a GPU busy
+# (not measured).
 EXPANDED, EXPANDED_GPU = 1 << 22, 1 << 26
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64

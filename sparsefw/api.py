@@ -185,10 +185,14 @@ def prune(
             inputs, documents = _inputs(name, dataset, evaluate, **numbers)
         config = config or PruneConfig(**options)
         _ = config.backend
+        from sparsefw.checkpoint.files import check_output
         from sparsefw.driver.in_memory import run_in_memory
         from sparsefw.driver.job import Job
 
         _check(module, calibration is not None)
+        source = os.path.expanduser(str(getattr(module, "name_or_path", "")))
+        for path in filter(None, (folder, packed) if os.path.isdir(source) else ()):
+            check_output(path, Path(source), overwrite)
         if calibration is not None:
             inputs, batches = _batches(type(module).__name__, calibration, evaluate)
         elif tokenizer is None and not (isinstance(documents, Tensor) and not inputs.evaluate):
@@ -254,7 +258,8 @@ def _packing(job: "Job", ranks: Ranks) -> Iterator[None]:
         except BaseException as error:
             # Those of the packed copy say that the same command goes on.
             getattr(error, "__notes__", []).clear()
-            error.add_note(f"{folder} is complete; sparsefw pack {folder} {packed} goes on")
+            goes_on = "" if isinstance(error, InputError) else f"; sparsefw pack {folder} {packed} goes on"
+            error.add_note(f"{folder} is complete{goes_on}")
             raise
     ranks.barrier()
 

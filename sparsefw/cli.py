@@ -15,11 +15,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sparsefw.errors import InputError, by_command, fitted, flag_of, printable, shown
-from sparsefw.fields import DEPENDS
+from sparsefw.fields import DEPENDS, checked_path
 from sparsefw.inputs import Inputs, Output
 from sparsefw.solver.config import PruneConfig
 
@@ -34,6 +35,9 @@ FAILED, BAD_INPUT, MISTAKE, INTERRUPTED = 1, 2, 70, 130
 
 # Seconds that a rank which has lost another one gives the launcher.
 PATIENCE = 10
+
+# The type of an argument that is a folder.
+folder = partial(checked_path, "folder")
 
 
 def main() -> int:
@@ -188,11 +192,6 @@ def given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
     """The values of a dataclass's fields that were given as flags."""
     values = {f.name: getattr(arguments, f.name, None) for f in fields(settings)}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def folder(text: str) -> Path:
-    """A path, in which `~` at the beginning is the user's own folder."""
-    return Path(os.path.expanduser(text))
 
 
 def refuse_ranks(command: str) -> None:

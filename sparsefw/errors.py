@@ -109,8 +109,8 @@ def errors_in_one_line(
     try:
         yield
     except Exception as error:
-        # Neither memory that is full is a mistake of the input, for which torch has ways of its own, nor one in code.
-        full = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+        # Full memory is no mistake of the input, and torch has several errors for it. A NameError is one in code.
+        full = any(words in str(error) for words in ("DefaultCPUAllocator", "out of memory"))
         if full or isinstance(error, (InputError, MemoryError, NameError, *passing)):
             raise
         raise InputError("; ".join(filter(None, [f"{what}: {shown(first_line(error), limit)}", advice]))) from error

@@ -11,10 +11,10 @@ REPO = Path(__file__).resolve().parents[1]
 # Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
 LIMITS = {
     "sparsefw: files": 97,
-    "sparsefw: code lines": 11_240,
+    "sparsefw: code lines": 11_245,
     "kernels: code lines": 2_500,
     "bench: code lines": 3_350,
-    "tests: code lines": 14_840,
+    "tests: code lines": 14_850,
     "documents: words": 17_970,
 }
 # Tables of facts, which are not counted.

@@ -177,7 +177,7 @@ def check_writable(folder: Path) -> Path:
         InputError: no file can be written there.
     """
     there = next(x for x in (folder, *folder.parents) if x.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"{folder}: cannot be written to; choose another folder")
     return there
 

@@ -70,9 +70,7 @@ def perplexity(states: HiddenStates, samples: Windows | Batches, ranks: Ranks = 
         for j, windows in enumerate(states.windows):
             hidden, others = states.hidden[j], states.behind_last(j)
             if isinstance(samples, Batches):
-                with Calls(_in_fp32):
-                    returned = run_behind_blocks(model, samples.batches[j], hidden, others)
-                total += _loss_in(returned, model, j).item()
+                total += _own_loss(model, samples.batches[j], j, hidden, others).item()
             elif states.flow.by_window and hidden.shape[:2] == (windows, samples.seqlen):
                 # One window at a time: logits over a large vocabulary are the largest tensor of a run.
                 ids = samples.ids[count : count + windows]
@@ -109,14 +107,15 @@ def check_losses(model: BlockModel, batches: Iterable[Batch]) -> None:
     Raises:
         InputError: the model returns no loss for a batch.
     """
-
     with model.outside():
         for j, batch in enumerate(batches):
-            _loss_in(run_behind_blocks(model, batch, None, {}), model, j)
+            _own_loss(model, batch, j, None, {})
 
 
-def _loss_in(returned: Any, model: BlockModel, j: int) -> Tensor:
-    """The loss in what a model returned for batch j."""
+def _own_loss(model: BlockModel, batch: Batch, j: int, hidden: Tensor | None, others: dict[int, Tensor]) -> Tensor:
+    """The loss that a model returns for batch j; hidden, others: as for `logits`, None as for `run_behind_blocks`."""
+    with Calls(_in_fp32):
+        returned = run_behind_blocks(model, batch, hidden, others)
     value = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise InputError(
