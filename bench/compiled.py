@@ -7,7 +7,8 @@ tensor-core and bulk-copy instructions.
 
 A row has a fingerprint of all that the compiler is given: rows of launches that have not changed are those of the
 committed table, if the same version of Triton has made it. To compile all others takes minutes. What a GPU would refuse
-or slow down ends in an error: too much shared memory, a stack, spilled registers.
+or slow down ends in an error: too much shared memory, a stack, spilled registers. So does a warning of Triton, which a
+user would see in the middle of a run.
 
 After an edit of one kernel: `python bench/compiled.py --only gram --test`.
 """
@@ -19,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,7 +102,8 @@ def compile_launch(target: str, case: Case, known: Mapping[str, dict] | None = N
     triton.runtime.driver.set_active(stub_driver(TARGETS[target]))
     triton.JITFunction.run, triton.knobs.runtime.jit_cache_hook = compile_only, is_known
     try:
-        case.launch()
+        with warnings.catch_warnings(action="error"):
+            case.launch()
     except Compiled as compiled:
         kernel, options = compiled.args
     finally:

@@ -184,7 +184,7 @@ def unpack(
         config = configuration(values.element_size())
         with on_device(values):
             _unpack_kernel[(triton.cdiv(last - first, config["BLOCK_R"]),)](
-                W=out, first=first, last=last, **matrix, **config
+                W=out, first=first, last=last, enable_fp_fusion=True, **matrix, **config
             )
     return out
 
@@ -213,6 +213,7 @@ def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | Non
         dtype = tl.float32 if not low else tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
         with on_device(x):
             _product_kernel[(triton.cdiv(len(mask), config["BLOCK_R"]),)](
-                X=x, Y=y, batch=batch, rows=len(mask), DTYPE=dtype, BLOCK_B=MOST, SPLIT=SPLIT, **matrix, **config
-            )
+                X=x, Y=y, batch=batch, rows=len(mask), DTYPE=dtype, BLOCK_B=MOST, SPLIT=SPLIT,
+                enable_fp_fusion=True, **matrix, **config,
+            )  # fmt: skip
     return y
