@@ -78,7 +78,7 @@ class Path:
     passed_over: dict[str, str] = field(default_factory=dict)
 
 
-def path_through(model: nn.Module, batch: Batch | None, outside: Ready, inside: Ready) -> Path:
+def path_through(model: nn.Module, batch: Batch | None, outside: Ready, inside: Ready, device: torch.device) -> Path:
     """The path of a batch through a model.
 
     Args:
@@ -86,6 +86,7 @@ def path_through(model: nn.Module, batch: Batch | None, outside: Ready, inside: 
         batch: arguments of its forward; None: a few tokens. Where the model's own forward fails on them, that of a text
             model inside of it is taken.
         outside, inside: for modules outside of the blocks, and in a block.
+        device: where these modules have their tensors, and the few tokens are.
 
     Raises:
         InputError: it has no list of blocks, the forward fails, or it hands tensors on in a way that is not followed.
@@ -96,7 +97,7 @@ def path_through(model: nn.Module, batch: Batch | None, outside: Ready, inside: 
     failed: InputError | None = None
     for runs in (model, *(m for m in inner if m.get_output_embeddings() is not None)):
         try:
-            return _path(model, runs, FEW_TOKENS, TEXT, outside, inside)
+            return _path(model, runs, FEW_TOKENS.to(device), TEXT, outside, inside)
         except InputError as error:
             failed = failed or error
             if not isinstance(error, ForwardFailed):

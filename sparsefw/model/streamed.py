@@ -54,7 +54,7 @@ class StreamedModel(BlockModel):
             if not buffer.is_meta:
                 buffer.data = computed(buffer.data, in_fp32)
         zeros = partial(zeros_in, in_fp32=in_fp32)
-        path = path_through(model, None, zeros, zeros)
+        path = path_through(model, None, zeros, zeros, torch.device("cpu"))
         shared = shared_parameters(model, path.order, model.all_tied_weights_keys, self._skeleton.goes_into.values())
         super().__init__(model, path, shared, device, in_fp32)
         # The skeleton's own tensors; tied parameters are one.
