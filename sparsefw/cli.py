@@ -19,7 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsefw.errors import InputError, by_command, fitted, flag_of, printable, shown
+from sparsefw.errors import (
+    InputError,
+    by_command,
+    first_line,
+    fitted,
+    flag_of,
+    is_gpu_failure,
+    printable,
+    shown,
+)
 from sparsefw.fields import DEPENDS, checked_path
 from sparsefw.inputs import Inputs, Output
 from sparsefw.solver.config import PruneConfig
@@ -114,6 +123,9 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError | FloatingPointError) or name in ("OutOfMemoryError", "LostRankError"):
         return FAILED, on_one_line
     traceback.print_exception(error)
+    if is_gpu_failure(error):
+        line = shown(first_line(error))
+        return FAILED, f"Triton or CUDA failed, see above: {name}: {line}; --kernel torch needs no Triton kernels"
     return MISTAKE, f"a mistake in sparsefw, with the traceback above: please report it ({name})"
 
 

@@ -11,6 +11,9 @@ SHORT = {"evaluate": "--eval", "texts": "--eval", "folder": "--output"}
 # The user has made a call from Python or, see `by_command`, a command. Messages name options as they stand in it.
 _invocation = "call"
 
+# Words in the errors of CUDA, of its libraries and of Triton's launcher, which have no class of their own.
+GPU_WORDS = ("CUDA error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "Triton Error [", "C compiler", "active drivers")
+
 # Columns of a terminal that a line of a run takes.
 WIDTH = 100
 
@@ -70,6 +73,13 @@ def first_line(error: BaseException) -> str:
     return " ".join([first, *others[:1]]) if first.endswith(":") else first
 
 
+def is_gpu_failure(error: BaseException) -> bool:
+    """Whether Triton or CUDA has failed: a kernel does not compile, launch or end, or there is no compiler for it."""
+    kind = type(error)
+    named = kind.__module__.startswith("triton.") or kind.__name__ in ("AcceleratorError", "CalledProcessError")
+    return named or any(words in str(error) for words in GPU_WORDS)
+
+
 def printable(text: str) -> str:
     """Text on one line, in which every character that does not print is spelled out: controls, marks of direction."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -111,7 +121,7 @@ def errors_in_one_line(
     except Exception as error:
         # Full memory is no mistake of the input, and torch has several errors for it. A NameError is one in code.
         full = any(words in str(error) for words in ("DefaultCPUAllocator", "out of memory"))
-        if full or isinstance(error, (InputError, MemoryError, NameError, *passing)):
+        if full or is_gpu_failure(error) or isinstance(error, (InputError, MemoryError, NameError, *passing)):
             raise
         raise InputError("; ".join(filter(None, [f"{what}: {shown(first_line(error), limit)}", advice]))) from error
 

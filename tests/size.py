@@ -10,8 +10,8 @@ REPO = Path(__file__).resolve().parents[1]
 
 # Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
 LIMITS = {
-    "sparsefw: files": 97,
-    "sparsefw: code lines": 11_245,
+    "sparsefw: files": 98,
+    "sparsefw: code lines": 11_350,
     "kernels: code lines": 2_500,
     "bench: code lines": 3_350,
     "tests: code lines": 14_850,

@@ -15,7 +15,7 @@ LEVELS = [
     ["run", "plan", "verify", "evaluate", "lm_eval", "pack", "recover"],
     ["cli", "api", "llmcompressor", "recovery"],
     ["driver", "verification", "packing"],
-    ["evaluation"],
+    ["evaluation", "probe"],
     ["report"],
     ["estimate"],
     ["model", "packed"],

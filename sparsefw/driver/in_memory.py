@@ -24,7 +24,7 @@ from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches
 from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
-from sparsefw.driver.run import Shown, carry_out, computes_in_fp32, kernel_line, own_text
+from sparsefw.driver.run import Shown, carry_out, computes_in_fp32, own_text
 from sparsefw.errors import InputError, errors_in_one_line, shown
 from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import resident
@@ -66,7 +66,6 @@ def run_in_memory(
     check_free(job.output.folder, job.output.overwrite)
     if saves:
         check_configs(model)
-    say(kernel_line(job.config))
     batch = None if batches is None else _largest(batches[0])
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     device = this_device() if device.type == "cpu" else device

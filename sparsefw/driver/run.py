@@ -57,7 +57,6 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
     """
     assert job.folder is not None
     device = memory.this_device()
-    say(kernel_line(job.config))
     check_output(job.output.folder, job.folder, job.output.overwrite, job.inputs.paths)
     source = inspect(job.folder)
     in_fp32 = ranks.on_first(lambda: computes_in_fp32(job, say, source.dtype, device))
@@ -160,16 +159,6 @@ def _rounds_products(job: Job, prepared: Prepared) -> bool:
 def _begun(job: Job, name: str, found: bool) -> bool:
     """The value that an unfinished run has settled under this name; without one, the value that was found."""
     return Writer(job.output.folder, 0, restart=job.output.restart).begun().get("identity", {}).get(name, found)
-
-
-def kernel_line(config: PruneConfig) -> str:
-    """The line of the log that says which kernel runs, and why."""
-    cuda = torch.cuda.is_available()
-    if config.kernel == "triton" and not cuda:
-        why = "as asked; no CUDA device, so Triton's interpreter: exact and slow"
-    else:
-        why = "as asked" if "kernel" in config.given else "CUDA is available" if cuda else "no CUDA device"
-    return f"kernel: {config.kernel} ({why}), precision {config.precision}"
 
 
 def carry_out(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.data.batches import Batch
-from sparsefw.errors import InputError, first_line, shown
+from sparsefw.errors import InputError, first_line, is_gpu_failure, shown
 from sparsefw.model.parts import UNSUPPORTED, ForwardIsOver
 from sparsefw.model.recorder import Recorder
 from sparsefw.model.recording import leaves_of, rebuilt
@@ -73,8 +73,9 @@ def explained(model: str, place: str, input_kind: str = TEXT) -> Iterator[None]:
         raise
     # A model's code may raise whatever there is.
     except Exception as error:
-        if "DefaultCPUAllocator" in str(error):
-            # The host's memory is full, for which torch has no class.
+        if "DefaultCPUAllocator" in str(error) or is_gpu_failure(error):
+            # The host's memory is full, for which torch has no class. Or a kernel of ours, which is launched inside of
+            # the forward, has failed.
             raise
         raise ForwardFailed(
             f"unsupported model {model}: {place} fails on {input_kind}: {type(error).__name__}: "

@@ -122,9 +122,9 @@ class GPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten._to_copy.default and isinstance(args[0], OnGPU):
-            # A conversion by torch's own code, which names the device that it believes the tensor to be on. Real moves
-            # are made by `to`, see below.
+        if func in (aten._to_copy.default, aten.new_empty_strided.default) and isinstance(args[0], OnGPU):
+            # By torch's own code, for a conversion or a gradient, which names the device that it believes the tensor to
+            # be on. Real moves are made by `to`, see below.
             kwargs = kwargs | {"device": None}
         if func is aten.index_put.default and torch._C._current_graph_task_id() >= 0:
             # Into zeros that torch makes for a gradient, unseen. It believes that they are needed on the CPU.
@@ -209,6 +209,17 @@ class GPU(TorchDispatchMode):
             frame = frame.f_back
         line = f"{frame.f_code.co_filename.removeprefix(f'{ROOT}/')}:{frame.f_lineno}" if frame else "a thread's"
         self.waits[f"{line} {what}"] += 1
+
+
+class _InThread(TorchDispatchMode):
+    """The pretended GPU in a thread: modes are a thread's own."""
+
+    def __init__(self, gpu: GPU):
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return self.gpu.__torch_dispatch__(func, types, args, kwargs)
 
 
 class _Memory:
@@ -305,9 +316,11 @@ def _refuse_two_devices(packet: Any, args: tuple, given: list[Tensor]) -> None:
 @contextmanager
 def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
     """Inside the `with` block, torch has a GPU with `memory` bytes."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: no need to pretend one")
     gpu = GPU()
     stream = type("Stream", (_Stream,), {"gpu": gpu})
-    launch = GridExecutor.__call__
+    launch, run_thread = GridExecutor.__call__, threading.Thread.run
     # torch collects the functions that `with torch.device(...)` acts on when it needs them first, and keeps them. It
     # would keep the `made` of below for ever, and models on the meta device would take memory.
     with torch.device("cpu"):
@@ -315,6 +328,8 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
     to, data, lifts = Tensor.to, Tensor.data, torch._C._only_lift_cpu_tensors()
 
     def moved(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+        if args and isinstance(args[0], OnGPU):
+            args = (DEVICE, args[0].dtype, *args[1:])
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         here = isinstance(tensor, OnGPU)
         there = here if device is None else _is_gpu(device)
@@ -344,7 +359,13 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         if graph:
             graph.launches.append(lambda: launch(executor, *args, **kwargs))
         else:
-            launch(executor, *args, **kwargs)
+            # The interpreter puts functions of its own into Triton meanwhile.
+            with gpu.lock:
+                launch(executor, *args, **kwargs)
+
+    def run(thread: threading.Thread) -> None:
+        with _InThread(gpu):
+            run_thread(thread)
 
     with pytest.MonkeyPatch.context() as patch, gpu:
         for name, value in {
@@ -358,6 +379,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
             "current_stream": stream,
             "synchronize": lambda device=None: gpu.wait("synchronize"),
             "get_device_name": lambda device=None: NAME,
+            "get_device_capability": lambda device=None: (9, 0),
             "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=132),
             "mem_get_info": lambda device=None: (memory - gpu.allocated, memory),
             "memory_allocated": lambda device=None: gpu.allocated,
@@ -372,6 +394,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         # A build of torch for CUDA would ask the driver for its stream.
         patch.setattr(Optimizer, "_accelerator_graph_capture_health_check", lambda optimizer: None)
         patch.setattr(GridExecutor, "__call__", launched)
+        patch.setattr(threading.Thread, "run", run)
         patch.setattr(torch, "empty", partial(made, torch.empty))
         patch.setattr(torch, "empty_strided", partial(made, torch.empty_strided))
         patch.setattr(Tensor, "to", moved)
