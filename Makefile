@@ -13,18 +13,21 @@ format:
 	ruff check --fix .
 	ruff format .
 
+# Without --gpu no test sees a GPU (conftest.py).
+
 # All but what is marked slow.
 test:
-	pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow"
+	pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
 
 # All that needs no GPU. A file goes to one worker, so that what its tests share (compiled kernels,
 # pruned models) is made once; in the order of the files, or the longest one, which has few tests, would come last.
 test-all:
 	pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# The whole of the kernel and solver tests on the GPU, and those that only make sense there. One process: one GPU.
+# What computes on the GPU, and what only makes sense there. One process: one GPU. The others compare bits with a CPU's,
+# or fork.
 test-gpu:
-	pytest -m "gpu or not gpu"
+	pytest --gpu tests/kernels tests/solver $(patsubst %,tests/model/test_%.py,activations layers measure streamed)
 
 # The modifier of llm-compressor, which takes an older transformers: in an environment of its own.
 test-llmcompressor:
@@ -36,8 +39,9 @@ test-llmcompressor:
 versions:
 	tests/versions.sh
 
+# On a GPU.
 bench:
-	pytest bench/kernels/bench_*.py bench/runs/bench_*.py
+	pytest --gpu bench/kernels/bench_*.py bench/runs/bench_*.py
 
 # Every benchmark once, timing off: its correctness gates still hold.
 bench-once:

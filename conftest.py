@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels of every test run in the interpreter."""
+"""Tests see no GPU unless `--gpu` is given: everywhere the same tests run, the Triton kernels in the interpreter."""
 
 import gc
 import os
@@ -17,18 +17,33 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that shows the GPU."""
+    parser.addoption("--gpu", action="store_true", help="run on the GPU, which is hidden otherwise (`make test-gpu`)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare a process that runs tests; the one that hands them to workers waits for no import of torch."""
+    if not config.getoption("gpu"):
+        # Set before anything asks for CUDA or imports triton, as the models of transformers do: its own library is
+        # decorated at import.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     if config.getoption("dist", "no") == "no":
-        _prepare_triton()
+        _prepare_triton(config.getoption("gpu"))
 
 
-def _prepare_triton() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test of what only the hardware does, such as the rounding of tensor cores."""
+    if item.get_closest_marker("gpu") and not item.config.getoption("gpu"):
+        pytest.skip("needs a GPU: --gpu")
+
+
+def _prepare_triton(gpu: bool) -> None:
     import torch
 
-    if not torch.cuda.is_available():
-        # Set before anything imports triton, as the models of transformers do: its own library is decorated at import.
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if gpu and not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu: torch finds no GPU")
 
     from triton import language
     from triton.runtime import interpreter

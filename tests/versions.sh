@@ -17,11 +17,11 @@ for name in ${1:-oldest newest}; do
   "$bin/pip" install --quiet --constraint "$work/$name.txt" --editable '.[test]'
   echo "== $name"
   "$bin/pip" list 2> /dev/null | grep -iE '^(torch|triton|transformers|numpy|datasets|safetensors|huggingface|jinja2|tqdm|msgspec|filelock|psutil)'
-  "$bin/python" -m pytest -q -n auto -m "not gpu and not slow" -p no:cacheprovider || failed+=("$name")
+  "$bin/python" -m pytest -q -n auto -m "not slow" -p no:cacheprovider || failed+=("$name")
   if [ "$name" = oldest ]; then
     # The one pair of versions that needs sparsefw/kernels/interpreter.py: the oldest Triton with the newest numpy.
     "$bin/pip" install --quiet --upgrade numpy
-    "$bin/python" -m pytest -q -n auto -m "not gpu and not slow" -p no:cacheprovider tests/kernels || failed+=("new numpy")
+    "$bin/python" -m pytest -q -n auto -m "not slow" -p no:cacheprovider tests/kernels || failed+=("new numpy")
   fi
   rm -rf "${work:?}/$name"
 done

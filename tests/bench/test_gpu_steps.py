@@ -94,7 +94,6 @@ def test_row_kernels_are_timed_and_repeated(lines):
     assert [row["runs_that_differ"] for row in lines("repeats")] == [0] * len(gpu_rows.REPEATED)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: no need to pretend one")
 @pytest.mark.parametrize("name", gpu_rows.OPERATIONS)
 def test_the_host_does_not_wait_in_what_is_timed(name, monkeypatch):
     """Its wait would count as the kernel's time."""

@@ -1,5 +1,6 @@
 """A plugin of pytest: all tests run on the pretended GPU. What a test leaves on the CPU by mistake is refused there."""
 
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 @pytest.hookimpl(wrapper=True)
 def pytest_cmdline_main() -> Iterator[None]:
     """Enter the pretended GPU before a test module asks for one."""
+    # As without `--gpu`, and before anything asks for CUDA.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     import torch
     import triton
     from helpers.pretended_gpu import pretended_gpu

@@ -13,6 +13,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One entry, odd sizes, and more than one tile in every direction.
 SHAPES = ((1, 1), (37, 131), (150, 260))
+# A test of what only the hardware does, such as the rounding of tensor cores.
+needs_gpu = pytest.mark.gpu
 shapes = pytest.mark.parametrize("shape", [*SHAPES[:2], pytest.param(SHAPES[2], marks=pytest.mark.slow)])
 
 # Relative rounding of one product of two operands at a precision, with the sum of thousands of products in fp32: tensor
@@ -22,11 +24,6 @@ SUM_ERROR = 2.0**-15
 
 # How much larger than that of naive.py an error may be. A GPU truncates sums, which counts where operands are exact.
 TIMES = dict.fromkeys(PRODUCT_ERROR, 2) | ({"tf32x3": 4} if DEVICE == "cuda" else {})
-
-
-def needs_gpu(test: Callable) -> Callable:
-    """Mark a test of what only the hardware does, such as the rounding of tensor cores."""
-    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")(test))
 
 
 def generator(seed: int) -> torch.Generator:

@@ -52,10 +52,10 @@ def damped_problem(problem, H):
     return replace(problem, H=H, damping=H.diagonal() - problem.H.diagonal())
 
 
-def on_gpu(problem):
+def on_gpu(problem, device="cuda"):
     """The problem with its tensors on the GPU."""
     tensors = {name: x for name, x in vars(problem).items() if isinstance(x, torch.Tensor)}
-    return replace(problem, **{name: x.to("cuda") for name, x in tensors.items()})
+    return replace(problem, **{name: x.to(device) for name, x in tensors.items()})
 
 
 def penalized_error(W, G, M, theta):

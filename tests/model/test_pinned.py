@@ -9,8 +9,6 @@ from sparsefw.checkpoint.source import inspect
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import StreamedModel
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: no need to pretend one")
-
 SIZES = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 1024}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 

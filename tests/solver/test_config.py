@@ -146,7 +146,7 @@ class TestBackend:
 
     def test_triton_is_told_to_interpret_in_time(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
         with pytest.raises(InputError, match=r"Triton was imported before.*set TRITON_INTERPRET=1"):
             _ = PruneConfig(kernel="triton").backend
         monkeypatch.delitem(sys.modules, "triton")

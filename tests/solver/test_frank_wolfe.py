@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.families import first_is_fast
-from helpers.problems import TRITON, damped_problem, exhaustive, make_problem, penalized_error, problem_of
+from helpers.kernel_inputs import DEVICE
+from helpers.problems import TRITON, damped_problem, exhaustive, make_problem, on_gpu, penalized_error, problem_of
 
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import TORCH, Backend
@@ -137,12 +138,13 @@ class TestSolve:
     @pytest.mark.parametrize("text", ["0.5", "2:4"])
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_not_finite_is_an_error(self, value, text, backend):
-        problem = make_problem(4, 12, text)
+        problem = on_gpu(make_problem(4, 12, text), DEVICE)
         problem.H[0, 0] = value
         with pytest.raises(FloatingPointError, match="not finite"):
             solve(problem, 3, swaps=2, backend=backend)
         # The warm start's error is finite, the damped matrix is not.
-        problem, H = make_problem(4, 12, text), make_problem(4, 12, text).H
+        problem = on_gpu(make_problem(4, 12, text), DEVICE)
+        H = problem.H.clone()
         H[:, 5] = H[5] = torch.inf
         with pytest.raises(FloatingPointError, match="not finite"):
             solve(damped_problem(problem, H), 3, backend=backend)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.kernel_inputs import DEVICE
 from torch import nn
 
 from sparsefw.kernels import triton_ops
@@ -30,14 +31,14 @@ def pruned(*shape, seed=0, scale=1.0, dtype=torch.float32):
     W.view(-1)[1] = -0.0
     W.view(-1)[0] = scale
     # In float64 they have digits that fp32 has not.
-    return W.to(dtype)
+    return W.to(DEVICE, dtype)
 
 
 def drawn(count, *shape, seed=1):
     """Gradients of many magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     sizes = 10.0 ** torch.randint(-8, 5, shape, generator=generator)
-    return [sizes * torch.randn(*shape, generator=generator) for _ in range(count)]
+    return [(sizes * torch.randn(*shape, generator=generator)).to(DEVICE) for _ in range(count)]
 
 
 def give(parameter, gradient):
@@ -90,7 +91,7 @@ def test_the_steps_are_those_of_adam(backend):
 def test_gradients_add_up_and_a_step_without_one_goes_on():
     """They have no gaps, which NCCL refuses, wherever the parameter lies; those of other ranks are added in place."""
     W = pruned(4, 6)
-    first, second, none = *drawn(2, 4, 6), torch.zeros(4, 6)
+    first, second, none = *drawn(2, 4, 6), torch.zeros_like(W)
     parameter = nn.Parameter(W.T.contiguous().T)
     weights = KeptWeights([(parameter, [parameter.detach()])], 2, RATE)
     give(parameter, first)
@@ -112,7 +113,7 @@ def test_gradients_add_up_and_a_step_without_one_goes_on():
 def test_each_parameter_moves_once_its_gradient_is_complete():
     """One is used twice; of another a part is, whose gradient lies in that of the whole; two share memory."""
     sources = [pruned(6, 6), pruned(6, 6, seed=2), pruned(2, 6, 6, seed=3), *pruned(2, 6, 6, seed=4)]
-    x, left = torch.randn(4, 6), []
+    x, left = torch.randn(4, 6).to(DEVICE), []
 
     def ended(at_once):
         parameters = [nn.Parameter(W.clone()) for W in sources[:3]]

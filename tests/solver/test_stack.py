@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.families import first_is_fast
-from helpers.kernel_inputs import generator, normal
+from helpers.kernel_inputs import DEVICE, generator, normal
 from helpers.problems import PATTERNS, ROWS, D, assert_same, make_config, make_layers, run
 
 from sparsefw.errors import InputError
@@ -24,12 +24,13 @@ class Case:
     falls short by D = W (X_dense - X), whichever way it is measured.
     """
 
-    def __init__(self, dtype=torch.float32):
+    def __init__(self, dtype=torch.float32, device="cpu"):
         mix = torch.randn(D // 3, D, generator=generator(100), dtype=torch.float64)
         self.X = torch.randn(200, D // 3, generator=generator(0), dtype=torch.float64) @ mix
         self.X += 2 * torch.randn(200, D, generator=generator(1), dtype=torch.float64)
-        self.X_dense = self.X + 0.3 * torch.randn(200, D, generator=generator(2), dtype=torch.float64)
-        self.weights = [normal(n, D, seed=10 + i, dtype=dtype).cpu() for i, n in enumerate(ROWS)]
+        X_dense = self.X + 0.3 * torch.randn(200, D, generator=generator(2), dtype=torch.float64)
+        self.X, self.X_dense = self.X.to(device), X_dense.to(device)
+        self.weights = [normal(n, D, seed=10 + i, dtype=dtype).to(device) for i, n in enumerate(ROWS)]
         G = (self.X.T @ self.X).float()
         self.G = (G.tril() + G.tril(-1).T).contiguous()
         self.layers = [(f"layer{i}", W) for i, W in enumerate(self.weights)]
@@ -40,7 +41,7 @@ class Case:
         X, X_dense, crosses = self.X, self.X_dense, []
         for W, form in zip(self.weights, forms, strict=True):
             W = W.double()
-            h = torch.randn(200, len(W), generator=generator(20)).double()
+            h = torch.randn(200, len(W), generator=generator(20)).to(W)
             matrix = {
                 None: None,
                 "inputs": X.T @ (X_dense - X),
@@ -53,7 +54,7 @@ class Case:
     def stacked(self, forms):
         """The stack's weights, padded to a multiple of ROW_UNIT, and what `cross_rows` is given of its layers."""
         W = torch.cat(self.weights)
-        padding = torch.zeros(-len(W) % ROW_UNIT, D, dtype=W.dtype)
+        padding = W.new_zeros(-len(W) % ROW_UNIT, D)
         return torch.cat([W, padding]), list(zip(self.crosses(forms), ROWS, strict=True))
 
 
@@ -62,7 +63,7 @@ class TestCrossRows:
     @pytest.mark.parametrize("operations", [cpu, triton_ops], ids=["cpu", "triton"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_are_those_of_float64(self, dtype, operations, form):
-        case = Case(dtype)
+        case = Case(dtype, DEVICE)
         W, crosses = case.stacked([form] * len(ROWS))
         B = cross_rows(crosses, 0, W, case.G, backend=Backend(operations)).double()
         # The forms differ by what they subtract: products with the whole input, or with the difference of inputs.
