@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from operations import Operation
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Name what is left out, and why, at the end."""
+    config.option.reportchars += "s"
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     from timing import GPU, Moment

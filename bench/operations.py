@@ -33,8 +33,28 @@ PRECISIONS = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 2e-3, "bf16": 2e-2}
 # Tensor cores cut off what a sum has no room for, and the library may sum in parts. Over 16,384 tokens that is more
 # than rounding alone would be.
 SUMS = 2.0**-14
+# Rows that are compared at once: float64 copies of the largest matrices would not fit.
+PIECE = 1024
 SWAPS = 10
 THETAS = dict(theta=0.5, next_theta=0.6)
+
+# Of the free GPU memory, what a case may take: libraries need some, and torch's allocator leaves gaps.
+SHARE = 0.9
+# The most GPU memory that a case takes at once, in bytes of an entry of (rows, d) and of an entry of (d, d). Where two
+# are given, the first is that of making the inputs: G is rounded for a product. Rows of `gram_accumulate` are tokens.
+PEAKS = {
+    "product": ((18, 16),),
+    "gram_accumulate": ((6, 0), (2, 16)),
+    "cross_accumulate": ((12, 0),),
+    "mirror_lower": ((0, 12),),
+    "lmo": ((14, 0),),
+    "row_step": ((17, 12), (62, 0)),
+    "iteration": ((26, 16), (70, 8)),
+    "row_swaps": ((17, 12), (59, 4)),
+    "conjugate_step": ((18, 12), (52, 0)),
+    "adam_step": ((28, 0),),
+    "packed_product": ((15, 0),),
+}
 
 COMPILE = "torch.compile"
 Tensors = tuple[Tensor, ...]
@@ -91,11 +111,19 @@ def ways(name: str, way: Callable[[Callable], Callable[..., Tensors]], **rivals:
     return {label: way(implementation) for label, implementation in implementations.items()}
 
 
+def memory_needed(name: str, size: tuple[int, ...]) -> int:
+    """The most bytes of GPU memory that a case of an operation takes at once, its check included."""
+    rows, d = (1, *size)[-2:]
+    # D and X of a cross matrix, and fp32 copies.
+    inputs = 6 * size[0] * (rows + d) if name == "cross_accumulate" else 0
+    # A check compares float64 copies.
+    return max(a * rows * d + b * d * d for a, b in PEAKS[name]) + inputs + 4 * 8 * PIECE * d
+
+
 def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
     """Compare two tensors; the tolerance is relative to the largest expected value."""
-    # In pieces, since float64 copies of the largest matrices would not fit.
     difference, largest = 0.0, 0.0
-    for a, b in zip(got.split(1024), expected.split(1024), strict=True):
+    for a, b in zip(got.split(PIECE), expected.split(PIECE), strict=True):
         difference = max(difference, (a.double() - b.double()).abs().max().item())
         largest = max(largest, b.double().abs().max().item())
     assert difference <= tolerance * largest, f"differs by {difference}"
