@@ -13,7 +13,7 @@ LIMITS = {
     "sparsefw: files": 98,
     "sparsefw: code lines": 11_350,
     "kernels: code lines": 2_500,
-    "bench: code lines": 3_350,
+    "bench: code lines": 3_450,
     "tests: code lines": 14_850,
     "documents: words": 17_970,
 }

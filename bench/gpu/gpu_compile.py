@@ -4,21 +4,17 @@ import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_lines import Part
+from gpu_lines import REPO, Part, python
 
-REPO = Path(__file__).resolve().parents[2]
 WORKERS = 12
 
 # Only these cases are compiled where everything is tiny.
@@ -29,16 +25,28 @@ def machine(part: Part) -> None:
     """The card, the machine and the versions."""
     installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
     names = ("torch", "triton", "transformers", "msgspec", "numpy", "pytest", "pytest-xdist", "datasets")
-    part.add(versions={name: installed.get(name, "not installed") for name in names}, python=sys.version.split()[0])
+    versions = {name: installed.get(name, "not installed") for name in names}
+    versions |= {"python": sys.version.split()[0], "cuda": torch.version.cuda}
+    versions |= {"gcc": _first_line("gcc", "-dumpfullversion")}
+    part.add(commit=_first_line("git", "describe", "--always", "--dirty"), versions=versions)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     disk = shutil.disk_usage(part.scratch).free
-    part.add(cpus=os.cpu_count(), host_gib=memory / 2**30, disk_free_gib=disk / 2**30, ncu=shutil.which("ncu"))
+    part.add(cpus=os.cpu_count(), host_gib=memory // 2**30, disk_free_gib=disk // 2**30)
     if torch.cuda.is_available():
-        part.add(card=str(torch.cuda.get_device_properties(0)))
+        part.add(summary=torch.cuda.get_device_name(), card=str(torch.cuda.get_device_properties(0)))
     if shutil.which("nvidia-smi"):
-        query = "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+        query = "--query-gpu=name,driver_version,memory.total,memory.free,power.limit,"
+        query += "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
         done = subprocess.run(["nvidia-smi", query, "--format=csv"], capture_output=True, text=True, check=False)
         part.add(nvidia_smi=done.stdout.splitlines())
+
+
+def _first_line(*command: str) -> str:
+    """The first line that a program prints."""
+    if not shutil.which(command[0]):
+        return "not installed"
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    return "".join(done.stdout.splitlines()[:1])
 
 
 def capability() -> int:
@@ -95,27 +103,11 @@ def compile_kernels(part: Part) -> None:
 
 
 def kernel_tests(part: Part) -> None:
-    """The tests of the kernels on the GPU; each result is on the disk as soon as it is there."""
+    """The tests of the kernels on the GPU; each result is printed as soon as it is there."""
     tests = "tests/kernels/test_launch.py" if part.tiny else "tests/kernels"
-    command = [sys.executable, "-m", "pytest", "-v", "-rN", "-m", "gpu or not gpu", tests]
+    options = ["-v", *["--gpu"] * torch.cuda.is_available()]
     if importlib.util.find_spec("xdist") and not part.tiny:
-        command += ["-n", str(WORKERS)]
+        options += ["-n", WORKERS]
     if importlib.util.find_spec("pytest_timeout"):
-        command += ["--timeout=60"]
-    path, started = part.folder / "kernel-tests-results.txt", time.perf_counter()
-    try:
-        with path.open("w", encoding="utf-8") as output:
-            # Less than the limit of this part, so that the results so far are counted.
-            done = subprocess.run(command, cwd=REPO, stdout=output, stderr=subprocess.STDOUT, timeout=220, check=False)
-        end = f"status {done.returncode}"
-    except subprocess.TimeoutExpired:
-        end = "cut off"
-    part.add(tests=tests, end_of_tests=end, tests_s=round(time.perf_counter() - started, 1), **results_of(path))
-
-
-def results_of(path: Path) -> dict[str, Any]:
-    """How many tests ended how, and the lines of those that failed, from what `pytest -v -rN` printed."""
-    lines = [line for line in path.read_text(errors="replace").splitlines() if "::" in line]
-    ends = [(re.search(r"(?:^|\s)(PASSED|FAILED|ERROR|SKIPPED)(?:\s|$)", line), line) for line in lines]
-    failed = [line for end, line in ends if end and end[1] in ("FAILED", "ERROR")]
-    return {"ends": dict(Counter(end[1] for end, _ in ends if end)), "failed": failed}
+        options += ["--timeout=60"]
+    part.add(tests=tests, summary=python("-m", "pytest", *options, tests)[-1].strip("= "))

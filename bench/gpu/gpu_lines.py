@@ -2,11 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 NAME = "results.jsonl"
+REPO = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,19 @@ class Part:
         """Measured roofs: "copy" in bytes a second, others in flops a second by precision; the highest count."""
         rates = sorted((row["rate"], row["roof"]) for row in self.lines("roofs") if "roof" in row)
         return {roof: rate for rate, roof in rates}
+
+
+def python(*arguments: object) -> list[str]:
+    """Run Python in a process of its own, and print what it prints as it comes; returns the lines.
+
+    Raises:
+        SystemExit: its exit status was not 0.
+    """
+    command, lines = [sys.executable, *map(str, arguments)], []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return lines

@@ -1,14 +1,11 @@
-"""Steps 3 and 5: row kernels at the chunks of real runs, whether bits repeat, and what a profiler counts of them."""
+"""Step 3: row kernels at the chunks of real runs, and whether bits repeat."""
 
-import shutil
-import subprocess
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from gpu_lines import Part
 from gpu_products import measure
-from gpu_steps import command_of
 from operations import TINY, Operation, adam_step, conjugate_step, gram_accumulate, lmo, product, row_step
 from torch import Tensor
 
@@ -16,11 +13,6 @@ from torch import Tensor
 CHUNKS = [(6528, 8192), (1856, 28672), (4096, 4096), (4096, 14336)]
 
 REPEATS = 200
-
-# Counters of Nsight Compute: bytes from and to the memory, and the share of accesses that the L2 cache serves.
-METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "lts__t_sector_hit_rate.pct")
-# Launches of one kernel that are counted.
-COUNTED = 3
 
 OPERATIONS: dict[str, Callable[[int, int], Operation]] = {
     "row step": row_step,
@@ -62,28 +54,3 @@ def differing(result: Callable[[], tuple[Tensor, ...]], count: int) -> dict[str,
         entries = sum(int((a != b).sum()) for a, b in zip(bits(), first, strict=True))
         wrong, most = wrong + bool(entries), max(most, entries)
     return {"repeats": count, "runs_that_differ": wrong, "most_entries_that_differ": most}
-
-
-def counted(part: Part) -> None:
-    """A few launches of every row kernel and of the product, for the profiler that runs this process."""
-    for name, make in REPEATED.items():
-        for rows, d in TINY[:1] if part.tiny else CHUNKS[:2]:
-            operation = make(rows, d)
-            for _ in range(COUNTED):
-                operation.ways["triton"](*operation.fresh())
-            print(f"{name}, {rows} x {d}: at least {operation.cost.bytes / 1e6:.1f} MB", flush=True)
-
-
-def counters(part: Part) -> None:
-    """Bytes of the memory and hits of the cache, as Nsight Compute counts them for our kernels: counters.csv."""
-    tool = shutil.which("ncu")
-    if not tool:
-        part.add(skipped="ncu is not installed: no counters of the memory")
-        return
-    path, inner = part.folder / "counters.csv", Part("counted", part.folder, part.scratch, part.tiny)
-    # The names of our kernels end so; torch's do not.
-    command = [tool, "--csv", "--metrics", ",".join(METRICS), "--kernel-name", "regex:^_[a-z]+_kernel$"]
-    with path.open("w", encoding="utf-8") as output:
-        done = subprocess.run([*command, *command_of(inner)], stdout=output, stderr=subprocess.STDOUT, check=False)
-    last = path.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-    part.add(file=path.name, status=done.returncode, **{"last_lines": last} if done.returncode else {})

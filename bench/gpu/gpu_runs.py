@@ -28,9 +28,11 @@ SIZES = {
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 2},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 3},
 }
+SIZES["8B block"] = SIZES["8B"] | {"num_hidden_layers": 2}
 TINY_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8, "num_hidden_layers": 2}
 # The layers that a run prunes, and its calibration windows.
 PRUNED = {"70B": (r"re:model\.layers\.0\.", 256), "8B": (r"re:model\.layers\.[01]\.", 64)}
+PRUNED["8B block"] = (PRUNED["70B"][0], 64)
 TINY_WINDOWS, SEQLEN, TINY_SEQLEN = 4, 2048, 32
 TINY_FLAGS = ["--steps", 1, "--refit", 1, "--rounds", 0]
 

@@ -6,7 +6,7 @@
     3  products, Gram and cross matrices, exact products, row kernels and packed matrices, beside the library and their
        roofs; hundreds of repeats, bits compared
     4  a 70B block by default, activations on the GPU; 8B blocks cold, warm, and killed
-    5  what may be left for another hour: activations in host memory, 8B blocks within 16 GiB, counters of the memory
+    5  what may be left for another hour: activations in host memory, 8B blocks within 16 GiB
 
 A step ends within 8 minutes. Each of its parts is a process with a time limit of its own, so neither a hang nor a fault
 of the GPU takes the others with it. Results go to FOLDER/results.jsonl line by line, what a part prints to
@@ -63,12 +63,20 @@ STEPS = {
     "5": {
         "block in host memory": (150, "gpu_runs.block_in_host_memory"),
         "8B within 16 GiB": (100, "gpu_runs.within"),
-        "counters": (180, "gpu_rows.counters"),
     },
 }
-# "counted" is what Nsight Compute runs for "counters". Operations are parts, too.
-FUNCTIONS = {name: path for parts in STEPS.values() for name, (_, path) in parts.items()}
-FUNCTIONS |= dict(counted="gpu_rows.counted", gram_accumulate=FUNCTIONS["gram"], cross_accumulate=FUNCTIONS["cross"])
+# The parts of rehearsal.py. Their limits add up to less than ten minutes.
+REHEARSAL = {
+    "machine": (20, "gpu_compile.machine"),
+    "probe": (40, "rehearsal.probe"),
+    "first command": (100, "rehearsal.first_command"),
+    "kernel tests": (230, "gpu_compile.kernel_tests"),
+    "8B block": (120, "rehearsal.block"),
+    "row step bench": (80, "rehearsal.row_step"),
+}
+# Operations are parts, too.
+FUNCTIONS = {name: path for parts in (*STEPS.values(), REHEARSAL) for name, (_, path) in parts.items()}
+FUNCTIONS |= dict(gram_accumulate=FUNCTIONS["gram"], cross_accumulate=FUNCTIONS["cross"])
 FUNCTIONS["packed_product"] = FUNCTIONS["packed"]
 FUNCTIONS |= dict.fromkeys(("row_step", "conjugate_step", "lmo", "adam_step"), "gpu_rows.row_kernels")
 
@@ -79,6 +87,11 @@ def command_of(part: Part) -> list[str]:
     return [*command, *["--tiny"] * part.tiny]
 
 
+def output_path(part: Part) -> Path:
+    """The file of what a part prints."""
+    return part.folder / f"{part.name.replace(' ', '-')}.txt"
+
+
 def run_limited(part: Part, limit: float) -> None:
     """Run a part in a process of its own, and add a line that says how it ended.
 
@@ -86,7 +99,7 @@ def run_limited(part: Part, limit: float) -> None:
         part: the part.
         limit: seconds after which it is killed, with all processes that it has started.
     """
-    started, path = time.monotonic(), part.folder / f"{part.name.replace(' ', '-')}.txt"
+    started, path = time.monotonic(), output_path(part)
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with path.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
@@ -106,24 +119,41 @@ def run_limited(part: Part, limit: float) -> None:
     part.add(end=end, seconds=round(time.monotonic() - started, 1), **{} if end == "done" else {"last_lines": last})
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run a step, part by part, or a single part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parsed(
+    description: str | None, argv: list[str] | None, needed: list[str], steps: tuple[str, ...] = ()
+) -> argparse.Namespace:
+    """Parse the arguments of a script, and make its folders.
+
+    Args:
+        description: of the script.
+        argv: the arguments; None: those of the process.
+        needed: modules that must be installed.
+        steps: values of the argument STEP, if there is one.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", type=Path, help="folder of the results")
-    add("step", choices=[*STEPS, *FUNCTIONS], metavar="STEP", help="1 to 5, or the name of a part or an operation")
-    add("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "sparsefw-gpu", metavar="DIR",
+    add("folder", help="folder of the results")
+    if steps:
+        add("step", choices=steps, metavar="STEP", help="1 to 5, or the name of a part or an operation")
+    add("--scratch", default=Path(tempfile.gettempdir()) / "sparsefw-gpu", metavar="DIR",
         help="folder for checkpoints and caches, 30 GB (default: %(default)s)")  # fmt: skip
     add("--tiny", action="store_true", help="tiny sizes, to try everything out without a GPU")
     arguments = parser.parse_args(argv)
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         parser.error(f"not installed: {' '.join(missing)}")
     if arguments.tiny:
         # Set before a part imports triton.
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    folder, scratch = arguments.folder.resolve(), arguments.scratch.resolve()
-    for path in (folder, scratch):
+    arguments.folder, arguments.scratch = (Path(path).resolve() for path in (arguments.folder, arguments.scratch))
+    for path in (arguments.folder, arguments.scratch):
         path.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a step, part by part, or a single part."""
+    arguments = parsed(__doc__, argv, NEEDED, (*STEPS, *FUNCTIONS))
+    folder, scratch = arguments.folder, arguments.scratch
     if arguments.step in FUNCTIONS:
         module, _, function = FUNCTIONS[arguments.step].partition(".")
         getattr(importlib.import_module(module), function)(Part(arguments.step, folder, scratch, arguments.tiny))

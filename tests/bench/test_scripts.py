@@ -13,7 +13,7 @@ import pytest
 
 REPO = Path(kill_runs.__file__).resolve().parents[2]
 # gpu.sh sets the path of gpu_steps; the others import no package, or only in processes of their own.
-OTHERS = {"gpu_steps.py", "kill_runs.py"}
+OTHERS = {"gpu_steps.py", "kill_runs.py", "rehearsal.py"}
 SCRIPTS = [p for p in (REPO / "bench").rglob("*.py") if "__main__" in p.read_text() and p.name not in OTHERS]
 
 
