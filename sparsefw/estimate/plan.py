@@ -90,7 +90,7 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
     if not checkpoint:
         # As if each expert were a tensor of its own.
         sizes = (layer.experts * layer.rows * layer.d for block in shape.blocks for layer in block.layers)
-        shape = replace(shape, joined=shape.itemsize * max(sizes, default=0))
+        shape = replace(shape, joined=dtype.itemsize * max(sizes, default=0))
     if quantization and not checkpoint:
         # As if everything were quantized, which is the least to read.
         share = quantization.share(dtype)
