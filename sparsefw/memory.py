@@ -48,8 +48,13 @@ def peak_memory() -> dict[str, int]:
 
 
 @contextmanager
-def gpu_limited(limit: int | None) -> Iterator[None]:
+def gpu_limited(limit: int | None, asked: bool) -> Iterator[None]:
     """Inside the `with` block, torch takes at most `limit` bytes of the current GPU; None: there is no GPU.
+
+    Args:
+        limit: the limit that the work is planned for, in bytes.
+        asked: whether the user has set it. Otherwise it is what was free, less `MARGIN`, and torch may take all of
+            that: the memory that its kernels take for themselves is in no plan.
 
     Raises:
         OutOfMemoryError: more was needed; the message is one line.
@@ -57,6 +62,8 @@ def gpu_limited(limit: int | None) -> Iterator[None]:
     if limit is None:
         yield
         return
+    if not asked:
+        limit = int(limit / (1 - MARGIN))
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
     try:

@@ -91,7 +91,7 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
         windows, _, seqlen = windows_of_texts(job, teacher.max_seqlen, write, say, ALONE)
         rounded = arithmetic.rounds_products(torch.float32 if in_fp32 else dense.dtype, device, shape.hidden)
         with (
-            memory.gpu_limited(limits.get("gpu")),
+            memory.gpu_limited(limits.get("gpu"), output.gpu_memory is not None),
             deterministic(refuse=False),
             arithmetic.rounded_products() if rounded else nullcontext(),
             student.outside(),

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -123,7 +124,7 @@ def own_text(
         path, source = begun.folder / OWN_TEXT, generation.own_source(inputs.seed)
         ids = generation.tokens_in(path) if begun.begun() and path.exists() else None
         if ids is None or ids.shape != (n, seqlen):
-            with memory.gpu_limited(limits.get("gpu")):
+            with memory.gpu_limited(limits.get("gpu"), output.gpu_memory is not None):
                 ids = generation.write_tokens(model, tokenizer, n, seqlen, inputs.seed, batch, say)
             memory.give_back()
         return replace(windows_of(ids, source), own=generation.records_of(tokenizer, ids))
@@ -223,7 +224,8 @@ def carry_out(
             say(reconstruction_line(reconstruction_steps(shape, workload, placement)))
         say(log.layer_header())
         run = Run(model, shape, config, placement, say, ranks, rounded)
-        outcome, placement = _prune(run, prepared, writer, limits.get("gpu"), progress)
+        limited = partial(memory.gpu_limited, limits.get("gpu"), job.output.gpu_memory is not None)
+        outcome, placement = _prune(run, prepared, writer, limited, progress)
         # Times differ; all ranks return those of rank 0.
         report = ranks.broadcast_object(_report(job, prepared, outcome, limits, placement, needs, ranks))
         if ranks.first:
@@ -299,12 +301,12 @@ def _identity(job: Job, prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
 
 
 def _prune(
-    run: Run, prepared: Prepared, writer: Writer, gpu_limit: int | None, progress: Shown
+    run: Run, prepared: Prepared, writer: Writer, limited: Callable[[], AbstractContextManager[None]], progress: Shown
 ) -> tuple[Outcome, Placement]:
     """Prune all blocks; on a GPU that is full, go on from the last finished block with half the windows at a time."""
     model = run.model
     while True:
-        with log.progress_of(len(model.blocks), progress) as on_block, memory.gpu_limited(gpu_limit):
+        with log.progress_of(len(model.blocks), progress) as on_block, limited():
             try:
                 return prune_model(run, prepared.calibration, prepared.evaluation, writer, on_block), run.placement
             except torch.OutOfMemoryError:

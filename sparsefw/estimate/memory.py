@@ -266,9 +266,10 @@ def _activations(shape: ModelShape, workload: Workload, placement: Placement) ->
     sizes, texts = [x.nbytes(workload.seqlen) for x in shape.between], _streams(workload)
     everything = kept = activation_bytes(shape, workload)
     batch = min(placement.batch, max(windows for windows, _ in texts))
-    # Five micro-batches at most. One is on its way in. The next one is launched before the last one is checked, so two
-    # are inputs of the block, and two are on their way out.
-    moving = min(everything, 5 * batch * sum(sizes))
+    # Of a list that is read, one micro-batch is on its way in, and two are inputs of launched work: the next one is
+    # launched before the last one is checked. Two more are on their way out. Where the dense model's list is read, too,
+    # nothing goes out meanwhile; a list at rest may hold one that was read ahead.
+    moving = min(everything, (7 if workload.config.uses_dense_stream else 5) * batch * sum(sizes))
     if workload.gpu:
         # Every micro-batch is a pinned tensor.
         batches = sum(streams * -(-windows // batch) for windows, streams in texts)

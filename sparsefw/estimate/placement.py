@@ -147,7 +147,7 @@ def reconstruction_steps(shape: ModelShape, workload: Workload, placement: Place
 
 def reconstruction_line(found: dict[str, Any]) -> str:
     """The line of the plan and of the log for `reconstruction_steps`."""
-    line = f"reconstruction: {counted(found['steps'], 'step')} a round"
+    line = f"reconstruction: {counted(found['steps'], 'step')} a round, two rounds in most blocks"
     if "last" not in found:
         return line
     rounds = " + ".join(map(str, found["last"]))

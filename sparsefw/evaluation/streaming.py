@@ -85,7 +85,7 @@ def scores_of(
     in_fp32 = ranks.on_first(lambda: arithmetic.computes_in_fp32(source.dtype, device))
     with (
         StreamedModel(source, device, in_fp32=in_fp32) as model,
-        memory.gpu_limited(limits.get("gpu")),
+        memory.gpu_limited(limits.get("gpu"), gpu_memory is not None),
         torch.no_grad(),
     ):
         say(f"model: {source.folder}, {counted(len(model.blocks), 'block')}, {source.dtype}")

@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,8 @@ SOLVER = 4 << 30
 class Store:
     """A place for tensors.
 
-    Pinned memory is copied to and from the GPU on a CUDA stream of its own, while the GPU works.
+    Pinned memory is copied to the GPU on one CUDA stream and from it on another, while the GPU works: the next tensor
+    need not wait for the last one to leave.
 
     Args:
         device: device that the work is done on.
@@ -46,26 +46,23 @@ class Store:
     def __init__(self, device: torch.device, place: str = "gpu", folder: Path | None = None) -> None:
         self.device, self.place, self.folder = torch.device(device), place, folder
         self.pins = place == "host" and self.device.type == "cuda"
-        self.copies: Any = torch.cuda.Stream(self.device) if self.pins else None
+        self.inward, self.outward = (torch.cuda.Stream(self.device) if self.pins else None for _ in range(2))
 
     def put(self, x: Tensor) -> "Stored":
         """Store a tensor with its dimensions in the order in which they lie in memory, and nothing beside it."""
         if x.untyped_storage().nbytes() != x.nbytes or 0 in x.stride():
             # A slice would hold all of what it is cut from, and nothing is copied to repeated entries.
             x = x.clone()
-        return Stored(self, self._written(x))
-
-    def _written(self, x: Tensor) -> Tensor:
         if self.place == "file" and x.numel():
-            return _mapped(x, self.folder).copy_(x)
-        if not self.pins:
-            return x
+            return Stored(self, _mapped(x, self.folder).copy_(x))
+        if not self.outward:
+            return Stored(self, x)
         host = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, pin_memory=True)
-        self.copies.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.copies):
+        self.outward.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.outward):
             host.copy_(x, non_blocking=True)
-        x.record_stream(self.copies)
-        return host
+        x.record_stream(self.outward)
+        return Stored(self, host, self.outward.record_event())
 
 
 @dataclass(eq=False)
@@ -75,17 +72,26 @@ class Stored:
     Attributes:
         store: the store.
         kept: the tensor there.
+        left: the end of its copy to pinned memory.
     """
 
     store: Store
     kept: Tensor
+    left: torch.cuda.Event | None = None
     _arriving: tuple[Tensor, torch.cuda.Event] | None = None
 
     def fetch(self) -> None:
         """Begin to copy it from pinned memory to the device."""
-        if self.store.pins and self._arriving is None:
-            with torch.cuda.stream(self.store.copies):
-                self._arriving = self.kept.to(self.store.device, non_blocking=True), self.store.copies.record_event()
+        inward = self.store.inward
+        if inward and self._arriving is None:
+            if self.left:
+                inward.wait_event(self.left)
+            with torch.cuda.stream(inward):
+                self._arriving = self.kept.to(self.store.device, non_blocking=True), inward.record_event()
+
+    def drop(self) -> None:
+        """Let the copy on the device go, which nobody has read."""
+        self._arriving = None
 
     def read(self) -> Tensor:
         """The tensor, on the device."""
@@ -116,6 +122,8 @@ class Activations:
         self._stored: list[Stored] = []
         # The end of the work that had been launched when a micro-batch was read last.
         self._launched: torch.cuda.Event | None = None
+        # Number of the micro-batch that is copied to the device ahead.
+        self._ahead: int | None = None
         # The end of the last copy out.
         self._left: torch.cuda.Event | None = None
 
@@ -133,10 +141,9 @@ class Activations:
 
     def _put(self, x: Tensor) -> Stored:
         stored, before = self.store.put(x), self._left
-        if self.store.pins:
-            self._left = self.store.copies.record_event()
-            if before:
-                before.synchronize()
+        self._left = stored.left
+        if before:
+            before.synchronize()
         return stored
 
     def __getitem__(self, j: int) -> Tensor:
@@ -145,9 +152,13 @@ class Activations:
             if self._launched:
                 self._launched.synchronize()
             self._launched = torch.cuda.current_stream(self.store.device).record_event()
+        if self._ahead not in (None, j):
+            # It was skipped, as those that are held out are. It would stay on the device until it is read.
+            self._stored[self._ahead].drop()
         x = self._stored[j].read()
-        if j + 1 < len(self):
-            self._stored[j + 1].fetch()
+        self._ahead = j + 1 if j + 1 < len(self) else None
+        if self._ahead:
+            self._stored[self._ahead].fetch()
         return x
 
     def fork(self) -> "Activations":
@@ -159,12 +170,14 @@ class Activations:
     def some(self, numbers: Sequence[int], size: int = 0) -> "Activations":
         """Some of the tensors; with a size in pieces of as many windows, the first axis, which are views of them."""
         found, chosen = Activations(self.store), [self._stored[j] for j in numbers]
-        found._stored = [Stored(self.store, x) for whole in chosen for x in whole.kept.split(size)] if size else chosen
+        found._stored = chosen
+        if size:
+            found._stored = [Stored(self.store, x, whole.left) for whole in chosen for x in whole.kept.split(size)]
         return found
 
     def clear(self) -> None:
         """Let the tensors go."""
-        self._stored = []
+        self._stored, self._ahead = [], None
 
 
 def _mapped(like: Tensor, folder: Path | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -14,6 +15,8 @@ from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows
 from sparsefw.inputs import DEFAULT_MODEL
 from sparsefw.plan import main
+
+REPO = Path(__file__).resolve().parents[2]
 
 LLAMA_70B = dict(
     hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
@@ -51,6 +54,18 @@ def refused(capsys, *argv):
     assert err.startswith("sparsefw: ")
     assert err.count("\n") == 1
     return err
+
+
+def test_the_plans_in_the_docs_are_what_the_command_prints(capsys, monkeypatch):
+    monkeypatch.chdir(REPO)
+    page = Path("docs/memory.md").read_text()
+    command, printed = re.search(r"^\$ python -m sparsefw.plan (.*)\n((?:.*\n)+?)```", page, re.MULTILINE).groups()
+    assert said(capsys, *command.split()) == printed
+    rows = re.findall(r"^\| `(--gpu .*?)`.*? \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 4
+    for flags, *sizes in rows:
+        plan = said(capsys, *command.split()[:2], *flags.split())
+        assert [f"{float(size):.1f}" for size in re.search(r"^all +(.*)$", plan, re.MULTILINE)[1].split()] == sizes
 
 
 def test_lines_and_json(config, tmp_path, capsys):

@@ -25,16 +25,13 @@ from sparsefw.estimate import placement
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.repeat import LEAST, repeat
-from sparsefw.model.activations import PLACES, Activations, Store
+from sparsefw.model.activations import PLACES, Activations, Store, split_batches
 from sparsefw.model.settings import ONE_BY_ONE
 from sparsefw.report.content import PREDICTIONS
 from sparsefw.solver import frank_wolfe, paper
 from sparsefw.solver.refit import reselect
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: no need to pretend one"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -110,6 +107,35 @@ def test_the_host_is_no_more_than_one_micro_batch_ahead(place, gpu, tmp_path):
     assert waits["activations.py"] == 3
 
 
+def test_what_is_read_ahead_and_skipped_leaves_the_gpu(gpu):
+    """Micro-batches that are held out are read alone, and skipped where layers are watched."""
+    activations = Activations(Store(torch.device("cuda"), "host"))
+    for _ in range(64):
+        activations.append(torch.zeros(1, 8, 16, device="cuda"))
+    before, most = gpu.allocated, 0
+    for j in [*split_batches(64)[0], *split_batches(64)[1], *range(64)]:
+        assert activations[j].is_cuda
+        most = max(most, gpu.allocated - before)
+    # The one that was read has gone: one ahead is left.
+    assert most == 8 * 16 * 4
+
+
+def test_a_copy_in_waits_for_the_copy_out_of_the_same_tensor_alone(gpu, monkeypatch):
+    """They are on streams of their own, also where a micro-batch is cut into the windows of steps."""
+    activations = Activations(Store(torch.device("cuda"), "host"))
+    store, awaited = activations.store, []
+    assert store.inward is not store.outward
+    monkeypatch.setattr(store.outward, "record_event", lambda: SimpleNamespace(number=len(activations)))
+    monkeypatch.setattr(store.inward, "wait_event", lambda event: awaited.append(event.number))
+    activations._left = None
+    for _ in range(3):
+        activations.append(torch.zeros(2, 8, device="cuda"))
+        activations._left = None
+    for each in (activations, activations.some([2, 1], 1)):
+        assert all(x.is_cuda for x in each)
+    assert awaited == [0, 1, 2, 2, 2, 1, 1]
+
+
 def test_two_copies_out_at_most_are_on_their_way(gpu, monkeypatch):
     """Each holds a micro-batch on the GPU. A link may be slower than the work, and kept inputs are only added to."""
     under_way, most = [], []
@@ -120,7 +146,7 @@ def test_two_copies_out_at_most_are_on_their_way(gpu, monkeypatch):
         return copy
 
     activations = Activations(Store(torch.device("cuda"), "host"))
-    monkeypatch.setattr(activations.store.copies, "record_event", recorded)
+    monkeypatch.setattr(activations.store.outward, "record_event", recorded)
     for n in range(4):
         activations.append(torch.full((1, 2, 3), float(n), device="cuda"))
     for n in range(4):

@@ -106,7 +106,7 @@ def test_what_is_given_up_first(set_threads):
     # Inputs are kept where there is room for them, and never in a file.
     assert [p.kept_width for p in places] == [28672, 28672, 0]
     # The number of windows goes first, down to what keeps a GPU busy.
-    few, _ = place(LLAMA_70B, work(), {"gpu": 17 * GIB, "host": 64 * GIB})
+    few, _ = place(LLAMA_70B, work(), {"gpu": 18 * GIB, "host": 64 * GIB})
     assert ([p.batch for p in places], few) == ([8, 8, 8], replace(places[1], batch=4))
     # A reconstruction begins before the input of the last layers.
     again, _ = place(LLAMA_70B, work(reconstruct=1), {"gpu": 100 * GIB, "host": 64 * GIB})
