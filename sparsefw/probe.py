@@ -25,6 +25,7 @@ REMEDIES = {
     "libcuda": _NO_LIBRARY,
     "active drivers": _NO_LIBRARY,
     "no kernel image": "this version of torch is not built for this GPU: install another one",
+    "image is invalid": "Triton assembles for a newer driver than this one: update the driver",
     "Permission denied": "set TRITON_CACHE_DIR to a folder that can be written to",
     "No space left": "set TRITON_CACHE_DIR to a folder with space",
 }
