@@ -194,7 +194,8 @@ def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, monkeypatch, caps
     text.write_text(TEXT)
     flags = ["--model", str(source), "--dataset", str(text), "--eval", str(text), "--eval-windows", "3"]
     flags += ["--nsamples", "9", "--seqlen", "32", "--kernel", "torch", "--method", "wanda"]
-    monkeypatch.setitem(BATCH_TOKENS, "cpu", 4 * 32)
+    for device in BATCH_TOKENS:
+        monkeypatch.setitem(BATCH_TOKENS, device, 4 * 32)
     assert main([*flags, "--output", str(tmp_path / "whole")]) == 0
     prune, raised, batches = loop.prune_block, [(2, KeyboardInterrupt), (1, torch.OutOfMemoryError)], []
 

@@ -134,7 +134,7 @@ def test_a_second_round_begins_behind_the_first_and_is_put_back_to_there(rate, g
     def watched(fit):
         losses.append(measure(fit))
         block = fit.run.model.blocks[fit.number]
-        weights.append({f"model.layers.0.{name}": x.detach().clone() for name, x in block.named_parameters()})
+        weights.append({f"model.layers.0.{name}": x.detach().cpu().clone() for name, x in block.named_parameters()})
         # Rounds after the first have this rate.
         monkeypatch.setattr(reconstruct, "RATE", rate if len(losses) > 1 else RATE)
         return losses[-1]

@@ -8,6 +8,7 @@ unseen. Memory that torch's kernels allocate for themselves, and their rounding,
 """
 
 import math
+import os
 import sys
 import threading
 import weakref
@@ -126,7 +127,7 @@ class GPU(TorchDispatchMode):
             # By torch's own code, for a conversion or a gradient, which names the device that it believes the tensor to
             # be on. Real moves are made by `to`, see below.
             kwargs = kwargs | {"device": None}
-        if func is aten.index_put.default and torch._C._current_graph_task_id() >= 0:
+        if func is aten.index_put.default and isinstance(args[2], OnGPU) and torch._C._current_graph_task_id() >= 0:
             # Into zeros that torch makes for a gradient, unseen. It believes that they are needed on the CPU.
             args = (self.put(args[0]), *args[1:])
         here = any(isinstance(x, OnGPU) for x in tensors_in((args, kwargs)))
@@ -371,6 +372,8 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         for name, value in {
             "is_available": lambda: True,
             "_lazy_init": lambda: None,
+            "device_count": lambda: 1,
+            "set_device": lambda device: None,
             "current_device": lambda: DEVICE.index,
             "Stream": stream,
             "CUDAGraph": type("CUDAGraph", (Graph,), {"gpu": gpu}),
@@ -380,7 +383,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
             "synchronize": lambda device=None: gpu.wait("synchronize"),
             "get_device_name": lambda device=None: NAME,
             "get_device_capability": lambda device=None: (9, 0),
-            "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=132),
+            "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=132, uuid=os.getpid()),
             "mem_get_info": lambda device=None: (memory - gpu.allocated, memory),
             "memory_allocated": lambda device=None: gpu.allocated,
             "memory_reserved": lambda device=None: gpu.allocated,

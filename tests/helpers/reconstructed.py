@@ -34,7 +34,8 @@ RATE = 0.02
 
 def set_constants(patch: pytest.MonkeyPatch) -> None:
     """A low rate, and one window a micro-batch, so that runs without a reconstruction give the same bits."""
-    patch.setitem(BATCH_TOKENS, "cpu", SEQLEN)
+    for device in BATCH_TOKENS:
+        patch.setitem(BATCH_TOKENS, device, SEQLEN)
     patch.setattr(reconstruct, "RATE", RATE)
 
 
@@ -56,7 +57,7 @@ class Seen:
         self.weights = {}
 
         def spy(run, i, *args):
-            self.weights[i] = {name: x.detach().clone() for name, x in run.model.blocks[i].named_parameters()}
+            self.weights[i] = {name: x.detach().cpu().clone() for name, x in run.model.blocks[i].named_parameters()}
             return reconstruct.reconstruct(run, i, *args)
 
         patch.setattr(loop, "reconstruct", spy)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.damaged import damaged_module, described, stages_of
+from helpers.kernel_inputs import DEVICE
 from torch import nn
 
 from sparsefw.model.tape import Calls, Tape
@@ -169,7 +170,7 @@ class TestStates:
         def forward(block, x, state):
             return sequential(block, x) * state["shared"]
 
-        pair = damaged_module(Block(forward), batches(), ({"shared": torch.ones(TOKENS, D)},))
+        pair = damaged_module(Block(forward), batches(), ({"shared": torch.ones(TOKENS, D).to(DEVICE)},))
         assert described(pair) == [*SEQUENTIAL[:2], "c outputs 1"]
 
     def test_a_received_tensor_that_is_written_to(self):
@@ -177,7 +178,8 @@ class TestStates:
             state["sum"] += x
             return sequential(block, x)
 
-        assert described(damaged_module(Block(forward), batches(), ({"sum": torch.zeros(TOKENS, D)},))) == HANDED_ON
+        pair = damaged_module(Block(forward), batches(), ({"sum": torch.zeros(TOKENS, D).to(DEVICE)},))
+        assert described(pair) == HANDED_ON
 
     def test_a_module_that_keeps_something_of_its_first_call(self):
         """Later calls take another path. The block is run as a whole, and the next one of its kind in parts."""
