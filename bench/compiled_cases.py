@@ -112,6 +112,9 @@ def _products() -> Iterator[Case]:
         ("tf32x3", ALL, 4096, 4096, FP32, FP32, "tf32x3"),
         ("tf32x3 of bf16", HOPPER, 4096, 14336, BF16, FP32, "tf32x3"),
         ("tf32x3", HOPPER, 576, 576, FP32, FP32, "tf32x3"),
+        # Rows are not aligned for bulk copies.
+        ("bf16", NVIDIA, 4096, 4100, BF16, BF16, "bf16"),
+        ("tf32x3", NVIDIA, 4096, 4100, FP32, FP32, "tf32x3"),
         # Operands of a bf16 weight and an fp32 Gram matrix.
         ("mixed", HOPPER, 4096, 14336, BF16, FP32, "tf32"),
     ):

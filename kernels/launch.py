@@ -56,8 +56,8 @@ def describable(matrix: Tensor) -> bool:
 
 
 def vectorized(matrix: Tensor) -> bool:
-    """Whether a kernel loads several entries at once: Triton looks whether a stride is a multiple of 16 entries."""
-    return matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0
+    """Whether a kernel loads several entries at once: Triton looks for multiples of 16 entries and of 16 bytes."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0
 
 
 def interpreter_tile(rows: int, width: int) -> dict[str, int]:

@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .definitions import check_precision
 from .device import dot, grouped_tile, quarters
-from .launch import FLOATS, check, check_matrix, describable, multiprocessors, on_device, platform
+from .launch import FLOATS, check, check_matrix, describable, multiprocessors, on_device, platform, vectorized
 
 # Targets on which bulk copies can load tiles.
 DESCRIPTORS = ("sm_90", "interpreter")
@@ -37,14 +37,15 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 def configuration(
-    rows: int, d: int, size: int, wide: bool, *, stored: tuple[int, int] = (4, 4), split: bool = False
+    rows: int, d: int, size: int, *, described: bool, vectors: bool, stored: tuple[int, int], split: bool
 ) -> dict[str, int]:
     """Tile sizes and launch options.
 
     Args:
         rows, d: shape of the output.
         size: bytes of an entry of the dot's operands.
-        wide: whether registers suffice for tiles of 256 columns. They do not for dots without tensor cores.
+        described: whether bulk copies can load the operands of this dot.
+        vectors: whether threads load several entries of both at once, see `launch.vectorized`.
         stored: bytes of an entry of each operand in memory.
         split: whether each operand is split in two parts, which take registers.
     """
@@ -55,17 +56,19 @@ def configuration(
     tiles = triton.cdiv(rows, 128) * triton.cdiv(d, 128)
     # A step reads 128 bytes of each row. On AMD it reads half of that, to fit into 64 KiB of shared memory.
     BLOCK_K = 128 // size
-    if rows <= 64 or tiles < 128:
-        # Too few large tiles to fill a GPU.
-        BLOCK_M, BLOCK_N, num_warps, most = 64, 64, 4, 4
+    if rows <= 64 or tiles < 128 or (split and not vectors):
+        # Too few large tiles to fill a GPU; or large ones spill. Entries that are loaded one by one have an address
+        # each, in two registers of a thread: 64 x 64 tiles spill, too, unless 8 warps share them.
+        BLOCK_M, BLOCK_N, num_warps, most = 64, 64, 4 if vectors else 8, 4
     elif where == "hip":
         BLOCK_M, BLOCK_N, BLOCK_K, num_warps, most = 128, 128, BLOCK_K // 2, 4, 2
-    elif split:
-        BLOCK_M, BLOCK_N, BLOCK_K, num_warps, most = 128, 128, BLOCK_K // 2, 8, 3
-    elif where == "sm_90" and wide and tiles >= 256:
+    elif described and tiles >= 256:
         # 128 x 256 tiles read three quarters of the bytes per flop of 128 x 128 tiles. Four stages and a quarter of the
-        # output fill shared memory.
+        # output fill shared memory. Only bulk copies leave registers for the sums: loads through pointers spill.
         BLOCK_M, BLOCK_N, num_warps, most = 128, 256, 8, 4
+    elif split or not (described or vectors):
+        # A thread holds half of the addresses. Tiles of 64 x 64 would load twice the entries per flop, one by one.
+        BLOCK_M, BLOCK_N, BLOCK_K, num_warps, most = 128, 128, BLOCK_K // 2, 8, 3
     else:
         BLOCK_M, BLOCK_N, num_warps, most = 128, 128, 8, 3
     stages = 2
@@ -167,12 +170,13 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
     low = options["DTYPE"] == tl.bfloat16
     split = options["PRECISION"] == "tf32x3"
     whole = low or options["PRECISION"] == "tf32"
+    described = platform() in DESCRIPTORS and whole and describable(E) and describable(G)
     config = configuration(
-        rows, d, 2 if low else 4, wide=whole, stored=(E.element_size(), G.element_size()), split=split
-    )
-    descriptors = platform() in DESCRIPTORS and whole and config["BLOCK_N"] > 64
+        rows, d, 2 if low else 4, described=described, vectors=vectorized(E) and vectorized(G),
+        stored=(E.element_size(), G.element_size()), split=split,
+    )  # fmt: skip
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"])
-    if descriptors and describable(E) and describable(G):
+    if described and config["BLOCK_N"] > 64:
         _descriptor_kernel[(min(tiles, multiprocessors(E.device)),)](
             E=TensorDescriptor.from_tensor(E, [config["BLOCK_M"], config["BLOCK_K"]]),
             G=TensorDescriptor.from_tensor(G, [config["BLOCK_N"], config["BLOCK_K"]]),

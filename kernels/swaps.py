@@ -168,6 +168,8 @@ def _swaps_kernel(
             r = tl.load(R + column[None, :], mask=moved, other=0.0)
             r += w_i[:, None] * tl.load(g_i + column[None, :], mask=moved, other=0.0)
             r -= w_p[:, None] * tl.load(g_p + column[None, :], mask=moved, other=0.0)
+            # A row with fewer entries than the program has threads is in several of them. Only the first stores, and
+            # the others may have read what it stored. So r must not be used after this.
             tl.store(R + column[None, :], r, mask=moved)
         tl.store(v_rows + i, tl.zeros((BLOCK_R,), tl.int1), mask=go)
         tl.store(v_rows + p, tl.full((BLOCK_R,), 1, tl.int1), mask=go)
