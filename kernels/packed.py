@@ -19,6 +19,8 @@ instructions limit it: at best it takes 1.5 times the time of its bytes, and 0.7
 to 37, where 15 and 35 fit. `unpack` has 10.4, where 26 fit. Nothing has run on a GPU.
 """
 
+import threading
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,11 @@ from torch import Tensor
 from .device import cast, dot
 from .launch import FLOATS, INTERPRET, check, check_matrix, on_device, warps
 from .packed_cpu import MOST, unpacked_product
+
+# Held while `unpack` launches: threads of transformers that load a checkpoint call it at once. Triton 3.6 to 3.9 gives
+# other threads the launcher of a kernel before its module is loaded, and the interpreter replaces functions of
+# `triton.language` during a launch.
+LAUNCH = threading.Lock()
 
 # Parts of a tile's columns with sums of their own, so that all warps have some of the products of 16 rows.
 SPLIT = 4
@@ -182,7 +189,7 @@ def unpack(
     out = values.new_empty(last - first, cols)
     if out.numel():
         config = configuration(values.element_size())
-        with on_device(values):
+        with on_device(values), LAUNCH:
             _unpack_kernel[(triton.cdiv(last - first, config["BLOCK_R"]),)](
                 W=out, first=first, last=last, enable_fp_fusion=True, **matrix, **config
             )

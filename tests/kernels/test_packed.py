@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +69,13 @@ def test_unpacked_matrices_are_those_with_zeros(level, rows, cols, ragged, dtype
     W, matrix = packed_matrix(rows, cols, dtype, ragged=ragged)
     assert torch.equal(level.unpack(*matrix, cols=cols), W)
     assert torch.equal(level.unpack(*matrix, cols=cols, first=1, last=3), W[1:3])
+
+
+def test_threads_may_unpack_at_once():
+    W, matrix = packed_matrix(33, 64, torch.float32)
+    with ThreadPoolExecutor(4) as threads:
+        unpacked = list(threads.map(lambda _: on_gpu(packed.unpack)(*matrix, cols=64), range(40)))
+    assert all(torch.equal(each, W) for each in unpacked)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
