@@ -165,20 +165,6 @@ def test_defaults_in_the_flag_table(flag, monkeypatch):
         assert value == (f"{default:g}" if isinstance(default, float) else str(default)), clause
 
 
-CONDITIONS = (
-    "with `--refit 0`", "with `--preset fast`", "with `--preset paper`", "on a GPU", "with `HF_HUB_OFFLINE=1`",
-    "for the built-in model",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("condition", CONDITIONS)
-@pytest.mark.parametrize("flag", FIELDS)
-def test_what_a_default_depends_on_is_in_the_flag_table(flag, condition, monkeypatch):
-    if flag != "--model" and flag not in condition:
-        differs = default_of(flag, condition, monkeypatch) != default_of(flag, "", monkeypatch)
-        assert not differs or condition in flag_rows(FLAGS)[flag]
-
-
 # Text in the README's examples, and the text that a test puts in its place.
 SUBSTITUTES = {
     '"meta-llama/Llama-3.1-8B"': '"default"',

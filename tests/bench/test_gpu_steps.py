@@ -206,32 +206,10 @@ def test_summary_of_a_trace(tmp_path):
     assert [(row["name"], row["share"]) for row in found["longest_kernels"]] == [("a", 0.6), ("b", 0.1)]
 
 
-LAUNCHES = """
-import sys
-from functools import partial
-from pathlib import Path
-import compiled, compiled_cases, gpu_compile
-gpu_compile._cases(90)
-for rows in (2048, 2047):
-    score, fixed = compiled_cases.empty(rows, 576), compiled_cases.empty(rows, 576, compiled_cases.torch.bool)
-    launch = partial(compiled_cases.triton_ops.lmo, score, 100, fixed=fixed, positive=True)
-    compiled.compile_launch("here", compiled_cases.Case("lmo", (), launch))
-    print(len([*Path(sys.argv[1]).rglob("*.cubin")]))
-"""
-
-
-def test_launches_find_what_was_compiled_before(lines, tmp_path, monkeypatch):
-    """In another process, with another number of rows and another budget: the cache has all that they need."""
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+def test_kernels_are_compiled(lines, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     # `compile_kernels` sets it.
     monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
     row, summary = lines("compile")
     assert (row["target"], row["spills"], summary["cases"], summary["spilled"]) == ("sm_90", 0, 1, [])
     assert row["registers"] > 0
-    assert len([*cache.rglob("*.cubin")]) == 1
-    environment = os.environ | {"PYTHONPATH": f"{BENCH.parent}:{BENCH}:{BENCH / 'gpu'}"}
-    command = [sys.executable, "-c", LAUNCHES, str(cache)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    # A number of rows that is no multiple of 16 is another kernel.
-    assert done.stdout.split() == ["1", "2"]

@@ -136,13 +136,6 @@ class TestProcesses:
         assert reason in row["reason"]
 
 
-ROWS = {
-    "b B": {"model_type": "b", "class": "B", "kind": "text", "outcome": REFUSED, "reason": "a|b <c> *"},
-    "a A": {"model_type": "a", "class": "A", "kind": "text", "outcome": WORKS, "reason": "", "fraction": 0.912,
-            "dense": ["mlp.gate.weight"]},
-}  # fmt: skip
-
-
 class TestCommand:
     def test_results_are_kept(self, monkeypatch, tmp_path):
         """Two classes at a time; the exit status tells whether one is refused."""
@@ -153,24 +146,3 @@ class TestCommand:
         assert sweep.main(["llama", "--json", str(path)]) == 0
         assert sweep.main(["llama", "qwen2", "--jobs", "2", "--json", str(path)]) == 1
         assert json.loads(path.read_text())["rows"] == {CASES[name].key: row for name, row in rows.items()}
-
-    def test_what_is_selected(self):
-        known = list(cases())
-        assert len({case.key for case in known}) == len(known) > 200
-        assert sweep.select([], {}, False) == known
-        rows = {known[0].key: {"outcome": WORKS}, known[1].key: {"outcome": WRONG}}
-        assert sweep.select([], rows, False) == known[2:]
-        assert sweep.select([], rows, True) == known[1:]
-        assert {case.model_type for case in sweep.select(["qwen2*"], {}, False)} >= {"qwen2", "qwen2_moe"}
-        with pytest.raises(SystemExit, match="no_such_model"):
-            sweep.select(["no_such_model"], {}, False)
-
-    def test_results_of_other_versions(self, tmp_path):
-        path = tmp_path / "sweep.json"
-        sweep.save_results(path, sweep.load_results(path) | {"rows": ROWS})
-        assert list(sweep.load_results(path)["rows"]) == ["a A", "b B"]
-        content = json.loads(path.read_text())
-        content["versions"]["transformers"] = "4.0"
-        path.write_text(json.dumps(content))
-        with pytest.raises(SystemExit, match=r"4\.0"):
-            sweep.load_results(path)

@@ -7,11 +7,10 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from helpers.pages import TYPES, layer, parsed, report_of_run
+from helpers.pages import TYPES, layer, report_of_run
 
-from sparsefw.report import html as charts
 from sparsefw.report import log
-from sparsefw.report.content import PREDICTIONS, Reconstruction, Report
+from sparsefw.report.content import Report
 from sparsefw.report.html import MOST_ROWS, page
 
 VOID = {"meta", "br"}
@@ -76,38 +75,7 @@ def test_numbers_are_those_of_the_log():
     assert ["layer", *log.COLUMNS[1:]] in cells
 
 
-def test_blocks():
-    report = report_of_run()
-    found = Reconstruction(0.25, 0.123456, 18, False), None, Reconstruction(0.5, math.inf, 18, True, PREDICTIONS)
-    blocks = [replace(block, reconstruction=x) for block, x in zip(report.blocks, found, strict=True)]
-    cells = Document(page(replace(report, blocks=blocks))).cells()
-    assert ["block", "name", "solve s", "calibrate s", "forward s", "read s", "embed s"] in [row[:7] for row in cells]
-    rows = [row for row in cells if row[1:2] and row[1] in NAMES]
-    assert [row[-3:] for row in rows] == [
-        ["0.25000", "0.12346", "once"],
-        ["-", "-", "once"],
-        ["0.50000", "inf (predictions, put back)", "once"],
-    ]
-    assert [row[-6] for row in rows] == ["1.00", "2.00", "3.00"]
-
-
-NAMES = [f"model.layers.{i}" for i in range(3)]
-
 # Charts
-
-
-def test_errors_by_type():
-    """A chart for each type, with y from 0 to a little above 1; masks are drawn for refitted layers only."""
-    layers = [layer(f"model.layers.{i}.{kind}.weight", "sparsefw", 0.8, 0.5) for i in range(2) for kind in TYPES]
-    layers[2] = replace(layers[2], relative_error=0.21)
-    panels = charts.error_charts(replace(report_of_run(blocks=2), layers=layers))
-    assert list(panels) == list(TYPES)
-    marks = {mark["class"]: mark["path"] for mark in panels[TYPES[0]]["marks"]}
-    # In the chart 0 is at y = 1000, and 1 at y = 1000 - 1000 / 1.05.
-    assert marks == {"mask": "M250 238.1L750 238.1", "line": "M250 523.8L750 800", "dots": "M250 523.8h0M750 800h0"}
-    assert ("523.8", "0.5") in panels[TYPES[1]]["y"]
-    titles = [f"block {i}: sparsefw {error}, mask only 0.8000" for i, error in enumerate(("0.5000", "0.2100"))]
-    assert [title for *_, title in panels[TYPES[0]]["hits"]] == titles
 
 
 def test_experts_are_one_type():
@@ -122,31 +90,6 @@ def test_experts_are_one_type():
     titles = [e["text"] for e in document.all("title")]
     assert "block 1: sparsefw 0.3750 (mean of 2, 0.2500 to 0.5000), mask only 0.9000" in titles
     assert len(document.all("path", **{"class": "band m0"})) == 2
-
-
-@pytest.mark.parametrize(("limits", "drawn"), [({"host": 4 << 30}, True), ({"host": 400 << 30}, False), ({}, False)])
-def test_memory(limits, drawn):
-    """The GPU is drawn only where there is one, and a limit only where it would not press the lines flat."""
-    report = report_of_run()
-    chart = charts.memory_chart(report.blocks, limits)
-    assert {"class": "mask", "colour": "host", "path": "M0 47.62L1000 47.62"} in chart["marks"] or not drawn
-    assert (chart["limits"], chart["used"]) == ({"host": 4.0} if drawn else {}, ["host"])
-    blocks = [replace(block, gpu_bytes=1 << 30, gpu_reserved_bytes=3 << 29) for block in report.blocks]
-    chart = charts.memory_chart(blocks, limits)
-    assert chart["used"] == ["host", "gpu", "reserved"]
-    assert chart["hits"][0][2] == "block 0: host 1.00 GiB, gpu 1.00 GiB, reserved 1.50 GiB"
-
-
-def test_timeline():
-    report = report_of_run(blocks=9)
-    document = Document(page(report))
-    options = document.all("option")
-    assert [option["value"] for option in options] == ["all", *map(str, range(9))]
-    assert document.all("svg", id="timeline")[0]["viewbox"] == "-5 0 97 2"
-    bar = document.all("rect", x="45", y="0.12", width="6")[0]
-    assert (bar["class"], bar["text"].strip()) == ("p0", "block 4, solve: 6.000 s from 45.000 s")
-    report.timeline.clear()
-    assert "Timeline" not in page(report)
 
 
 def test_what_has_no_place_in_a_chart():
@@ -224,21 +167,3 @@ def test_characters_that_do_not_print_are_spelled_out():
     assert r"a\x00\x1b[31m\u202e\u2066\x85\ud800\ufeff\r\n\tb" in html
     assert {c for c in html if not c.isprintable()} == {"\n"}
     html.encode()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        (),
-        ("--method", "wanda", "--compare", "ria", "--compare", "magnitude"),
-        ("--model", "$(x) `y`", "--preset", "paper", "--sparsity", "2:4", "--eval", "a b.txt", "--eval-windows", "3"),
-        ("--include", "mlp", "--ignore", "layers.0", "--ignore", r"re:.*\.(q|k)_proj", "--keep-zeros", "--overwrite"),
-    ],
-)
-def test_the_command_gives_the_same_arguments(arguments):
-    report = report_of_run(arguments=arguments)
-    layers = [layer(f"model.layers.0.{TYPES[0]}.weight", method, 0.8, 0.5) for method in report.methods]
-    command = Document(page(replace(report, layers=layers, evaluation=[]))).all("span")
-    words = shlex.split(" ".join(e["text"] for e in command))
-    assert words[:3] == ["python", "-m", "sparsefw.run"]
-    assert parsed(words[3:]) == report.arguments
