@@ -158,7 +158,7 @@ def varying(ranks, do, *args):
     forward = MixtralRMSNorm.forward
 
     def refused(self, x):
-        return forward(self, x) + x.new_zeros(1).put_(torch.tensor([0]), x.new_zeros(1))
+        return forward(self, x) + x.new_zeros(1).put_(torch.tensor([0], device=x.device), x.new_zeros(1))
 
     with pytest.MonkeyPatch.context() as patch:
         if ranks.number == 1:
