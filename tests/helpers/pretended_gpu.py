@@ -356,6 +356,8 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
             torch.utils.swap_tensors(tensor, value.detach())
 
     def launched(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        if not all(isinstance(x, OnGPU) for x in tensors_in((args, kwargs))):
+            raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
         graph = getattr(gpu.capturing, "graph", None)
         if graph:
             graph.launches.append(lambda: launch(executor, *args, **kwargs))
