@@ -20,6 +20,7 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that shows the GPU."""
     parser.addoption("--gpu", action="store_true", help="run on the GPU, which is hidden otherwise (`make test-gpu`)")
+    parser.addoption("--tiles", choices=("sm_80", "sm_90"), help="in the interpreter, too, tiles are this GPU's")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -161,7 +161,7 @@ def problems(row: dict) -> list[str]:
 
 
 def run_tests(chosen: Iterable[Case]) -> int:
-    """Run the tests of these cases' operations, without a GPU in the interpreter; returns their status.
+    """Run the tests of these cases' operations in the interpreter, with its tiles and those of GPUs; returns a status.
 
     They are in files that name one of the operations. A test there that calls others alone is left out.
     """
@@ -171,7 +171,10 @@ def run_tests(chosen: Iterable[Case]) -> int:
         called = [(test, {*re.findall(r"\.(\w+)", body)}) for test, body in TEST.findall(path.read_text())]
         if named & {*re.findall(r"\w+", path.read_text())}:
             tests += [f"{path}::{test}" for test, names in called if named & names or not every & names]
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=REPO).returncode
+    for tiles in ((), ("--tiles=sm_80",), ("--tiles=sm_90",)):
+        if status := subprocess.run([sys.executable, "-m", "pytest", "-q", *tiles, *tests], cwd=REPO).returncode:
+            return status
+    return 0
 
 
 def table(rows: list[dict]) -> str:

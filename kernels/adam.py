@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .definitions import ADAM_EPSILON, DECAYS
 from .device import cast
-from .launch import FLOATS, INTERPRET, check, on_device, warps
+from .launch import FLOATS, check, on_device, platform, warps
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def adam_step(
             raise ValueError(f"{name}: expected contiguous entries, got strides {tensor.stride()}")
     if not len(index):
         return
-    BLOCK = min(triton.next_power_of_2(len(index)), 1 << 18) if INTERPRET else 1024
+    BLOCK = min(triton.next_power_of_2(len(index)), 1 << 18) if platform() == "interpreter" else 1024
     of_m, of_v = DECAYS
     with on_device(W):
         _adam_kernel[(triton.cdiv(len(index), BLOCK),)](

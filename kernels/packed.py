@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import cast, dot
-from .launch import FLOATS, INTERPRET, check, check_matrix, on_device, warps
+from .launch import FLOATS, check, check_matrix, on_device, platform, warps
 from .packed_cpu import MOST, unpacked_product
 
 # Held while `unpack` launches: threads of transformers that load a checkpoint call it at once. Triton 3.6 to 3.9 gives
@@ -160,7 +160,7 @@ def _arguments(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -
 
 def configuration(size: int, batch: int = 0) -> dict[str, int]:
     """Tile sizes and launch options for weights of this many bytes; `batch` is 0 to unpack."""
-    if INTERPRET:
+    if platform() == "interpreter":
         return dict(BLOCK_R=32, BLOCK_D=512)
     # x is read for every BLOCK_R rows of W, from the cache: more rows of x are read less often.
     BLOCK_R = 32 if batch > 4 else 16

@@ -13,15 +13,17 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def run_on_gpu(paths: list[str], left_out: Iterable[str]) -> None:
+def run_on_gpu(paths: list[str], left_out: Iterable[str], *options: str) -> None:
     """Run the fast tests of some files so, in a process of its own.
 
     Args:
         paths: paths below tests/.
         left_out: parts of the names of tests that are not run.
+        options: more arguments of pytest.
     """
     command = [sys.executable, "-m", "pytest", "-qq", "-p", __name__, "-p", "no:cacheprovider", "-m", "not slow"]
-    command += ["-k", " and ".join(f"not {name}" for name in left_out), *(str(TESTS / path) for path in paths)]
+    command += ["-k", " and ".join(f"not {name}" for name in left_out), *options]
+    command += [str(TESTS / path) for path in paths]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

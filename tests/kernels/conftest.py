@@ -5,6 +5,7 @@ from importlib import import_module
 from types import ModuleType
 
 import pytest
+from helpers.checked_launches import checked_launches, own_tiles, tiles_of_a_gpu  # noqa: F401
 
 # They hold torch's own products against the specification, and torch rounds tf32 operands.
 OF_TORCH = ("test_cpu.py", "test_naive.py", "test_vertex_products.py")

@@ -133,7 +133,7 @@ def only_bulk_copies(request, monkeypatch):
 
 @needs_bulk_copies
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_bulk_copies(only_bulk_copies, dtype):
+def test_bulk_copies(own_tiles, only_bulk_copies, dtype):
     """One tile and one token; edges inside of tiles and more tiles than programs. What stands beside B and G stays.
 
     Rows are aligned but not contiguous, and beside the inputs there is NaN.

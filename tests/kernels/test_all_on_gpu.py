@@ -1,4 +1,4 @@
-"""The tests of kernels run on a GPU: there is none here, so on the pretended one."""
+"""The tests of kernels run on a GPU: there is none here, so on the pretended one, with the tiles of a real one."""
 
 import pytest
 from helpers.all_on_gpu import run_on_gpu
@@ -14,4 +14,4 @@ ELSEWHERE = {
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="here they run on a GPU")
 def test_what_tests_make_lies_on_one_device():
-    run_on_gpu(["kernels"], ELSEWHERE)
+    run_on_gpu(["kernels"], ELSEWHERE, "--tiles", "sm_90")

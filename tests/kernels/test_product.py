@@ -84,7 +84,7 @@ def test_strided_operands_and_the_grouped_order(monkeypatch):
         (torch.float16, torch.bfloat16, "bf16"),
     ],
 )
-def test_through_descriptors(e_dtype, g_dtype, precision, monkeypatch):
+def test_through_descriptors(own_tiles, e_dtype, g_dtype, precision, monkeypatch):
     """Rows are aligned, though not contiguous; there are more tiles than programs, and edges inside of tiles."""
     config = dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=2)
     monkeypatch.setattr(product_module, "configuration", lambda *_, **__: config)
