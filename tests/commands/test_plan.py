@@ -60,7 +60,9 @@ def test_the_plans_in_the_docs_are_what_the_command_prints(capsys, monkeypatch):
     monkeypatch.chdir(REPO)
     page = Path("docs/memory.md").read_text()
     command, printed = re.search(r"^\$ python -m sparsefw.plan (.*)\n((?:.*\n)+?)```", page, re.MULTILINE).groups()
-    assert said(capsys, *command.split()) == printed
+    # The page has the upper part.
+    assert said(capsys, *command.split()).startswith(printed.removesuffix("...\n"))
+    assert "limit" in printed
     rows = re.findall(r"^\| `(--gpu .*?)`.*? \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
     assert len(rows) == 4
     for flags, *sizes in rows:
