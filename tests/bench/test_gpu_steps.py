@@ -1,7 +1,6 @@
 """The steps of the first hour on a GPU, at tiny sizes and without one; their limits; what is read from other tools."""
 
 import importlib
-import json
 import multiprocessing
 import os
 import re
@@ -17,7 +16,6 @@ import gpu_reconstruct
 import gpu_rows
 import gpu_runs
 import gpu_steps
-import gpu_trace
 import operations
 import psutil
 import pytest
@@ -56,14 +54,6 @@ def test_the_script_runs_a_part(tmp_path):
     subprocess.run(command, env=environment, capture_output=True, check=True)
     lines = gpu_lines.Part("gram", tmp_path, tmp_path).lines("gram")
     assert [line["way"] for line in lines if "way" in line] == ["bare", "triton"] * 2
-
-
-def test_what_is_not_installed_is_named_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_steps, "NEEDED", ["torch", "nowhere"])
-    with pytest.raises(SystemExit):
-        gpu_steps.main([str(tmp_path / "results"), "1", "--tiny"])
-    assert capsys.readouterr().err.endswith("not installed: nowhere\n")
-    assert not list(tmp_path.iterdir())
 
 
 def test_kernels_are_tested(lines):
@@ -188,22 +178,6 @@ def test_bits_that_differ_are_counted():
     found = gpu_rows.differing(lambda: (torch.tensor([0.0, next(values)]),), 4)
     assert found == {"repeats": 4, "runs_that_differ": 2, "most_entries_that_differ": 1}
     assert gpu_rows.differing(lambda: (torch.tensor([torch.nan]),), 3)["runs_that_differ"] == 0
-
-
-def test_summary_of_a_trace(tmp_path):
-    """Two streams; kernels run from 0 to 40, 30 to 50 and 90 to 100 microseconds."""
-    copy = "Memcpy HtoD (Pinned -> Device)"
-    times = [("kernel", "b", 90, 10), ("kernel", "a", 0, 40), ("kernel", "a", 30, 20), ("cpu_op", "mm", 0, 500)]
-    times += [("gpu_memcpy", copy, at, 5) for at in (10, 20)]
-    names = ("cat", "name", "ts", "dur")
-    events = [{"ph": "X", "args": {"bytes": 100_000}, **dict(zip(names, row, strict=True))} for row in times]
-    path = tmp_path / "trace.json"
-    path.write_text(json.dumps({"traceEvents": [*events, {"ph": "M", "name": "process_name"}]}))
-    found = gpu_trace.summary(path)
-    assert (found["kernels"], found["span_s"], found["idle_share"]) == (3, pytest.approx(1e-4), pytest.approx(0.4))
-    assert found["longest_gaps"] == [{"ms": 0.04, "after": "a", "before": "b"}]
-    assert [(row["count"], row["gbs"]) for row in found["copies"]] == [(2, pytest.approx(20))]
-    assert [(row["name"], row["share"]) for row in found["longest_kernels"]] == [("a", 0.6), ("b", 0.1)]
 
 
 def test_kernels_are_compiled(lines, tmp_path, monkeypatch):

@@ -1,16 +1,11 @@
 """The sweep: classes that are made in other ways than tests/helpers/families.py has them, and that mistakes show."""
 
-import json
-import os
 import shutil
-import signal
-import time
 from types import SimpleNamespace
 
 import pytest
-import sweep
-from classes import examine, process
-from classes.examine import NOT_RUN, REFUSED, TRACEBACK, WORKS, WRONG
+from classes import examine
+from classes.examine import NOT_RUN, REFUSED, WORKS, WRONG
 from classes.tiny_model import build, cases
 from safetensors.torch import load_file, save_file
 
@@ -114,35 +109,3 @@ def test_a_router_that_is_pruned_is_wrong():
     with pytest.raises(examine.Ended, match=f"{name}: a router is not dense") as ended:
         examine._compare_weights(report, original, pruned)
     assert ended.value.args[0] == WRONG
-
-
-class TestProcesses:
-    """A class that crashes, hangs or takes too much memory is one row, and no more."""
-
-    @pytest.mark.parametrize(
-        ("function", "reason"),
-        [
-            (lambda case, folder: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL"),
-            (lambda case, folder: time.sleep(600), "took more than 1 s"),
-            (lambda case, folder: {"n": len(bytearray(2**30))}, "MemoryError"),
-        ],
-        ids=["crash", "time", "memory"],
-    )
-    def test_reason(self, function, reason, monkeypatch):
-        monkeypatch.setattr(process, "SECONDS", 1 if "took" in reason else 60)
-        monkeypatch.setattr(process, "MEMORY", 0.5)
-        row = process.examine_in_process(CASES["llama"], function)
-        assert (row["model_type"], row["outcome"]) == ("llama", TRACEBACK)
-        assert reason in row["reason"]
-
-
-class TestCommand:
-    def test_results_are_kept(self, monkeypatch, tmp_path):
-        """Two classes at a time; the exit status tells whether one is refused."""
-        ends = {"llama": WORKS, "qwen2": REFUSED}
-        rows = {name: CASES[name].row | {"outcome": end, "reason": "", "seconds": 1} for name, end in ends.items()}
-        monkeypatch.setattr(sweep, "examine_in_process", lambda case: rows[case.model_type])
-        path = tmp_path / "sweep.json"
-        assert sweep.main(["llama", "--json", str(path)]) == 0
-        assert sweep.main(["llama", "qwen2", "--jobs", "2", "--json", str(path)]) == 1
-        assert json.loads(path.read_text())["rows"] == {CASES[name].key: row for name, row in rows.items()}
