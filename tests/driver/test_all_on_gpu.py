@@ -19,7 +19,6 @@ PARTS = {
 LEFT_OUT = {
     "time_kernel": "times a product that torch has for CUDA alone",
     "does_not_fit_is_refused": "the GPU is full before the host",
-    "know_both_sizes": "describes the model for a CPU, which may compute in fp32",
     "interrupted_while_it_wrote": "takes long, and nothing of it is a GPU's",
 }
 
