@@ -102,5 +102,5 @@ def test_no_message_names_a_flag_by_itself():
         texts = {
             x.value for x in {*nodes} - {*help, *docstrings} if isinstance(x, ast.Constant) and isinstance(x.value, str)
         }
-        # What is a flag and nothing else is a name, which `worded` takes.
-        assert not [text for text in texts if re.search(r"(^(?!--[a-z-]*$)|[ (])--[a-z]{2}", text)], path
+        # What is a flag and nothing else is a name, which `worded` takes. Docker has flags of its own.
+        assert not [text for text in texts if re.search(r"(^(?!--[a-z-]*$)|(?<!docker run)[ (])--[a-z]{2}", text)], path
