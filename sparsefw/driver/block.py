@@ -122,6 +122,8 @@ def prune_block(
             # The solve allocates other sizes than the micro-batches have left.
             give_back()
         results += _solve(run, i, captured, method)
+        # The windows move on with the weights that are written.
+        run.model.round(i)
     return results, _way(run, order)
 
 
