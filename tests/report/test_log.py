@@ -46,16 +46,6 @@ def test_sparsity_of_a_selection_with_experts():
     assert line.endswith("60.00% of 90 weights; selected: 90 of 230 prunable weights (39.13%)")
 
 
-def test_kept_dense_line():
-    """Matrices are listed by type, since experts and ignored layers may be thousands."""
-    report = report_of_run()
-    assert log.kept_dense_line(report) == ""
-    report.kept_dense.extend(f"model.layers.{i}.mlp.down_proj.weight" for i in range(3))
-    report.kept_dense.extend(f"model.layers.1.mlp.experts.up_proj[{e}]" for e in range(2000))
-    message = "kept dense: 3 x mlp.down_proj (blocks 0 to 2), 2,000 x mlp.experts.up_proj[*] (block 1)"
-    assert log.kept_dense_line(report) == message
-
-
 LONG = "block_sparse_moe.experts.127.shared_gate.w1"
 
 
