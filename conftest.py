@@ -43,8 +43,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _prepare_triton(gpu: bool) -> None:
     import torch
 
-    if gpu and not torch.cuda.is_available():
-        raise pytest.UsageError("--gpu: torch finds no GPU")
+    if gpu:
+        from sparsefw.errors import InputError
+        from sparsefw.probe import no_device, probe_gpu
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError(f"--gpu: {no_device()}")
+        try:
+            probe_gpu()
+        except InputError as error:
+            raise pytest.UsageError(f"--gpu: {error}") from error
 
     from triton import language
     from triton.runtime import interpreter

@@ -54,6 +54,8 @@ def measure(benchmark) -> Callable[["Operation", str], None]:
             started = Moment()
             run(*arguments)
             seconds = Moment() - started
+            # The next ones are made while these would still be there.
+            del arguments
         benchmark.pedantic(run, setup=prepare, rounds=rounds_of(seconds), warmup_rounds=1)
 
     return measure

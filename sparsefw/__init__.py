@@ -5,6 +5,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import platform
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 # Stages of a block take tensors of other sizes. With this, memory of a GPU that is freed can be used for any size.
-# torch reads all of these names: what the caller has set counts alone.
-if os.environ.keys().isdisjoint(f"PYTORCH_{kind}ALLOC_CONF" for kind in ("", "CUDA_", "HIP_")):
+# torch reads all of these names: what the caller has set counts alone. The driver for Windows' Linux fails at it.
+_set = not os.environ.keys().isdisjoint(f"PYTORCH_{kind}ALLOC_CONF" for kind in ("", "CUDA_", "HIP_"))
+if not _set and "microsoft" not in platform.release():
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 __version__ = "0.2.0"

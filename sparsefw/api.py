@@ -188,9 +188,9 @@ def prune(
         from sparsefw.checkpoint.files import check_output
         from sparsefw.driver.in_memory import run_in_memory
         from sparsefw.driver.job import Job
-        from sparsefw.probe import kernel_line
+        from sparsefw.probe import say_kernel
 
-        say(kernel_line(config))
+        say_kernel(config, say)
         _check(module, calibration is not None)
         source = os.path.expanduser(str(getattr(module, "name_or_path", "")))
         for path in filter(None, (folder, packed) if os.path.isdir(source) else ()):
@@ -233,10 +233,10 @@ def prune_checkpoint(
     _ = config.backend
     from sparsefw.driver.job import Job
     from sparsefw.driver.run import run_job
-    from sparsefw.probe import kernel_line
+    from sparsefw.probe import say_kernel
 
     with joined_with(log) as (ranks, say):
-        say(kernel_line(config))
+        say_kernel(config, say)
         folder = ranks.local_first(lambda: locate(inputs.model))
         job = Job(inputs, config, output, dataset, tokenizer, folder)
         with _packing(job, ranks):

@@ -12,7 +12,16 @@ SHORT = {"evaluate": "--eval", "texts": "--eval", "folder": "--output"}
 _invocation = "call"
 
 # Words in the errors of CUDA, of its libraries and of Triton's launcher, which have no class of their own.
-GPU_WORDS = ("CUDA error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "Triton Error [", "C compiler", "active drivers")
+GPU_WORDS = (
+    "CUDA error",
+    "CUDA unknown error",
+    "CUDA driver",
+    "CUBLAS_STATUS_",
+    "CUDNN_STATUS_",
+    "Triton Error [",
+    "C compiler",
+    "active drivers",
+)
 
 # Columns of a terminal that a line of a run takes.
 WIDTH = 100

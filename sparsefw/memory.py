@@ -53,8 +53,8 @@ def gpu_limited(limit: int | None, asked: bool) -> Iterator[None]:
 
     Args:
         limit: the limit that the work is planned for, in bytes.
-        asked: whether the user has set it. Otherwise it is what was free, less `MARGIN`, and torch may take all of
-            that: the memory that its kernels take for themselves is in no plan.
+        asked: whether the user has set it. Otherwise it is what was free, less `MARGIN`, and torch may take half of
+            that margin, too: what its kernels take for themselves is in no plan.
 
     Raises:
         OutOfMemoryError: more was needed; the message is one line.
@@ -63,7 +63,7 @@ def gpu_limited(limit: int | None, asked: bool) -> Iterator[None]:
         yield
         return
     if not asked:
-        limit = int(limit / (1 - MARGIN))
+        limit = int(limit * (1 - MARGIN / 2) / (1 - MARGIN))
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
     try:

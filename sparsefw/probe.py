@@ -2,11 +2,12 @@
 
 import functools
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from sparsefw.errors import InputError, first_line, option, shown
+from sparsefw.errors import InputError, first_line, fitted, option, shown
 from sparsefw.solver.config import PruneConfig
 
 # The oldest GPUs that the kernels are compiled for.
@@ -15,7 +16,7 @@ LEAST_CAPABILITY = (8, 0)
 # The oldest driver for each version of CUDA that torch may be built for.
 DRIVERS = {"11": 450, "12": 525, "13": 580}
 
-_NO_LIBRARY = "the driver's library is not found; a container has to be started with its GPU (docker run --gpus all)"
+_NO_LIBRARY = "run ldconfig, or set TRITON_LIBCUDA_PATH to the folder of libcuda.so.1"
 
 # Remedies by words of the errors of Triton, torch and the C compiler.
 REMEDIES = {
@@ -24,6 +25,7 @@ REMEDIES = {
     "apt install python3-dev",
     "libcuda": _NO_LIBRARY,
     "active drivers": _NO_LIBRARY,
+    "ldconfig": _NO_LIBRARY,
     "no kernel image": "this version of torch is not built for this GPU: install another one",
     "image is invalid": "Triton assembles for a newer driver than this one: update the driver",
     "Permission denied": "set TRITON_CACHE_DIR to a folder that can be written to",
@@ -31,8 +33,8 @@ REMEDIES = {
 }
 
 
-def kernel_line(config: PruneConfig) -> str:
-    """Probe the GPU if the kernels of a run need it; returns the line of the log that says which kernel runs, and why.
+def say_kernel(config: PruneConfig, say: Callable[[str], None]) -> None:
+    """Probe the GPU if the kernels of a run need it, and log which kernel runs, and why.
 
     Raises:
         InputError: as `probe_gpu`.
@@ -41,13 +43,14 @@ def kernel_line(config: PruneConfig) -> str:
     if config.kernel == "triton" and cuda:
         first = probe_gpu()
     if config.kernel == "triton" and not cuda:
-        why = "as asked; no CUDA device, so Triton's interpreter: exact and slow"
+        why = f"as asked; {no_device()}, so Triton's interpreter: exact and slow"
     elif "kernel" in config.given:
         why = "as asked"
     else:
         why = "CUDA is available" if cuda else no_device()
     compiles = "; compiles for this GPU once, half a minute in all" if first else ""
-    return f"kernel: {config.kernel} ({why}), precision {config.precision}{compiles}"
+    for line in fitted(f"kernel: {config.kernel} ({why}), precision {config.precision}{compiles}"):
+        say(line)
 
 
 def no_device() -> str:
@@ -62,36 +65,37 @@ def no_device() -> str:
 
 @functools.cache
 def probe_gpu() -> bool:
-    """Compile and run a kernel on the current GPU, once a process; returns whether Triton had to compile it.
+    """Run products and a kernel on the current GPU, once a process; returns whether Triton had to compile the kernel.
 
     Raises:
-        InputError: it does not run; the message names what is missing, and the remedy.
+        InputError: one does not run; the message names what is missing, and the remedy.
     """
     from triton import TritonError, knobs
 
     from sparsefw.kernels.mirror import mirror_lower
 
-    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    without = f"or give {option('kernel', 'torch')}"
-    if capability < LEAST_CAPABILITY:
-        least, has = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, capability))
-        raise InputError(f"{name}: of compute capability {has}, and Triton's kernels need {least}; {without[3:]}")
     compiled: list[bool] = []
-    before = knobs.compilation.listener
+    before, without = knobs.compilation.listener, f"or give {option('kernel', 'torch')}"
 
     def listen(*, cache_hit: bool, **others: Any) -> None:
         compiled.append(not cache_hit)
 
     knobs.compilation.listener = listen
+    name = "the GPU"
     try:
-        found = mirror_lower(torch.tensor([[1.0, 0.0], [2.0, 3.0]]).to("cuda")).tolist()
+        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        G = torch.tensor([[1.0, 0.0], [2.0, 3.0]]).to("cuda")
+        # Kernels of torch and of its libraries, which may be built for other GPUs.
+        with_torch = (G.bfloat16() @ G.bfloat16() + G).sum().item()
+        found = mirror_lower(G).tolist() if capability >= LEAST_CAPABILITY else []
     except (RuntimeError, AssertionError, OSError, ImportError, subprocess.CalledProcessError, TritonError) as error:
         remedy = next((remedy for words, remedy in REMEDIES.items() if words in str(error)), "see the GPU's driver")
-        raise InputError(
-            f"{name}: Triton cannot run a kernel: {shown(first_line(error))}; {remedy}; {without}"
-        ) from error
+        raise InputError(f"{name}: cannot run a kernel: {shown(first_line(error))}; {remedy}; {without}") from error
     finally:
         knobs.compilation.listener = before
-    if found != [[1.0, 2.0], [2.0, 3.0]]:
-        raise InputError(f"{name}: a kernel gives wrong results: {found}; see the GPU's driver; {without}")
+    if capability < LEAST_CAPABILITY:
+        least, has = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, capability))
+        raise InputError(f"{name}: of compute capability {has}, and Triton's kernels need {least}; {without[3:]}")
+    if with_torch != 24 or found != [[1.0, 2.0], [2.0, 3.0]]:
+        raise InputError(f"{name}: kernels give wrong results: {with_torch}, {found}; see the GPU's driver; {without}")
     return any(compiled)

@@ -40,7 +40,7 @@ from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import add_divergence, logits
 from sparsefw.model.stand_ins import explained
 from sparsefw.packing import rewrite
-from sparsefw.probe import kernel_line
+from sparsefw.probe import say_kernel
 from sparsefw.ranks import ALONE
 from sparsefw.report import html
 from sparsefw.report.card import VARIABLES
@@ -74,7 +74,7 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
             nothing is gained on held-out windows.
     """
     report, source, job = _job(pruned, output, given)
-    say(kernel_line(job.config))
+    say_kernel(job.config, say)
     assert job.folder is not None
     dense, device = inspect(job.folder), memory.this_device()
     in_fp32 = arithmetic.computes_in_fp32(dense.dtype, device)

@@ -11,9 +11,9 @@ REPO = Path(__file__).resolve().parents[1]
 # Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
 LIMITS = {
     "sparsefw: files": 98,
-    "sparsefw: code lines": 11_350,
+    "sparsefw: code lines": 11_400,
     "kernels: code lines": 2_500,
-    "bench: code lines": 3_450,
+    "bench: code lines": 3_475,
     "tests: code lines": 14_850,
     "documents: words": 17_970,
 }

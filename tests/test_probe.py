@@ -34,11 +34,9 @@ def fails_with(error):
     [
         (RuntimeError("Failed to find C compiler."), "apt install gcc"),
         (subprocess.CalledProcessError(1, ["gcc", "driver.c"]), "apt install python3-dev"),
-        (AssertionError("libcuda.so cannot found!\nPlease"), "docker run --gpus all"),
-        (RuntimeError("0 active drivers ([]). There should only be one."), "docker run --gpus all"),
+        (AssertionError("libcuda.so cannot found!\nPlease"), "TRITON_LIBCUDA_PATH"),
         (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "this version of torch"),
         (PermissionError(13, "Permission denied", "/root/.triton"), "TRITON_CACHE_DIR"),
-        (TritonError("PTXAS error"), "see the GPU's driver"),
     ],
 )
 def test_what_a_machine_lacks_is_named_before_a_model_is_read(error, remedy, gpu, tmp_path, monkeypatch, capsys):
@@ -48,7 +46,6 @@ def test_what_a_machine_lacks_is_named_before_a_model_is_read(error, remedy, gpu
     message = capsys.readouterr().err
     assert remedy in message
     assert "or give --kernel torch" in message
-    assert message.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -59,7 +56,7 @@ def test_an_old_gpu_and_wrong_results_are_refused(gpu, monkeypatch, capsys):
     assert "of compute capability 7.5, and Triton's kernels need 8.0; give --kernel torch" in capsys.readouterr().err
     monkeypatch.setattr(mirror, "mirror_lower", lambda G: G)
     assert run.main(SMALL) == 2
-    assert "wrong results: [[1.0, 0.0], [2.0, 3.0]]" in capsys.readouterr().err
+    assert "kernels give wrong results: 24.0, [[1.0, 0.0], [2.0, 3.0]]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("hit", [True, False])
@@ -69,28 +66,32 @@ def test_the_log_tells_when_kernels_are_compiled_for_the_first_time(hit, gpu, mo
         return torch.tensor([[1.0, 2.0], [2.0, 3.0]])
 
     monkeypatch.setattr(mirror, "mirror_lower", compiled)
-    assert ("compiles for this GPU once" in probe.kernel_line(PruneConfig())) is not hit
+    lines = []
+    probe.say_kernel(PruneConfig(), lines.append)
+    assert ("compiles for this GPU once" in " ".join(lines)) is not hit
     assert knobs.compilation.listener is None
 
 
 def test_no_gpu_is_told_with_the_driver_that_torch_needs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for built, line in {
-        None: "kernel: torch (no CUDA device), precision ieee",
-        "13.0": "kernel: torch (torch for CUDA 13.0 finds no GPU; with one, its driver must be 580 or later, see "
-        "nvidia-smi), precision ieee",
+        None: ["kernel: torch (no CUDA device), precision ieee"],
+        "13.0": [
+            "kernel: torch (torch for CUDA 13.0 finds no GPU; with one, its driver must be 580 or later, see",
+            "    nvidia-smi), precision ieee",
+        ],
     }.items():
         monkeypatch.setattr(torch.version, "cuda", built)
-        assert probe.kernel_line(PruneConfig()) == line
+        lines = []
+        probe.say_kernel(PruneConfig(), lines.append)
+        assert lines == line
 
 
 @pytest.mark.parametrize(
     "error",
     [
         torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
-        RuntimeError("Triton Error [CUDA]: device-side assert triggered"),
         TritonError("out of resource: shared memory"),
-        subprocess.CalledProcessError(1, ["gcc", "launcher.c"]),
     ],
 )
 def test_a_kernel_that_fails_inside_of_a_block_is_no_unsupported_model(error, gpu, tmp_path, monkeypatch, capsys):

@@ -309,9 +309,11 @@ def _prune(
         with log.progress_of(len(model.blocks), progress) as on_block, limited():
             try:
                 return prune_model(run, prepared.calibration, prepared.evaluation, writer, on_block), run.placement
-            except torch.OutOfMemoryError:
-                # Other ranks would wait for this one; batches of a caller are not cut.
-                if run.placement.batch == 1 or not run.ranks.alone:
+            except RuntimeError as error:
+                # CUDA and Triton have errors of their own for it. Other ranks would wait for this one; batches of a
+                # caller are not cut.
+                full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+                if not full or run.placement.batch == 1 or not run.ranks.alone:
                     raise
         # Outside of the handler, whose traceback holds the tensors of the block.
         for i in range(len(model.blocks)):

@@ -128,6 +128,7 @@ class HiddenStates:
         pieces: by number of windows, what the forward gives the blocks for a piece of a micro-batch, see `some`.
         position: the point of the block at which `hidden` is.
         kept: a later point of the block that runs begin at, and its tensors; None: they begin at `position`.
+        ahead: number of the micro-batch whose tensors are copied to the device ahead, and these.
         unchecked: pending NaN check: block, micro-batch, and whether it is finite, which is read one step late so that
             the host does not wait for the GPU.
     """
@@ -144,6 +145,7 @@ class HiddenStates:
     pieces: dict[int, tuple[dict[int, Call], Carried]] = field(default_factory=dict)
     position: Point = INPUT
     kept: tuple[Point, Activations] | None = None
+    ahead: tuple[int, list[Stored]] = (0, [])
     unchecked: tuple[int, int, OnItsWay] | None = None
 
     def __len__(self) -> int:
@@ -183,12 +185,23 @@ class HiddenStates:
 
     def run_of(self, i: int, j: int, block: nn.Module | None = None) -> BlockRun:
         """Runs block i, or another module in its place, with what micro-batch j gives it beside the hidden states."""
-        if self.store.pins and j + 1 < len(self):
-            following, call = self.carried[j + 1], self.calls[j + 1][i]
-            for leaf in leaves_of([following.values, following.boxes, call.args, call.kwargs]):
-                if isinstance(leaf, Stored | Constant):
-                    (following.constants[leaf.number] if isinstance(leaf, Constant) else leaf).fetch()
+        if self.store.pins:
+            number, fetched = self.ahead
+            if number not in (j, j + 1):
+                # It was skipped.
+                for stored in fetched:
+                    stored.drop()
+            self.ahead = j + 1, self._given(i, j + 1) if j + 1 < len(self) else []
+            for stored in self.ahead[1]:
+                stored.fetch()
         return BlockRun(self.model, i, block, self.calls[j][i], self.carried[j])
+
+    def _given(self, i: int, j: int) -> list[Stored]:
+        """What the forward gives block i beside the hidden states of micro-batch j."""
+        carried, call = self.carried[j], self.calls[j][i]
+        leaves = leaves_of([carried.values, carried.boxes, call.args, call.kwargs])
+        found = (carried.constants[x.number] if isinstance(x, Constant) else x for x in leaves)
+        return [x for x in found if isinstance(x, Stored)]
 
     def unpadded(self, i: int, j: int) -> Tensor | None:
         """The positions of micro-batch j in block i that count; None: all."""
