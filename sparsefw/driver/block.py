@@ -9,7 +9,8 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from sparsefw.arithmetic import check_finite
 from sparsefw.driver.solves import add_up, combine, exchange, find_solves
@@ -21,11 +22,15 @@ from sparsefw.model.layers import Stage, kind_of, not_pruned
 from sparsefw.model.measure import Captured, Pair, capture, measure
 from sparsefw.model.parts import INPUT
 from sparsefw.model.shapes import BlockShape
+from sparsefw.model.slots import DenseBlock
 from sparsefw.model.stages import Confirmed, stages, survey
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import log
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.layer import LayerResult, prune_layers
+
+# A block before it is pruned, and the calibration windows before it in the dense model.
+Reference = tuple[DenseBlock, HiddenStates]
 
 
 @dataclass(frozen=True)
@@ -61,76 +66,74 @@ class Run:
         return frozenset(self.shape.names_by_block[i][1])
 
 
-def prune_block(
-    run: Run,
-    i: int,
-    method: str,
-    states: HiddenStates,
-    dense: tuple[nn.Module, HiddenStates] | None,
-    held_out: Container[int],
-) -> tuple[list[LayerResult], str]:
-    """Prune block i, which is open, layer by layer.
+def read_block(run: Run, i: int) -> DenseBlock | None:
+    """Open block i, and copy it if the dense block is needed after it has been pruned."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    block = run.model.open(i, run.placement.ahead)
+    with run.model.timeline.span("read", i):
+        return DenseBlock(block) if run.config.uses_dense_target or len(run.config.methods) > 1 else None
+
+
+def measure_stage(
+    run: Run, i: int, stage: Stage | None, states: HiddenStates, dense: Reference | None, held_out: Container[int]
+) -> Captured:
+    """Accumulate the Gram matrices of the inputs of layers that are pruned.
 
     Args:
         run: what all blocks share.
-        i: number of the block.
-        method: one of METHODS.
-        states: the calibration windows before the block. With `dense` they move on inside the block, as far as it is
-            pruned for good.
-        dense: the block before it is pruned, and the calibration windows before it in the dense model, which move on
-            to the next block. With it, layers approximate the dense model's outputs.
+        i: number of the block, which is open.
+        stage: whose layers are measured; None: all of the block at once.
+        states: the calibration windows before the block, or where the stage before has left them.
+        dense: the block before it is pruned, and the windows in the dense model.
         held_out: numbers of the micro-batches that layers are not fitted to.
 
-    Returns:
-        A result for each layer that the config selects, and how the windows ran through the block, in words.
-
     Raises:
-        InputError: activations hold NaN or Inf, a layer does not fit the pattern, or the block has no layers.
+        InputError: activations hold NaN or Inf, or the block has no layers.
     """
-    timeline, results, selected = run.model.timeline, list[LayerResult](), run.selected(i)
-    order = find_stages(run, i, states) if dense else []
-    if dense and not order:
-        # There is no stage to move the dense windows on.
-        with timeline.span("calibrate", i):
-            dense[1].advance(i, dense[0])
-    if not order:
-        if selected:
-            # All layers of the block are measured at once.
-            with timeline.span("calibrate", i):
-                captured = capture(
-                    run.model.blocks[i],
-                    partial(states.output, i),
-                    [j for j in range(len(states)) if j not in held_out],
-                    backend=run.config.backend,
-                    selected=selected.__contains__,
-                    unpadded=partial(states.unpadded, i),
-                    experts=run.of(i).experts,
-                )
-                captured = _combined(run, i, captured)
-                _check_known(run, i, captured.ignored)
-            results = _solve(run, i, captured, method)
-        return results, "once through the block"
-    assert dense is not None
-    pair = Pair(i, states, dense[1], dense[0], run.of(i).experts)
-    for stage in order:
-        with timeline.span("calibrate", i):
-            keep, backend = _is_kept(run, stage), run.config.backend
-            captured = measure(
-                stage, pair, backend=backend, selected=selected.__contains__, keep=keep, passing=held_out
+    selected, backend, experts = run.selected(i).__contains__, run.config.backend, run.of(i).experts
+    with run.model.timeline.span("calibrate", i):
+        if stage is None:
+            measured = capture(
+                run.model.blocks[i],
+                partial(states.output, i),
+                [j for j in range(len(states)) if j not in held_out],
+                backend=backend,
+                selected=selected,
+                unpadded=partial(states.unpadded, i),
+                experts=experts,
             )
-            captured = _combined(run, i, captured)
-            # The solve allocates other sizes than the micro-batches have left.
-            give_back()
-        results += _solve(run, i, captured, method)
-        # The windows move on with the weights that are written.
-        run.model.round(i)
-    return results, _way(run, order)
+        else:
+            assert dense is not None
+            pair = Pair(i, states, dense[1], dense[0], experts)
+            keep = _is_kept(run, stage)
+            measured = measure(stage, pair, backend=backend, selected=selected, keep=keep, passing=held_out)
+        measured = _combined(run, i, measured)
+        if stage is None:
+            _check_known(run, i, measured.ignored)
+        # The solve allocates other sizes than the micro-batches have left.
+        give_back()
+        return measured
 
 
-def _way(run: Run, order: list[Stage]) -> str:
+def calibration_mode(run: Run, found: list[Stage | None]) -> str:
+    """How the calibration windows ran through a block with these stages, in words."""
+    order = [stage for stage in found if stage]
+    if not order:
+        return "once through the block"
     start = "a point inside the block" if any(stage.start != INPUT for stage in order) else "the start"
     kept = [layer.name for stage in order if _is_kept(run, stage) for layer in stage.layers]
     return f"stage by stage, from {start}" + (f"; kept: the input of {', '.join(kept)}" if kept else "")
+
+
+def tensors_of(run: Run, i: int, method: str) -> dict[str, Tensor]:
+    """The tensors of block i, which is open and pruned by a method, on the host."""
+    with run.model.timeline.span("write", i):
+        tensors = run.model.block_tensors(i)
+        if method != run.config.method and run.model.device.type == "cpu":
+            # The next method overwrites the block's memory.
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        return tensors
 
 
 def _is_kept(run: Run, stage: Stage) -> bool:
@@ -140,7 +143,7 @@ def _is_kept(run: Run, stage: Stage) -> bool:
     return stage.layers[0].weight.shape[1] <= run.placement.kept_width
 
 
-def _solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult]:
+def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult]:
     """Prune the layers that were measured, those of one input at a time. Their matrices leave memory one by one."""
     timeline, ranks = run.model.timeline, run.ranks
     results = dict[str, LayerResult]()
@@ -195,8 +198,26 @@ def unused_matrices(model: BlockModel) -> list[str]:
     return [f"{block}.{name}" for block, module in model.unused.items() for name in not_pruned(module, {})]
 
 
-def find_stages(run: Run, i: int, states: HiddenStates) -> list[Stage]:
-    """The stages of block i, which is open. The first micro-batch shows them; none if no layer is to be pruned."""
+def find_stages(run: Run, i: int, states: HiddenStates, dense: Reference | None) -> list[Stage | None]:
+    """The stages of block i, which is open, in their order; [None]: all layers are measured at once.
+
+    Empty: no layer is pruned. Where there is no stage to move the dense windows on, they move on here.
+
+    Args:
+        run: what all blocks share.
+        i: number of the block.
+        states: the calibration windows before the block. The first micro-batch shows the stages.
+        dense: with it, layers approximate the dense model's outputs, and are pruned in stages.
+    """
+    order = _surveyed(run, i, states) if dense else []
+    if dense and not order:
+        with run.model.timeline.span("calibrate", i):
+            dense[1].advance(i, dense[0])
+    return [*order] or [None] * bool(run.selected(i))
+
+
+def _surveyed(run: Run, i: int, states: HiddenStates) -> list[Stage]:
+    """The stages of block i; none if no layer is to be pruned."""
     # It may not reach the experts that are selected: others of their kind stand for them.
     experts = run.of(i).experts
     kinds = {kind_of(layer, experts) for layer in run.selected(i)}

@@ -20,8 +20,9 @@ from sparsefw.data.tokens import Tokenizer
 from sparsefw.data.windows import Windows, Write, window_length, windows_of
 from sparsefw.driver import generation
 from sparsefw.driver.block import Run
+from sparsefw.driver.finished import Outcome
 from sparsefw.driver.job import Job, Prepared, windows_of_texts
-from sparsefw.driver.loop import Outcome, prune_model
+from sparsefw.driver.prune import prune_model
 from sparsefw.errors import InputError, counted, fitted, flag_of, option
 from sparsefw.estimate.memory import MemoryNeeds, Workload, disk_space, memory_needs, process_bytes, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place, reconstruction_line, reconstruction_steps, written_at_once

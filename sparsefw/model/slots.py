@@ -77,6 +77,7 @@ class DenseBlock(nn.Module):
         self._slots, self._run = slots_of(block.named_modules()), block.__call__
         self._copies = {id(slot.own): copy.deepcopy(slot.own) for slot in self._slots}
         self._named = [(name, self._copies[id(x)]) for name, x in block.named_parameters()]
+        self._parameters_of = block.parameters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block. No torch function is called but by the block."""
@@ -86,6 +87,12 @@ class DenseBlock(nn.Module):
             return self._run(*args, **kwargs)
         finally:
             restore(self._slots)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Copy the tensors back into the block."""
+        for parameter, (_, before) in zip(self._parameters_of(), self._named, strict=True):
+            parameter.copy_(before)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
         """The copies, by the names of the block's parameters."""

@@ -7,7 +7,7 @@ import pytest
 from helpers.all_on_gpu import run_on_gpu
 
 PARTS = {
-    "runs": "test_api.py test_in_memory.py test_examples.py test_unusual_models.py driver/test_loop.py",
+    "runs": "test_api.py test_in_memory.py test_examples.py test_unusual_models.py driver/test_prune.py",
     "models": "test_batches.py test_caller.py test_verification.py driver/test_generation.py model/test_dataflow.py "
     "model/test_experts.py model/test_handed_on.py model/test_multimodal.py model/test_slice_gradients.py",
     "reconstructions": "driver/test_reconstruct.py driver/test_reconstruct_in_memory.py "

@@ -241,7 +241,7 @@ def test_the_thread_that_writes_a_block_waits_for_its_copies(tmp_path, monkeypat
     gpu, report = prune(source, tmp_path / "plain", *flags, stand_ins=True)
     waits = Counter(where.partition(":")[0] for where in gpu.waits.elements())
     assert not waits.keys() & {"sparsefw/model/skeleton.py", "sparsefw/memory.py"}
-    assert waits["sparsefw/driver/loop.py"] == len(report["blocks"])
+    assert waits["sparsefw/driver/finished.py"] == len(report["blocks"])
     spans = [span["phase"] for span in report["timeline"] if span["lane"] == "main"]
     assert waits["sparsefw/timeline.py"] == sum(phase not in ("wait", "write") for phase in spans)
     place_of = driver_run.place

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from sparsefw import prune as prune_in_memory
-from sparsefw.driver import loop
+from sparsefw.driver import prune as driver
+from sparsefw.driver import streams
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.driver.solves import find_solves
 from sparsefw.errors import InputError
@@ -59,7 +60,7 @@ def prune_watched(ranks, *args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "layer_row", row)
         patch.setattr(Fit, "loss", watched("losses", loss))
-        patch.setattr(loop, "perplexity", watched("perplexities", loop.perplexity))
+        patch.setattr(streams, "perplexity", watched("perplexities", streams.perplexity))
         report, _ = prune(ranks, *args)
     return report, found
 
@@ -135,21 +136,21 @@ def test_more_ranks_than_windows_or_rows(tmp_path, text):
 
 def fail_at(ranks, number, block, *args):
     """`prune`, and a rank that fails when it comes to a block."""
-    real = loop._prune_block
+    real = driver.prune_block
 
     def prune_block(run, i, *others):
         if ranks.number == number and i == block:
             raise InputError("no more")
         return real(run, i, *others)
 
-    loop._prune_block = prune_block
+    driver.prune_block = prune_block
     try:
         prune(ranks, *args)
     except (InputError, LostRankError) as error:
         dist.destroy_process_group()
         return type(error).__name__
     finally:
-        loop._prune_block = real
+        driver.prune_block = real
     return "finished"
 
 

@@ -10,7 +10,8 @@ from helpers.ranks import on_ranks
 from helpers.stacks import STACKS, drawn
 
 from sparsefw import prune
-from sparsefw.driver import loop, reconstruct
+from sparsefw.driver import prune as driver
+from sparsefw.driver import reconstruct
 from sparsefw.errors import InputError
 from sparsefw.report.content import HIDDEN, PREDICTIONS
 from sparsefw.solver.config import PruneConfig
@@ -187,7 +188,7 @@ def prune_mixtures(ranks, chosen):
     found = []
     with pytest.MonkeyPatch.context() as patch:
         made = reconstruct.reconstruct
-        patch.setattr(loop, "reconstruct", lambda *args: found.append(made(*args)) or found[-1])
+        patch.setattr(driver, "reconstruct", lambda *args: found.append(made(*args)) or found[-1])
         prune(model, config=config, calibration=[*windows])
     return found, [parameter.detach() for parameter in model.parameters()]
 

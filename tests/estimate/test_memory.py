@@ -11,7 +11,7 @@ from helpers.families import first_is_fast
 from torch.utils._pytree import tree_leaves
 
 from sparsefw import recover, recovery
-from sparsefw.driver import loop
+from sparsefw.driver import prune as driver
 from sparsefw.driver import run as driver_run
 from sparsefw.estimate import memory
 from sparsefw.estimate.memory import CODE_OF_EXPERTS, LIBRARIES, memory_needs
@@ -70,7 +70,7 @@ def test_a_run_takes_what_is_expected(name, models, tmp_path, monkeypatch):
     text, expected, watched = str(models / "text.txt"), [], Watched()
     # A reconstruction is watched by itself: a solve may be expected to take more.
     fits = flags[-2:] == ["--reconstruct", "1"]
-    module, function = (loop, "reconstruct") if fits else (driver_run, "prune_model")
+    module, function = (driver, "reconstruct") if fits else (driver_run, "prune_model")
     place, work = driver_run.place, getattr(module, function)
 
     def placed(shape, workload, limits, folder=None, fixed=None):

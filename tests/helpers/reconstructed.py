@@ -8,7 +8,8 @@ import torch
 from helpers import verifying
 from helpers.families import save_model
 
-from sparsefw.driver import loop, reconstruct
+from sparsefw.driver import prune as driver
+from sparsefw.driver import reconstruct
 from sparsefw.driver.reconstruct import Fit
 from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.report.content import Report, read_report
@@ -60,7 +61,7 @@ class Seen:
             self.weights[i] = {name: x.detach().cpu().clone() for name, x in run.model.blocks[i].named_parameters()}
             return reconstruct.reconstruct(run, i, *args)
 
-        patch.setattr(loop, "reconstruct", spy)
+        patch.setattr(driver, "reconstruct", spy)
 
 
 def flags_of(folder: Path, output: Path) -> list[str]:

@@ -11,7 +11,7 @@ from helpers.families import save_model
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from sparsefw.driver import loop
+from sparsefw.driver import prune as driver
 from sparsefw.report.content import read_report
 from sparsefw.run import main
 
@@ -28,14 +28,14 @@ def be_rank(folder: Path, fails: bool) -> None:
     os.dup2(os.open(folder / "stdout", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     sys.stdout = os.fdopen(1, "w")
     torch.set_num_threads(1)
-    prune_block = loop.prune_block
+    prune_block = driver.prune_block
 
     def prune_or_fail(run, i, *others, **options):
         if fails and i == 1 and run.ranks.number == 1:
             raise FloatingPointError("rank 1 has had enough")
         return prune_block(run, i, *others, **options)
 
-    loop.prune_block = prune_or_fail
+    driver.prune_block = prune_or_fail
     sys.argv = ["run", "--nsamples", "6", "--seqlen", "24", "--kernel", "torch", "--method", "wanda"]
     sys.argv += [f"--model={folder / 'model'}", f"--dataset={folder / 'text.txt'}", f"--output={folder / 'out'}"]
     sys.exit(main())

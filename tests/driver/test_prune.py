@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama import modeling_llama
 
 from sparsefw.data.windows import calibration_windows
-from sparsefw.driver import loop
+from sparsefw.driver import prune as driver
 from sparsefw.model import HiddenStates
 from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.report.content import read_report
@@ -153,7 +153,7 @@ def test_windows_run_no_more_than_they_must_around_the_blocks_that_are_pruned(tm
     _, once = prune(tmp_path, *flags, "--eval-windows", "2")
     # Two kinds of windows; then those of the evaluation in three models.
     assert (ran[0], ran[2]) == (2, 3)
-    monkeypatch.setattr(loop, "_pass_block", loop._prune_block)
+    monkeypatch.setattr(driver, "pass_block", driver.prune_block)
     _, each = prune(tmp_path, *flags, "--eval-windows", "2", "--overwrite")
     assert each["evaluation"] == once["evaluation"]
     assert [layer["error"] for layer in each["layers"]] == [layer["error"] for layer in once["layers"]]
@@ -197,7 +197,7 @@ def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, monkeypatch, caps
     for device in BATCH_TOKENS:
         monkeypatch.setitem(BATCH_TOKENS, device, 4 * 32)
     assert main([*flags, "--output", str(tmp_path / "whole")]) == 0
-    prune, raised, batches = loop.prune_block, [(2, KeyboardInterrupt), (1, torch.OutOfMemoryError)], []
+    prune, raised, batches = driver.prune_block, [(2, KeyboardInterrupt), (1, torch.OutOfMemoryError)], []
 
     def full(run, i, *args):
         batches.append((i, run.placement.batch))
@@ -207,7 +207,7 @@ def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, monkeypatch, caps
             raise raised.pop()[1]
         return pruned
 
-    monkeypatch.setattr(loop, "prune_block", full)
+    monkeypatch.setattr(driver, "prune_block", full)
     assert main([*flags, "--output", str(tmp_path / "out")]) == 130
     assert "out of memory on the GPU: going on with 2 windows at a time\n" in capsys.readouterr().out
     assert batches == [(0, 4), (1, 4), (1, 2), (2, 2)]

@@ -1,0 +1,124 @@
+"""The driver: prune a model one block at a time, while the next block is read and the last one is written.
+
+Every method prunes a block on its own calibration windows, which came through the blocks that it pruned before. The
+weights by the config's method are written. Blocks that an earlier run has finished are only run through.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sparsefw.checkpoint.writer import Writer
+from sparsefw.driver.block import (
+    Run,
+    calibration_mode,
+    find_stages,
+    kept_dense,
+    measure_stage,
+    read_block,
+    solve,
+    tensors_of,
+    unused_matrices,
+)
+from sparsefw.driver.finished import Finished, FinishedBlock, OnBlock, Outcome, Written
+from sparsefw.driver.job import Samples
+from sparsefw.driver.reconstruct import reconstruct
+from sparsefw.driver.streams import DENSE, Streams, embedded, pass_block, replay_block
+from sparsefw.errors import InputError
+from sparsefw.memory import give_back
+from sparsefw.model.activations import held_out_batches
+from sparsefw.solver.layer import LayerResult
+
+
+def prune_model(
+    run: Run,
+    calibration: Samples,
+    evaluation: Sequence[Samples],
+    writer: Writer,
+    on_block: OnBlock = lambda block, layers: None,
+) -> Outcome:
+    """Prune every block of a model.
+
+    Args:
+        run: the model, and how it is pruned: by every method of the config, each on the activations of its own blocks.
+        calibration: windows or batches whose activations define the layer problems.
+        evaluation: those of each evaluation text.
+        writer: receives a shard for each block and each piece of the rest. The run goes on after those that it has.
+        on_block: called with the record and the results of every block when it is finished.
+
+    Raises:
+        InputError: weights or activations hold NaN or Inf, a layer does not fit the pattern, nothing was
+            pruned, or writing failed.
+    """
+    with embedded(run, calibration, evaluation) as streams:
+        with Finished(run, writer, on_block) as finished:
+            for i in finished.before:
+                replay_block(run, i, streams, writer)
+                finished.tell_again(i)
+            for i in finished.left:
+                handle = prune_block if finished.first <= i <= finished.last else pass_block
+                finished.add(i, *handle(run, i, streams, finished.is_written_here(i)))
+                give_back()
+        finished.write_the_rest()
+        if run.shape.layer_names and not any(block.layers for block in finished.blocks):
+            raise InputError(
+                "nothing was pruned: no calibration token reaches the selected experts; give more calibration windows, "
+                "or select other layers"
+            )
+        return Outcome(finished.blocks, unused_matrices(run.model), streams.perplexities(run))
+
+
+def prune_block(run: Run, i: int, streams: Streams, written: bool) -> tuple[FinishedBlock, Written]:
+    """Prune block i by every method, and run all windows through it.
+
+    Args:
+        run: what all blocks share.
+        i: number of the block.
+        streams: the windows before the block, which move behind it.
+        written: whether this process writes the block.
+
+    Returns:
+        The block's record, and its tensors by method; none if another rank writes them.
+    """
+    model, config, tensors = run.model, run.config, Written()
+    block = FinishedBlock.of(i, model.names[i])
+    dense = read_block(run, i)
+    streams.evaluate(run, i, DENSE)
+    if config.uses_dense_stream and not config.uses_dense_target:
+        # No stage will move them on.
+        streams.advance(run, i, "reconstruct", DENSE)
+    for method in config.methods:
+        own, windows = method == config.method, streams.calibration[method]
+        if dense and method != config.methods[0]:
+            dense.restore()
+        reference = (
+            (dense, streams.calibration[DENSE]) if dense and config.uses_dense_target and method == "sparsefw" else None
+        )
+        # Stages move the windows on inside the block, and a reconstruction runs from its input.
+        start = windows.fork() if own and config.goes_back else None
+        # The loss on what is held out tells what a reconstruction is worth only if no layer was fitted to it, either.
+        held_out = held_out_batches(len(windows)) if own and config.reconstruct else ()
+        stages, results = find_stages(run, i, windows, reference), list[LayerResult]()
+        for stage in stages:
+            results += solve(run, i, measure_stage(run, i, stage, windows, reference, held_out), method)
+            # The windows move on with the weights that are written.
+            model.round(i)
+        block.layers += results
+        if own:
+            # It is the last method: nothing needs the dense block any more.
+            dense = reference = None
+            # Tokens may reach other experts in the model of another method, which is not written.
+            block.kept_dense = kept_dense(model, i, results)
+            block.block = replace(block.block, way=calibration_mode(run, stages))
+            if config.reconstruct:
+                with model.timeline.span("reconstruct", i):
+                    if start is not None:
+                        windows.go_back(start)
+                    found = reconstruct(run, i, windows, streams.calibration[DENSE], results, streams.ids)
+                    block.block = replace(block.block, reconstruction=found)
+        model.round(i)
+        streams.advance(run, i, "forward", method)
+        streams.evaluate(run, i, method)
+        if written:
+            tensors[method] = tensors_of(run, i, method)
+    model.close(i)
+    return block, tensors

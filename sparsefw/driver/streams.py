@@ -1,0 +1,130 @@
+"""The windows between two blocks: of the calibration and of evaluation, in the dense model and in each method's."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparsefw.checkpoint.tensors import read_shard
+from sparsefw.checkpoint.writer import Writer
+from sparsefw.data.windows import Windows
+from sparsefw.driver.block import Run, kept_dense, tensors_of
+from sparsefw.driver.finished import FinishedBlock, Written
+from sparsefw.driver.job import Samples
+from sparsefw.model import HiddenStates, perplexity
+from sparsefw.model.forward import embed_batches
+
+# Name of the hidden states in the dense model.
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Hidden states before a block, by method and DENSE.
+
+    Attributes:
+        calibration: of the calibration.
+        evaluation: of every evaluation text.
+        ids: the tokens of the calibration windows; None: the calibration is no text.
+        texts: the evaluation texts, of which this rank has some windows.
+    """
+
+    calibration: dict[str, HiddenStates]
+    evaluation: dict[str, list[HiddenStates]]
+    ids: Tensor | None
+    texts: list[Samples]
+
+    def of(self, name: str) -> list[HiddenStates]:
+        """All of a method, or of DENSE."""
+        return [*([self.calibration[name]] if name in self.calibration else []), *self.evaluation[name]]
+
+    def advance(self, run: Run, i: int, phase: str, name: str) -> None:
+        """Run the calibration windows of a method through block i as it is now."""
+        _advance(run, i, phase, [self.calibration[name]])
+
+    def evaluate(self, run: Run, i: int, name: str) -> None:
+        """Run the evaluation windows of a method through block i as it is now."""
+        _advance(run, i, "evaluate", self.evaluation[name])
+
+    def perplexities(self, run: Run) -> dict[str, dict[str, float]]:
+        """Perplexities behind the last block: by evaluation text, then by DENSE and method."""
+        with run.model.timeline.span("evaluate"), run.model.outside():
+            return {
+                samples.source: {name: perplexity(x[n], samples, run.ranks) for name, x in self.evaluation.items()}
+                for n, samples in enumerate(self.texts)
+            }
+
+
+@contextmanager
+def embedded(run: Run, calibration: Samples, evaluation: Sequence[Samples]) -> Iterator[Streams]:
+    """The windows of this rank before the first block; they are let go at the end of the `with` block."""
+    model, names, ranks = run.model, [DENSE, *run.config.methods], run.ranks
+    with ExitStack() as opened:
+        with model.timeline.span("embed"), model.outside():
+            calibration, *texts = (x.part(ranks.share(x.n)) for x in (calibration, *evaluation))
+            # Steps of a reconstruction take pieces of the micro-batches; the last piece may be smaller.
+            step = run.placement.step
+            pieces = [calibration.part(slice(n)) for n in {step, calibration.n % step} - {0}] if step else []
+            calibrated = _embed(run, calibration, names[not run.config.uses_dense_stream :], pieces)
+            evaluated = [_embed(run, text, names) for text in texts]
+        ids = calibration.ids if isinstance(calibration, Windows) else None
+        streams = Streams(calibrated, {name: [by_name[name] for by_name in evaluated] for name in names}, ids, texts)
+        for name in names:
+            for hidden_states in streams.of(name):
+                opened.callback(hidden_states.close)
+        yield streams
+
+
+def _embed(run: Run, samples: Samples, names: Sequence[str], pieces: Sequence[Samples] = ()) -> dict[str, HiddenStates]:
+    """The hidden states of samples before the first block, by name; `pieces` are of the sizes that steps take."""
+    batch, store = run.placement.batch, run.placement.store(run.model.device)
+    states = embed_batches(run.model, samples.split(batch), store, (x for piece in pieces for x in piece.split(batch)))
+    return {name: states.fork() if n else states for n, name in enumerate(names)}
+
+
+def pass_block(run: Run, i: int, streams: Streams, written: bool) -> tuple[FinishedBlock, Written]:
+    """As `prune.prune_block`, for a block before the first one that is pruned, or after the last one."""
+    model, calibration = run.model, streams.calibration
+    model.open(i, run.placement.ahead)
+    if not any(map(run.selected, range(i, len(model.blocks)))):
+        # Nothing is measured any more.
+        while calibration:
+            calibration.popitem()[1].close()
+    # Streams of the same windows are equal up to the first block that is pruned.
+    equal = [[*calibration.values()], *map(list, zip(*streams.evaluation.values(), strict=True))]
+    for n, group in enumerate(equal):
+        # After the last one each method has its own windows.
+        moving = group[:1] if calibration else group
+        _advance(run, i, "evaluate" if n else "forward", moving)
+        for other in group[len(moving) :]:
+            other.go_back(group[0].fork())
+    tensors = dict.fromkeys(run.config.methods, tensors_of(run, i, run.config.method)) if written else Written()
+    block = FinishedBlock.of(i, model.names[i], "once through the block")
+    block.kept_dense = kept_dense(model, i, [])
+    model.close(i)
+    return block, tensors
+
+
+def replay_block(run: Run, i: int, streams: Streams, writer: Writer) -> None:
+    """Run the windows through block i, which an earlier run has pruned, or which is a repeat."""
+    model = run.model
+    if streams.of(DENSE):
+        model.open(i, run.placement.ahead)
+        _advance(run, i, "forward", streams.of(DENSE))
+    for method in run.config.methods:
+        with model.timeline.span("read", i):
+            path = None
+            if i in model.unique_blocks:
+                path = writer.path(model.unique_blocks.index(i), None if method == run.config.method else method)
+            model.open_alone(i, read_shard(path) if path else None)
+        _advance(run, i, "forward", streams.of(method))
+    model.close(i)
+
+
+def _advance(run: Run, i: int, phase: str, several: Sequence[HiddenStates]) -> None:
+    """Run hidden states through block i as it is now."""
+    if several:
+        with run.model.timeline.span(phase, i):
+            for hidden_states in several:
+                hidden_states.advance(i)
