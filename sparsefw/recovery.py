@@ -84,11 +84,10 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
         StreamedModel(source, device, in_fp32=in_fp32) as student,
     ):
         _check_models(job.folder, teacher, student)
-        limits = _check_memory(
-            job, shape, window_length(job.inputs.model, job.inputs.seqlen, teacher.max_seqlen), device
-        )
-        write, _ = own_text(job, teacher, shape, say, ALONE)
-        windows, _, seqlen = windows_of_texts(job, teacher.max_seqlen, write, say, ALONE)
+        seqlen = window_length(job.inputs.model, job.inputs.seqlen, teacher.max_seqlen)
+        limits = _check_memory(job, shape, seqlen, device)
+        write, _ = own_text(job, teacher, shape, seqlen, say, ALONE)
+        windows, _ = windows_of_texts(job, seqlen, write, say, ALONE)
         rounded = arithmetic.rounds_products(torch.float32 if in_fp32 else dense.dtype, device, shape.hidden)
         with (
             memory.gpu_limited(limits.get("gpu"), output.gpu_memory is not None),
@@ -158,7 +157,7 @@ def _job(pruned: Path, output: Output, given: dict[str, Any]) -> tuple[Report, C
 
 def _check_memory(job: Job, shape: ModelShape, seqlen: int, device: torch.device) -> dict[str, int]:
     """Refuse memory limits that are too low. Returns the limits."""
-    workload = workload_of(job, job.config, [job.inputs.nsamples], seqlen, device, ALONE)
+    workload = workload_of(job, [job.inputs.nsamples], seqlen, device, ALONE)
     limits, needs = limits_of(job, device, ALONE), recovery_needs(shape, workload)
     for what, limit in limits.items():
         if (least := getattr(needs, what)) > limit:

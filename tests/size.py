@@ -1,4 +1,7 @@
-"""Hold the size of the code and of the documents: `python tests/size.py` fails where a total is above its limit."""
+"""Hold the size of the code and of the documents: `python tests/size.py` fails where a total is above its limit.
+
+Code is counted in tokens of Python, without docstrings and comments, so that a line gains nothing by being dense.
+"""
 
 import ast
 import io
@@ -8,41 +11,56 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 
-# Lines of code are without docstrings, comments and blank lines. Words are those of README.md and docs/.
+# Round numbers. They move by a decision alone. Words are those of README.md and docs/.
 LIMITS = {
-    "sparsefw: files": 98,
-    "sparsefw: code lines": 11_400,
-    "kernels: code lines": 2_500,
-    "bench: code lines": 3_475,
-    "tests: code lines": 14_850,
-    "documents: words": 17_970,
+    "core of sparsefw: tokens": 102_000,
+    "extras of sparsefw: tokens": 26_000,
+    "kernels: tokens": 33_500,
+    "bench: tokens": 44_000,
+    "tests: tokens": 188_000,
+    "documents: words": 18_000,
 }
+# The parts of sparsefw that only some runs need.
+EXTRAS = (
+    "evaluation/*",
+    "evaluate.py",
+    "lm_eval.py",
+    "llmcompressor.py",
+    "pack*.py",
+    "unpack.py",
+    "checkpoint/packed.py",
+)
+EXTRAS += ("recover.py", "recovery.py", "verify.py", "verification.py", "report/html.py", "report/card.py")
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}
 
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
 
 
-def code_lines(source: str) -> int:
-    """The number of lines that hold code."""
+def code_tokens(source: str) -> int:
+    """The number of tokens that are code."""
     documented = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
     strings = [node.body[0] for node in documented if ast.get_docstring(node) is not None]
-    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.string and t.type not in LAYOUT]
-    lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
-    return len(lines - {line for node in strings for line in range(node.lineno, (node.end_lineno or 0) + 1)})
+    text = {line for node in strings for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return sum(1 for t in tokens if t.string and t.type not in LAYOUT and t.start[0] not in text)
 
 
 def main() -> int:
     """Print the totals beside their limits; returns 1 if one is above."""
     pages = [page for page in (REPO / "README.md", *(REPO / "docs").glob("*.md")) if page.name not in TABLES]
-    totals = {"documents: words": sum(len(page.read_text("utf-8").split()) for page in pages)}
+    totals = dict.fromkeys(LIMITS, 0)
+    totals["documents: words"] = sum(len(page.read_text("utf-8").split()) for page in pages)
     for folder in ("sparsefw", "kernels", "bench", "tests"):
-        # sparsefw/kernels is a link, which is not followed.
-        paths = [path for path in (REPO / folder).rglob("*.py") if not any(p.is_symlink() for p in path.parents)]
-        totals[f"{folder}: files"] = len(paths)
-        totals[f"{folder}: code lines"] = sum(code_lines(path.read_text("utf-8")) for path in paths)
+        for path in (REPO / folder).rglob("*.py"):
+            # sparsefw/kernels is a link, which is not followed.
+            if any(p.is_symlink() for p in path.parents):
+                continue
+            extra = any(path.match(f"sparsefw/{pattern}") for pattern in EXTRAS)
+            part = f"{'extras' if extra else 'core'} of sparsefw" if folder == "sparsefw" else folder
+            totals[f"{part}: tokens"] += code_tokens(path.read_text("utf-8"))
     for name, limit in LIMITS.items():
-        print(f"{name:22}{totals[name]:8,} of {limit:7,}{'  TOO MANY' if totals[name] > limit else ''}")
+        print(f"{name:28}{totals[name]:8,} of {limit:7,}{'  TOO MANY' if totals[name] > limit else ''}")
     return int(any(totals[name] > limit for name, limit in LIMITS.items()))
 
 

@@ -64,7 +64,7 @@ PADDED = {"input_ids": [[2, 3, 4, 0], [5, 6, 7, 8]], "attention_mask": [[1, 1, 1
 @pytest.fixture
 def windows(source, tmp_path, monkeypatch):
     """The calibration windows of `prune`, whose run ends when they are there: their name, digest and shape."""
-    monkeypatch.setattr(driver_run, "carry_out", lambda job, prepared, *others: prepared.calibration)
+    monkeypatch.setattr(driver_run, "carry_out", lambda run, *others: run.calibration)
 
     def windows_of(**given):
         found = prune(source, tmp_path / "out", CONFIG, **given).report

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,11 +21,11 @@ from timing import GPU, Moment
 from torch import Tensor
 
 from sparsefw import memory
-from sparsefw.driver.block import Run
 from sparsefw.driver.reconstruct import RATE, Fit
 from sparsefw.model.activations import split_batches
 from sparsefw.model.block_model import BlockModel, resident
 from sparsefw.model.forward import embed
+from sparsefw.ranks import ALONE
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.kept_weights import KeptWeights
 
@@ -74,7 +75,7 @@ def _fit(model: BlockModel, batch: int, seqlen: int) -> tuple[Fit, list[tuple[to
     large = [p for p in block.parameters() if p.ndim > 1]
     for p in large:
         p.data *= torch.rand_like(p, dtype=torch.float32) >= SPARSITY
-    run: Any = Run(model, None, PruneConfig(kernel="triton"), None, print)
+    run: Any = SimpleNamespace(model=model, config=PruneConfig(kernel="triton"), ranks=ALONE, rounded=False)
     matrices = [(p, list(p.data.unbind()) if p.ndim == 3 else [p.data]) for p in large]
     return Fit(run, 0, states, dense, *split_batches(len(states))), matrices
 

@@ -5,65 +5,31 @@ pruned in stages: the inputs of later layers are measured after earlier ones are
 """
 
 import math
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from sparsefw.arithmetic import check_finite
+from sparsefw.driver.job import Run
 from sparsefw.driver.solves import add_up, combine, exchange, find_solves
 from sparsefw.errors import InputError
 from sparsefw.memory import give_back
-from sparsefw.model import HiddenStates, ModelShape, Placement
+from sparsefw.model import HiddenStates
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.layers import Stage, kind_of, not_pruned
 from sparsefw.model.measure import Captured, Pair, capture, measure
 from sparsefw.model.parts import INPUT
-from sparsefw.model.shapes import BlockShape
 from sparsefw.model.slots import DenseBlock
-from sparsefw.model.stages import Confirmed, stages, survey
-from sparsefw.ranks import ALONE, Ranks
+from sparsefw.model.stages import stages, survey
+from sparsefw.ranks import ALONE
 from sparsefw.report import log
-from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.layer import LayerResult, prune_layers
 
 # A block before it is pruned, and the calibration windows before it in the dense model.
 Reference = tuple[DenseBlock, HiddenStates]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What all blocks of a run share.
-
-    Attributes:
-        model: the model.
-        shape: its shape, with the layers that are pruned.
-        config: how the model is pruned.
-        placement: what is held at once, and where.
-        say: called with every line of the log.
-        ranks: the processes of the run, each with its share of the windows.
-        rounded: whether steps of a reconstruction round the operands of their products.
-        confirmed: what is known of running blocks in parts, see `stages.survey`.
-    """
-
-    model: BlockModel
-    shape: ModelShape
-    config: PruneConfig
-    placement: Placement
-    say: Callable[[str], None]
-    ranks: Ranks = ALONE
-    rounded: bool = False
-    confirmed: Confirmed = field(default_factory=dict)
-
-    def of(self, i: int) -> BlockShape:
-        """The shape of block i."""
-        return self.shape.blocks[i]
-
-    def selected(self, i: int) -> frozenset[str]:
-        """Names inside block i of the layers that are pruned."""
-        return frozenset(self.shape.names_by_block[i][1])
 
 
 def read_block(run: Run, i: int) -> DenseBlock | None:

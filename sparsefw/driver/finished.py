@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsefw.checkpoint.files import convert
 from sparsefw.checkpoint.writer import Writer
-from sparsefw.driver.block import Run
+from sparsefw.driver.job import Run
 from sparsefw.memory import give_back, peak_memory, release_pinned
 from sparsefw.report import log
 from sparsefw.report.content import BlockRecord

@@ -23,8 +23,9 @@ from sparsefw.checkpoint.source import PROCESSORS, SMALL, TOKENIZER_CONFIG, TOKE
 from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches
-from sparsefw.driver.job import Job, Prepared, Samples, windows_of_texts
-from sparsefw.driver.run import Shown, carry_out, computes_in_fp32, own_text
+from sparsefw.data.windows import window_length
+from sparsefw.driver.job import Job, Run, Samples, windows_of_texts
+from sparsefw.driver.run import Shown, carry_out, computes_in_fp32, own_text, resumed, settled, with_defaults
 from sparsefw.errors import InputError, errors_in_one_line, shown
 from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import resident
@@ -66,15 +67,14 @@ def run_in_memory(
     check_free(job.output.folder, job.output.overwrite)
     if saves:
         check_configs(model)
-    batch = None if batches is None else _largest(batches[0])
+    job, batch = resumed(job, ranks), None if batches is None else _largest(batches[0])
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     device = this_device() if device.type == "cpu" else device
     # A module's own parameters may ask for gradients.
     source, notes = _source(model, job.tokenizer) if saves and ranks.first else (None, [])
     with on_gpu(device), torch.no_grad(), resident(model, batch, device, partial(computes_in_fp32, job, say)) as opened:
         opened.notes += notes
-        job, prepared = _prepared(job, opened, batches, saves, say, ranks)
-        prepared = replace(prepared, source=source)
+        run = _settled(job, opened, batches, saves, source, say, ranks)
 
         def write(folder: Path) -> None:
             save(model, folder)
@@ -91,58 +91,73 @@ def run_in_memory(
             opened.set_back()
             writer.finish(*((write, describe) if saves else ()))
 
-        return carry_out(job, prepared, finish, say, progress, ranks)
+        return carry_out(run, finish, progress)
 
 
-def _prepared(
+def _settled(
     job: Job,
     opened: ResidentModel,
     batches: tuple[Batches, Batches | None] | None,
     saves: bool,
+    source: Path | None,
     say: Callable[[str], None],
     ranks: Ranks,
-) -> tuple[Job, Prepared]:
-    """The model before its first block, and the job, which batches tell the length of a window."""
+) -> Run:
+    """The run: on texts that the job names, or on batches, which tell the length of a window."""
     calibration: Samples
     evaluation: Sequence[Samples]
-    tokens = written = 0
+    written = 0
     if batches is None:
         if job.inputs.evaluate and not opened.logits_itemsize:
             raise InputError(f"evaluate: {type(opened.model).__name__} returns no logits, of which perplexity is made")
-        shape = shape_of_text(opened)
-        write, written = own_text(job, opened, shape, say, ranks)
-        calibration, evaluation, seqlen = windows_of_texts(job, opened.max_seqlen, write, say, ranks)
+        whole = shape_of_text(opened)
+        seqlen = window_length(job.inputs.model, job.inputs.seqlen, opened.max_seqlen)
+        count = len(job.dataset) if isinstance(job.dataset, Tensor) else job.inputs.nsamples
+        job = with_defaults(job, count, seqlen, say, ranks)
+        write, written = own_text(job, opened, whole, seqlen, say, ranks)
+        calibration, evaluation = windows_of_texts(job, seqlen, write, say, ranks)
     else:
         calibration, evaluated = batches
         evaluation = [evaluated] if evaluated else []
-        shape, seqlen = shape_of_resident(opened, _largest(calibration))
-        masks = [x for batch in calibration.batches if isinstance(x := batch.kwargs.get("attention_mask"), Tensor)]
-        # A mask of sound is of samples, of which several make a position.
-        if len(masks) == calibration.n and max(x.numel() for x in masks) == seqlen:
-            tokens, positions = sum(int((x != 0).sum()) for x in masks), sum(x.numel() for x in masks)
-            if tokens < positions:
-                opened.notes.append(f"{tokens} of {positions} positions count, the others are padding")
+        whole, seqlen = shape_of_resident(opened, _largest(calibration))
+        tokens = _tokens_without_padding(calibration, seqlen, opened.notes)
         if evaluated:
             check_losses(opened, evaluated.batches)
         job = replace(job, inputs=replace(job.inputs, seqlen=max(2, seqlen)))
+        # In the mean over batches, since they may have different sizes.
+        job = with_defaults(job, calibration.n, tokens // calibration.n or seqlen, say, ranks)
     # A module may put anything else into its state, too.
     tensors = {name: value for name, value in opened.model.state_dict().items() if isinstance(value, Tensor)}
-    return job, Prepared(
+    run = Run(
+        job,
         opened,
         f"{type(opened.model).__name__} in memory",
         next(opened.model.parameters()).dtype,
-        shape,
+        whole,
         calibration,
         evaluation,
         seqlen,
+        say,
+        ranks,
         notes=opened.notes,
         fingerprint=_fingerprint(tensors),
-        # A caller's batches are not cut.
-        fixed={"batch": 1} if batches else {},
-        saved=sum(tensor.nbytes for tensor in tensors.values()) if saves else 0,
-        tokens=tokens,
-        written=written,
+        source=source,
     )
+    saved = sum(tensor.nbytes for tensor in tensors.values()) if saves else 0
+    # A caller's batches are not cut.
+    return settled(run, written, saved, {"batch": 1} if batches else {})
+
+
+def _tokens_without_padding(calibration: Batches, seqlen: int, notes: list[str]) -> int:
+    """The tokens of batches that count, which is noted; 0: all positions count."""
+    masks = [x for batch in calibration.batches if isinstance(x := batch.kwargs.get("attention_mask"), Tensor)]
+    # A mask of sound is of samples, of which several make a position.
+    if len(masks) != calibration.n or max(x.numel() for x in masks) != seqlen:
+        return 0
+    tokens, positions = sum(int((x != 0).sum()) for x in masks), sum(x.numel() for x in masks)
+    if tokens < positions:
+        notes.append(f"{tokens} of {positions} positions count, the others are padding")
+    return tokens
 
 
 def _source(model: nn.Module, tokenizer: Any) -> tuple[Path | None, list[str]]:

@@ -1,7 +1,8 @@
-"""A run that is asked for, the texts that it reads, and what it prunes."""
+"""A run that is asked for, the run that is settled, and the texts that it reads."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from sparsefw.data.batches import Batches
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import Windows, Write
 from sparsefw.errors import InputError
+from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.inputs import Inputs, Output
-from sparsefw.model import ModelShape
+from sparsefw.model import ModelShape, Placement
 from sparsefw.model.block_model import BlockModel
+from sparsefw.model.shapes import BlockShape
+from sparsefw.model.stages import Confirmed
 from sparsefw.ranks import Ranks
 from sparsefw.solver.config import PruneConfig
 
@@ -35,6 +39,7 @@ class Job:
         dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
         tokenizer: the model's tokenizer; None: the source's.
         folder: folder of the source, the checkpoint that is read; None: the model is in memory.
+        begun: identity and choices of the unfinished run that this one goes on with, see `Writer.begun`.
     """
 
     inputs: Inputs
@@ -43,30 +48,36 @@ class Job:
     dataset: Iterable[Any] | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     folder: Path | None = None
+    begun: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A model before its first block, and what runs through it.
+class Run:
+    """A run: what it reads, how it prunes, and what it holds where.
 
     Attributes:
-        model: the model.
+        job: what is asked for; its config has the defaults that depend on the calibration.
+        model: the model before its first block.
         name, dtype: its name and dtype, for the log.
-        shape: its shape, with all prunable layers.
+        shape: its shape, with the layers that are pruned.
         calibration: the windows that it is calibrated on, or the batches of a caller.
         evaluation: those of each evaluation text.
         seqlen: tokens in a window; of batches, the most vectors of one between two blocks.
+        say: called with every line of the log.
+        ranks: the processes of the run, each with its share of the windows.
         notes: what the user should know of the model, one line each.
         fingerprint: tells the model from another one.
         files: on rank 0, what tells the checkpoint's files from changed ones; empty for a model in memory, of whose
             tensors the fingerprint is.
-        fixed: values of `Placement` that are settled, by field.
-        tokens: calibration tokens without padding; 0: all positions count.
         source: folder of the model's small files, whose card names its license; None: there is none.
-        written: windows of its own calibration text that the model has written at once; 0: it is another's.
-        saved: bytes that the end of the run writes while the finished blocks are still on the disk.
+        limits: memory limits in bytes: "host", and with a GPU "gpu". These and the next are found by `run.settled`.
+        placement, needs: what is held at once and where, and the memory that this is expected to take.
+        disk: bytes that the run takes on the disk.
+        rounded: whether steps of a reconstruction round the operands of their products.
+        confirmed: what is known of running blocks in parts, see `stages.survey`.
     """
 
+    job: Job
     model: BlockModel
     name: str
     dtype: torch.dtype
@@ -74,37 +85,52 @@ class Prepared:
     calibration: Samples
     evaluation: Sequence[Samples]
     seqlen: int
+    say: Callable[[str], None]
+    ranks: Ranks
     notes: list[str]
     fingerprint: str
     files: dict[str, Any] = field(default_factory=dict)
-    fixed: dict[str, int] = field(default_factory=dict)
     source: Path | None = None
-    saved: int = 0
-    tokens: int = 0
-    written: int = 0
+    limits: dict[str, int] = field(default_factory=dict)
+    placement: Placement = field(default_factory=partial(Placement, 1))
+    needs: MemoryNeeds = field(default_factory=partial(MemoryNeeds, {}))
+    disk: int = 0
+    rounded: bool = False
+    confirmed: Confirmed = field(default_factory=dict)
+
+    @property
+    def config(self) -> PruneConfig:
+        """How the model is pruned."""
+        return self.job.config
+
+    def of(self, i: int) -> BlockShape:
+        """The shape of block i."""
+        return self.shape.blocks[i]
+
+    def selected(self, i: int) -> frozenset[str]:
+        """Names inside block i of the layers that are pruned."""
+        return frozenset(self.shape.names_by_block[i][1])
 
 
 def windows_of_texts(
-    job: Job, longest: int | None, write: Write, say: Callable[[str], None], ranks: Ranks
-) -> tuple[Windows, list[Windows], int]:
+    job: Job, seqlen: int, write: Write, say: Callable[[str], None], ranks: Ranks
+) -> tuple[Windows, list[Windows]]:
     """Read and tokenize the texts of a run. One rank reads them, and all have the same tokens.
 
     Args:
         job, say, ranks: as for `run_job`.
-        longest: tokens in the longest window that the model takes; None: not known.
+        seqlen: tokens in a window.
         write: has the model write its own text; None: no text is.
 
     Returns:
-        The calibration windows, the windows of each evaluation text, and the tokens in a window.
+        The calibration windows, and the windows of each evaluation text.
 
     Raises:
         InputError: a text cannot be read or is too short, or the tokenizer cannot take it.
     """
-    inputs = job.inputs
-    seqlen = windows.window_length(inputs.model, inputs.seqlen, longest)
-    if seqlen < inputs.seqlen:
-        say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
-    return *ranks.on_first(lambda: _read(job, seqlen, write)), seqlen
+    if seqlen < job.inputs.seqlen:
+        say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {job.inputs.seqlen})")
+    return ranks.on_first(lambda: _read(job, seqlen, write))
 
 
 def _read(job: Job, seqlen: int, write: Write) -> tuple[Windows, list[Windows]]:

@@ -4,12 +4,10 @@ Every method prunes a block on its own calibration windows, which came through t
 weights by the config's method are written. Blocks that an earlier run has finished are only run through.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.driver.block import (
-    Run,
     calibration_mode,
     find_stages,
     kept_dense,
@@ -20,7 +18,7 @@ from sparsefw.driver.block import (
     unused_matrices,
 )
 from sparsefw.driver.finished import Finished, FinishedBlock, OnBlock, Outcome, Written
-from sparsefw.driver.job import Samples
+from sparsefw.driver.job import Run
 from sparsefw.driver.reconstruct import reconstruct
 from sparsefw.driver.streams import DENSE, Streams, embedded, pass_block, replay_block
 from sparsefw.errors import InputError
@@ -29,19 +27,11 @@ from sparsefw.model.activations import held_out_batches
 from sparsefw.solver.layer import LayerResult
 
 
-def prune_model(
-    run: Run,
-    calibration: Samples,
-    evaluation: Sequence[Samples],
-    writer: Writer,
-    on_block: OnBlock = lambda block, layers: None,
-) -> Outcome:
-    """Prune every block of a model.
+def prune_model(run: Run, writer: Writer, on_block: OnBlock = lambda block, layers: None) -> Outcome:
+    """Prune every block of a model, by every method of the config on the activations of its own blocks.
 
     Args:
-        run: the model, and how it is pruned: by every method of the config, each on the activations of its own blocks.
-        calibration: windows or batches whose activations define the layer problems.
-        evaluation: those of each evaluation text.
+        run: the run.
         writer: receives a shard for each block and each piece of the rest. The run goes on after those that it has.
         on_block: called with the record and the results of every block when it is finished.
 
@@ -49,7 +39,7 @@ def prune_model(
         InputError: weights or activations hold NaN or Inf, a layer does not fit the pattern, nothing was
             pruned, or writing failed.
     """
-    with embedded(run, calibration, evaluation) as streams:
+    with embedded(run) as streams:
         with Finished(run, writer, on_block) as finished:
             for i in finished.before:
                 replay_block(run, i, streams, writer)

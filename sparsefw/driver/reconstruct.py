@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.arithmetic import rounded_products
-from sparsefw.driver.block import Run
+from sparsefw.driver.job import Run
 from sparsefw.errors import InputError, first_line, option, shown
 from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates

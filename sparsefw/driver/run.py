@@ -2,13 +2,13 @@
 
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsefw import arithmetic, memory
 from sparsefw.checkpoint.files import check_output, durably
@@ -19,18 +19,16 @@ from sparsefw.data.text import OWN_TEXT, SELF
 from sparsefw.data.tokens import Tokenizer
 from sparsefw.data.windows import Windows, Write, window_length, windows_of
 from sparsefw.driver import generation
-from sparsefw.driver.block import Run
 from sparsefw.driver.finished import Outcome
-from sparsefw.driver.job import Job, Prepared, windows_of_texts
+from sparsefw.driver.job import Job, Run, windows_of_texts
 from sparsefw.driver.prune import prune_model
 from sparsefw.errors import InputError, counted, fitted, flag_of, option
-from sparsefw.estimate.memory import MemoryNeeds, Workload, disk_space, memory_needs, process_bytes, pruned_shape
+from sparsefw.estimate.memory import Workload, disk_space, memory_needs, process_bytes, pruned_shape
 from sparsefw.estimate.placement import memory_limits, place, reconstruction_line, reconstruction_steps, written_at_once
-from sparsefw.model import ModelShape, Placement, StreamedModel, shape_of
+from sparsefw.model import ModelShape, StreamedModel, shape_of
 from sparsefw.model.block_model import BlockModel
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import card, content, html, log
-from sparsefw.solver.config import PruneConfig
 from sparsefw.timeline import of_rank
 
 # Whether a progress bar is shown, None: in a terminal alone; or what is called with every finished block.
@@ -60,31 +58,53 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
     assert job.folder is not None
     device = memory.this_device()
     check_output(job.output.folder, job.folder, job.output.overwrite, job.inputs.paths)
-    source = inspect(job.folder)
+    source, job = inspect(job.folder), resumed(job, ranks)
     in_fp32 = ranks.on_first(lambda: computes_in_fp32(job, say, source.dtype, device))
     with StreamedModel(source, device, in_fp32=in_fp32) as model:
-        shape = shape_of(source, in_fp32)
-        _check_memory(job, shape, model, ranks)
-        write, written = own_text(job, model, shape, say, ranks)
-        calibration, evaluation, seqlen = windows_of_texts(job, model.max_seqlen, write, say, ranks)
-        prepared = Prepared(
+        whole = shape_of(source, in_fp32)
+        seqlen = window_length(job.inputs.model, job.inputs.seqlen, model.max_seqlen)
+        count = len(job.dataset) if isinstance(job.dataset, Tensor) else job.inputs.nsamples
+        job = with_defaults(job, count, seqlen, say, ranks)
+        _check_memory(job, pruned_shape(whole, job.config), seqlen, model.device, ranks)
+        write, written = own_text(job, model, whole, seqlen, say, ranks)
+        calibration, evaluation = windows_of_texts(job, seqlen, write, say, ranks)
+        run = Run(
+            job,
             model,
-            name=job.inputs.model,
-            dtype=source.dtype,
-            shape=shape,
-            calibration=calibration,
-            evaluation=evaluation,
-            seqlen=seqlen,
+            job.inputs.model,
+            source.dtype,
+            whole,
+            calibration,
+            evaluation,
+            seqlen,
+            say,
+            ranks,
             notes=model.notes + note_of_others(source.folder),
             fingerprint=fingerprint(source),
             files=stamps(source) if ranks.first else {},
             source=job.folder,
-            written=written,
         )
-        return carry_out(job, prepared, lambda writer, card: writer.finish(None, card), say, progress, ranks)
+        run = settled(run, written)
+        return carry_out(run, lambda writer, card: writer.finish(None, card), progress)
 
 
-def _check_memory(job: Job, shape: ModelShape, model: StreamedModel, ranks: Ranks) -> None:
+def resumed(job: Job, ranks: Ranks) -> Job:
+    """The job with what an unfinished run that it goes on with has settled."""
+    begun = ranks.on_first(lambda: Writer(job.output.folder, 0, restart=job.output.restart).begun())
+    return replace(job, begun=begun)
+
+
+def with_defaults(job: Job, count: int, tokens: int, say: Callable[[str], None], ranks: Ranks) -> Job:
+    """The job with the defaults of its config that depend on the calibration: `count` windows of so many `tokens`."""
+    if count < ranks.count:
+        raise InputError(f"{option('nsamples', count)}: {ranks.count} ranks, and each needs a window")
+    config = job.config.for_calibration(count, tokens, ranks.count)
+    if job.config.reconstruct and not config.reconstruct:
+        say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
+    return replace(job, config=config)
+
+
+def _check_memory(job: Job, shape: ModelShape, seqlen: int, device: torch.device, ranks: Ranks) -> None:
     """Refuse what the plan of the run refuses, in the same words, before texts are read: that may take long.
 
     Of several ranks it is found out later: they may have been given different flags.
@@ -94,15 +114,12 @@ def _check_memory(job: Job, shape: ModelShape, model: StreamedModel, ranks: Rank
     """
     inputs, texts = job.inputs, len(dict.fromkeys(job.inputs.evaluate))
     if ranks.alone and job.dataset is None and (inputs.eval_windows or not texts):
-        seqlen = window_length(inputs.model, inputs.seqlen, model.max_seqlen)
-        config = job.config.for_calibration(inputs.nsamples, seqlen)
         windows = [inputs.nsamples, *texts * [inputs.eval_windows or 0]]
-        workload = workload_of(job, config, windows, seqlen, model.device, ranks)
-        place(pruned_shape(shape, config), workload, limits_of(job, model.device, ranks))
+        place(shape, workload_of(job, windows, seqlen, device, ranks), limits_of(job, device, ranks))
 
 
 def own_text(
-    job: Job, model: BlockModel, shape: ModelShape, say: Callable[[str], None], ranks: Ranks
+    job: Job, model: BlockModel, shape: ModelShape, seqlen: int, say: Callable[[str], None], ranks: Ranks
 ) -> tuple[Write, int]:
     """A function that has the dense model write its calibration text, and the number of windows that it writes at once.
 
@@ -114,16 +131,13 @@ def own_text(
     inputs, output = job.inputs, job.output
     if job.dataset is not None or SELF not in inputs.shares:
         return None, 0
-    seqlen = window_length(inputs.model, inputs.seqlen, model.max_seqlen)
     limits = limits_of(job, model.device, ranks)
-    config = job.config.for_calibration(inputs.nsamples, seqlen, ranks.count)
-    workload = workload_of(job, config, [inputs.nsamples], seqlen, model.device, ranks)
+    workload = workload_of(job, [inputs.nsamples], seqlen, model.device, ranks)
     batch = written_at_once(shape, workload, limits, inputs)
 
     def write(tokenizer: Tokenizer, seqlen: int, n: int) -> Windows:
-        begun = Writer(output.folder, 0, restart=output.restart)
-        path, source = begun.folder / OWN_TEXT, generation.own_source(inputs.seed)
-        ids = generation.tokens_in(path) if begun.begun() and path.exists() else None
+        path, source = Writer(output.folder, 0).folder / OWN_TEXT, generation.own_source(inputs.seed)
+        ids = generation.tokens_in(path) if job.begun and path.exists() else None
         if ids is None or ids.shape != (n, seqlen):
             with memory.gpu_limited(limits.get("gpu"), output.gpu_memory is not None):
                 ids = generation.write_tokens(model, tokenizer, n, seqlen, inputs.seed, batch, say)
@@ -139,9 +153,9 @@ def limits_of(job: Job, device: torch.device, ranks: Ranks) -> dict[str, int]:
 
 
 def computes_in_fp32(job: Job, say: Callable[[str], None], dtype: torch.dtype, device: torch.device) -> bool:
-    """As of `arithmetic`; but a run that goes on with an unfinished one computes as that does, and says so."""
+    """As `arithmetic.computes_in_fp32`; but a run that goes on computes as it began, and says so."""
     found = arithmetic.computes_in_fp32(dtype, device)
-    begun = _begun(job, IN_FP32, found)
+    begun = job.begun.get("identity", {}).get(IN_FP32, found)
     if begun == found or dtype not in arithmetic.HALF:
         return found
     own = str(dtype).removeprefix("torch.")
@@ -149,122 +163,107 @@ def computes_in_fp32(job: Job, say: Callable[[str], None], dtype: torch.dtype, d
     return begun
 
 
-def _rounds_products(job: Job, prepared: Prepared) -> bool:
-    """As of `arithmetic`, unless exact products are asked for; a run that goes on with another one does as that."""
+def rounds_products(job: Job, model: BlockModel, dtype: torch.dtype, width: int) -> bool:
+    """As `arithmetic.rounds_products`, unless exact products are asked for; a run that goes on does as it began."""
     if not job.config.reconstruct or job.config.given.get("precision") in ("ieee", "tf32x3"):
         return False
-    model = prepared.model
-    dtype = torch.float32 if model.in_fp32 else prepared.dtype
-    return _begun(job, ROUNDED, arithmetic.rounds_products(dtype, model.device, prepared.shape.hidden))
+    found = arithmetic.rounds_products(torch.float32 if model.in_fp32 else dtype, model.device, width)
+    return job.begun.get("identity", {}).get(ROUNDED, found)
 
 
-def _begun(job: Job, name: str, found: bool) -> bool:
-    """The value that an unfinished run has settled under this name; without one, the value that was found."""
-    return Writer(job.output.folder, 0, restart=job.output.restart).begun().get("identity", {}).get(name, found)
-
-
-def carry_out(
-    job: Job,
-    prepared: Prepared,
-    finish: Callable[[Writer, Callable[[Path], None]], None],
-    say: Callable[[str], None],
-    progress: Shown,
-    ranks: Ranks,
-) -> content.Report:
-    """Prune a model that is ready for it, evaluate it, and write its report.
+def settled(run: Run, written: int = 0, saved: int = 0, fixed: dict[str, int] | None = None) -> Run:
+    """Settle what a run computes with and what it holds where, and say what it prunes.
 
     Args:
-        job: the run.
-        prepared: the model.
+        run: what is known of it; its shape has all prunable layers.
+        written: windows of its own calibration text that the model has written at once; 0: it is another's.
+        saved: bytes that the end of the run writes while the finished blocks are still on the disk.
+        fixed: values of `Placement` that are settled, by field.
+
+    Raises:
+        InputError: memory is too little.
+    """
+    job, model, whole = run.job, run.model, run.shape
+    rounded = run.ranks.on_first(lambda: rounds_products(job, model, run.dtype, whole.hidden))
+    notes = [*run.notes, arithmetic.note_of_rounding(model.device)] if rounded else run.notes
+    shape, limits = pruned_shape(whole, job.config), limits_of(job, model.device, run.ranks)
+    windows = [samples.n for samples in (run.calibration, *run.evaluation)]
+    workload = workload_of(job, windows, run.seqlen, model.device, run.ranks)
+    chosen = (fixed or {}) | job.begun.get("chosen", {})
+    placement, _ = place(shape, workload, limits, job.output.folder.resolve().parent, fixed=chosen)
+    needs = memory_needs(shape, replace(workload, written=written), placement)
+    disk = sum(disk_space(shape, workload, placement).values()) + saved
+    run = replace(
+        run, shape=shape, limits=limits, placement=placement, needs=needs, disk=disk, rounded=rounded, notes=notes
+    )
+    _say_what_is_pruned(run, whole)
+    if job.config.reconstruct:
+        run.say(reconstruction_line(reconstruction_steps(shape, workload, placement)))
+    return run
+
+
+def carry_out(run: Run, finish: Callable[[Writer, Callable[[Path], None]], None], progress: Shown) -> content.Report:
+    """Prune the model of a run, evaluate it, and write its report.
+
+    Args:
+        run: the run.
         finish: ends the writing: called when all blocks and the report are written, with the writer and with what
             writes the model card into a folder.
-        say, progress, ranks: as for `run_job`.
+        progress: as for `run_job`.
 
     Raises:
         InputError, FloatingPointError: as `run_job`.
     """
-    model, calibration = prepared.model, prepared.calibration
-    rounded = ranks.on_first(lambda: _rounds_products(job, prepared))
-    if rounded:
-        prepared = replace(prepared, notes=[*prepared.notes, arithmetic.note_of_rounding(model.device)])
-    shape = pruned_shape(prepared.shape, job.config)
-    _say_what_is_pruned(job, prepared, shape, say)
-    limits = limits_of(job, model.device, ranks)
-    config = _config_of(job, prepared, say, ranks)
-    windows = [samples.n for samples in (calibration, *prepared.evaluation)]
-    workload = workload_of(job, config, windows, prepared.seqlen, model.device, ranks)
-    job = replace(job, config=config)
-    identity = _identity(job, prepared, ranks) | {ROUNDED: rounded}
+    job, model, ranks, calibration = run.job, run.model, run.ranks, run.calibration
+    identity = _identity(run)
     ranks.agree(identity | {"--output": str(job.output.folder.resolve())})
-    find_place = partial(place, shape, workload, limits, job.output.folder.resolve().parent)
-    placement, _ = find_place(fixed=prepared.fixed)
     with Writer(
         job.output.folder,
         len(model.unique_blocks) + len(model.pieces),
-        identity | {"the model's files": prepared.files},
-        {"batch": placement.batch, "solver": placement.solver},
+        identity | {"the model's files": run.files},
+        {"batch": run.placement.batch, "solver": run.placement.solver},
         source=job.folder,
         overwrite=job.output.overwrite,
         restart=job.output.restart,
         ranks=ranks,
     ) as writer:
         if writer.finished:
-            say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} shards are finished")
+            run.say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} shards are finished")
         if ranks.first and isinstance(calibration, Windows) and calibration.own:
             # For a run that goes on with this one, too.
             durably(writer.folder / OWN_TEXT, calibration.own)
-        placement, _ = find_place(fixed=prepared.fixed | writer.chosen)
-        needs = memory_needs(shape, replace(workload, written=prepared.written), placement)
         # The disk has a finished block as each method pruned it.
-        written = len(config.methods) * writer.written
-        needed = sum(disk_space(shape, workload, placement).values()) + prepared.saved
-        writer.check_space(needed - written)
-        for line in fitted(log.placement_line(placement, needs, limits, isinstance(calibration, Batches))):
-            say(line)
-        if config.reconstruct:
-            say(reconstruction_line(reconstruction_steps(shape, workload, placement)))
-        say(log.layer_header())
-        run = Run(model, shape, config, placement, say, ranks, rounded)
-        limited = partial(memory.gpu_limited, limits.get("gpu"), job.output.gpu_memory is not None)
-        outcome, placement = _prune(run, prepared, writer, limited, progress)
+        there = len(run.config.methods) * writer.written
+        writer.check_space(run.disk - there)
+        run.say(log.layer_header())
+        run, outcome = _prune(run, writer, progress)
         # Times differ; all ranks return those of rank 0.
-        report = ranks.broadcast_object(_report(job, prepared, outcome, limits, placement, needs, ranks))
+        report = ranks.broadcast_object(_report(run, outcome))
         if ranks.first:
             texts = {"report.json": report.to_json(), "report.html": html.page(report)}
             for name, text in texts.items():
                 durably(writer.folder / name, text)
-        finish(writer, partial(card.write_card, writer.output, report, prepared.source, say=say))
+        finish(writer, partial(card.write_card, writer.output, report, run.source, say=run.say))
     return report
 
 
-def _config_of(job: Job, prepared: Prepared, say: Callable[[str], None], ranks: Ranks) -> PruneConfig:
-    """The config of a run, with the defaults that depend on its calibration."""
-    n = prepared.calibration.n
-    if n < ranks.count:
-        raise InputError(f"{option('nsamples', n)}: {ranks.count} ranks, and each needs a window")
-    # In the mean over batches, since they may have different sizes.
-    config = job.config.for_calibration(n, prepared.tokens // n or prepared.seqlen, ranks.count)
-    if job.config.reconstruct and not config.reconstruct:
-        say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
-    return config
-
-
-def _say_what_is_pruned(job: Job, prepared: Prepared, shape: ModelShape, say: Callable[[str], None]) -> None:
-    for note in prepared.notes:
-        say(f"note: {note}")
-    say(f"model: {prepared.name}, {counted(len(prepared.model.unique_blocks), 'block')}, {prepared.dtype}")
-    calibration, length, text = prepared.calibration, prepared.seqlen, ""
+def _say_what_is_pruned(run: Run, whole: ModelShape) -> None:
+    for note in run.notes:
+        run.say(f"note: {note}")
+    run.say(f"model: {run.name}, {counted(len(run.model.unique_blocks), 'block')}, {run.dtype}")
+    calibration, length, text = run.calibration, run.seqlen, ""
     if isinstance(calibration, Windows):
         length, text = calibration.seqlen, f" of {calibration.source}"
-    say(f"calibration: {content.amount(calibration.source, calibration.n, length)}{text}")
-    for line in fitted(log.sparsity_line(job.config, shape, prepared.shape)):
-        say(line)
+    run.say(f"calibration: {content.amount(calibration.source, calibration.n, length)}{text}")
+    lines = [log.sparsity_line(run.config, run.shape, whole)]
+    lines.append(log.placement_line(run.placement, run.needs, run.limits, isinstance(calibration, Batches)))
+    for line in lines:
+        for part in fitted(line):
+            run.say(part)
 
 
-def workload_of(
-    job: Job, config: PruneConfig, windows: Sequence[int], seqlen: int, device: torch.device, ranks: Ranks
-) -> Workload:
-    """The work of a run with this config on so many windows of each text, the first of which calibrates.
+def workload_of(job: Job, windows: Sequence[int], seqlen: int, device: torch.device, ranks: Ranks) -> Workload:
+    """The work of a run on so many windows of each text, the first of which calibrates.
 
     Of several ranks, with the memory of the one that has most.
     """
@@ -279,7 +278,7 @@ def workload_of(
         windows=-(-windows[0] // ranks.count),
         evaluation=tuple(-(-n // ranks.count) for n in windows[1:]),
         seqlen=seqlen,
-        config=config,
+        config=job.config,
         gpu=device.type == "cuda",
         process=has,
         held=held,
@@ -288,28 +287,27 @@ def workload_of(
     )
 
 
-def _identity(job: Job, prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
+def _identity(run: Run) -> dict[str, Any]:
     """Values that must be the same for a run to go on with what another has finished, by their names in messages."""
-    values = asdict(job.inputs) | asdict(job.config)
+    values = asdict(run.job.inputs) | asdict(run.config)
     for name in ("include", "ignore"):
         # Their order makes no difference.
         values[name] = sorted(values[name])
     flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
-    texts = {f"the evaluation text {samples.source}": samples.hash for samples in prepared.evaluation}
-    read = {"the model": prepared.fingerprint, "the calibration text": prepared.calibration.hash} | texts
-    work = {IN_FP32: prepared.model.in_fp32, "the number of ranks": ranks.count}
-    return flags | read | work | content.machine(prepared.model.device)
+    texts = {f"the evaluation text {samples.source}": samples.hash for samples in run.evaluation}
+    read = {"the model": run.fingerprint, "the calibration text": run.calibration.hash} | texts
+    work = {IN_FP32: run.model.in_fp32, ROUNDED: run.rounded, "the number of ranks": run.ranks.count}
+    return flags | read | work | content.machine(run.model.device)
 
 
-def _prune(
-    run: Run, prepared: Prepared, writer: Writer, limited: Callable[[], AbstractContextManager[None]], progress: Shown
-) -> tuple[Outcome, Placement]:
+def _prune(run: Run, writer: Writer, progress: Shown) -> tuple[Run, Outcome]:
     """Prune all blocks; on a GPU that is full, go on from the last finished block with half the windows at a time."""
-    model = run.model
+    model, asked = run.model, run.job.output.gpu_memory is not None
     while True:
-        with log.progress_of(len(model.blocks), progress) as on_block, limited():
+        limited = memory.gpu_limited(run.limits.get("gpu"), asked)
+        with log.progress_of(len(model.blocks), progress) as on_block, limited:
             try:
-                return prune_model(run, prepared.calibration, prepared.evaluation, writer, on_block), run.placement
+                return run, prune_model(run, writer, on_block)
             except RuntimeError as error:
                 # CUDA and Triton have errors of their own for it. Other ranks would wait for this one; batches of a
                 # caller are not cut.
@@ -327,22 +325,14 @@ def _prune(
         memory.give_back()
 
 
-def _report(
-    job: Job,
-    prepared: Prepared,
-    outcome: Outcome,
-    limits: dict[str, int],
-    placement: Placement,
-    needs: MemoryNeeds,
-    ranks: Ranks,
-) -> content.Report:
+def _report(run: Run, outcome: Outcome) -> content.Report:
     """The report, on all ranks, from what was measured on all of them."""
-    calibration, timeline, seqlen = prepared.calibration, prepared.model.timeline, prepared.seqlen
-    device, seconds = content.device_name(prepared.model.device), timeline.seconds()
+    job, calibration, timeline, ranks = run.job, run.calibration, run.model.timeline, run.ranks
+    placement, device, seconds = run.placement, content.device_name(run.model.device), timeline.seconds()
     windows = calibration.part(ranks.share(calibration.n)).n
     mine = content.RankRecord(socket.gethostname(), device, windows, seconds, ranks.waited, memory.peak_memory())
     records, timelines = ranks.gather(mine), ranks.gather(timeline.spans)
-    arguments = asdict(job.inputs) | {"seqlen": seqlen} | asdict(job.config) | asdict(job.output)
+    arguments = asdict(job.inputs) | {"seqlen": run.seqlen} | asdict(job.config) | asdict(job.output)
     arguments |= {"output": str(arguments.pop("folder")), "packed": job.output.packed and str(job.output.packed)}
     blocks = [finished.block for finished in outcome.finished]
     peak = {what: max(record.peak_memory[what] for record in records) for what in mine.peak_memory}
@@ -350,10 +340,12 @@ def _report(
         arguments=arguments,
         versions=content.versions(),
         device=device,
-        data=content.CalibrationText(calibration.source, calibration.hash, calibration.n, seqlen, job.inputs.seed),
+        data=content.CalibrationText(calibration.source, calibration.hash, calibration.n, run.seqlen, job.inputs.seed),
         evaluation=[
-            content.EvaluationText(samples.source, samples.hash, samples.n, seqlen, outcome.perplexity[samples.source])
-            for samples in prepared.evaluation
+            content.EvaluationText(
+                samples.source, samples.hash, samples.n, run.seqlen, outcome.perplexity[samples.source]
+            )
+            for samples in run.evaluation
         ],
         layers=[layer for finished in outcome.finished for layer in finished.layers],
         kept_dense=[name for finished in outcome.finished for name in finished.kept_dense] + outcome.unused,
@@ -363,8 +355,8 @@ def _report(
         + [span for number, spans in enumerate(timelines[1:], 1) for span in of_rank(spans, number)],
         peak_memory={what: max(n, *(getattr(block, what) for block in blocks)) for what, n in peak.items()},
         memory=content.MemoryRecord(
-            limits=limits,
-            expected={what: getattr(needs, what) for what in limits},
+            limits=run.limits,
+            expected={what: getattr(run.needs, what) for what in run.limits},
             activations=placement.place,
             batch_windows=placement.batch,
             solver_bytes=placement.solver,
@@ -372,7 +364,7 @@ def _report(
             kept_width=placement.kept_width,
             step_windows=placement.step,
         ),
-        notes=prepared.notes,
+        notes=run.notes,
         ranks=[] if ranks.alone else records,
         in_memory=job.folder is None,
     )

@@ -9,9 +9,9 @@ from torch import Tensor
 from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.windows import Windows
-from sparsefw.driver.block import Run, kept_dense, tensors_of
+from sparsefw.driver.block import kept_dense, tensors_of
 from sparsefw.driver.finished import FinishedBlock, Written
-from sparsefw.driver.job import Samples
+from sparsefw.driver.job import Run, Samples
 from sparsefw.model import HiddenStates, perplexity
 from sparsefw.model.forward import embed_batches
 
@@ -57,12 +57,12 @@ class Streams:
 
 
 @contextmanager
-def embedded(run: Run, calibration: Samples, evaluation: Sequence[Samples]) -> Iterator[Streams]:
+def embedded(run: Run) -> Iterator[Streams]:
     """The windows of this rank before the first block; they are let go at the end of the `with` block."""
     model, names, ranks = run.model, [DENSE, *run.config.methods], run.ranks
     with ExitStack() as opened:
         with model.timeline.span("embed"), model.outside():
-            calibration, *texts = (x.part(ranks.share(x.n)) for x in (calibration, *evaluation))
+            calibration, *texts = (x.part(ranks.share(x.n)) for x in (run.calibration, *run.evaluation))
             # Steps of a reconstruction take pieces of the micro-batches; the last piece may be smaller.
             step = run.placement.step
             pieces = [calibration.part(slice(n)) for n in {step, calibration.n % step} - {0}] if step else []
