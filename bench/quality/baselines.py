@@ -16,8 +16,8 @@ from sparsefw.errors import InputError
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend
 from sparsefw.solver.config import METHODS, Method, PruneConfig
-from sparsefw.solver.frank_wolfe import mask_error
-from sparsefw.solver.methods import CHOOSE, Choice, Rows, choose_weights
+from sparsefw.solver.frank_wolfe import Choice, Problem, mask_error
+from sparsefw.solver.methods import CHOOSE, choose_weights
 
 # A swap counts only if it lowers the row's error by this fraction of the first error. A smaller gain may be rounding,
 # and a search that follows rounding may never end.
@@ -133,23 +133,23 @@ def _swap_row(w: Tensor, G: Tensor, mask: Tensor, group: int, limit: int | None)
         R.add_(G[i] * w[i]).sub_(G[p] * w[p])
 
 
-def _one_budget(rows: Rows, config: PruneConfig) -> int:
-    if isinstance(rows.k, Tensor):
+def _one_budget(problem: Problem, config: PruneConfig) -> int:
+    if isinstance(problem.k, Tensor):
         raise InputError(f"--sparsity {config.sparsity}: this method takes the same budget in every row only")
-    return rows.k
+    return problem.k
 
 
-def _admm(rows: Rows, config: PruneConfig) -> tuple[Tensor, Tensor]:
+def _admm(problem: Problem, config: PruneConfig) -> tuple[Tensor, Tensor]:
     """ADMM, which has a damping of its own."""
-    return admm(rows.start, rows.G, _one_budget(rows, config), group=config.pattern.group)
+    return admm(problem.W, problem.G, _one_budget(problem, config), group=problem.group)
 
 
-def _one_swaps(rows: Rows, config: PruneConfig, backend: Backend) -> Choice:
+def _one_swaps(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
     """Best 1-swaps from the warm start."""
-    group = config.pattern.group
-    warm = backend.lmo(rows.saliency, _one_budget(rows, config), group=group)
-    mask = one_swaps(rows.start, rows.G, warm, group=group)
-    error, before = (mask_error(rows.start, m, rows.G, backend=backend) for m in (mask, warm))
+    group = problem.group
+    warm = backend.lmo(problem.saliency, _one_budget(problem, config), group=group)
+    mask = one_swaps(problem.W, problem.G, warm, group=group)
+    error, before = (mask_error(problem.W, m, problem.G, backend=backend) for m in (mask, warm))
     return Choice(mask, None, error, error, before, None)
 
 

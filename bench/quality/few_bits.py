@@ -30,7 +30,8 @@ from torch import Tensor
 
 import sparsefw.run
 from sparsefw.solver.config import METHODS, Method
-from sparsefw.solver.methods import CHOOSE, Rows, choose_weights
+from sparsefw.solver.frank_wolfe import Problem
+from sparsefw.solver.methods import CHOOSE, choose_weights
 
 # 128 does not divide the rows of SmolLM2, which llm-compressor refuses.
 GROUP, SMALLER_GROUP, SCALE_BITS = 64, 32, 16
@@ -87,17 +88,17 @@ def gptq(W: Tensor, G: Tensor, scale: Tensor, bits: int) -> Tensor:
     return Q.mT
 
 
-def rounded(rows: Rows, bits: int, size: int, compensate: bool) -> tuple[Tensor, Tensor]:
+def rounded(problem: Problem, bits: int, size: int, compensate: bool) -> tuple[Tensor, Tensor]:
     """The mask of nonzero weights, and the rounded weights, (rows, d) each."""
-    W, kept = rows.start, rows.start != 0
+    W, kept = problem.W, problem.W != 0
     # The kept weights of each row in the order of their columns, before zeros where rows keep different numbers.
     columns = kept.byte().topk(max(int(kept.sum(1).max()), 1), dim=1).indices.sort(1).values
     scale = torch.zeros_like(W).scatter(1, columns, group_scales(W.gather(1, columns), bits, size)) * kept
     if not compensate:
         return kept, to_grid(W, scale, bits)
     # Columns with the largest inputs are rounded first, so they come last.
-    order = rows.G.diagonal().argsort()
-    G = rows.G[order][:, order]
+    order = problem.G.diagonal().argsort()
+    G = problem.G[order][:, order]
     G.diagonal().add_(DAMP * G.diagonal().mean())
     Q = gptq(W[:, order], G, scale[:, order], bits)
     return kept, torch.empty_like(Q).scatter(1, order.expand_as(Q), Q)
@@ -112,8 +113,8 @@ def register() -> None:
     for bits in (2, 3, 4, 8):
         for suffix, size in (("", GROUP), (f"x{SMALLER_GROUP}", SMALLER_GROUP)):
             for name, compensate in (("nearest", False), ("gptq", True)):
-                add(f"{name}{bits}{suffix}", lambda rows, _, how=(bits, size, compensate): rounded(rows, *how))
-    add("bf16", lambda rows, _: (rows.start != 0, rows.start.bfloat16()))
+                add(f"{name}{bits}{suffix}", lambda problem, _, how=(bits, size, compensate): rounded(problem, *how))
+    add("bf16", lambda problem, _: (problem.W != 0, problem.W.bfloat16()))
 
 
 def bits_of(folder: Path) -> str:

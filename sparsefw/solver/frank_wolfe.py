@@ -6,13 +6,15 @@ over masks of a given budget per row or group. The iterate M moves towards the v
 minimization oracle returns; R = E G is carried along, so a step costs one product, of a binary mask. An integrality
 penalty, ramped up over the steps, drives M to a vertex, so that rounding loses little.
 
-Masks may be chosen on H, a damped G, so that what is chosen on one text holds on others (`damped`); errors and bounds
-are always on G. paper.py has what the published algorithm does otherwise.
+Masks may be chosen on H, which is G with damping, so that what is chosen on one text holds on others. Errors and bounds
+are always on G. methods.py says what a run does with this, refit.py fits the kept weights, and paper.py has what the
+published algorithm does otherwise.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +30,8 @@ RAMP = 0.8
 # largest. With penalty it peaks early (measured at 0.3), before the penalty pulls M away from the convex optimum.
 CERTIFIED = (0.2, 0.3, 0.4, 1.0)
 
-# The damping of an input counts its diagonal entry as at least this share of the median entry of inputs that are not
-# dead. Without it, the weights of a nearly dead input could become huge and ruin the first text in which it is alive.
-FLOOR = 0.01
+# The attributes of a problem that have a row for each of its rows.
+BY_ROW = ("W", "saliency", "k", "target_gap", "support", "fixed")
 
 # For each step the arguments of `row_step`: theta, next_theta and, if there is no line search, eta.
 Schedule = Sequence[tuple[float, ...]]
@@ -38,33 +39,46 @@ Schedule = Sequence[tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Problem:
-    """The choice of a mask for some rows.
+    """Rows that read the same input, and the number of weights that each of them keeps.
 
     Attributes:
-        W: (rows, d) the weights.
-        H: (d, d), the Gram matrix on which the mask is chosen, damped or G itself; an operand in the products' dtype
-            where a mask is chosen again.
+        W: (rows, d) the weights: the layers' own or, with a refit, their targets; fp32, or on a GPU the checkpoint's
+            dtype.
+        G: (d, d) fp32 Gram matrix of the input, on which errors are.
+        H: (d, d) G with damping, on which masks and weights are chosen; G itself where nothing is damped. It is bf16
+            where only products that round it to bf16 read it.
         saliency: (rows, d) fp32; the warm start keeps its highest entries, and it breaks ties when rounding.
-        k: kept weights per row, an int or an int tensor (rows,); with `group`, per group.
-        warm: (rows, d) bool, the warm start's mask.
+        k: kept weights per row, an int or an int64 tensor (rows,); with `group`, per group.
         group: m of n:m, else 0.
-        fixed: (rows, d) bool, entries that every mask keeps, or None.
+        exact: G as `Backend.exact_operand` gives it, made once for all rows.
+        dtype: the checkpoint's dtype, to which weights are rounded in the end.
         target_gap: (rows, d) fp32, T - W if masked weights approximate a target T: the error is that of E = T - M * W.
             None if T is W.
-        damping: (d,) fp32, the diagonal of H - G; None if H is G, or where errors on G are not asked for.
-        exact: G as `Backend.exact_operand` gives it; None in a problem whose errors on G nobody needs.
+        support: (rows, d) bool, weights that may be nonzero; None: all.
+        fixed: (rows, d) bool, entries that every mask keeps, or None.
     """
 
     W: Tensor
+    G: Tensor
     H: Tensor
     saliency: Tensor
     k: int | Tensor
-    warm: Tensor
-    group: int = 0
-    fixed: Tensor | None = None
+    group: int
+    exact: Tensor | Terms
+    dtype: torch.dtype
     target_gap: Tensor | None = None
-    damping: Tensor | None = None
-    exact: Tensor | Terms | None = None
+    support: Tensor | None = None
+    fixed: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> "Problem":
+        """The problem of some of the rows."""
+        by_row: dict[str, Any] = {name: x[rows] for name in BY_ROW if isinstance(x := getattr(self, name), Tensor)}
+        return replace(self, **by_row)
+
+    @property
+    def damping(self) -> Tensor | None:
+        """The diagonal of H - G, (d,) fp32; None where nothing is damped."""
+        return None if self.H is self.G else self.H.diagonal() - self.G.diagonal()
 
 
 @dataclass(frozen=True)
@@ -88,38 +102,11 @@ class Choice:
     bound: Tensor | None
 
 
-def damped(G: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A copy of G (d, d) with damp max(diag G, FLOOR m) added to its diagonal, where m is the median of its positive
-    entries.
-
-    Damping treats every input as slightly more independent of the others. It draws refitted weights towards the layer's
-    own, and masks towards the weights that matter most by themselves.
-
-    Args:
-        G: (d, d) fp32.
-        damp: share of the diagonal that is added.
-        dtype: dtype of the result. In fp32 and without damping it is G itself.
-    """
-    if not damp:
-        return G.to(dtype)
-    diagonal = G.diagonal()
-    H = G.to(dtype, copy=True)
-    # NaN, if all inputs are dead.
-    median = diagonal.where(diagonal > 0, torch.nan).nanmedian().item()
-    H.diagonal().copy_(diagonal + diagonal.clamp(min=FLOOR * median if median > 0 else 0.0) * damp)
-    return H
-
-
 def mask_error(
     W: Tensor, mask: Tensor, G: Tensor | Terms, target_gap: Tensor | None = None, *, backend: Backend = TORCH
 ) -> Tensor:
     """Error of a binary mask of unchanged weights, one number per row, (rows,) fp32; G as in `Backend.errors`."""
     return backend.errors(backend.removed(W, mask, target_gap), G)
-
-
-def weight_error(T: Tensor, Z: Tensor, G: Tensor | Terms, *, backend: Backend = TORCH) -> Tensor:
-    """Error of weights Z that approximate T, one number per row, (rows,) fp32; G as in `Backend.errors`."""
-    return backend.errors(T.float() - Z.float(), G)
 
 
 def check_errors(errors: Tensor) -> None:
@@ -132,26 +119,26 @@ def check_errors(errors: Tensor) -> None:
 
 
 def line_search(steps: int, penalty: float) -> Schedule:
-    """Steps of exact line search, per row, with a penalty that grows to its final weight."""
+    """Schedule of steps with exact line search, per row, and a penalty that grows to its final weight."""
     return list(pairwise([0.0] + [penalty * min(1.0, t / (RAMP * steps)) for t in range(1, steps + 1)]))
 
 
-def solve(problem: Problem, schedule: Schedule, *, swaps: int = 0, backend: Backend = TORCH) -> Choice:
+def solve(problem: Problem, warm: Tensor, schedule: Schedule, *, swaps: int = 0, backend: Backend = TORCH) -> Choice:
     """Choose a mask by Frank-Wolfe; in some rows the warm start's may be better, see `or_warm_start`.
 
     Everything is launched before the host waits for anything, so errors are checked at the end.
 
     Args:
-        problem: the rows; its `exact` is there.
-        schedule: one entry a step; none leaves the warm start, from which swaps may go on.
+        problem: the rows.
+        warm: (rows, d) bool, the warm start.
+        schedule: one entry a step. An empty one leaves the warm start, from which swaps may go on.
         swaps: most 1-swaps per row, after rounding, see `kernels/swaps.py`.
         backend: the operations; errors are from its exact products.
 
     Raises:
         FloatingPointError: W or G hold NaN or Inf, or the errors overflow fp32.
     """
-    assert problem.exact is not None
-    E = backend.removed(problem.W, problem.warm, problem.target_gap)
+    E = backend.removed(problem.W, warm, problem.target_gap)
     product = backend.exact_product(E, problem.exact)
     error_warm_start = backend.row_errors(E, product)
     # Without damping, the iteration starts from this very product.
@@ -159,10 +146,10 @@ def solve(problem: Problem, schedule: Schedule, *, swaps: int = 0, backend: Back
     del E, product
     finite = [error_warm_start]
     bound = torch.zeros_like(error_warm_start)
-    mask = problem.warm.clone()
+    mask = warm.clone()
     certified = {max(1, round(share * len(schedule))) - 1 for share in CERTIFIED}
     if schedule:
-        iterates = iterate(problem, schedule, R, backend=backend)
+        iterates = iterate(problem, warm, schedule, R, backend=backend)
         for t, state in enumerate(iterates):
             if t in certified:
                 bound = torch.maximum(bound, lower_bound(problem, state, backend=backend))
@@ -190,20 +177,19 @@ def or_warm_start(solution: Choice, warm: Tensor, *, backend: Backend = TORCH) -
 
 
 def iterate(
-    problem: Problem, schedule: Schedule, R: Tensor | None = None, *, backend: Backend = TORCH
+    problem: Problem, warm: Tensor, schedule: Schedule, R: Tensor | None = None, *, backend: Backend = TORCH
 ) -> Iterator[RowState]:
-    """The Frank-Wolfe steps from the warm start; yields the same state, changed in place, after each.
+    """Make the Frank-Wolfe steps from the warm start; yields the same state, changed in place, after each.
 
     Args:
-        problem: the rows.
-        schedule: as in `solve`.
+        problem, warm, schedule: as in `solve`.
         R: (rows, d) fp32, the warm start's product with H, which becomes part of the state; made here when None.
         backend: the operations.
     """
-    exact = problem.exact if problem.damping is None and backend.precision == "bf16" else None
+    terms = problem.exact if problem.H is problem.G and backend.precision == "bf16" else None
     # The first of the terms is the operand, made once for all rows.
-    H = exact.high if isinstance(exact, Terms) else backend.operand(problem.H)
-    state = _start(problem, R, H, backend)
+    H = terms.high if isinstance(terms, Terms) else backend.operand(problem.H)
+    state = _start(problem, warm, R, H, backend)
     multiply = backend.product_of_vertex(problem.W, H, problem.target_gap, V=state.V, E=state.E, out=state.U)
 
     def step(theta: float | Tensor, next_theta: float | Tensor, eta: float | Tensor | None = None) -> None:
@@ -214,13 +200,13 @@ def iterate(
         yield state
 
 
-def _start(problem: Problem, R: Tensor | None, H: Tensor, backend: Backend) -> RowState:
+def _start(problem: Problem, warm: Tensor, R: Tensor | None, H: Tensor, backend: Backend) -> RowState:
     """The warm start with its product R and its first vertex. U does not hold the vertex's product yet."""
     W, k, group, fixed = problem.W, problem.k, problem.group, problem.fixed
     dtype = W.dtype if problem.target_gap is None else torch.float32
     E = torch.empty_like(W, dtype=backend.operand_dtype(dtype))
     if R is None:
-        R = backend.product(backend.removed(W, problem.warm, problem.target_gap, out=E), H)
+        R = backend.product(backend.removed(W, warm, problem.target_gap, out=E), H)
     # Half of the score without penalty. Its memory becomes U.
     score = W * R
     V = backend.lmo(score, k, group=group, fixed=fixed, positive=True, checked=False)
@@ -229,8 +215,7 @@ def _start(problem: Problem, R: Tensor | None, H: Tensor, backend: Backend) -> R
     # The lowest score that was taken.
     threshold = torch.maximum(score, infinite(~V)).amin(1).mul_(2)
     diag = problem.H.diagonal().float().contiguous()
-    M = as_float(problem.warm)
-    return RowState(W, diag, M, R, score, V, E, k, eta, error, group, fixed, problem.target_gap, threshold)
+    return RowState(W, diag, as_float(warm), R, score, V, E, k, eta, error, group, fixed, problem.target_gap, threshold)
 
 
 def lower_bound(problem: Problem, state: RowState, *, backend: Backend = TORCH) -> Tensor:
@@ -241,8 +226,8 @@ def lower_bound(problem: Problem, state: RowState, *, backend: Backend = TORCH) 
     Convexity of the error gives it per row, (rows,) fp32. If the iteration used a damped matrix, the share of the
     damping is first subtracted from R.
     """
-    options = dict(target_gap=problem.target_gap, damping=problem.damping)
-    score, constant = backend.bound_scores(problem.W, state.R, state.M, **options)
+    gap, damping = problem.target_gap, problem.damping
+    score, constant = backend.bound_scores(problem.W, state.R, state.M, target_gap=gap, damping=damping)
     choice = dict(group=problem.group, fixed=problem.fixed, positive=True)
     V = backend.lmo(score, problem.k, **choice, checked=False)
     return backend.bound_sums(score, state.M, V).add_(constant)

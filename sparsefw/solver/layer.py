@@ -216,13 +216,13 @@ def _choose_rows(stack: Stack, share: slice, masks: list[Tensor] | None) -> Tens
         (layers, 5) fp64 on the host: sums over the rows of each layer. They are the errors of the warm start, of the
         mask and of the weights, the bound, which is NaN if it is not known, and the number of kept weights.
     """
-    rows, start = stack_rows(stack, share), share.start
+    problem, start = stack_rows(stack, share), share.start
     measured = [torch.zeros(5, 0, dtype=torch.float64, device=stack.G.device)]
 
     def choose(chunk: slice) -> Choice:
-        return CHOOSE[stack.method](rows[chunk], stack.config, stack.backend)
+        return CHOOSE[stack.method](problem[chunk], stack.config, stack.backend)
 
-    for choice in by_chunks(choose, rows.start, stack.memory, stack.members[0].name, stack.backend):
+    for choice in by_chunks(choose, problem.W, stack.memory, stack.members[0].name, stack.backend):
         part = slice(start, start + len(choice.mask))
         start = part.stop
         _write(stack.weights(part), choice)

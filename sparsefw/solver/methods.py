@@ -6,19 +6,18 @@ entries of Frank-Wolfe, and break its ties. SparseGPT decides mask and weights o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparsefw.arithmetic import all_finite
 from sparsefw.kernels import cpu
-from sparsefw.kernels.backend import Backend, Terms
+from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.topk_torch import masked
 from sparsefw.solver import frank_wolfe, paper, patterns
 from sparsefw.solver.config import PruneConfig
-from sparsefw.solver.frank_wolfe import Choice, Problem, check_errors, mask_error, weight_error
+from sparsefw.solver.frank_wolfe import Choice, Problem, check_errors, mask_error
 from sparsefw.solver.patterns import Pattern
 from sparsefw.solver.refit import reselect
 
@@ -50,116 +49,76 @@ def ria(W: Tensor, diag: Tensor) -> Tensor:
 SALIENCIES = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Stacked rows that read the same input, and what they may keep.
-
-    Attributes:
-        start: (rows, d) the weights that pruning starts from: the layers' own or, with a refit, their targets; fp32,
-            or on a GPU the checkpoint's dtype.
-        G: (d, d) fp32 Gram matrix of the input.
-        saliency: (rows, d) fp32 saliency of the warm start.
-        k: kept weights per row, an int or an int64 tensor (rows,); per group under n:m; of a whole matrix in all.
-        dtype: the checkpoint's dtype, to which weights are rounded in the end.
-        exact: G as `Backend.exact_operand` gives it, made once for all rows.
-        H: (d, d) G damped by the config's `damp`, for methods that use it; fp32, or bf16 where it is only an operand of
-            products that round it to bf16.
-        target_gap: (rows, d) fp32, the target minus `start`; None if they are the same, as they are with a refit.
-        support: (rows, d) bool, weights that may be nonzero; None: all.
-    """
-
-    start: Tensor
-    G: Tensor
-    saliency: Tensor
-    k: int | Tensor
-    dtype: torch.dtype
-    exact: Tensor | Terms
-    H: Tensor | None = None
-    target_gap: Tensor | None = None
-    support: Tensor | None = None
-
-    def __getitem__(self, rows: slice) -> "Rows":
-        names = ("start", "saliency", "k", "target_gap", "support")
-        by_row: dict[str, Any] = {name: x[rows] for name in names if isinstance(x := getattr(self, name), Tensor)}
-        return replace(self, **by_row)
-
-
-def choose_frank_wolfe(rows: Rows, config: PruneConfig, backend: Backend) -> Choice:
-    """Masks by Frank-Wolfe, and with `config.refit` weights as well."""
+def choose_frank_wolfe(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
+    """Choose masks by Frank-Wolfe and, with `config.refit`, weights as well."""
     if not config.steps:
         # The errors of steps depend on all weights, that of the warm start's mask only on removed ones.
-        _check_finite(rows)
+        check_finite(problem)
     if config.whole_matrix:
-        backend = paper.WholeMatrix(backend.operations, backend.precision)
-    assert rows.H is not None
-    # Damping made no difference to a mask that a refit starts from and chooses again.
-    H = rows.G if config.refit else rows.H
-    damping = None if H is rows.G else H.diagonal() - rows.G.diagonal()
+        problem, backend = paper.as_one_row(problem, backend)
     # NaN shows in the errors of the solution.
-    warm = backend.lmo(rows.saliency, rows.k, group=config.pattern.group, checked=False)
-    problem = Problem(
-        rows.start, H, rows.saliency, rows.k, warm, config.pattern.group,
-        target_gap=rows.target_gap, damping=damping, exact=rows.exact,
-    )  # fmt: skip
+    warm = backend.lmo(problem.saliency, problem.k, group=problem.group, checked=False)
     if config.alpha:
-        problem = replace(problem, fixed=paper.fixed_entries(problem, config.alpha, backend))
+        problem = replace(problem, fixed=paper.fixed_entries(problem, warm, config.alpha, backend))
     schedule = frank_wolfe.line_search(config.steps, config.penalty)
     if config.step_rule == "open-loop":
         schedule = paper.open_loop(schedule)
-    choice = frank_wolfe.solve(problem, schedule, swaps=config.swaps, backend=backend)
+    # Damping made no difference to a mask that a refit starts from and chooses again.
+    first = replace(problem, H=problem.G) if config.refit else problem
+    choice = frank_wolfe.solve(first, warm, schedule, swaps=config.swaps, backend=backend)
     if config.preset != "paper":
-        choice = frank_wolfe.or_warm_start(choice, problem.warm, backend=backend)
+        choice = frank_wolfe.or_warm_start(choice, warm, backend=backend)
     if not config.refit:
         return choice
     fit = reselect(
-        replace(problem, H=rows.H, damping=None),
+        problem,
         choice.mask,
         steps=config.steps,
         penalty=config.penalty,
         refit_steps=config.refit,
         rounds=config.rounds,
-        support=rows.support,
         backend=backend,
     )
-    written = fit.Z.to(rows.dtype)
-    error = weight_error(rows.start, written, rows.exact, backend=backend)
+    written = fit.Z.to(problem.dtype)
+    error = backend.errors(problem.W.float() - written.float(), problem.exact)
     # Compared row by row, with the weights as they are written: no refit makes a row worse.
     better = error < choice.error
     backend.take_rows(choice.mask, fit.mask, better)
-    backend.take_rows(written, masked(rows.start.to(rows.dtype), choice.mask), ~better)
+    backend.take_rows(written, masked(problem.W.to(problem.dtype), choice.mask), ~better)
     return replace(choice, weight=written, error=torch.where(better, error, choice.error))
 
 
-def choose_saliency(rows: Rows, config: PruneConfig, backend: Backend) -> Choice:
-    """The warm start's mask."""
-    _check_finite(rows)
-    mask = backend.lmo(rows.saliency, rows.k, group=config.pattern.group)
-    error = mask_error(rows.start, mask, rows.exact, backend=backend)
+def choose_saliency(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
+    """Choose the warm start's mask."""
+    check_finite(problem)
+    mask = backend.lmo(problem.saliency, problem.k, group=problem.group)
+    error = mask_error(problem.W, mask, problem.exact, backend=backend)
     check_errors(error)
     return Choice(mask, None, error, error, error, None)
 
 
 def choose_weights(
-    prune: Callable[[Rows, PruneConfig], tuple[Tensor, Tensor]],
-) -> Callable[[Rows, PruneConfig, Backend], Choice]:
-    """The `choose` of a method whose `prune` gives mask and weights, (rows, d) each, at once."""
+    prune: Callable[[Problem, PruneConfig], tuple[Tensor, Tensor]],
+) -> Callable[[Problem, PruneConfig, Backend], Choice]:
+    """Make the function of CHOOSE of a `prune` that gives mask and weights, (rows, d) each, at once."""
 
-    def choose(rows: Rows, config: PruneConfig, backend: Backend) -> Choice:
-        _check_finite(rows)
+    def choose(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
+        check_finite(problem)
         # Only its error is reported.
-        warm = backend.lmo(rows.saliency, rows.k, group=config.pattern.group)
-        mask, Z = prune(rows, config)
-        written = Z.to(rows.dtype)
-        error = weight_error(rows.start, written, rows.exact, backend=backend)
-        error_mask, error_warm_start = (mask_error(rows.start, m, rows.exact, backend=backend) for m in (mask, warm))
+        warm = backend.lmo(problem.saliency, problem.k, group=problem.group)
+        mask, Z = prune(problem, config)
+        written = Z.to(problem.dtype)
+        error = backend.errors(problem.W.float() - written.float(), problem.exact)
+        error_mask, error_warm_start = (mask_error(problem.W, m, problem.exact, backend=backend) for m in (mask, warm))
         check_errors(torch.stack([error, error_mask, error_warm_start]))
         return Choice(mask, written, error, error_mask, error_warm_start, None)
 
     return choose
 
 
-def _check_finite(rows: Rows) -> None:
-    if not (all_finite(rows.start) & all_finite(rows.G)):
+def check_finite(problem: Problem) -> None:
+    """Raise FloatingPointError unless the weights and the Gram matrix are finite."""
+    if not (all_finite(problem.W) & all_finite(problem.G)):
         raise FloatingPointError("NaN or Inf in the layer's weight or Gram matrix")
 
 
@@ -291,11 +250,11 @@ def _allowed(mask: Tensor, allowed: Tensor | None) -> Tensor:
     return mask if allowed is None else mask & allowed
 
 
-# The function of each of METHODS, called with rows, config and backend.
-CHOOSE: dict[str, Callable[[Rows, PruneConfig, Backend], Choice]] = {
+# The function of each of METHODS.
+CHOOSE: dict[str, Callable[[Problem, PruneConfig, Backend], Choice]] = {
     "sparsefw": choose_frank_wolfe,
     "sparsegpt": choose_weights(
-        lambda rows, config: sparsegpt(rows.start, rows.G, config.pattern, support=rows.support)
+        lambda problem, config: sparsegpt(problem.W, problem.G, config.pattern, support=problem.support)
     ),
     **dict.fromkeys(SALIENCIES, choose_saliency),
 }

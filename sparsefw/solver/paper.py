@@ -18,7 +18,7 @@ from sparsefw.kernels.definitions import RowState
 from sparsefw.solver.frank_wolfe import Problem, Schedule
 
 
-def fixed_entries(problem: Problem, alpha: float, backend: Backend) -> Tensor:
+def fixed_entries(problem: Problem, warm: Tensor, alpha: float, backend: Backend) -> Tensor:
     """The floor(alpha k) entries of the warm start with the highest saliency, (rows, d) bool, in every row.
 
     With groups, k is what a whole row keeps, so that groups of high saliency have more fixed entries.
@@ -26,13 +26,19 @@ def fixed_entries(problem: Problem, alpha: float, backend: Backend) -> Tensor:
     k = problem.k * (problem.W.shape[1] // problem.group) if problem.group else problem.k
     # The excess makes up for rounding, which may end just below a whole number: 0.29 * 100 = 28.999999999999996.
     count = (k.double() * alpha + 1e-9).long() if isinstance(k, Tensor) else int(k * alpha + 1e-9)
-    fixed: Tensor = backend.lmo(problem.saliency.masked_fill(~problem.warm, -1.0), count, checked=False)
+    fixed: Tensor = backend.lmo(problem.saliency.masked_fill(~warm, -1.0), count, checked=False)
     return fixed
 
 
 def open_loop(schedule: Schedule) -> Schedule:
     """A schedule with the paper's step sizes in place of a line search."""
     return [(*thetas, 2 / (t + 2)) for t, thetas in enumerate(schedule)]
+
+
+def as_one_row(problem: Problem, backend: Backend) -> tuple[Problem, Backend]:
+    """The problem whose rows share one budget, the sum of theirs, and the operations that choose from all of them."""
+    assert isinstance(problem.k, Tensor)
+    return replace(problem, k=int(problem.k.sum())), WholeMatrix(backend.operations, backend.precision)
 
 
 class WholeMatrix(Backend):

@@ -40,7 +40,7 @@ that read X, whatever their rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -142,32 +142,31 @@ def reselect(
     penalty: float,
     refit_steps: int,
     rounds: int,
-    support: Tensor | None = None,
     backend: Backend = TORCH,
 ) -> Fit:
     """Refit a mask's weights, choose masks for refitted weights, and keep the best of every row.
 
     Args:
-        problem: the rows; weights are fitted on its H, a damped matrix. Fixed entries are not kept.
+        problem: the rows; weights are fitted on its H, a damped matrix. Fixed entries may be given up.
         mask: (rows, d) bool, from `frank_wolfe.solve`.
         steps, penalty: of the first Frank-Wolfe.
         refit_steps: conjugate-gradient steps of each refit.
         rounds: rounds of re-selection; 0 keeps the mask, without a second Frank-Wolfe.
-        support: (rows, d) bool, weights that may be nonzero; None: all.
         backend: the operations.
 
     Returns:
         The fit of the lowest error, on the damped Gram matrix, in every row. An error that is not finite is never
         lower. So no check is needed that would make the host wait for a GPU.
     """
-    W, H, k, group = problem.W, problem.H, problem.k, problem.group
+    W, support = problem.W, problem.support
     # Converted once, for all refits.
-    inverse, root, operand = inverse_diagonal(H), H.diagonal().float().sqrt(), backend.operand(H)
+    H = backend.operand(problem.H)
+    inverse, root = inverse_diagonal(problem.H), problem.H.diagonal().float().sqrt()
 
     def fit(mask: Tensor, start: Tensor) -> Fit:
         if support is not None:
             mask = mask & support
-        return refit(W, operand, mask, start, refit_steps, backend=backend)
+        return refit(W, H, mask, start, refit_steps, backend=backend)
 
     def candidates(margin: Tensor | None = None) -> tuple[Tensor, Tensor]:
         T, score = backend.candidates(best.Z, best.R, best.mask, inverse, root, margin=margin, support=support)
@@ -183,7 +182,7 @@ def reselect(
     margin = torch.zeros_like(best.error)
     for _ in range(rounds):
         T, score = candidates(margin)
-        chosen = backend.lmo(score, k, group=group, checked=False)
+        chosen = backend.lmo(score, problem.k, group=problem.group, checked=False)
         # Free its memory for the fit.
         del score
         better = best.take_better(fit(chosen, T), backend)
@@ -193,13 +192,12 @@ def reselect(
 
 def _restart(problem: Problem, T: Tensor, score: Tensor, schedule: Schedule, backend: Backend) -> Tensor:
     """The mask that Frank-Wolfe finds for the candidates T with these scores, (rows, d) bool."""
-    k, group = problem.k, problem.group
-    warm = backend.lmo(score, k, group=group, checked=False)
-    candidates = Problem(T, problem.H, score, k, warm, group, target_gap=problem.W - T)
+    candidates = replace(problem, W=T, saliency=score, target_gap=problem.W - T, fixed=None)
+    warm = backend.lmo(score, problem.k, group=problem.group, checked=False)
     M = as_float(warm)
-    for state in frank_wolfe.iterate(candidates, schedule, backend=backend):
+    for state in frank_wolfe.iterate(candidates, warm, schedule, backend=backend):
         M = state.M
-    mask: Tensor = backend.round_mask(M, score, k, group=group)
+    mask: Tensor = backend.round_mask(M, score, problem.k, group=problem.group)
     return mask
 
 

@@ -18,8 +18,8 @@ from sparsefw.kernels.backend import Backend, Terms
 from sparsefw.ranks import shares
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
-from sparsefw.solver.frank_wolfe import damped
-from sparsefw.solver.methods import SALIENCIES, Rows
+from sparsefw.solver.frank_wolfe import Problem
+from sparsefw.solver.methods import SALIENCIES
 from sparsefw.solver.patterns import Pattern
 from sparsefw.solver.refit import Cross, cross_rows, find_target
 
@@ -37,6 +37,10 @@ BYTES_PER_ENTRY = 80
 
 # Conjugate-gradient steps from a layer's weight to its target.
 TARGET_STEPS = 4
+
+# The damping of an input counts its diagonal entry as at least this share of the median entry of inputs that are not
+# dead. Without it, the weights of a nearly dead input could become huge and ruin the first text in which it is alive.
+FLOOR = 0.01
 
 Result = TypeVar("Result")
 
@@ -109,7 +113,7 @@ def rows_by_rank(lengths: Sequence[int], count: int) -> list[list[slice]]:
     return [list(rows) for rows in zip(*(rows_within(lengths, part) for part in parts), strict=True)]
 
 
-def stack_rows(stack: Stack, share: slice) -> Rows:
+def stack_rows(stack: Stack, share: slice) -> Problem:
     """Rows of a stack, one below the other.
 
     Args:
@@ -126,32 +130,51 @@ def stack_rows(stack: Stack, share: slice) -> Rows:
     exact = backend.exact_operand(G, own)
     # Refits and targets only multiply with the damped matrix. Swaps of masks need it exactly.
     of_products = torch.bfloat16 if config.refit and backend.precision == "bf16" else torch.float32
-    H = damped(G, config.damp, of_products) if method.uses_target else None
-    target_gap = None if H is None else _to_targets(stack, share.start, start, exact, H, support)
+    H = damped(G, config.damp, of_products) if method.uses_target else G
+    target_gap = _to_targets(stack, share.start, start, exact, H, support)
     saliency = SALIENCIES[method.saliency or config.warm_start]
     saliencies = [saliency(part, G.diagonal()) for part in start[: sum(lengths)].split(lengths)]
-    whole_matrix = stack.method == "sparsefw" and config.whole_matrix
-    k = kept(saliencies, config.pattern, whole_matrix=whole_matrix, padding=padding)
+    k = kept(saliencies, config.pattern, padding=padding)
     S = _stack_padded(saliencies, len(start), torch.float32)
-    return Rows(start, G, S, k, own, exact, H, target_gap, support)
+    return Problem(start, G, H, S, k, config.pattern.group, exact, own, target_gap, support)
 
 
-def kept(saliencies: list[Tensor], pattern: Pattern, *, whole_matrix: bool, padding: int = 0) -> int | Tensor:
-    """The budgets of the stacked rows, see `Rows.k`; `padding` rows of zeros pad the stack.
+def kept(saliencies: list[Tensor], pattern: Pattern, padding: int = 0) -> int | Tensor:
+    """The budgets of the stacked rows, see `Problem.k`; `padding` rows of zeros pad the stack.
 
     A `layer:` budget goes to the highest saliencies of a whole matrix, and each row keeps the number that it got.
     """
-    rows, d = saliencies[0].shape
+    d = saliencies[0].shape[1]
     if pattern.scope == "group":
         return patterns.kept_in_group(pattern)
     if pattern.scope == "row":
         return patterns.kept_in_row(pattern, d)
-    if whole_matrix:
-        return patterns.kept_in_layer(pattern, rows, d)
     budgets = [(s, patterns.kept_in_layer(pattern, len(s), d)) for s in saliencies]
     # A NaN shows in the errors, which name the layer.
     highest = [cpu.lmo(s.reshape(1, -1), budget, checked=False).view(s.shape) for s, budget in budgets]
     return nn.functional.pad(torch.cat([mask.sum(1) for mask in highest]), (0, padding))
+
+
+def damped(G: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A copy of G (d, d) with damp max(diag G, FLOOR m) added to its diagonal, where m is the median of its positive
+    entries.
+
+    Damping treats every input as slightly more independent of the others. It draws refitted weights towards the layer's
+    own, and masks towards the weights that matter most by themselves.
+
+    Args:
+        G: (d, d) fp32.
+        damp: share of the diagonal that is added.
+        dtype: dtype of the result. In fp32 and without damping it is G itself.
+    """
+    if not damp:
+        return G.to(dtype)
+    diagonal = G.diagonal()
+    H = G.to(dtype, copy=True)
+    # NaN, if all inputs are dead.
+    median = diagonal.where(diagonal > 0, torch.nan).nanmedian().item()
+    H.diagonal().copy_(diagonal + diagonal.clamp(min=FLOOR * median if median > 0 else 0.0) * damp)
+    return H
 
 
 def _stack_padded(parts: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:

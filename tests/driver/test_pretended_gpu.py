@@ -12,7 +12,7 @@ import torch
 from helpers import verifying
 from helpers.families import experts_like, save_model
 from helpers.pretended_gpu import DEVICE, NAME, SEGMENT, late_copies, pretended_gpu
-from helpers.problems import damped_problem, make_problem
+from helpers.problems import make_problem, warm_of
 from helpers.problems import on_gpu as problem_on_gpu
 from helpers.stacks import drawn
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -63,17 +63,17 @@ def test_a_bool_on_its_way_waits_for_its_copy_alone(finite, gpu):
 def test_a_solve_waits_once_in_the_end(sparsity, alpha, precision, penalty, gpu, monkeypatch):
     """Everything is launched before the host checks that the errors are finite: no step waits."""
     problem = problem_on_gpu(make_problem(5, 24, sparsity, alpha))
-    problem = replace(damped_problem(problem, problem.H * 1.5), target_gap=problem.W / 2)
+    problem, warm = replace(problem, H=problem.G * 1.5, target_gap=problem.W / 2), warm_of(problem)
     backend, schedule = Backend(triton_ops, precision), frank_wolfe.line_search(3, penalty)
     schedule = paper.open_loop(schedule) if alpha else schedule
     gpu.waits.clear()
-    assert len([state.error for state in frank_wolfe.iterate(problem, schedule, backend=backend)]) == 3
+    assert len([state.error for state in frank_wolfe.iterate(problem, warm, schedule, backend=backend)]) == 3
     assert not gpu.waits
-    frank_wolfe.solve(problem, schedule, swaps=2, backend=backend)
+    frank_wolfe.solve(problem, warm, schedule, swaps=2, backend=backend)
     assert gpu.waits.total() == 1
     gpu.waits.clear()
     monkeypatch.setattr(frank_wolfe, "check_errors", lambda errors: None)
-    frank_wolfe.solve(problem, schedule, swaps=2, backend=backend)
+    frank_wolfe.solve(problem, warm, schedule, swaps=2, backend=backend)
     assert not gpu.waits
 
 
@@ -88,9 +88,10 @@ def test_steps_that_are_repeated_wait_for_nothing(gpu):
 @pytest.mark.parametrize("sparsity", ["0.6", "2:4"])
 def test_refits_wait_for_nothing(sparsity, gpu):
     problem = problem_on_gpu(make_problem(5, 24, sparsity))
+    warm = warm_of(problem)
     gpu.waits.clear()
     options = {"steps": 3, "penalty": 1.0, "refit_steps": 2, "rounds": 2, "backend": Backend(triton_ops, "bf16")}
-    assert reselect(problem, problem.warm, **options).error.is_cuda
+    assert reselect(problem, warm, **options).error.is_cuda
     assert not gpu.waits
 
 

@@ -25,8 +25,8 @@ ERRORS = ("error", "error_mask", "error_warm_start", "gap")
 PATTERNS = ("0.6", "2:4", "layer:0.6")
 
 
-def make_problem(rows, d, sparsity="0.6", alpha=0.0, seed=0, warm_start="wanda", correlation=0.7, whole=None):
-    """A random layer with correlated inputs; `whole`: the backend that chooses from the whole matrix."""
+def make_problem(rows, d, sparsity="0.6", alpha=0.0, seed=0, warm_start="wanda", correlation=0.7, whole=False):
+    """A random layer with correlated inputs; `whole`: with one budget for the whole matrix."""
     draws = generator(seed)
     W = torch.randn(rows, d, generator=draws)
     X = torch.randn(4 * d, d, generator=draws)
@@ -35,27 +35,29 @@ def make_problem(rows, d, sparsity="0.6", alpha=0.0, seed=0, warm_start="wanda",
     G = (G + G.T) / 2
     saliency = SALIENCIES[warm_start](W, G.diagonal())
     pattern = patterns.parse(sparsity)
-    k = stack.kept([saliency], pattern, whole_matrix=whole is not None)
-    backend = TORCH if whole is None else whole
-    problem = problem_of(W, G, saliency, k, pattern.group, backend)
-    return replace(problem, fixed=paper.fixed_entries(problem, alpha, backend)) if alpha else problem
+    problem, backend = problem_of(W, G, saliency, stack.kept([saliency], pattern), pattern.group), TORCH
+    if whole:
+        problem, backend = paper.as_one_row(problem, backend)
+    if not alpha:
+        return problem
+    return replace(problem, fixed=paper.fixed_entries(problem, warm_of(problem, backend), alpha, backend))
 
 
-def problem_of(W, G, saliency, k, group=0, backend=TORCH):
-    """A problem on G with its warm start."""
-    warm = backend.lmo(saliency, k, group=group, checked=False)
-    return Problem(W, G, saliency, k, warm, group, exact=G)
+def problem_of(W, G, saliency, k, group=0):
+    """A problem without damping."""
+    return Problem(W, G, G, saliency, k, group, exact=G, dtype=W.dtype)
 
 
-def damped_problem(problem, H):
-    """The problem, whose mask is chosen on H."""
-    return replace(problem, H=H, damping=H.diagonal() - problem.H.diagonal())
+def warm_of(problem, backend=TORCH):
+    """The warm start."""
+    return backend.lmo(problem.saliency, problem.k, group=problem.group, checked=False)
 
 
 def on_gpu(problem, device="cuda"):
-    """The problem with its tensors on the GPU."""
+    """The problem with its tensors on the GPU. Without damping, H is G there, too."""
     tensors = {name: x for name, x in vars(problem).items() if isinstance(x, torch.Tensor)}
-    return replace(problem, **{name: x.to(device) for name, x in tensors.items()})
+    moved = {id(x): x.to(device) for x in tensors.values()}
+    return replace(problem, **{name: moved[id(x)] for name, x in tensors.items()})
 
 
 def penalized_error(W, G, M, theta):
@@ -67,7 +69,7 @@ def penalized_error(W, G, M, theta):
 
 def exhaustive(problem):
     """The lowest error of each row over all masks of its budget, by trying them; masks keep the fixed entries."""
-    W, G, (rows, d) = problem.W.double(), problem.H.double(), problem.W.shape
+    W, G, (rows, d) = problem.W.double(), problem.G.double(), problem.W.shape
     gap = 0 if problem.target_gap is None else problem.target_gap.double()
     fixed = torch.zeros(rows, d, dtype=torch.bool) if problem.fixed is None else problem.fixed
     best = torch.full((rows,), torch.inf, dtype=torch.float64)

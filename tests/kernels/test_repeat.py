@@ -9,7 +9,7 @@ import torch
 from helpers.families import first_is_fast
 from helpers.kernel_inputs import needs_gpu
 from helpers.pretended_gpu import pretended_gpu
-from helpers.problems import make_problem, on_gpu
+from helpers.problems import make_problem, on_gpu, warm_of
 
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
@@ -65,7 +65,7 @@ def test_a_solve_has_the_bits_of_one_step_by_step(sparsity, alpha, penalty, prec
     schedule = frank_wolfe.line_search(8, penalty)
     schedule = paper.open_loop(schedule) if open_loop else schedule
     backends = [Backend(operations, precision) for operations in (triton_ops, STEP_BY_STEP)]
-    solved = [frank_wolfe.solve(problem, schedule, backend=backend) for backend in backends]
+    solved = [frank_wolfe.solve(problem, warm_of(problem), schedule, backend=backend) for backend in backends]
     for field in fields(frank_wolfe.Choice):
         graph, separate = (getattr(solution, field.name) for solution in solved)
         assert graph is separate or torch.equal(graph, separate), field.name

@@ -16,7 +16,7 @@ from helpers.kernel_inputs import (
     normal,
     row_state,
 )
-from helpers.problems import make_problem, on_gpu
+from helpers.problems import make_problem, on_gpu, warm_of
 
 from sparsefw.kernels import step as step_module
 from sparsefw.kernels import topk, triton_ops
@@ -237,7 +237,7 @@ def test_a_solve_carries_thresholds_from_step_to_step():
     problem, last = make_problem(9, 40), None
     problem = problem if DEVICE == "cpu" else on_gpu(problem)
     schedule = frank_wolfe.line_search(10, 1.0)
-    steps = frank_wolfe.iterate(problem, schedule, backend=Backend(triton_ops))
+    steps = frank_wolfe.iterate(problem, warm_of(problem), schedule, backend=Backend(triton_ops))
     for (_, theta), state in zip(schedule, steps, strict=True):
         q = problem.W**2 * problem.H.diagonal()
         score = 2 * problem.W * state.R - theta * q * (1 - 2 * state.M)

@@ -7,20 +7,22 @@ import pytest
 import torch
 from helpers.families import first_is_fast
 from helpers.kernel_inputs import DEVICE
-from helpers.problems import TRITON, damped_problem, exhaustive, make_problem, on_gpu, penalized_error, problem_of
+from helpers.problems import TRITON, exhaustive, make_problem, on_gpu, penalized_error, problem_of, warm_of
 
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.solver import frank_wolfe, paper
-from sparsefw.solver.frank_wolfe import damped, line_search, mask_error, or_warm_start
+from sparsefw.solver.frank_wolfe import line_search, mask_error, or_warm_start
 from sparsefw.solver.methods import SALIENCIES
+from sparsefw.solver.stack import damped
 
 PATTERNS = ("0.6", "layer:0.6", "2:4", "3:5")
 
 
 def solve(problem, steps=60, penalty=1.0, **options):
     """The solution that a run takes: never worse than the warm start."""
-    return or_warm_start(frank_wolfe.solve(problem, line_search(steps, penalty), **options), problem.warm)
+    warm = warm_of(problem)
+    return or_warm_start(frank_wolfe.solve(problem, warm, line_search(steps, penalty), **options), warm)
 
 
 def with_target(problem):
@@ -47,7 +49,7 @@ class TestIterates:
     @pytest.mark.parametrize(("alpha", "penalty"), [(0.0, 1.0), (0.5, 0.0), (0.5, 1.0)])
     def test_every_one_is_feasible(self, sparsity, alpha, penalty):
         problem = make_problem(7, 20, sparsity, alpha)
-        for state in frank_wolfe.iterate(problem, line_search(12, penalty)):
+        for state in frank_wolfe.iterate(problem, warm_of(problem), line_search(12, penalty)):
             assert state.M.min() >= 0
             assert state.M.max() <= 1
             sums = state.M.double().view(7, -1, problem.group or 20).sum(2)
@@ -58,9 +60,9 @@ class TestIterates:
     @pytest.mark.parametrize("sparsity", ["0.6", "2:4"])
     def test_line_search_never_raises_the_error_without_penalty(self, sparsity):
         problem = make_problem(9, 24, sparsity)
-        last = mask_error(problem.W, problem.warm, problem.H)
+        last = mask_error(problem.W, warm_of(problem), problem.G)
         gaps = []
-        for state in frank_wolfe.iterate(problem, line_search(100, 0.0)):
+        for state in frank_wolfe.iterate(problem, warm_of(problem), line_search(100, 0.0)):
             assert (state.error <= last * (1 + 1e-5)).all()
             gaps.append(state.error - frank_wolfe.lower_bound(problem, state))
             assert (gaps[-1] >= -1e-4 * state.error).all()
@@ -72,7 +74,7 @@ class TestIterates:
         """R and the error are carried along by recursion; after many steps they still match their definitions."""
         problem = make_problem(6, 33, "0.5", 0.5)
         problem = with_target(problem) if target else problem
-        *_, state = frank_wolfe.iterate(problem, line_search(60, 1.0))
+        *_, state = frank_wolfe.iterate(problem, warm_of(problem), line_search(60, 1.0))
         removed = problem.W.double() * (1 - state.M.double())
         R = (removed + (problem.target_gap if target else 0)) @ problem.H.double()
         torch.testing.assert_close(state.R.double(), R, rtol=0, atol=1e-5 * R.abs().max().item())
@@ -87,10 +89,10 @@ class TestSolve:
         """On rows of 12 the bound holds, and the mask never beats the optimum and comes close to it."""
         problem = make_problem(8, 12, "0.5", alpha)
         problem = with_target(problem) if target else problem
-        optimum, H = exhaustive(problem), damped(problem.H, damp)
-        solution = solve(damped_problem(problem, H) if damp else problem, 60, penalty, swaps=swaps)
+        optimum, H = exhaustive(problem), damped(problem.G, damp)
+        solution = solve(replace(problem, H=H), 60, penalty, swaps=swaps)
         torch.testing.assert_close(solution.error.double(), error(problem, solution.mask), rtol=1e-4, atol=1e-3)
-        warm = error(problem, problem.warm)
+        warm = error(problem, warm_of(problem))
         torch.testing.assert_close(solution.error_warm_start.double(), warm, rtol=1e-4, atol=1e-3)
         assert (solution.bound <= optimum + 1e-5 * warm).all()
         # With a penalty or a target the bound may be far below.
@@ -105,9 +107,9 @@ class TestSolve:
     @pytest.mark.parametrize("warm_start", SALIENCIES)
     def test_exact_budget_and_never_worse_than_the_warm_start(self, sparsity, open_loop, warm_start):
         problem = make_problem(7, 20, sparsity, 0.5, warm_start=warm_start)
-        schedule = line_search(10, 1.0)
-        solution = frank_wolfe.solve(problem, paper.open_loop(schedule) if open_loop else schedule)
-        solution = or_warm_start(solution, problem.warm)
+        schedule, warm = line_search(10, 1.0), warm_of(problem)
+        solution = frank_wolfe.solve(problem, warm, paper.open_loop(schedule) if open_loop else schedule)
+        solution = or_warm_start(solution, warm)
         assert_budget(problem, solution.mask)
         assert (solution.error <= solution.error_warm_start).all()
         assert torch.equal(solution.error_mask, solution.error)
@@ -120,15 +122,15 @@ class TestSolve:
 
     def test_no_steps_give_the_warm_start(self):
         problem = make_problem(4, 10)
-        assert torch.equal(solve(problem, 0).mask, problem.warm)
-        warm = problem.warm.clone()
-        swapped = solve(problem, 0, swaps=50)
+        warm = warm_of(problem)
+        assert torch.equal(solve(problem, 0).mask, warm)
+        swapped = frank_wolfe.solve(problem, warm, [], swaps=50)
         assert swapped.error.sum() < swapped.error_warm_start.sum()
-        assert torch.equal(problem.warm, warm)
+        assert torch.equal(warm_of(problem), warm)
 
     def test_dead_inputs_and_empty_rows(self):
         problem = make_problem(4, 10)
-        problem.H[3] = problem.H[:, 3] = 0
+        problem.G[3] = problem.G[:, 3] = 0
         problem.W[2] = 0
         solution = solve(problem, 5)
         assert_budget(problem, solution.mask)
@@ -139,23 +141,25 @@ class TestSolve:
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_not_finite_is_an_error(self, value, text, backend):
         problem = on_gpu(make_problem(4, 12, text), DEVICE)
-        problem.H[0, 0] = value
+        problem.G[0, 0] = value
         with pytest.raises(FloatingPointError, match="not finite"):
             solve(problem, 3, swaps=2, backend=backend)
         # The warm start's error is finite, the damped matrix is not.
         problem = on_gpu(make_problem(4, 12, text), DEVICE)
-        H = problem.H.clone()
+        H = problem.G.clone()
         H[:, 5] = H[5] = torch.inf
         with pytest.raises(FloatingPointError, match="not finite"):
-            solve(damped_problem(problem, H), 3, backend=backend)
+            solve(replace(problem, H=H), 3, backend=backend)
 
     @pytest.mark.parametrize("damp", [0.0, 1.0])
     def test_errors_are_those_of_fp32_whatever_the_precision(self, damp):
         problem = make_problem(6, 30)
-        chosen = damped_problem(problem, damped(problem.H, damp)) if damp else problem
+        chosen = replace(problem, H=damped(problem.G, damp))
         solution = solve(chosen, 8, swaps=3, backend=Backend(cpu, "bf16"))
         torch.testing.assert_close(solution.error.double(), error(problem, solution.mask), rtol=1e-5, atol=0)
-        torch.testing.assert_close(solution.error_warm_start.double(), error(problem, problem.warm), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            solution.error_warm_start.double(), error(problem, warm_of(problem)), rtol=1e-5, atol=0
+        )
 
 
 @pytest.mark.parametrize("target", [False, True])
@@ -176,10 +180,10 @@ class TestDamping:
     @pytest.mark.parametrize("swaps", [0, 50])
     def test_masks_are_those_of_the_damped_matrix(self, swaps):
         problem = make_problem(30, 16, "0.5")
-        H = damped(problem.H, 0.5)
+        H = damped(problem.G, 0.5)
         solution, by_hand, undamped = (
-            frank_wolfe.solve(p, line_search(40, 1.0), swaps=swaps)
-            for p in (damped_problem(problem, H), replace(problem, H=H, exact=H), problem)
+            frank_wolfe.solve(p, warm_of(p), line_search(40, 1.0), swaps=swaps)
+            for p in (replace(problem, H=H), replace(problem, G=H, H=H, exact=H), problem)
         )
         assert (solution.mask == by_hand.mask).all(1).double().mean() >= 0.9
         assert (solution.mask == undamped.mask).all(1).double().mean() < 0.9
@@ -217,17 +221,18 @@ class TestPaper:
     @pytest.mark.parametrize("sparsity", first_is_fast(["layer:0.6", "2:4", "0.6"], 2))
     @pytest.mark.parametrize("alpha", first_is_fast([0.9, 0.0]))
     def test_matches_a_transcription(self, sparsity, alpha):
-        whole = paper.WholeMatrix(cpu) if sparsity.startswith("layer") else None
-        problem = make_problem(6, 20, sparsity, alpha, whole=whole)
+        whole = sparsity.startswith("layer")
+        problem, backend = make_problem(6, 20, sparsity, alpha, whole=whole), paper.WholeMatrix(cpu) if whole else TORCH
+        warm = warm_of(problem, backend)
         unit = (1, -1) if whole else (-1, problem.group or 20)
 
         def transcribed(steps):
             return papers_algorithm(problem.W, problem.H, problem.saliency, problem.k, unit, alpha, steps)
 
         schedule = paper.open_loop(line_search(300, 0.0))
-        *_, state = frank_wolfe.iterate(problem, schedule[:12], backend=whole or TORCH)
+        *_, state = frank_wolfe.iterate(problem, warm, schedule[:12], backend=backend)
         torch.testing.assert_close(state.M.double(), transcribed(12)[0], rtol=0, atol=1e-6)
-        solution = frank_wolfe.solve(problem, schedule, backend=whole or TORCH)
+        solution = frank_wolfe.solve(problem, warm, schedule, backend=backend)
         # After 300 steps in fp32 and float64 the errors agree; single entries may differ where M is nearly tied.
         expected = transcribed(300)[1]
         truth = penalized_error(problem.W.double(), problem.H.double(), expected.double(), 0).sum()
@@ -236,8 +241,9 @@ class TestPaper:
 
     def test_the_bound_of_a_whole_matrix_holds_for_every_split_of_the_budget(self):
         whole = paper.WholeMatrix(cpu)
-        problem = make_problem(4, 4, "layer:0.5", whole=whole)
-        solution = frank_wolfe.solve(problem, paper.open_loop(line_search(100, 0.0)), backend=whole)
+        problem = make_problem(4, 4, "layer:0.5", whole=True)
+        schedule = paper.open_loop(line_search(100, 0.0))
+        solution = frank_wolfe.solve(problem, warm_of(problem, whole), schedule, backend=whole)
         errors = []
         for kept in itertools.combinations(range(16), 8):
             E = problem.W.double().clone()
@@ -251,11 +257,11 @@ class TestPaper:
         saliency = torch.tensor([[9.0, 8, 7, 1, 6, 5, 2, 1]])
         for group, kept, expected in ((0, 4, [0, 1, 2]), (4, 2, [0, 1, 4])):
             problem = problem_of(torch.ones(1, 8), torch.eye(8), saliency, kept, group)
-            assert paper.fixed_entries(problem, 0.75, TORCH).nonzero()[:, 1].tolist() == expected
+            assert paper.fixed_entries(problem, warm_of(problem), 0.75, TORCH).nonzero()[:, 1].tolist() == expected
 
     @pytest.mark.parametrize(("alpha", "kept", "count"), [(0.29, 100, 29), (0.1, 30, 3), (0.5, 5, 2), (1.0, 7, 7)])
     def test_their_number_is_the_floor_of_the_exact_product(self, alpha, kept, count):
         """0.29 * 100 is 28.999... in floating point."""
         for k in (kept, torch.tensor([kept, kept])):
             problem = problem_of(torch.ones(2, 200), torch.eye(200), torch.rand(2, 200), k)
-            assert paper.fixed_entries(problem, alpha, TORCH).sum(1).tolist() == [count, count]
+            assert paper.fixed_entries(problem, warm_of(problem), alpha, TORCH).sum(1).tolist() == [count, count]

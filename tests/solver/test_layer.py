@@ -25,11 +25,10 @@ from sparsefw.errors import InputError
 from sparsefw.kernels.backend import TORCH
 from sparsefw.solver import methods, patterns
 from sparsefw.solver.config import METHODS, PruneConfig
-from sparsefw.solver.frank_wolfe import damped
 from sparsefw.solver.layer import prune_layers, solve_layer
 from sparsefw.solver.methods import SALIENCIES
 from sparsefw.solver.refit import Cross, find_target
-from sparsefw.solver.stack import TARGET_STEPS
+from sparsefw.solver.stack import TARGET_STEPS, damped
 
 ALL = pytest.mark.parametrize("text", PATTERNS)
 

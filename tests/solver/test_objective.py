@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, gram, normal, uniform
 
-from sparsefw.solver.frank_wolfe import damped
 from sparsefw.solver.methods import SALIENCIES
 from sparsefw.solver.refit import find_target, refit
+from sparsefw.solver.stack import damped
 
 ROWS, D = 13, 40
 

@@ -1,11 +1,12 @@
 """Refits against float64 least squares; masks and weights together against exhaustive search and a refit alone."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, generator, gram, normal, uniform
-from helpers.problems import TRITON, error, problem_of
+from helpers.problems import TRITON, error, problem_of, warm_of
 
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import TORCH, Backend
@@ -147,17 +148,17 @@ def mixed_gram(d, seed):
     return damp_by(X.T @ X).to(DEVICE)
 
 
-def make_problem(rows=48, d=40, sparsity="0.6", k=None, backend=TORCH):
+def make_problem(rows=48, d=40, sparsity="0.6", k=None):
     W, G, pattern = normal(rows, d), mixed_gram(d, 10), patterns.parse(sparsity)
     saliency = wanda(W, G.diagonal())
-    k = stack.kept([saliency], pattern, whole_matrix=False) if k is None else k
-    return problem_of(W, G, saliency, k, pattern.group, backend)
+    k = stack.kept([saliency], pattern) if k is None else k
+    return problem_of(W, G, saliency, k, pattern.group)
 
 
-def solve(problem, *, steps=24, rounds=3, refit_steps=6, support=None, backend=TORCH):
+def solve(problem, *, steps=24, rounds=3, refit_steps=6, backend=TORCH):
     """Frank-Wolfe, then re-selection from its mask."""
-    mask = frank_wolfe.solve(problem, line_search(steps, 1.0), backend=backend).mask
-    options = {"steps": steps, "penalty": 1.0, "refit_steps": refit_steps, "rounds": rounds, "support": support}
+    mask = frank_wolfe.solve(problem, warm_of(problem, backend), line_search(steps, 1.0), backend=backend).mask
+    options = {"steps": steps, "penalty": 1.0, "refit_steps": refit_steps, "rounds": rounds}
     return reselect(problem, mask, **options, backend=backend)
 
 
@@ -197,9 +198,10 @@ class TestReselect:
     def test_a_row_that_overflows_spoils_no_other(self, backend):
         problem = make_problem(rows=8)
         options = {"steps": 3, "penalty": 1.0, "refit_steps": 1, "rounds": 1, "backend": backend}
-        expected = reselect(problem, problem.warm, **options)
-        problem.W[3, ~problem.warm[3]] = 1e30
-        fit = reselect(problem, problem.warm, **options)
+        warm = warm_of(problem)
+        expected = reselect(problem, warm, **options)
+        problem.W[3, ~warm[3]] = 1e30
+        fit = reselect(problem, warm, **options)
         assert fit.error.isfinite().tolist() == [n != 3 for n in range(8)]
         others = torch.arange(8, device=DEVICE) != 3
         assert torch.equal(fit.error[others], expected.error[others])
@@ -226,7 +228,7 @@ class TestReselect:
         problem = make_problem(sparsity=sparsity)
         support = uniform(*problem.W.shape, seed=4) < 0.7
         problem.W.masked_fill_(~support, 0)
-        fit = solve(problem, rounds=rounds, support=support)
+        fit = solve(replace(problem, support=support), rounds=rounds)
         assert not any((mask & ~support).any() for mask in tried)
         assert (fit.Z[~support] == 0).all()
         torch.testing.assert_close(fit.error.double(), error(problem.W, fit.Z, problem.H), rtol=1e-4, atol=0)

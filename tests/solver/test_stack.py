@@ -115,10 +115,10 @@ class TestChunks:
     def test_rows_are_shared_out_over_the_threads_that_the_memory_has_room_for(self, set_threads, monkeypatch):
         sizes, choose = [], CHOOSE["sparsefw"]
 
-        def spy(rows, *rest):
-            sizes[-1].append(len(rows.start))
+        def spy(problem, *rest):
+            sizes[-1].append(len(problem.W))
             assert torch.get_num_threads() == 1
-            return choose(rows, *rest)
+            return choose(problem, *rest)
 
         monkeypatch.setitem(CHOOSE, "sparsefw", spy)
         for threads in (1, 3):
@@ -130,7 +130,7 @@ class TestChunks:
         assert sizes == [[256], [128, 128], [64] * 4, [128, 128], [64] * 4, [64] * 4]
 
     def test_errors_of_threads_arrive(self, set_threads, monkeypatch):
-        def fail(rows, *rest):
+        def fail(problem, *rest):
             raise FloatingPointError("no")
 
         set_threads(3)
