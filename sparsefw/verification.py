@@ -205,7 +205,8 @@ def _claims(output: Path) -> _Claims:
         raise InputError(
             f"{output / 'report.json'}: it has no layers pruned by {method}, the method that its arguments name"
         )
-    refits = method == "sparsegpt" or (method == "sparsefw" and report.argument("refit", int) > 0)
+    needs = METHODS[method]
+    refits = needs.changes_weights or (needs.frank_wolfe and report.argument("refit", int) > 0)
     reconstructed = report.arguments.get("reconstruct", 0) != 0
     return _Claims(report, pattern, refits or reconstructed or bool(report.recoveries), layers)
 

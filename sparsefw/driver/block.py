@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsefw.arithmetic import check_finite
 from sparsefw.driver.job import Run
-from sparsefw.driver.solves import add_up, combine, exchange, find_solves
+from sparsefw.driver.solves import add_up, combine, exchange, find_solves, gather_rows
 from sparsefw.errors import InputError
 from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates
@@ -24,7 +24,7 @@ from sparsefw.model.measure import Captured, Pair, capture, measure
 from sparsefw.model.parts import INPUT
 from sparsefw.model.slots import DenseBlock
 from sparsefw.model.stages import stages, survey
-from sparsefw.ranks import ALONE
+from sparsefw.ranks import ALONE, DONE, Handle
 from sparsefw.report import log
 from sparsefw.solver.layer import LayerResult, prune_layers
 
@@ -114,16 +114,20 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
     timeline, ranks = run.model.timeline, run.ranks
     results = dict[str, LayerResult]()
     solves = find_solves(captured, method, run.config, ranks, run.of(i).experts)
+    arriving = dict[str, Handle]()
     if not ranks.alone:
         with timeline.span("exchange", i):
-            add_up(captured, solves, ranks, run.config.backend)
+            arriving = add_up(captured, solves, ranks, run.config.backend)
     for gram, G in captured.grams.items():
         # The diagonal bounds all other entries of G.
         check_finite(f"inputs of {run.model.names[i]}.{gram} (their squares, summed)", G.diagonal())
     last = {solve.gram: n for n, solve in enumerate(solves)}
     for n, solve in enumerate(solves):
         if solve.owner in (None, ranks.number):
+            shared = solve.owner is None and not ranks.alone
             with timeline.span("solve", i):
+                for layer in solve.layers:
+                    arriving.pop(layer.name, DONE).wait()
                 solved = prune_layers(
                     [(f"{run.model.names[i]}.{layer.name}", layer.weight) for layer in solve.layers],
                     captured.grams[solve.gram],
@@ -132,7 +136,8 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
                     run.config.backend,
                     memory=run.placement.solver,
                     crosses=[captured.crosses.pop(layer.name, None) for layer in solve.layers],
-                    ranks=ranks if solve.owner is None else ALONE,
+                    share=solve.shares(ranks)[ranks.number] if shared else None,
+                    gather=partial(gather_rows, solve, ranks) if shared else None,
                 )
             for layer, result in zip(solve.layers, solved, strict=True):
                 results[layer.name] = replace(result, transposed=layer.transposed)
@@ -140,9 +145,9 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
             captured.grams.pop(solve.gram, None)
     if not ranks.alone:
         with timeline.span("exchange", i):
-            for cross in captured.crosses.values():
+            for handle in arriving.values():
                 # Those of other ranks' solves: nothing of theirs may be under way when their memory is used again.
-                cross.arrived.wait()
+                handle.wait()
             results = exchange(solves, results, ranks)
     found = [results[layer.name] for solve in solves for layer in solve.layers]
     for result in found:

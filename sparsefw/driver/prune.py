@@ -80,9 +80,7 @@ def prune_block(run: Run, i: int, streams: Streams, written: bool) -> tuple[Fini
         own, windows = method == config.method, streams.calibration[method]
         if dense and method != config.methods[0]:
             dense.restore()
-        reference = (
-            (dense, streams.calibration[DENSE]) if dense and config.uses_dense_target and method == "sparsefw" else None
-        )
+        reference = (dense, streams.calibration[DENSE]) if dense and config.dense_target(method) else None
         # Stages move the windows on inside the block, and a reconstruction runs from its input.
         start = windows.fork() if own and config.goes_back else None
         # The loss on what is held out tells what a reconstruction is worth only if no layer was fitted to it, either.

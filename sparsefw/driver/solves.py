@@ -6,19 +6,19 @@ every rank has measured on its own windows are summed, where they are needed. Af
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsefw.errors import InputError
 from sparsefw.kernels.backend import Backend
 from sparsefw.model.layers import Layer, is_expert, layer_of
 from sparsefw.model.measure import Captured
-from sparsefw.ranks import Handle, Ranks, balanced
+from sparsefw.ranks import Handle, Ranks, balanced, shares
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.layer import LayerResult
-from sparsefw.solver.stack import rows_by_rank
+from sparsefw.solver.stack import ROW_UNIT, padded, places
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,16 @@ class Solve:
     def cost(self) -> int:
         """Flops of a product of the rows, and of a decomposition of the Gram matrix: solves are shared out by them."""
         d = self.layers[0].weight.shape[1]
-        return sum(len(layer.weight) for layer in self.layers) * d**2 + d**3
+        return sum(self.lengths) * d**2 + d**3
+
+    @property
+    def lengths(self) -> list[int]:
+        """The rows of each layer."""
+        return [len(layer.weight) for layer in self.layers]
+
+    def shares(self, ranks: Ranks) -> list[slice]:
+        """The rows of the stack that each rank solves if they are shared out."""
+        return shares(padded(sum(self.lengths)), ranks.count, ROW_UNIT)
 
 
 def find_solves(
@@ -98,14 +107,13 @@ def combine(block: nn.Module, captured: Captured, ranks: Ranks, experts: frozens
     return Captured(layers, grams, captured.crosses, captured.ignored)
 
 
-def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backend) -> None:
+def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backend) -> dict[str, Handle]:
     """Sum the matrices over all ranks, in place, where they are needed. Others are dropped.
 
-    Cross matrices may still be on their way afterwards, see `Cross.arrived`.
+    Returns:
+        Handles of the cross matrices, which may still be on their way, by layer.
     """
     handles = _add_up_crosses(captured, solves, ranks)
-    for name, handle in handles.items():
-        captured.crosses[name] = replace(captured.crosses[name], arrived=handle)
     for gram in dict.fromkeys(solve.gram for solve in solves):
         owners = {solve.owner for solve in solves if solve.gram == gram}
         (owner,) = owners if len(owners) == 1 else (None,)
@@ -114,6 +122,7 @@ def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backe
             backend.mirror_lower(captured.grams[gram])
         else:
             del captured.grams[gram]
+    return handles
 
 
 def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> dict[str, Handle]:
@@ -121,8 +130,8 @@ def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> di
     begun: dict[int, Handle] = {}
     handles: dict[str, Handle] = {}
     for solve in solves:
-        parts = rows_by_rank([len(layer.weight) for layer in solve.layers], ranks.count)
-        for layer, rows_of_ranks in zip(solve.layers, parts, strict=True):
+        parts = zip(*(places(solve.lengths, share) for share in solve.shares(ranks)), strict=True)
+        for layer, places_of_ranks in zip(solve.layers, parts, strict=True):
             cross = captured.crosses.get(layer.name)
             if cross is None:
                 continue
@@ -136,10 +145,22 @@ def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> di
                     begun[id(matrix)] = ranks.all_reduce(matrix)
                 else:
                     begun[id(matrix)] = Handle.of_all(
-                        ranks.reduce(n, matrix[rows]) for n, rows in enumerate(rows_of_ranks)
+                        ranks.reduce(n, matrix[rows]) for n, (rows, _) in enumerate(places_of_ranks)
                     )
             handles[layer.name] = begun[id(matrix)]
     return handles
+
+
+def gather_rows(solve: Solve, ranks: Ranks, sums: Tensor) -> Tensor:
+    """Give all ranks the rows that each of them has chosen; returns the sums of all rows, see `prune_layers`."""
+    for owner, share in enumerate(solve.shares(ranks)):
+        pairs = zip(solve.layers, places(solve.lengths, share), strict=True)
+        parts = [layer.weight[rows] for layer, (rows, _) in pairs]
+        chosen = torch.cat(parts)
+        ranks.broadcast(owner, chosen).wait()
+        for part, rows in zip(parts, chosen.split([len(part) for part in parts]), strict=True):
+            part.copy_(rows)
+    return torch.stack(ranks.gather(sums)).sum(0)
 
 
 def exchange(solves: list[Solve], results: dict[str, LayerResult], ranks: Ranks) -> dict[str, LayerResult]:

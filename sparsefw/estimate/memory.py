@@ -335,7 +335,7 @@ def _stages_of_block(
     watched = sum(s[0].d * s[0].parts + sum(x.rows for x in s) for s in order)
     calibrate, solve = forward + tokens * shape.itemsize * watched * config.uses_dense_target, 0
     for method in config.methods if order else ():
-        dense = config.uses_dense_target and method == "sparsefw"
+        dense = config.dense_target(method)
         # Stages that approximate the dense model are measured one by one, others all at once.
         for group in [[s] for s in order] if dense else [order]:
             # A Gram matrix each, or one for each expert.
@@ -365,18 +365,19 @@ def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement
         # The most that one rank has, see `ranks.shares`.
         rows = -(-rows // (ROW_UNIT * workload.ranks)) * ROW_UNIT
     # The damped Gram matrix; and the Gram matrix as two bf16 terms, for exact products.
-    matrices = (2 if low and config.refit else 4) * d * d * METHODS[method].uses_target
+    matrices = (2 if low and config.refit else 4) * d * d * METHODS[method].dense_target
     matrices += 4 * d * d * (gpu and config.precision in ("tf32", "bf16"))
     # Weights; saliencies, when the cross matrices have gone; the gap to the targets; weights that may be nonzero.
     copies = rows * d * (2 if gpu else 4) + max(0, 4 * rows * d - stacked * _cross_bytes(stage, dense))
     copies += rows * d * (4 * (dense and not config.refit) + config.keep_zeros)
     if stacked:
         state = BYTES_PER_ENTRY * d * _rows_at_once(rows, d, workload, placement.solver)
-    elif method == "sparsegpt":
+    elif METHODS[method].rows_independent:
+        # One budget for the whole matrix.
+        state = BYTES_OF_WHOLE * rows * d
+    else:
         # The Gram matrix is decomposed and inverted, and the factor is there while weights are removed.
         state = max(12 * d * d, 4 * d * d + BYTES_OF_SWEEP * rows * d)
-    else:
-        state = BYTES_OF_WHOLE * rows * d
     before = BYTES_OF_BUDGETS if config.pattern.scope == "layer" else BYTES_OF_SALIENCY[config.rows_shared(method)]
     return matrices + copies + max(state, before * min(rows, max(layer.rows for layer in stage)) * d)
 

@@ -24,7 +24,7 @@ from sparsefw.errors import flag_of, printable
 from sparsefw.memory import gib
 from sparsefw.report import log
 from sparsefw.report.content import HIDDEN, Argument, BlockRecord, Report, amount
-from sparsefw.solver.config import PruneConfig
+from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import Span
 
@@ -126,7 +126,9 @@ def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
 
 def used_arguments(report: Report) -> dict[str, Argument]:
     """The arguments of a run without those that no method of it uses, which the command line refuses."""
-    unused = {f.name for f in fields(PruneConfig) if f.metadata.get("frank_wolfe") and "sparsefw" not in report.methods}
+    if any(METHODS[name].frank_wolfe for name in report.methods):
+        return report.arguments
+    unused = {f.name for f in fields(PruneConfig) if f.metadata.get("frank_wolfe")}
     return {name: value for name, value in report.arguments.items() if name not in unused}
 
 

@@ -23,27 +23,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """What a run has to know of a method; `methods.CHOOSE` has its function.
+    """What a method needs and does; `methods.CHOOSE` has its function.
 
     Attributes:
         saliency: saliency of the warm start; None takes the config's.
         rows_independent: whether rows do not depend on each other, so that layers are stacked and solved in chunks.
             Otherwise the rows of a layer share one budget.
-        uses_target: whether it chooses on a damped Gram matrix, and its layers may approximate the dense model's
+        frank_wolfe: whether it takes the fields of a config that are marked so.
+        dense_target: whether it chooses on a damped Gram matrix, and its layers may approximate the dense model's
             outputs, see `refit`.
+        changes_weights: whether kept weights change even without the fields of Frank-Wolfe.
     """
 
     saliency: str | None = None
     rows_independent: bool = True
-    uses_target: bool = False
+    frank_wolfe: bool = False
+    dense_target: bool = False
+    changes_weights: bool = False
 
 
 # Saliencies, each of which is a method, too; and those of which an entry depends on more of the matrix than its row.
 WARM_STARTS, OF_MATRIX = ("magnitude", "wanda", "ria"), ("ria",)
 
 METHODS: dict[str, Method] = {
-    "sparsefw": Method(uses_target=True),
-    "sparsegpt": Method(saliency="wanda", rows_independent=False),
+    "sparsefw": Method(frank_wolfe=True, dense_target=True),
+    "sparsegpt": Method(saliency="wanda", rows_independent=False, changes_weights=True),
     **{name: Method(saliency=name) for name in WARM_STARTS},
 }
 
@@ -204,7 +208,7 @@ class PruneConfig:
         kernel = dict(kernel="triton", precision="bf16") if cuda else dict(kernel="torch", precision="ieee")
         values = DEFAULTS[self.preset, bool(refit)]
         defaults: dict[str, Any] = dict(zip(_NAMES, values, strict=True)) | dict(warm_start="wanda") | kernel
-        if self.method != "sparsefw":
+        if not METHODS[self.method].frank_wolfe:
             defaults["reconstruct"] = 0
         elif self.preset == "sparsefw" and refit and (self.reconstruct is DEPENDS or self.reconstruct):
             defaults |= BEFORE_RECONSTRUCTION
@@ -212,8 +216,9 @@ class PruneConfig:
 
     def _check_together(self) -> None:
         unused = [f.name for f in fields(self) if f.metadata.get("frank_wolfe") and f.name in self.given]
-        if unused and "sparsefw" not in self.methods:
-            raise InputError(f"{option(unused[0])}: not used by {option('method', self.method)}, only by sparsefw")
+        if unused and not self.uses_frank_wolfe:
+            others = ", ".join(name for name, method in METHODS.items() if method.frank_wolfe)
+            raise InputError(f"{option(unused[0])}: not used by {option('method', self.method)}, only by {others}")
         if self.rounds and not self.refit:
             raise InputError(f"{option('rounds')}: masks for refitted weights, and {option('refit', 0)} refits none")
         for name in ("penalty", "swaps", "refit"):
@@ -253,9 +258,9 @@ class PruneConfig:
         elif passes and "reconstruct" not in self.given and most >= MANY_WINDOWS:
             passes = PASSES_OF_MANY
         config = self.replace(reconstruct=passes) if self.reconstruct else self
-        if "damp" in self.given or not self.refit or "sparsefw" not in self.methods:
+        if "damp" in self.given or not self.refit or not self.uses_frank_wolfe:
             return config
-        if config.reconstruct and config.method == "sparsefw":
+        if config.reconstruct and METHODS[config.method].frank_wolfe:
             return config.replace(damp=DAMP_BEFORE_RECONSTRUCTION)
         return config.replace(damp=round(max(config.damp, MOST_DAMP * min(1.0, FEW_TOKENS / (windows * seqlen))), 2))
 
@@ -281,7 +286,7 @@ class PruneConfig:
 
     def rows_independent(self, method: str) -> bool:
         """Whether a method solves every row by itself, so that layers that share an input can be stacked."""
-        return METHODS[method].rows_independent and not (method == "sparsefw" and self.whole_matrix)
+        return METHODS[method].rows_independent and not (METHODS[method].frank_wolfe and self.whole_matrix)
 
     def rows_shared(self, method: str) -> bool:
         """Whether the rows of a layer may be solved separately: nothing is known of all of them together."""
@@ -289,9 +294,18 @@ class PruneConfig:
         return self.rows_independent(method) and self.pattern.scope != "layer" and by_row
 
     @property
+    def uses_frank_wolfe(self) -> bool:
+        """Whether any method of the run takes the fields that are marked so."""
+        return any(METHODS[method].frank_wolfe for method in self.methods)
+
+    def dense_target(self, method: str) -> bool:
+        """Whether layers that a method prunes approximate the dense model's outputs."""
+        return self.target == "dense" and METHODS[method].dense_target
+
+    @property
     def uses_dense_target(self) -> bool:
-        """Whether layers approximate the dense model's outputs."""
-        return self.target == "dense" and "sparsefw" in self.methods
+        """Whether layers of any method do."""
+        return any(map(self.dense_target, self.methods))
 
     @property
     def uses_dense_stream(self) -> bool:
@@ -301,7 +315,7 @@ class PruneConfig:
     @property
     def goes_back(self) -> bool:
         """Whether a reconstruction begins at a block's input, from which stages have moved the windows on."""
-        return self.reconstruct > 0 and self.uses_dense_target and self.method == "sparsefw"
+        return self.reconstruct > 0 and self.dense_target(self.method)
 
     @property
     def backend(self) -> "Backend":

@@ -6,7 +6,9 @@ several at once, and neither stacks nor chunks change the result.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -15,12 +17,11 @@ from torch import Tensor
 from sparsefw.caller import without_autocast
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.topk_torch import masked
-from sparsefw.ranks import ALONE, Ranks, shares
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.methods import CHOOSE, Choice
 from sparsefw.solver.refit import Cross
-from sparsefw.solver.stack import ROW_UNIT, Member, Stack, by_chunks, stack_rows
+from sparsefw.solver.stack import Stack, cut, stack_rows, workers
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def prune_layers(
     memory: int = 4 << 30,
     crosses: list[Cross | None] | None = None,
     masks: list[Tensor] | None = None,
-    ranks: Ranks = ALONE,
+    share: slice | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> list[LayerResult]:
     """Choose masks and weights of layers that read the same input, and write them in place; a result for each layer.
 
@@ -147,8 +149,10 @@ def prune_layers(
             is pruned in place of its weight, see `refit`.
         masks: a list to which the masks of the stacked rows, (rows, in) bool, and of those that pad a stack are
             appended chunk by chunk.
-        ranks: each solves its share of the rows, if `PruneConfig.rows_shared`, and has all of them in the end. Of a
-            cross matrix with rows a rank needs those of its share.
+        share: the rows of the stack that are solved here, if `PruneConfig.rows_shared`; None: all of them. Only these
+            rows of a cross matrix with rows are read.
+        gather: called when the rows of the share are written, with sums of them that results are made of, (layers, 5)
+            fp64 on the host. It sees to all other rows, and returns the sums of all rows.
 
     Raises:
         InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
@@ -156,49 +160,86 @@ def prune_layers(
         FloatingPointError: an error is not finite, or G is not positive definite for a method that needs it; the
             message names the layer.
     """
-    if any(cross is not None for cross in crosses or []) and not METHODS[method].uses_target:
+    crosses = crosses or [None] * len(layers)
+    if any(crosses) and not METHODS[method].dense_target:
         raise ValueError(f"crosses: {method} approximates what the layers themselves put out")
     for name, weight in layers:
         patterns.check_width(config.pattern, weight.shape[1], name)
-    members = [
-        Member(name, weight, cross, "layer" if cross is None else "dense")
-        for (name, weight), cross in zip(layers, crosses or [None] * len(layers), strict=True)
-    ]
-    # Cross matrices may be as large as the weights: only the members may keep them.
+    names, weights = [name for name, _ in layers], [weight for _, weight in layers]
+    targets = ["dense" if cross else "layer" for cross in crosses]
+    memory_of_chunks = memory if config.rows_independent(method) else None
+    stack = Stack(names, weights, [*crosses], G, METHODS[method], config, backend, memory_of_chunks)
+    # Cross matrices may be as large as the weights: only the stack may keep them.
     del crosses
-    stack = Stack(members, G, method, config, backend, memory if config.rows_independent(method) else None)
     started = time.perf_counter()
+    share = share or slice(0, stack.height)
+    measured = [torch.zeros(5, 0, dtype=torch.float64, device=G.device)]
+    chunks, threads = cut(stack, share)
+    problems = map(stack_rows(stack, share).__getitem__, chunks)
     try:
-        sums = _choose_rows(stack, ranks.share(stack.height, ROW_UNIT), masks)
+        with workers(threads) as run:
+            choices = run(CHOOSE[method], problems, repeat(config), repeat(backend))
+            for chunk, choice in zip(chunks, choices, strict=True):
+                _write(stack, slice(share.start + chunk.start, share.start + chunk.stop), choice)
+                measured.append(_measures(choice))
+                if masks is not None:
+                    masks.append(choice.mask)
     except FloatingPointError as error:
-        raise FloatingPointError(f"{', '.join(name for name, _ in layers)}: {error}") from error
-    if not ranks.alone:
-        sums = _exchange(stack, sums, ranks)
-    seconds = (time.perf_counter() - started) / sum(stack.lengths)
-    return [_result(stack, *row, seconds) for row in zip(stack.members, sums.tolist(), strict=True)]
+        raise FloatingPointError(f"{', '.join(names)}: {error}") from error
+    by_row = torch.cat(measured, 1)
+    sums = torch.stack([by_row[:, place].sum(1) for _, place in stack.places(share)]).cpu()
+    if gather:
+        sums = gather(sums)
+    seconds = (time.perf_counter() - started) / sum(map(len, weights))
+    return [
+        _result(name, weight, method, config, target, row, seconds)
+        for name, weight, target, row in zip(names, weights, targets, sums.tolist(), strict=True)
+    ]
 
 
-def _result(stack: Stack, member: Member, sums: list[float], seconds: float) -> LayerResult:
-    """The result of a layer, whose sums are those of `_choose_rows`; `seconds` are those of a row."""
-    method, config = stack.method, stack.config
+def _write(stack: Stack, rows: slice, choice: Choice) -> None:
+    """Write the weights of some rows of a stack into its layers."""
+    for weight, (mine, place) in zip(stack.weights, stack.places(rows), strict=True):
+        if choice.weight is None:
+            weight[mine] = masked(weight[mine], choice.mask[place])
+        else:
+            weight[mine] = choice.weight[place]
+
+
+def _measures(choice: Choice) -> Tensor:
+    """Measures of each row, (5, rows) fp64.
+
+    They are the errors of the warm start, of the mask and of the weights, the bound, which is NaN if it is not known,
+    and the number of kept weights.
+    """
+    bound = torch.full_like(choice.error, math.nan) if choice.bound is None else choice.bound
+    measures = choice.error_warm_start, choice.error_mask, choice.error, bound, choice.mask.sum(1)
+    return torch.stack([x.double() for x in measures])
+
+
+def _result(
+    name: str, weight: Tensor, method: str, config: PruneConfig, target: str, sums: list[float], seconds: float
+) -> LayerResult:
+    """The result of a layer, from the sums of its `_measures` and the seconds of a row."""
     warm, mask, error, bound, kept = sums
+    needs = METHODS[method]
     return LayerResult(
-        name=member.name,
-        shape=(member.weight.shape[0], member.weight.shape[1]),
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
         pattern=config.pattern.text,
         kept=int(kept),
         method=method,
-        warm_start=METHODS[method].saliency or config.warm_start,
-        alpha=config.alpha if method == "sparsefw" else None,
-        steps=config.steps if method == "sparsefw" else 0,
-        target=member.target,
+        warm_start=needs.saliency or config.warm_start,
+        alpha=config.alpha if needs.frank_wolfe else None,
+        steps=config.steps if needs.frank_wolfe else 0,
+        target=target,
         error_warm_start=warm,
         error_mask=mask,
         error=error,
         relative_mask=_relative(mask, warm),
         relative_error=_relative(error, warm),
         gap=None if math.isnan(bound) else mask - bound,
-        seconds=seconds * len(member.weight),
+        seconds=seconds * len(weight),
     )
 
 
@@ -207,63 +248,3 @@ def _relative(error: float, warm: float) -> float:
         return error / warm
     # Rounding can leave the error of an exact fit just below 0.
     return math.inf if error > 0 else 1.0
-
-
-def _choose_rows(stack: Stack, share: slice, masks: list[Tensor] | None) -> Tensor:
-    """Choose masks and weights of some rows of a stack, and write them in place.
-
-    Returns:
-        (layers, 5) fp64 on the host: sums over the rows of each layer. They are the errors of the warm start, of the
-        mask and of the weights, the bound, which is NaN if it is not known, and the number of kept weights.
-    """
-    problem, start = stack_rows(stack, share), share.start
-    measured = [torch.zeros(5, 0, dtype=torch.float64, device=stack.G.device)]
-
-    def choose(chunk: slice) -> Choice:
-        return CHOOSE[stack.method](problem[chunk], stack.config, stack.backend)
-
-    for choice in by_chunks(choose, problem.W, stack.memory, stack.members[0].name, stack.backend):
-        part = slice(start, start + len(choice.mask))
-        start = part.stop
-        _write(stack.weights(part), choice)
-        if masks is not None:
-            masks.append(choice.mask)
-        bound = torch.full_like(choice.error, math.nan) if choice.bound is None else choice.bound
-        errors = choice.error_warm_start, choice.error_mask, choice.error, bound
-        measured.append(torch.stack([x.double() for x in (*errors, choice.mask.sum(1))]))
-    lengths = [len(weight) for weight in stack.weights(share)]
-    # The padding below the last layer is cut off.
-    by_layer = torch.cat(measured, 1)[:, : sum(lengths)].split(lengths, 1)
-    return torch.stack([part.sum(1) for part in by_layer]).cpu()
-
-
-def _write(weights: list[Tensor], choice: Choice) -> None:
-    """Write the rows of a chunk into the rows of the layers that they belong to."""
-    start = 0
-    for weight in weights:
-        rows = slice(start, start + len(weight))
-        start = rows.stop
-        if choice.weight is None:
-            weight.copy_(masked(weight, choice.mask[rows]))
-        else:
-            weight.copy_(choice.weight[rows])
-
-
-def _exchange(stack: Stack, sums: Tensor, ranks: Ranks) -> Tensor:
-    """Give all ranks the rows that each of them has chosen; returns the sums of all rows.
-
-    Args:
-        stack: its weights have this rank's rows.
-        sums: of this rank's rows, see `_choose_rows`.
-        ranks: the ranks.
-    """
-    for owner, share in enumerate(shares(stack.height, ranks.count, ROW_UNIT)):
-        weights = stack.weights(share)
-        lengths = [len(weight) for weight in weights]
-        mine = owner == ranks.number
-        rows = torch.cat(weights) if mine else weights[0].new_empty(sum(lengths), weights[0].shape[1])
-        ranks.broadcast(owner, rows).wait()
-        if not mine:
-            for weight, chosen in zip(weights, rows.split(lengths), strict=True):
-                weight.copy_(chosen)
-    return torch.stack(ranks.gather(sums)).sum(0)

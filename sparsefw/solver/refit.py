@@ -47,7 +47,6 @@ from torch import Tensor
 
 from sparsefw.kernels.backend import TORCH, Backend, Terms
 from sparsefw.kernels.topk_torch import as_float
-from sparsefw.ranks import DONE, Handle
 from sparsefw.solver import frank_wolfe
 from sparsefw.solver.frank_wolfe import Problem, Schedule
 
@@ -208,44 +207,45 @@ class Cross:
     Attributes:
         of: "inputs", "streams" or "outputs".
         matrix: (d, d) fp32 of inputs; else (rows, d) fp32.
-        arrived: wait for it before the matrix is used.
     """
 
     of: str
     matrix: Tensor
-    arrived: Handle = DONE
 
 
 def cross_rows(
-    crosses: Sequence[tuple[Cross | None, int]], first: int, W: Tensor, G: Tensor | Terms, *, backend: Backend = TORCH
+    crosses: Sequence[Cross | None],
+    places: Sequence[tuple[slice, slice]],
+    W: Tensor,
+    G: Tensor | Terms,
+    *,
+    backend: Backend = TORCH,
 ) -> Tensor:
     """Rows of B for stacked layers that read one input, (rows, d) fp32.
 
     Args:
-        crosses: what was measured of each layer, and its rows; None: the layer is to be approximated itself.
-        first: number of the first row in the stack.
-        W: (rows, d) these rows of the stack. Rows behind the last layer are padding.
+        crosses: what was measured of each layer; None: the layer is to be approximated itself.
+        places: for each layer the rows of it that are wanted, and their place in W.
+        W: (rows, d) weights. Rows in no place are padding.
         G: (d, d) Gram matrix, not damped, from `Backend.exact_operand`.
         backend: the operations.
     """
+    parts = zip(crosses, places, strict=True)
+    wanted = [(cross, rows, place) for cross, (rows, place) in parts if cross and rows.start < rows.stop]
+    B = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
+    of = {cross.of: cross.matrix for cross, _, _ in wanted}
     # All rows are multiplied at once, so that a row's result does not depend on the layers beside it.
-    products: dict[str, Tensor] = {}
-    B, start = torch.zeros(W.shape, dtype=torch.float32, device=W.device), 0
-    for cross, rows in crosses:
-        low, high = max(first, start), min(first + len(W), start + rows)
-        if cross and low < high:
-            here, there = slice(low - first, high - first), slice(low - start, high - start)
-            if cross.of == "inputs":
-                if "inputs" not in products:
-                    products["inputs"] = backend.product_transposed(backend.operand(W), backend.operand(cross.matrix))
-                B[here] = products["inputs"][here]
-            elif cross.of == "streams":
-                if "streams" not in products:
-                    products["streams"] = backend.exact_product(W, G)
-                torch.sub(cross.matrix[there], products["streams"][here], out=B[here])
-            else:
-                B[here] = cross.matrix[there]
-        start += rows
+    if "inputs" in of:
+        from_inputs = backend.product_transposed(backend.operand(W), backend.operand(of["inputs"]))
+    if "streams" in of:
+        own = backend.exact_product(W, G)
+    for cross, rows, place in wanted:
+        if cross.of == "inputs":
+            B[place] = from_inputs[place]
+        elif cross.of == "streams":
+            torch.sub(cross.matrix[rows], own[place], out=B[place])
+        else:
+            B[place] = cross.matrix[rows]
     return B
 
 

@@ -4,20 +4,20 @@ A stack has the layers' rows one below the other, with their targets, saliencies
 whose state fits the memory, and on a CPU the caches too.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsefw.errors import InputError
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend, Terms
-from sparsefw.ranks import shares
 from sparsefw.solver import patterns
-from sparsefw.solver.config import METHODS, PruneConfig
+from sparsefw.solver.config import Method, PruneConfig
 from sparsefw.solver.frank_wolfe import Problem
 from sparsefw.solver.methods import SALIENCIES
 from sparsefw.solver.patterns import Pattern
@@ -42,117 +42,111 @@ TARGET_STEPS = 4
 # dead. Without it, the weights of a nearly dead input could become huge and ruin the first text in which it is alive.
 FLOOR = 0.01
 
-Result = TypeVar("Result")
-
-
-@dataclass
-class Member:
-    """A layer in a stack. `cross`, see `refit`, is dropped when the stack's targets are computed."""
-
-    name: str
-    weight: Tensor
-    cross: Cross | None
-    target: str
-
 
 @dataclass(frozen=True)
 class Stack:
     """Layers that are solved together, one below the other.
 
     Attributes:
-        members: the layers.
-        G: (d, d) fp32 Gram matrix of their input.
-        method: one of METHODS.
+        names: the layers' names.
+        weights: (out, in) weight of each layer.
+        crosses: cross matrix of each layer or None, see `refit`. The list is emptied when the targets are computed.
+        G: (in, in) fp32 Gram matrix of their input.
+        method: what the method needs.
         config: the config of the run.
         backend: the operations.
-        memory: bytes for the state of the chunks, see `by_chunks`. Unless it is None, rows of zeros pad the stack to a
-            multiple of ROW_UNIT.
+        memory: bytes for the state of the chunks. Unless it is None, rows of zeros pad the stack to a multiple of
+            ROW_UNIT; if it is, all rows are solved at once.
     """
 
-    members: list[Member]
+    names: list[str]
+    weights: list[Tensor]
+    crosses: list[Cross | None]
     G: Tensor
-    method: str
+    method: Method
     config: PruneConfig
     backend: Backend
     memory: int | None
 
     @property
-    def lengths(self) -> list[int]:
-        """The rows of each layer."""
-        return [len(member.weight) for member in self.members]
-
-    @property
     def height(self) -> int:
-        """All rows, with those that pad the stack."""
-        rows = sum(self.lengths)
-        return rows if self.memory is None else _padded(rows)
+        """The number of rows, with those that pad the stack."""
+        rows = sum(map(len, self.weights))
+        return rows if self.memory is None else padded(rows)
 
-    def weights(self, share: slice) -> list[Tensor]:
-        """The rows of each layer's weight that lie in a share of the stack: views."""
-        parts = zip(self.members, rows_within(self.lengths, share), strict=True)
-        return [member.weight[rows] for member, rows in parts]
+    def places(self, share: slice) -> list[tuple[slice, slice]]:
+        """For each layer its rows that lie in a share of the stack, and their place in the share."""
+        return places(map(len, self.weights), share)
 
 
-def _padded(rows: int) -> int:
+def padded(rows: int) -> int:
+    """The height of a stack of layers with this number of rows, if it is solved in chunks."""
     return -(-rows // ROW_UNIT) * ROW_UNIT
 
 
-def rows_within(lengths: Iterable[int], share: slice) -> list[slice]:
-    """The rows of each layer that lie in a share of the stack."""
+def places(lengths: Iterable[int], share: slice) -> list[tuple[slice, slice]]:
+    """As `Stack.places`, for layers with these numbers of rows. Slices of layers outside of the share are empty."""
     found, start = [], 0
     for length in lengths:
         low, high = (min(max(end - start, 0), length) for end in (share.start, share.stop))
-        found.append(slice(low, high))
+        first = start + low - share.start
+        found.append((slice(low, high), slice(first, first + high - low)))
         start += length
     return found
 
 
-def rows_by_rank(lengths: Sequence[int], count: int) -> list[list[slice]]:
-    """The rows of each layer of a stack that each rank solves, by layer, then by rank."""
-    parts = shares(_padded(sum(lengths)), count, ROW_UNIT)
-    return [list(rows) for rows in zip(*(rows_within(lengths, part) for part in parts), strict=True)]
-
-
 def stack_rows(stack: Stack, share: slice) -> Problem:
-    """Rows of a stack, one below the other.
+    """The problem of some rows of a stack. Rows that pad the stack are zero.
 
     Args:
         stack: the stack; its layers lose their cross matrices.
-        share: the rows of the stack that are wanted. Those behind the last layer are zero.
+        share: the rows.
     """
-    G, method, config, backend = stack.G, METHODS[stack.method], stack.config, stack.backend
-    parts = stack.weights(share)
-    own, lengths = parts[0].dtype, [len(part) for part in parts]
-    padding = share.stop - share.start - sum(lengths)
+    G, config, backend = stack.G, stack.config, stack.backend
+    own = stack.weights[0].dtype
     # bf16 and fp16 arithmetic is slow on a CPU; fp32 holds the same weights.
-    start = _stack_padded(parts, sum(lengths) + padding, torch.float32 if G.device.type == "cpu" else own)
-    support = start != 0 if config.keep_zeros else None
-    exact = backend.exact_operand(G, own)
-    # Refits and targets only multiply with the damped matrix. Swaps of masks need it exactly.
-    of_products = torch.bfloat16 if config.refit and backend.precision == "bf16" else torch.float32
-    H = damped(G, config.damp, of_products) if method.uses_target else G
-    target_gap = _to_targets(stack, share.start, start, exact, H, support)
-    saliency = SALIENCIES[method.saliency or config.warm_start]
-    saliencies = [saliency(part, G.diagonal()) for part in start[: sum(lengths)].split(lengths)]
-    k = kept(saliencies, config.pattern, padding=padding)
-    S = _stack_padded(saliencies, len(start), torch.float32)
-    return Problem(start, G, H, S, k, config.pattern.group, exact, own, target_gap, support)
+    dtype = torch.float32 if G.device.type == "cpu" else own
+    W = torch.zeros(share.stop - share.start, len(G), dtype=dtype, device=G.device)
+    for weight, (rows, place) in zip(stack.weights, stack.places(share), strict=True):
+        W[place] = weight[rows]
+    support = W != 0 if config.keep_zeros else None
+    exact, H = backend.exact_operand(G, own), G
+    if stack.method.dense_target:
+        # Refits and targets only multiply with the damped matrix. Swaps of masks need it exactly.
+        of_products = config.refit and backend.precision == "bf16"
+        H = damped(G, config.damp, torch.bfloat16 if of_products else torch.float32)
+    target_gap = _to_targets(stack, share, W, exact, H, support)
+    saliency = SALIENCIES[stack.method.saliency or config.warm_start]
+    S = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
+    layers = [place for _, place in stack.places(share)]
+    for layer in layers:
+        S[layer] = saliency(W[layer], G.diagonal())
+    k = kept(S, layers, config.pattern)
+    return Problem(W, G, H, S, k, config.pattern.group, exact, own, target_gap, support)
 
 
-def kept(saliencies: list[Tensor], pattern: Pattern, padding: int = 0) -> int | Tensor:
-    """The budgets of the stacked rows, see `Problem.k`; `padding` rows of zeros pad the stack.
+def kept(saliency: Tensor, layers: list[slice], pattern: Pattern) -> int | Tensor:
+    """The budgets of stacked rows, see `Problem.k`.
 
     A `layer:` budget goes to the highest saliencies of a whole matrix, and each row keeps the number that it got.
+
+    Args:
+        saliency: (rows, d) fp32.
+        layers: the rows of each layer.
+        pattern: what is kept.
     """
-    d = saliencies[0].shape[1]
+    rows, d = saliency.shape
     if pattern.scope == "group":
         return patterns.kept_in_group(pattern)
     if pattern.scope == "row":
         return patterns.kept_in_row(pattern, d)
-    budgets = [(s, patterns.kept_in_layer(pattern, len(s), d)) for s in saliencies]
-    # A NaN shows in the errors, which name the layer.
-    highest = [cpu.lmo(s.reshape(1, -1), budget, checked=False).view(s.shape) for s, budget in budgets]
-    return nn.functional.pad(torch.cat([mask.sum(1) for mask in highest]), (0, padding))
+    k = torch.zeros(rows, dtype=torch.int64, device=saliency.device)
+    for layer in layers:
+        budget = patterns.kept_in_layer(pattern, len(saliency[layer]), d)
+        # A NaN shows in the errors, which name the layer.
+        highest = cpu.lmo(saliency[layer].reshape(1, -1), budget, checked=False)
+        k[layer] = highest.view(-1, d).sum(1)
+    return k
 
 
 def damped(G: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -177,29 +171,17 @@ def damped(G: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Tensor
     return H
 
 
-def _stack_padded(parts: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
-    """Stack matrices and pad with zeros to `rows` rows, (rows, d). Each leaves the list when copied, to free memory."""
-    stacked, start = torch.empty(rows, parts[0].shape[1], dtype=dtype, device=parts[0].device), 0
-    while parts:
-        part = parts.pop(0)
-        stacked[start : start + len(part)] = part
-        start += len(part)
-        del part
-    stacked[start:] = 0
-    return stacked
-
-
 def _to_targets(
-    stack: Stack, first: int, W: Tensor, G: Tensor | Terms, H: Tensor, support: Tensor | None
+    stack: Stack, share: slice, W: Tensor, G: Tensor | Terms, H: Tensor, support: Tensor | None
 ) -> Tensor | None:
-    """Replace stacked rows W, of which the first has this number, by their targets, chunk by chunk.
+    """Replace the rows W of a stack by their targets, chunk by chunk.
 
     The target of a layer without a cross matrix is its weight, and that of the padding is zero. Targets are rounded to
     the dtype that will be written: rows whose mask stays as it is keep the target's own weights.
 
     Args:
         stack: the stack; its layers lose their cross matrices.
-        first, W, support: as in `stack_rows`.
+        share, W, support: as in `stack_rows`.
         G: from `Backend.exact_operand`.
         H: the damped matrix.
 
@@ -207,19 +189,17 @@ def _to_targets(
         Without a refit only the mask can be chosen for a target. Then W stays, and this is the target minus W, (rows,
         d) fp32. Otherwise, and if no layer has a cross matrix, None.
     """
-    crosses = [(member.cross, len(member.weight)) for member in stack.members]
-    if not any(cross is not None for cross, _ in crosses):
+    crosses = [*stack.crosses]
+    stack.crosses.clear()
+    if not any(crosses):
         return None
-    for member in stack.members:
-        if member.cross is not None:
-            member.cross.arrived.wait()
-            member.cross = None
     gap = None if stack.config.refit else torch.empty_like(W, dtype=torch.float32)
-    own = stack.members[0].weight.dtype
+    own = stack.weights[0].dtype
     most = min(torch.finfo(own).max, torch.finfo(torch.float32).max)
 
     def put(rows: slice) -> None:
-        B = cross_rows(crosses, first + rows.start, W[rows], G, backend=stack.backend)
+        within = stack.places(slice(share.start + rows.start, share.start + rows.stop))
+        B = cross_rows(crosses, within, W[rows], G, backend=stack.backend)
         support_of_rows = None if support is None else support[rows]
         T = find_target(W[rows], H, B, TARGET_STEPS, support=support_of_rows, backend=stack.backend)
         if gap is None:
@@ -227,8 +207,10 @@ def _to_targets(
         else:
             gap[rows] = T - W[rows]
 
-    for _ in by_chunks(put, W, stack.memory, stack.members[0].name, stack.backend):
-        pass
+    chunks, threads = cut(stack, share)
+    with workers(threads) as run:
+        for _ in run(put, chunks):
+            pass
     return gap
 
 
@@ -237,58 +219,50 @@ def cpu_rows(d: int) -> int:
     return max(CPU_ROWS, CPU_ENTRIES // d // ROW_UNIT * ROW_UNIT)
 
 
-def by_chunks(
-    solve: Callable[[slice], Result], W: Tensor, memory: int | None, name: str, backend: Backend
-) -> Iterator[Result]:
-    """solve(rows) for chunks of the rows of W, in their order.
+def cut(stack: Stack, share: slice) -> tuple[list[slice], int]:
+    """Cut a share of a stack into chunks of rows whose state fits the memory.
 
-    On a CPU as many chunks are solved at once as torch has threads, each on one thread. The operations on a chunk are
-    too short to be split over threads, and numpy's selection uses one thread only.
-
-    Args:
-        solve: called with the rows of a chunk, on a CPU in another thread.
-        W: (rows, d).
-        memory: bytes that the state of the chunks may take; None solves all rows at once.
-        name: the layer's name, for the error.
-        backend: the operations.
+    Returns:
+        The chunks, counted from the start of the share, and the number of `workers` for them.
 
     Raises:
         InputError: no chunk fits the memory.
     """
-    if not len(W):
-        return
-    if memory is None:
-        yield solve(slice(0, len(W)))
-        return
-    threaded = W.device.type == "cpu" and backend.thread_safe
-    threads = torch.get_num_threads() if threaded else 1
-    height, threads = _height(W, memory, threads, name)
-    chunks = [slice(start, start + height) for start in range(0, len(W), height)]
-    if not threaded:
-        yield from map(solve, chunks)
+    rows, d = share.stop - share.start, len(stack.G)
+    if stack.memory is None:
+        return [slice(0, rows)], 0
+    unit = BYTES_PER_ENTRY * d * ROW_UNIT
+    units = stack.memory // unit
+    if not units:
+        raise InputError(
+            f"{stack.names[0]}: a solve needs {unit / 2**30:.3f} GiB at least, and {stack.memory / 2**30:.3f} are set "
+            "aside"
+        )
+    on_cpu = stack.G.device.type == "cpu"
+    threaded = on_cpu and stack.backend.thread_safe
+    threads = min(torch.get_num_threads(), units) if threaded else 1
+    if on_cpu:
+        units = min(units // threads, cpu_rows(d) // ROW_UNIT)
+    # All threads get the same number of chunks, and chunks are alike.
+    turns = max(1, -(-rows // (threads * units * ROW_UNIT)))
+    height = max(1, -(-rows // (threads * turns * ROW_UNIT))) * ROW_UNIT
+    chunks = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
+    return chunks, threads if threaded else 0
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` of chunks over this number of threads, with one thread of torch's each; 0: Python's own.
+
+    The operations on a chunk are too short to be split over threads, and numpy's selection uses one thread only.
+    """
+    if not count:
+        yield map
         return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(solve, chunks)
+        with ThreadPoolExecutor(count) as pool:
+            yield pool.map
     finally:
         torch.set_num_threads(before)
-
-
-def _height(W: Tensor, memory: int, threads: int, name: str) -> tuple[int, int]:
-    """The number of rows in a chunk, and the number of threads that the memory allows."""
-    d = W.shape[1]
-    unit = BYTES_PER_ENTRY * d * ROW_UNIT
-    units = memory // unit
-    if not units:
-        raise InputError(
-            f"{name}: a solve needs {unit / 2**30:.3f} GiB at least, and {memory / 2**30:.3f} are set aside"
-        )
-    threads = min(threads, units)
-    if W.device.type == "cpu":
-        units = min(units // threads, cpu_rows(d) // ROW_UNIT)
-    # All threads get the same number of chunks, and chunks are alike.
-    turns = -(-len(W) // (threads * units * ROW_UNIT))
-    units = -(-len(W) // (threads * turns * ROW_UNIT))
-    return units * ROW_UNIT, threads

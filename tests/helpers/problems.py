@@ -35,7 +35,7 @@ def make_problem(rows, d, sparsity="0.6", alpha=0.0, seed=0, warm_start="wanda",
     G = (G + G.T) / 2
     saliency = SALIENCIES[warm_start](W, G.diagonal())
     pattern = patterns.parse(sparsity)
-    problem, backend = problem_of(W, G, saliency, stack.kept([saliency], pattern), pattern.group), TORCH
+    problem, backend = problem_of(W, G, saliency, stack.kept(saliency, [slice(None)], pattern), pattern.group), TORCH
     if whole:
         problem, backend = paper.as_one_row(problem, backend)
     if not alpha:

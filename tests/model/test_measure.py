@@ -108,7 +108,7 @@ def errors_by_layer(family, pair, loss):
             X, G = pruned.input(name).double(), captured.grams[layer.gram]
             torch.testing.assert_close(G.double(), X.T @ X, rtol=1e-4, atol=1e-5 * G.max().item())
             cross = captured.crosses[layer.name]
-            B = cross_rows([(cross, len(layer.weight))], 0, layer.weight.float(), G)
+            B = cross_rows([cross], [(every := slice(0, len(layer.weight)), every)], layer.weight.float(), G)
             truth, recorded = truth_of(family, name, layer, pruned, dense)
             assert truth.norm() > 0
             found[name] = cross.of, error(B, truth), error(recorded, truth)

@@ -281,7 +281,7 @@ class TestFailures:
     def test_not_finite(self, method, text, where, value):
         inputs = {"W": make_layers((3,))[0][1], "G": make_gram()}
         if where == "B":
-            if not METHODS[method].uses_target:
+            if not METHODS[method].dense_target:
                 return
             inputs["B"] = torch.randn(3, D, generator=generator(50))
         inputs[where][1, 2] = inputs[where][2, 1] = value

@@ -11,7 +11,7 @@ from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.solver.methods import CHOOSE
 from sparsefw.solver.refit import Cross, cross_rows
-from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
+from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT, places
 
 UNIT = BYTES_PER_ENTRY * D * ROW_UNIT
 FORMS = ("inputs", "streams", "outputs")
@@ -52,10 +52,10 @@ class Case:
         return crosses
 
     def stacked(self, forms):
-        """The stack's weights, padded to a multiple of ROW_UNIT, and what `cross_rows` is given of its layers."""
+        """What `cross_rows` is given of the layers, with weights that are padded to a multiple of ROW_UNIT."""
         W = torch.cat(self.weights)
-        padding = W.new_zeros(-len(W) % ROW_UNIT, D)
-        return torch.cat([W, padding]), list(zip(self.crosses(forms), ROWS, strict=True))
+        W = torch.cat([W, W.new_zeros(-len(W) % ROW_UNIT, D)])
+        return self.crosses(forms), places(ROWS, slice(0, len(W))), W, self.G
 
 
 class TestCrossRows:
@@ -64,8 +64,7 @@ class TestCrossRows:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_are_those_of_float64(self, dtype, operations, form):
         case = Case(dtype, DEVICE)
-        W, crosses = case.stacked([form] * len(ROWS))
-        B = cross_rows(crosses, 0, W, case.G, backend=Backend(operations)).double()
+        B = cross_rows(*case.stacked([form] * len(ROWS)), backend=Backend(operations)).double()
         # The forms differ by what they subtract: products with the whole input, or with the difference of inputs.
         assert (B[: len(case.truth)] - case.truth).abs().max() < 2e-5 * case.truth.abs().max()
         assert not B[len(case.truth) :].any()
@@ -75,8 +74,7 @@ class TestCrossRows:
         """At bf16, W G alone would be wrong by more than the difference to the dense model is."""
         case, unit = Case(torch.bfloat16), dict(ieee=2e-6, tf32x3=2e-6, tf32=2.0**-12, bf16=2.0**-9)[precision]
         for form, most in (("streams", 1e-4), ("inputs", unit)):
-            W, crosses = case.stacked([form] * len(ROWS))
-            B = cross_rows(crosses, 0, W, case.G, backend=Backend(cpu, precision))
+            B = cross_rows(*case.stacked([form] * len(ROWS)), backend=Backend(cpu, precision))
             assert (B[: len(case.truth)] - case.truth).norm() < most * case.truth.norm()
 
 
