@@ -17,7 +17,7 @@ from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend
 from sparsefw.solver.config import METHODS, Method, PruneConfig
 from sparsefw.solver.frank_wolfe import Choice, Problem, mask_error
-from sparsefw.solver.methods import CHOOSE, choose_weights
+from sparsefw.solver.methods import CHOOSE, check_finite, choice_of
 
 # A swap counts only if it lowers the row's error by this fraction of the first error. A smaller gain may be rounding,
 # and a search that follows rounding may never end.
@@ -139,9 +139,11 @@ def _one_budget(problem: Problem, config: PruneConfig) -> int:
     return problem.k
 
 
-def _admm(problem: Problem, config: PruneConfig) -> tuple[Tensor, Tensor]:
+def _admm(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
     """ADMM, which has a damping of its own."""
-    return admm(problem.W, problem.G, _one_budget(problem, config), group=problem.group)
+    check_finite(problem)
+    mask, Z = admm(problem.W, problem.G, _one_budget(problem, config), group=problem.group)
+    return choice_of(problem, mask, Z, backend)
 
 
 def _one_swaps(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
@@ -156,7 +158,7 @@ def _one_swaps(problem: Problem, config: PruneConfig, backend: Backend) -> Choic
 BASELINES = {
     "one-swaps": (Method(saliency="wanda"), _one_swaps),
     # It factors G in every call, so rows are not solved in chunks.
-    "admm": (Method(saliency="wanda", rows_independent=False), choose_weights(_admm)),
+    "admm": (Method(saliency="wanda", rows_independent=False, changes_weights=True), _admm),
 }
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 import sparsefw.run
 from sparsefw.solver.config import METHODS, Method
 from sparsefw.solver.frank_wolfe import Problem
-from sparsefw.solver.methods import CHOOSE, choose_weights
+from sparsefw.solver.methods import CHOOSE, choice_of
 
 # 128 does not divide the rows of SmolLM2, which llm-compressor refuses.
 GROUP, SMALLER_GROUP, SCALE_BITS = 64, 32, 16
@@ -108,13 +108,14 @@ def register() -> None:
     """Add the methods to those of this process."""
 
     def add(name: str, prune: Callable) -> None:
-        METHODS[name], CHOOSE[name] = Method(saliency="magnitude"), choose_weights(prune)
+        METHODS[name] = Method(saliency="magnitude", changes_weights=True)
+        CHOOSE[name] = lambda problem, _, backend: choice_of(problem, *prune(problem), backend)
 
     for bits in (2, 3, 4, 8):
         for suffix, size in (("", GROUP), (f"x{SMALLER_GROUP}", SMALLER_GROUP)):
             for name, compensate in (("nearest", False), ("gptq", True)):
-                add(f"{name}{bits}{suffix}", lambda problem, _, how=(bits, size, compensate): rounded(problem, *how))
-    add("bf16", lambda problem, _: (problem.W != 0, problem.W.bfloat16()))
+                add(f"{name}{bits}{suffix}", lambda problem, how=(bits, size, compensate): rounded(problem, *how))
+    add("bf16", lambda problem: (problem.W != 0, problem.W.bfloat16()))
 
 
 def bits_of(folder: Path) -> str:

@@ -42,16 +42,16 @@ class Solve:
     def cost(self) -> int:
         """Flops of a product of the rows, and of a decomposition of the Gram matrix: solves are shared out by them."""
         d = self.layers[0].weight.shape[1]
-        return sum(self.lengths) * d**2 + d**3
+        return sum(map(len, self.weights)) * d**2 + d**3
 
     @property
-    def lengths(self) -> list[int]:
-        """The rows of each layer."""
-        return [len(layer.weight) for layer in self.layers]
+    def weights(self) -> list[Tensor]:
+        """The weight of each layer."""
+        return [layer.weight for layer in self.layers]
 
     def shares(self, ranks: Ranks) -> list[slice]:
         """The rows of the stack that each rank solves if they are shared out."""
-        return shares(padded(sum(self.lengths)), ranks.count, ROW_UNIT)
+        return shares(padded(sum(map(len, self.weights))), ranks.count, ROW_UNIT)
 
 
 def find_solves(
@@ -130,7 +130,7 @@ def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> di
     begun: dict[int, Handle] = {}
     handles: dict[str, Handle] = {}
     for solve in solves:
-        parts = zip(*(places(solve.lengths, share) for share in solve.shares(ranks)), strict=True)
+        parts = zip(*(places(solve.weights, share) for share in solve.shares(ranks)), strict=True)
         for layer, places_of_ranks in zip(solve.layers, parts, strict=True):
             cross = captured.crosses.get(layer.name)
             if cross is None:
@@ -154,8 +154,8 @@ def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> di
 def gather_rows(solve: Solve, ranks: Ranks, sums: Tensor) -> Tensor:
     """Give all ranks the rows that each of them has chosen; returns the sums of all rows, see `prune_layers`."""
     for owner, share in enumerate(solve.shares(ranks)):
-        pairs = zip(solve.layers, places(solve.lengths, share), strict=True)
-        parts = [layer.weight[rows] for layer, (rows, _) in pairs]
+        pairs = zip(solve.weights, places(solve.weights, share), strict=True)
+        parts = [weight[rows] for weight, (rows, _) in pairs]
         chosen = torch.cat(parts)
         ranks.broadcast(owner, chosen).wait()
         for part, rows in zip(parts, chosen.split([len(part) for part in parts]), strict=True):

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from sparsefw.model.head import PIECE, tokens_and_steps, tokens_of_pass
 from sparsefw.model.shapes import BlockShape, ModelShape
-from sparsefw.solver import patterns
 from sparsefw.solver.kept_weights import bytes_of_state
 from sparsefw.solver.patterns import Pattern
 
@@ -62,7 +61,7 @@ def _fit_of(block: BlockShape, shape: ModelShape, pattern: Pattern, undo: bool =
     experts = {layer.name: max(1, layer.experts) for layer in block.all_layers}
     fits = []
     for layer in block.layers:
-        kept = layer.rows * patterns.kept_in_row(pattern, layer.d) * max(1, layer.experts)
+        kept = layer.rows * pattern.kept(layer.d) * max(1, layer.experts)
         weights = layer.rows * layer.d * experts[layer.name]
         state = bytes_of_state(weights, kept, shape.itemsize, undo)
         fits.append(_Fit(state, shape.itemsize * weights, (8 + shape.itemsize) * kept, layer.experts > 0))

@@ -340,5 +340,5 @@ class PruneConfig:
         return load_backend(self.kernel, self.precision)
 
     def selects(self, layer: str) -> bool:
-        """Whether a layer of this name is to be pruned."""
+        """Tell whether a layer of this name is to be pruned."""
         return patterns.selected(layer, self.include, self.ignore)

@@ -21,7 +21,7 @@ from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.methods import CHOOSE, Choice
 from sparsefw.solver.refit import Cross
-from sparsefw.solver.stack import Stack, cut, stack_rows, workers
+from sparsefw.solver.stack import Stack, cut, places, stack_rows, workers
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def prune_layers(
     except FloatingPointError as error:
         raise FloatingPointError(f"{', '.join(names)}: {error}") from error
     by_row = torch.cat(measured, 1)
-    sums = torch.stack([by_row[:, place].sum(1) for _, place in stack.places(share)]).cpu()
+    sums = torch.stack([by_row[:, place].sum(1) for _, place in places(stack.weights, share)]).cpu()
     if gather:
         sums = gather(sums)
     seconds = (time.perf_counter() - started) / sum(map(len, weights))
@@ -199,7 +199,7 @@ def prune_layers(
 
 def _write(stack: Stack, rows: slice, choice: Choice) -> None:
     """Write the weights of some rows of a stack into its layers."""
-    for weight, (mine, place) in zip(stack.weights, stack.places(rows), strict=True):
+    for weight, (mine, place) in zip(stack.weights, places(stack.weights, rows), strict=True):
         if choice.weight is None:
             weight[mine] = masked(weight[mine], choice.mask[place])
         else:

@@ -15,7 +15,7 @@ from sparsefw.arithmetic import all_finite
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.topk_torch import masked
-from sparsefw.solver import frank_wolfe, paper, patterns
+from sparsefw.solver import frank_wolfe, paper
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.frank_wolfe import Choice, Problem, check_errors, mask_error
 from sparsefw.solver.patterns import Pattern
@@ -97,23 +97,22 @@ def choose_saliency(problem: Problem, config: PruneConfig, backend: Backend) -> 
     return Choice(mask, None, error, error, error, None)
 
 
-def choose_weights(
-    prune: Callable[[Problem, PruneConfig], tuple[Tensor, Tensor]],
-) -> Callable[[Problem, PruneConfig, Backend], Choice]:
-    """Make the function of CHOOSE of a `prune` that gives mask and weights, (rows, d) each, at once."""
+def choose_sparsegpt(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
+    """Choose masks and weights by SparseGPT."""
+    check_finite(problem)
+    mask, Z = sparsegpt(problem.W, problem.G, config.pattern, support=problem.support)
+    return choice_of(problem, mask, Z, backend)
 
-    def choose(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
-        check_finite(problem)
-        # Only its error is reported.
-        warm = backend.lmo(problem.saliency, problem.k, group=problem.group)
-        mask, Z = prune(problem, config)
-        written = Z.to(problem.dtype)
-        error = backend.errors(problem.W.float() - written.float(), problem.exact)
-        error_mask, error_warm_start = (mask_error(problem.W, m, problem.exact, backend=backend) for m in (mask, warm))
-        check_errors(torch.stack([error, error_mask, error_warm_start]))
-        return Choice(mask, written, error, error_mask, error_warm_start, None)
 
-    return choose
+def choice_of(problem: Problem, mask: Tensor, Z: Tensor, backend: Backend) -> Choice:
+    """The choice of a method that gives mask and weights, (rows, d) each, at once."""
+    # Only its error is reported.
+    warm = backend.lmo(problem.saliency, problem.k, group=problem.group)
+    written = Z.to(problem.dtype)
+    error = backend.errors(problem.W.float() - written.float(), problem.exact)
+    error_mask, error_warm_start = (mask_error(problem.W, m, problem.exact, backend=backend) for m in (mask, warm))
+    check_errors(torch.stack([error, error_mask, error_warm_start]))
+    return Choice(mask, written, error, error_mask, error_warm_start, None)
 
 
 def check_finite(problem: Problem) -> None:
@@ -170,14 +169,13 @@ def sparsegpt(
     mask = torch.empty_like(Z, dtype=torch.bool)
     for start in range(0, d, width):
         end = min(start + width, d)
-        chosen, factor = mask[:, start:end], C[start:end, start:end]
-        allowed = None if support is None else support[:, start:end]
+        block, factor = slice(start, end), C[start:end, start:end]
+        allowed = None if support is None else support[:, block]
         if not group:
             # The difference of two totals, so that the roundings of the blocks do not add up.
-            budget = patterns.kept_in_layer(pattern, rows, end) - patterns.kept_in_layer(pattern, rows, start)
-            cost = _cost(Z[:, start:end], factor, allowed)
-            chosen.copy_(_allowed(cpu.lmo(cost.view(1, -1), budget, checked=False).view(cost.shape), allowed))
-        errors = _sweep(Z[:, start:end], chosen, factor, pattern, allowed)
+            budget = pattern.kept(rows * end) - pattern.kept(rows * start)
+            mask[:, block] = _costliest(Z[:, block], factor, budget, 0, allowed)
+        errors = _sweep(Z[:, block], mask[:, block], factor, pattern, allowed)
         Z[:, end:].addmm_(errors, C[start:end, end:], alpha=-1)
     return mask, Z
 
@@ -215,13 +213,13 @@ def _sweep(Z: Tensor, mask: Tensor, factor: Tensor, pattern: Pattern, allowed: T
 
     Args:
         Z: (rows, width) fp32; zeroed outside the mask, updated inside.
-        mask: (rows, width) bool; given, or under n:m chosen here.
+        mask: (rows, width) bool, from `_costliest`; under n:m it is chosen here.
         factor: (width, width) fp32, the block's part of the Cholesky factor.
         pattern: what is kept.
         allowed: (rows, width) bool, weights that may be nonzero; None: all.
 
     Returns:
-        errors (rows, width) fp32: the removed weights of each column over C_jj; the columns behind the block move by
+        errors (rows, width) fp32: the removed weights of each column over C_jj. The columns after the block move by
         -errors C.
     """
     errors = torch.empty_like(Z)
@@ -230,31 +228,28 @@ def _sweep(Z: Tensor, mask: Tensor, factor: Tensor, pattern: Pattern, allowed: T
         if group and j % group == 0:
             columns = slice(j, j + group)
             allowed_here = None if allowed is None else allowed[:, columns]
-            cost = _cost(Z[:, columns], factor[columns, columns], allowed_here)
-            chosen = cpu.lmo(cost, patterns.kept_in_group(pattern), group=group, checked=False)
-            mask[:, columns] = _allowed(chosen, allowed_here)
+            n = pattern.kept(group)
+            mask[:, columns] = _costliest(Z[:, columns], factor[columns, columns], n, group, allowed_here)
         errors[:, j] = Z[:, j].masked_fill(mask[:, j], 0) / factor[j, j]
         Z[:, j].masked_fill_(~mask[:, j], 0)
         Z[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
     return errors
 
 
-def _cost(Z: Tensor, factor: Tensor, allowed: Tensor | None) -> Tensor:
-    """The square root of the cost of each removal, which has the same order and does not overflow."""
+def _costliest(Z: Tensor, factor: Tensor, k: int, group: int, allowed: Tensor | None) -> Tensor:
+    """The mask of the weights whose removal costs most: k of all, or of every group; others than `allowed` never."""
+    # The square root of the cost has the same order and does not overflow.
     cost = (Z / factor.diagonal()).abs_()
-    # Weights that must stay zero are removed first.
-    return cost if allowed is None else cost.masked_fill_(~allowed, -1)
-
-
-def _allowed(mask: Tensor, allowed: Tensor | None) -> Tensor:
+    if allowed is not None:
+        cost.masked_fill_(~allowed, -1)
+    budgets = cost if group else cost.view(1, -1)
+    mask: Tensor = cpu.lmo(budgets, k, group=group, checked=False).view(cost.shape)
     return mask if allowed is None else mask & allowed
 
 
 # The function of each of METHODS.
 CHOOSE: dict[str, Callable[[Problem, PruneConfig, Backend], Choice]] = {
     "sparsefw": choose_frank_wolfe,
-    "sparsegpt": choose_weights(
-        lambda problem, config: sparsegpt(problem.W, problem.G, config.pattern, support=problem.support)
-    ),
+    "sparsegpt": choose_sparsegpt,
     **dict.fromkeys(SALIENCIES, choose_saliency),
 }

@@ -40,6 +40,10 @@ class Pattern:
     scope: str
     group: int = 0
 
+    def kept(self, weights: int) -> int:
+        """The number that is kept of weights which share one budget, exact for n:m."""
+        return weights - int(self.sparsity * weights)
+
 
 def parse(text: str) -> Pattern:
     """Read a `--sparsity` value.
@@ -54,15 +58,11 @@ def parse(text: str) -> Pattern:
                 f"{option('sparsity', text)}: n:m keeps n of every m weights, with 0 < n < m <= {LARGEST_GROUP}"
             )
         return Pattern(text, 1 - Fraction(n, m), "group", m)
-    if match := re.fullmatch(r"(layer:)?([0-9]{0,9}(?:\.[0-9]{0,30})?)", text):
-        try:
-            sparsity = Fraction(match[2])
-        except ValueError:
-            sparsity = None
-        if sparsity is not None:
-            if not 0 < sparsity < 1:
-                raise InputError(f"{option('sparsity', text)}: removes a fraction between 0 and 1, both excluded")
-            return Pattern(text, sparsity, "layer" if match[1] else "row")
+    if match := re.fullmatch(r"(layer:)?(?=\.?[0-9])([0-9]{0,9}(?:\.[0-9]{0,30})?)", text):
+        sparsity = Fraction(match[2])
+        if not 0 < sparsity < 1:
+            raise InputError(f"{option('sparsity', text)}: removes a fraction between 0 and 1, both excluded")
+        return Pattern(text, sparsity, "layer" if match[1] else "row")
     raise InputError(f"{option('sparsity', text)}: expected a fraction (0.6), layer:0.6 or n:m (2:4)")
 
 
@@ -73,35 +73,18 @@ def check_width(pattern: Pattern, d: int, name: str) -> None:
         raise InputError(f"{name}: {d} inputs do not divide into groups of {pattern.group} ({of})")
 
 
-def kept_in_row(pattern: Pattern, d: int) -> int:
-    """Weights that a row of d keeps: d - floor(sparsity d), exact for n:m."""
-    return d - int(pattern.sparsity * d)
-
-
-def kept_in_group(pattern: Pattern) -> int:
-    """n of n:m."""
-    return pattern.group - int(pattern.sparsity * pattern.group)
-
-
-def kept_in_layer(pattern: Pattern, rows: int, d: int) -> int:
-    """Weights that a whole (rows, d) matrix keeps under one budget."""
-    return rows * d - int(pattern.sparsity * rows * d)
-
-
 def budget(pattern: Pattern, rows: int, d: int, rows_independent: bool) -> tuple[int, int]:
-    """Weights that share a budget in a (rows, d) matrix, which follow each other, and how many of them are kept.
+    """The number of weights that share a budget in a (rows, d) matrix, and the number of them that are kept.
 
-    Rows that depend on each other share one budget.
+    Weights that share a budget follow each other. Rows that depend on each other share one budget.
     """
-    if pattern.scope == "group":
-        return pattern.group, kept_in_group(pattern)
-    if pattern.scope == "row" and rows_independent:
-        return d, kept_in_row(pattern, d)
-    return rows * d, kept_in_layer(pattern, rows, d)
+    by_row = pattern.scope == "row" and rows_independent
+    width = pattern.group or (d if by_row else rows * d)
+    return width, pattern.kept(width)
 
 
 def matches(pattern: str, layer: str) -> bool:
-    """Whether a pattern stands for a layer.
+    """Tell whether a pattern stands for a layer.
 
     Args:
         pattern: a name or re:PATTERN, see above.
@@ -121,11 +104,10 @@ def without_index(layer: str) -> str:
 
 
 def selected(layer: str, include: Iterable[str], ignore: Iterable[str]) -> bool:
-    """Whether a layer is pruned: one of `include`, where that names any, and none of `ignore`."""
+    """Tell whether a layer is pruned: one of `include`, where that names any, and not one of `ignore`."""
     include = tuple(include)
-    if include and not any(matches(pattern, layer) for pattern in include):
-        return False
-    return not any(matches(pattern, layer) for pattern in ignore)
+    included = not include or any(matches(pattern, layer) for pattern in include)
+    return included and not any(matches(pattern, layer) for pattern in ignore)
 
 
 def check_patterns(name: str, patterns: Iterable[str]) -> None:
@@ -136,7 +118,7 @@ def check_patterns(name: str, patterns: Iterable[str]) -> None:
         if pattern.startswith(REGEX):
             try:
                 re.compile(pattern.removeprefix(REGEX))
-            # The others are those of repetitions and nesting beyond what Python can compile.
+            # The last two: more repetitions or nesting than Python can compile.
             except (re.error, OverflowError, RecursionError) as error:
                 raise InputError(f"{option(name, pattern)}: not a regular expression ({first_line(error)})") from error
 
@@ -166,7 +148,7 @@ def check_used(
 
 
 def _example(pattern: str, layers: list[str]) -> str:
-    """Names like a pattern that matches no layer, for its error; else any layer."""
+    """Suggest names like a pattern that matches no layer, for its error; else any layer."""
     plain = re.sub(rf"^{REGEX}|[^\w.]", "", pattern).strip(".")
     names, length = [name.removesuffix(".weight").split(".") for name in layers], plain.count(".") + 1
     parts = sorted({".".join(name[i : i + length]) for name in names for i in range(len(name) - length + 1)})

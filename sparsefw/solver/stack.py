@@ -16,7 +16,6 @@ from torch import Tensor
 from sparsefw.errors import InputError
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend, Terms
-from sparsefw.solver import patterns
 from sparsefw.solver.config import Method, PruneConfig
 from sparsefw.solver.frank_wolfe import Problem
 from sparsefw.solver.methods import SALIENCIES
@@ -74,24 +73,25 @@ class Stack:
         rows = sum(map(len, self.weights))
         return rows if self.memory is None else padded(rows)
 
-    def places(self, share: slice) -> list[tuple[slice, slice]]:
-        """For each layer its rows that lie in a share of the stack, and their place in the share."""
-        return places(map(len, self.weights), share)
-
 
 def padded(rows: int) -> int:
     """The height of a stack of layers with this number of rows, if it is solved in chunks."""
     return -(-rows // ROW_UNIT) * ROW_UNIT
 
 
-def places(lengths: Iterable[int], share: slice) -> list[tuple[slice, slice]]:
-    """As `Stack.places`, for layers with these numbers of rows. Slices of layers outside of the share are empty."""
+def places(weights: Iterable[Tensor], share: slice) -> list[tuple[slice, slice]]:
+    """For each layer its rows that lie in a share of the stack, and their place in the share; empty if there are none.
+
+    Args:
+        weights: (out, in) weight of each layer of the stack.
+        share: rows of the stack.
+    """
     found, start = [], 0
-    for length in lengths:
-        low, high = (min(max(end - start, 0), length) for end in (share.start, share.stop))
+    for weight in weights:
+        low, high = (min(max(end - start, 0), len(weight)) for end in (share.start, share.stop))
         first = start + low - share.start
         found.append((slice(low, high), slice(first, first + high - low)))
-        start += length
+        start += len(weight)
     return found
 
 
@@ -107,7 +107,7 @@ def stack_rows(stack: Stack, share: slice) -> Problem:
     # bf16 and fp16 arithmetic is slow on a CPU; fp32 holds the same weights.
     dtype = torch.float32 if G.device.type == "cpu" else own
     W = torch.zeros(share.stop - share.start, len(G), dtype=dtype, device=G.device)
-    for weight, (rows, place) in zip(stack.weights, stack.places(share), strict=True):
+    for weight, (rows, place) in zip(stack.weights, places(stack.weights, share), strict=True):
         W[place] = weight[rows]
     support = W != 0 if config.keep_zeros else None
     exact, H = backend.exact_operand(G, own), G
@@ -118,7 +118,7 @@ def stack_rows(stack: Stack, share: slice) -> Problem:
     target_gap = _to_targets(stack, share, W, exact, H, support)
     saliency = SALIENCIES[stack.method.saliency or config.warm_start]
     S = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
-    layers = [place for _, place in stack.places(share)]
+    layers = [place for _, place in places(stack.weights, share)]
     for layer in layers:
         S[layer] = saliency(W[layer], G.diagonal())
     k = kept(S, layers, config.pattern)
@@ -136,15 +136,13 @@ def kept(saliency: Tensor, layers: list[slice], pattern: Pattern) -> int | Tenso
         pattern: what is kept.
     """
     rows, d = saliency.shape
-    if pattern.scope == "group":
-        return patterns.kept_in_group(pattern)
-    if pattern.scope == "row":
-        return patterns.kept_in_row(pattern, d)
+    if pattern.scope != "layer":
+        return pattern.kept(pattern.group or d)
     k = torch.zeros(rows, dtype=torch.int64, device=saliency.device)
     for layer in layers:
-        budget = patterns.kept_in_layer(pattern, len(saliency[layer]), d)
+        matrix = saliency[layer].reshape(1, -1)
         # A NaN shows in the errors, which name the layer.
-        highest = cpu.lmo(saliency[layer].reshape(1, -1), budget, checked=False)
+        highest = cpu.lmo(matrix, pattern.kept(matrix.numel()), checked=False)
         k[layer] = highest.view(-1, d).sum(1)
     return k
 
@@ -198,7 +196,7 @@ def _to_targets(
     most = min(torch.finfo(own).max, torch.finfo(torch.float32).max)
 
     def put(rows: slice) -> None:
-        within = stack.places(slice(share.start + rows.start, share.start + rows.stop))
+        within = places(stack.weights, slice(share.start + rows.start, share.start + rows.stop))
         B = cross_rows(crosses, within, W[rows], G, backend=stack.backend)
         support_of_rows = None if support is None else support[rows]
         T = find_target(W[rows], H, B, TARGET_STEPS, support=support_of_rows, backend=stack.backend)

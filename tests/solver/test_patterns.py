@@ -13,13 +13,13 @@ from sparsefw.solver import patterns
 )
 def test_kept_in_a_row_is_exact(text, d, kept):
     """0.29 * 100 is 28.999... in floating point, and yet 29 are removed."""
-    assert patterns.kept_in_row(patterns.parse(text), d) == kept
+    assert patterns.parse(text).kept(d) == kept
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:2", "31:32"])
 def test_groups(text):
     pattern, (n, m) = patterns.parse(text), map(int, text.split(":"))
-    assert (patterns.kept_in_group(pattern), pattern.group, pattern.scope) == (n, m, "group")
+    assert (pattern.kept(m), pattern.group, pattern.scope) == (n, m, "group")
     patterns.check_width(pattern, 3 * m, "mlp.up")
     with pytest.raises(InputError, match=rf"mlp\.up: {m + 1} inputs do not divide into groups of {m}"):
         patterns.check_width(pattern, m + 1, "mlp.up")
@@ -29,7 +29,7 @@ def test_a_layers_budget_goes_to_its_most_salient_entries():
     saliency = torch.tensor([[9.0, 8, 7, 6, 5], [4, 3, 2, 1, 0]])
     mask, _, _ = solve_layer(saliency, torch.eye(5), PruneConfig("layer:0.4", "magnitude", kernel="torch"))
     assert mask.sum(1).tolist() == [5, 1]
-    assert patterns.kept_in_layer(patterns.parse("layer:0.29"), 10, 10) == 71
+    assert patterns.parse("layer:0.29").kept(100) == 71
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def brain_surgeon(W, G, text, damp, blocksize, support=None):
         if pattern.group:
             if j % pattern.group == 0:
                 for i in range(rows):
-                    keep_best([i], range(j, j + pattern.group), patterns.kept_in_group(pattern))
+                    keep_best([i], range(j, j + pattern.group), pattern.kept(pattern.group))
         elif j % blocksize == 0:
             end = min(j + blocksize, d)
             total = rows * end - int(Fraction(text.removeprefix("layer:")) * rows * end)

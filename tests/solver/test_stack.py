@@ -55,7 +55,7 @@ class Case:
         """What `cross_rows` is given of the layers, with weights that are padded to a multiple of ROW_UNIT."""
         W = torch.cat(self.weights)
         W = torch.cat([W, W.new_zeros(-len(W) % ROW_UNIT, D)])
-        return self.crosses(forms), places(ROWS, slice(0, len(W))), W, self.G
+        return self.crosses(forms), places(self.weights, slice(0, len(W))), W, self.G
 
 
 class TestCrossRows:
