@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsefw.arithmetic import check_finite
 from sparsefw.driver.job import Run
-from sparsefw.driver.solves import add_up, combine, exchange, find_solves, gather_rows
+from sparsefw.driver.solves import add_up, combine, exchange, exchange_rows, find_solves, rows_of
 from sparsefw.errors import InputError
 from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates
@@ -24,7 +24,7 @@ from sparsefw.model.measure import Captured, Pair, capture, measure
 from sparsefw.model.parts import INPUT
 from sparsefw.model.slots import DenseBlock
 from sparsefw.model.stages import stages, survey
-from sparsefw.ranks import ALONE, DONE, Handle
+from sparsefw.ranks import DONE, Handle
 from sparsefw.report import log
 from sparsefw.solver.layer import LayerResult, prune_layers
 
@@ -124,21 +124,20 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
     last = {solve.gram: n for n, solve in enumerate(solves)}
     for n, solve in enumerate(solves):
         if solve.owner in (None, ranks.number):
-            shared = solve.owner is None and not ranks.alone
+            mine = [*zip(solve.layers, solve.rows(ranks), strict=True)]
             with timeline.span("solve", i):
                 for layer in solve.layers:
                     arriving.pop(layer.name, DONE).wait()
                 solved = prune_layers(
-                    [(f"{run.model.names[i]}.{layer.name}", layer.weight) for layer in solve.layers],
+                    [(f"{run.model.names[i]}.{layer.name}", layer.weight[rows]) for layer, rows in mine],
                     captured.grams[solve.gram],
                     method,
                     run.config,
                     run.config.backend,
                     memory=run.placement.solver,
-                    crosses=[captured.crosses.pop(layer.name, None) for layer in solve.layers],
-                    share=solve.shares(ranks)[ranks.number] if shared else None,
-                    gather=partial(gather_rows, solve, ranks) if shared else None,
+                    crosses=[rows_of(captured.crosses.pop(layer.name, None), rows) for layer, rows in mine],
                 )
+                solved = exchange_rows(solve, solved, ranks)
             for layer, result in zip(solve.layers, solved, strict=True):
                 results[layer.name] = replace(result, transposed=layer.transposed)
         if n == last[solve.gram]:

@@ -6,7 +6,7 @@ every rank has measured on its own windows are summed, where they are needed. Af
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from sparsefw.model.layers import Layer, is_expert, layer_of
 from sparsefw.model.measure import Captured
 from sparsefw.ranks import Handle, Ranks, balanced, shares
 from sparsefw.solver.config import PruneConfig
-from sparsefw.solver.layer import LayerResult
-from sparsefw.solver.stack import ROW_UNIT, padded, places
+from sparsefw.solver.layer import LayerResult, relative
+from sparsefw.solver.refit import Cross
+from sparsefw.solver.stack import ROW_UNIT, places
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,14 @@ class Solve:
         """The weight of each layer."""
         return [layer.weight for layer in self.layers]
 
-    def shares(self, ranks: Ranks) -> list[slice]:
-        """The rows of the stack that each rank solves if they are shared out."""
-        return shares(padded(sum(map(len, self.weights))), ranks.count, ROW_UNIT)
+    def parts(self, ranks: Ranks) -> list[list[slice]]:
+        """The rows of each layer that each rank solves if they are shared out, by rank."""
+        of_stack = shares(sum(map(len, self.weights)), ranks.count, ROW_UNIT)
+        return [[rows for rows, _ in places(self.weights, part)] for part in of_stack]
+
+    def rows(self, ranks: Ranks) -> list[slice]:
+        """The rows of each layer that this rank solves, if it is no other rank's solve."""
+        return self.parts(ranks)[ranks.number] if self.owner is None else [slice(None)] * len(self.layers)
 
 
 def find_solves(
@@ -130,8 +136,8 @@ def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> di
     begun: dict[int, Handle] = {}
     handles: dict[str, Handle] = {}
     for solve in solves:
-        parts = zip(*(places(solve.weights, share) for share in solve.shares(ranks)), strict=True)
-        for layer, places_of_ranks in zip(solve.layers, parts, strict=True):
+        parts = zip(*solve.parts(ranks), strict=True)
+        for layer, rows_of_ranks in zip(solve.layers, parts, strict=True):
             cross = captured.crosses.get(layer.name)
             if cross is None:
                 continue
@@ -145,22 +151,57 @@ def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> di
                     begun[id(matrix)] = ranks.all_reduce(matrix)
                 else:
                     begun[id(matrix)] = Handle.of_all(
-                        ranks.reduce(n, matrix[rows]) for n, (rows, _) in enumerate(places_of_ranks)
+                        ranks.reduce(n, matrix[rows]) for n, rows in enumerate(rows_of_ranks)
                     )
             handles[layer.name] = begun[id(matrix)]
     return handles
 
 
-def gather_rows(solve: Solve, ranks: Ranks, sums: Tensor) -> Tensor:
-    """Give all ranks the rows that each of them has chosen; returns the sums of all rows, see `prune_layers`."""
-    for owner, share in enumerate(solve.shares(ranks)):
-        pairs = zip(solve.weights, places(solve.weights, share), strict=True)
-        parts = [weight[rows] for weight, (rows, _) in pairs]
+def rows_of(cross: Cross | None, rows: slice) -> Cross | None:
+    """The cross matrix of some rows of a layer. A matrix of inputs is the same for all rows."""
+    return Cross(cross.of, cross.matrix[rows]) if cross and cross.of != "inputs" else cross
+
+
+def exchange_rows(solve: Solve, results: list[LayerResult], ranks: Ranks) -> list[LayerResult]:
+    """Give all ranks the rows that each of them has chosen.
+
+    Args:
+        solve: the layers. If one rank solves them, nothing is to be done yet.
+        results: of this rank's rows of each layer.
+        ranks: the ranks.
+
+    Returns:
+        The results of the layers.
+    """
+    if solve.owner is not None or ranks.alone:
+        return results
+    for owner, rows_of_layers in enumerate(solve.parts(ranks)):
+        parts = [weight[rows] for weight, rows in zip(solve.weights, rows_of_layers, strict=True)]
         chosen = torch.cat(parts)
         ranks.broadcast(owner, chosen).wait()
         for part, rows in zip(parts, chosen.split([len(part) for part in parts]), strict=True):
             part.copy_(rows)
-    return torch.stack(ranks.gather(sums)).sum(0)
+    return [_joined(parts) for parts in zip(*ranks.gather(results), strict=True)]
+
+
+def _joined(parts: tuple[LayerResult, ...]) -> LayerResult:
+    """The result of a layer from the results of its parts. They were solved at once, so seconds are their mean."""
+    warm, mask, error = (
+        sum(getattr(part, name) for part in parts) for name in ("error_warm_start", "error_mask", "error")
+    )
+    gaps = [part.gap for part in parts if part.gap is not None]
+    return replace(
+        parts[0],
+        shape=(sum(part.shape[0] for part in parts), parts[0].shape[1]),
+        kept=sum(part.kept for part in parts),
+        error_warm_start=warm,
+        error_mask=mask,
+        error=error,
+        relative_mask=relative(mask, warm),
+        relative_error=relative(error, warm),
+        gap=sum(gaps) if len(gaps) == len(parts) else None,
+        seconds=sum(part.seconds for part in parts) / len(parts),
+    )
 
 
 def exchange(solves: list[Solve], results: dict[str, LayerResult], ranks: Ranks) -> dict[str, LayerResult]:

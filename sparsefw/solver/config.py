@@ -1,4 +1,4 @@
-"""PruneConfig: how a model is pruned, in the user's words. Flags, their ranges and their help are made from its fields.
+"""PruneConfig: how a model is pruned, in the user's words. Its fields make the flags, their ranges and their help.
 
 A default that depends on other fields is `None` in the class and has its value in every instance:
 `PruneConfig().steps` is 12, `PruneConfig(reconstruct=0).steps` is 24, `PruneConfig(refit=0).steps` is 40.
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """What a method needs and does; `methods.CHOOSE` has its function.
+    """Needs and effects of a method; `methods.CHOOSE` has its function.
 
     Attributes:
-        saliency: saliency of the warm start; None takes the config's.
+        saliency: the saliency of the warm start; None takes the config's.
         rows_independent: whether rows do not depend on each other, so that layers are stacked and solved in chunks.
             Otherwise the rows of a layer share one budget.
-        frank_wolfe: whether it takes the fields of a config that are marked so.
+        frank_wolfe: whether it takes the fields of a config that are marked `frank_wolfe`.
         dense_target: whether it chooses on a damped Gram matrix, and its layers may approximate the dense model's
             outputs, see `refit`.
-        changes_weights: whether kept weights change even without the fields of Frank-Wolfe.
+        changes_weights: whether it changes kept weights. Frank-Wolfe does so where `refit` is not 0.
     """
 
     saliency: str | None = None
@@ -42,7 +42,7 @@ class Method:
     changes_weights: bool = False
 
 
-# Saliencies, each of which is a method, too; and those of which an entry depends on more of the matrix than its row.
+# Saliencies, each of which is a method, too; and the ones that depend on more of the matrix than an entry's row.
 WARM_STARTS, OF_MATRIX = ("magnitude", "wanda", "ria"), ("ria",)
 
 METHODS: dict[str, Method] = {
@@ -62,6 +62,9 @@ DEFAULTS = {
     ("paper", True): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "dense", 0.1, 0),
     ("paper", False): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "layer", 0.0, 0),
 }
+# Defaults by device.
+ON_GPU = dict(kernel="triton", precision="bf16")
+ON_CPU = dict(kernel="torch", precision="ieee")
 # These take their place where a reconstruction follows: further steps gain nothing before it.
 BEFORE_RECONSTRUCTION = dict(steps=12, refit=2)
 # The fewer tokens there are, the less their Gram matrix says of other text. So the damping of a refit, unless it is
@@ -69,7 +72,7 @@ BEFORE_RECONSTRUCTION = dict(steps=12, refit=2)
 FEW_TOKENS, MOST_DAMP = 32_500, 0.4
 # A reconstruction makes up for most of what damping costs on the same text, and what it gains on other text stays.
 DAMP_BEFORE_RECONSTRUCTION = 1.6
-# Passes of a reconstruction from so many windows on: over so many, one makes as many steps as two over half of them.
+# Passes of a reconstruction over MANY_WINDOWS or more: one pass makes as many steps as two over half of the windows.
 MANY_WINDOWS, PASSES_OF_MANY = 128, 1
 # Windows that a reconstruction takes of every rank: one to fit weights to, and one to hold out.
 LEAST_WINDOWS = 2
@@ -77,7 +80,7 @@ LEAST_WINDOWS = 2
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """How a model is pruned; the defaults are the product's.
+    """Choose how a model is pruned; the defaults are the product's.
 
     Two configs are equal if their values are, given or not. `replace` changes some fields and finds the defaults that
     depend on them anew; `dataclasses.replace` keeps the old ones.
@@ -187,8 +190,8 @@ class PruneConfig:
         if isinstance(self.sparsity, numbers.Real):
             set_field(self, "sparsity", str(float(self.sparsity)))
         check_fields(self)
-        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
-        set_field(self, "_given", {name: value for name, (value, default) in values.items() if value != default})
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        set_field(self, "_given", given)
         set_field(self, "compare", tuple(name for name in dict.fromkeys(self.compare) if name != self.method))
         set_field(self, "_pattern", patterns.parse(self.sparsity))
         for name, default in self._defaults().items():
@@ -199,15 +202,14 @@ class PruneConfig:
             patterns.check_patterns(name, getattr(self, name))
 
     def _defaults(self) -> dict[str, Any]:
-        """The defaults that depend on other fields and on the machine."""
+        """Find the defaults that depend on other fields and on the machine."""
         refit = self.preset != "paper" if self.refit is DEPENDS else self.refit
         # Imported here, as below: --help does not wait for it.
         import torch
 
-        cuda = torch.cuda.is_available()
-        kernel = dict(kernel="triton", precision="bf16") if cuda else dict(kernel="torch", precision="ieee")
         values = DEFAULTS[self.preset, bool(refit)]
-        defaults: dict[str, Any] = dict(zip(_NAMES, values, strict=True)) | dict(warm_start="wanda") | kernel
+        defaults: dict[str, Any] = dict(zip(_NAMES, values, strict=True))
+        defaults |= dict(warm_start="wanda") | (ON_GPU if torch.cuda.is_available() else ON_CPU)
         if not METHODS[self.method].frank_wolfe:
             defaults["reconstruct"] = 0
         elif self.preset == "sparsefw" and refit and (self.reconstruct is DEPENDS or self.reconstruct):
@@ -228,17 +230,17 @@ class PruneConfig:
                 )
 
     def replace(self, **changes: Any) -> "PruneConfig":
-        """The same config with other values of some fields; defaults that depend on them are found anew."""
+        """Change some fields, and find the defaults that depend on them anew."""
         return type(self)(**(self.given | changes))
 
     def on(self, device: "torch.device") -> "PruneConfig":
-        """The config for tensors on a device: on a CPU the kernel is torch, unless one is given."""
+        """Choose the kernel for tensors on a device: on a CPU torch's, unless the user names one."""
         if device.type != "cpu" or "kernel" in self.given:
             return self
-        return self.replace(**dict(kernel="torch", precision="ieee") | self.given)
+        return self.replace(**ON_CPU | self.given)
 
     def for_calibration(self, windows: int, seqlen: int, ranks: int = 1) -> "PruneConfig":
-        """The config of a run with this calibration: passes of a reconstruction and damping, if they are not given.
+        """Settle the passes of a reconstruction and the damping for a calibration, unless the user names them.
 
         Args:
             windows, seqlen: calibration windows, and the tokens of each.
@@ -266,60 +268,60 @@ class PruneConfig:
 
     @property
     def given(self) -> dict[str, Any]:
-        """Names and values of the fields that differ from the default in the class."""
+        """Return names and values of the fields that the user set."""
         return self._given  # type: ignore[attr-defined]  # set in __post_init__
 
     @property
     def pattern(self) -> Pattern:
-        """`sparsity`, parsed."""
+        """Return the parsed `sparsity`."""
         return self._pattern  # type: ignore[attr-defined]  # set in __post_init__
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """All methods of the run; the weights of the last one are written."""
+        """List all methods of the run; the weights of the last one are written."""
         return (*self.compare, self.method)
 
     @property
     def whole_matrix(self) -> bool:
-        """Whether a `layer:` budget is one problem with one step size, as in the paper, and not one problem per row."""
+        """Tell whether a `layer:` budget is one problem with one step size, as in the paper, and not one per row."""
         return self.preset == "paper" and self.pattern.scope == "layer"
 
     def rows_independent(self, method: str) -> bool:
-        """Whether a method solves every row by itself, so that layers that share an input can be stacked."""
+        """Tell whether a method solves every row by itself, so that layers that share an input can be stacked."""
         return METHODS[method].rows_independent and not (METHODS[method].frank_wolfe and self.whole_matrix)
 
     def rows_shared(self, method: str) -> bool:
-        """Whether the rows of a layer may be solved separately: nothing is known of all of them together."""
+        """Tell whether the rows of a layer may be solved apart: no budget, saliency or factor is of all of them."""
         by_row = (METHODS[method].saliency or self.warm_start) not in OF_MATRIX
         return self.rows_independent(method) and self.pattern.scope != "layer" and by_row
 
     @property
     def uses_frank_wolfe(self) -> bool:
-        """Whether any method of the run takes the fields that are marked so."""
+        """Tell whether any method of the run takes the fields that are marked `frank_wolfe`."""
         return any(METHODS[method].frank_wolfe for method in self.methods)
 
     def dense_target(self, method: str) -> bool:
-        """Whether layers that a method prunes approximate the dense model's outputs."""
+        """Tell whether layers that a method prunes approximate the dense model's outputs."""
         return self.target == "dense" and METHODS[method].dense_target
 
     @property
     def uses_dense_target(self) -> bool:
-        """Whether layers of any method do."""
+        """Tell whether the layers of any method approximate the dense model's outputs."""
         return any(map(self.dense_target, self.methods))
 
     @property
     def uses_dense_stream(self) -> bool:
-        """Whether the calibration windows also go through the dense model."""
+        """Tell whether the calibration windows also go through the dense model."""
         return self.uses_dense_target or self.reconstruct > 0
 
     @property
     def goes_back(self) -> bool:
-        """Whether a reconstruction begins at a block's input, from which stages have moved the windows on."""
+        """Tell whether a reconstruction begins at a block's input, from which stages have moved the windows on."""
         return self.reconstruct > 0 and self.dense_target(self.method)
 
     @property
     def backend(self) -> "Backend":
-        """The operations of the kernel at the precision.
+        """Load the operations of the kernel at the precision.
 
         Raises:
             InputError: the kernel is Triton's, there is no GPU, and this process cannot interpret kernels any more.

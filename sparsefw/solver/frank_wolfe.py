@@ -2,7 +2,7 @@
 
     minimise error(M) = ||W X - (M * W) X||_F^2 = sum(E * (E G)),  E = W * (1 - M),  G = X X^T
 
-over masks of a given budget per row or group. The iterate M moves towards the vertex V that the linear
+over masks with a budget per row or group. The iterate M moves towards the vertex V that the linear
 minimization oracle returns; R = E G is carried along, so a step costs one product, of a binary mask. An integrality
 penalty, ramped up over the steps, drives M to a vertex, so that rounding loses little.
 
@@ -39,7 +39,7 @@ Schedule = Sequence[tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows that read the same input, and the number of weights that each of them keeps.
+    """Weights that read the same input, row by row, with what each row may keep.
 
     Attributes:
         W: (rows, d) the weights: the layers' own or, with a refit, their targets; fp32, or on a GPU the checkpoint's
@@ -71,19 +71,19 @@ class Problem:
     fixed: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> "Problem":
-        """The problem of some of the rows."""
+        """Select some of the rows."""
         by_row: dict[str, Any] = {name: x[rows] for name in BY_ROW if isinstance(x := getattr(self, name), Tensor)}
         return replace(self, **by_row)
 
     @property
     def damping(self) -> Tensor | None:
-        """The diagonal of H - G, (d,) fp32; None where nothing is damped."""
+        """Damping: the diagonal of H - G, (d,) fp32; None where H is G."""
         return None if self.H is self.G else self.H.diagonal() - self.G.diagonal()
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The mask and weights that a method chose, with errors (rows,) fp32 on the Gram matrix without damping.
+    """Mask and weights that a method chose, with errors (rows,) fp32 on the Gram matrix without damping.
 
     Attributes:
         mask: (rows, d) bool, True keeps a weight.
@@ -119,7 +119,7 @@ def check_errors(errors: Tensor) -> None:
 
 
 def line_search(steps: int, penalty: float) -> Schedule:
-    """Schedule of steps with exact line search, per row, and a penalty that grows to its final weight."""
+    """Make a schedule of steps with exact line search, per row, and a penalty that grows to its final weight."""
     return list(pairwise([0.0] + [penalty * min(1.0, t / (RAMP * steps)) for t in range(1, steps + 1)]))
 
 
@@ -169,7 +169,7 @@ def solve(problem: Problem, warm: Tensor, schedule: Schedule, *, swaps: int = 0,
 
 
 def or_warm_start(solution: Choice, warm: Tensor, *, backend: Backend = TORCH) -> Choice:
-    """The solution with the warm start's mask in the rows where its own is no better; the mask is changed in place."""
+    """Take the warm start's mask in the rows where the solution is no better; its mask is changed in place."""
     better = solution.error < solution.error_warm_start
     backend.take_rows(solution.mask, warm, ~better)
     error = torch.where(better, solution.error, solution.error_warm_start)
@@ -201,7 +201,7 @@ def iterate(
 
 
 def _start(problem: Problem, warm: Tensor, R: Tensor | None, H: Tensor, backend: Backend) -> RowState:
-    """The warm start with its product R and its first vertex. U does not hold the vertex's product yet."""
+    """Make the warm start's state, with its product R and its first vertex. U is not the vertex's product yet."""
     W, k, group, fixed = problem.W, problem.k, problem.group, problem.fixed
     dtype = W.dtype if problem.target_gap is None else torch.float32
     E = torch.empty_like(W, dtype=backend.operand_dtype(dtype))
@@ -219,15 +219,15 @@ def _start(problem: Problem, warm: Tensor, R: Tensor | None, H: Tensor, backend:
 
 
 def lower_bound(problem: Problem, state: RowState, *, backend: Backend = TORCH) -> Tensor:
-    """error(M) - <gradient, M - V>, V the vertex of the gradient without penalty: below the error of any mask.
+    """Compute error(M) - <gradient, M - V>, V the vertex of the gradient without penalty: no mask has a lower error.
 
         = sum(target_gap * R) + sum(W * R * (1 + M - 2 V))        R = (target_gap + W * (1 - M)) G
 
     Convexity of the error gives it per row, (rows,) fp32. If the iteration used a damped matrix, the share of the
     damping is first subtracted from R.
     """
-    gap, damping = problem.target_gap, problem.damping
-    score, constant = backend.bound_scores(problem.W, state.R, state.M, target_gap=gap, damping=damping)
-    choice = dict(group=problem.group, fixed=problem.fixed, positive=True)
-    V = backend.lmo(score, problem.k, **choice, checked=False)
+    score, constant = backend.bound_scores(
+        problem.W, state.R, state.M, target_gap=problem.target_gap, damping=problem.damping
+    )
+    V = backend.lmo(score, problem.k, group=problem.group, fixed=problem.fixed, positive=True, checked=False)
     return backend.bound_sums(score, state.M, V).add_(constant)

@@ -23,15 +23,15 @@ from sparsefw.kernels.backend import TORCH, Backend
 
 
 class KeptWeights:
-    """The kept weights of matrices.
+    """Kept weights of matrices, and their optimization.
 
     Args:
-        matrices: (parameter, views): each parameter with the matrices in it, whose zeros are what was removed. All else
-            in it stays as it is.
+        matrices: (parameter, views): each parameter with the matrices in it, whose zeros are the removed weights. All
+            else in it stays as it is.
         steps: number of steps that will be made.
         rate: the first rate, see above.
         backend: the operations.
-        undo: whether `put_back` shall be possible, which takes a copy of the weights.
+        undo: whether to keep a copy of the weights, for `put_back`.
     """
 
     def __init__(
@@ -43,33 +43,39 @@ class KeptWeights:
         undo: bool = True,
     ) -> None:
         self._variables = [_Variable(parameter, views, undo) for parameter, views in matrices]
-        self._steps, self._rate, self._backend, self._done = steps, rate, backend, 0
+        self._steps = steps
+        self._rate = rate
+        self._backend = backend
+        self._done = 0
         for parameter in self.parameters:
             parameter.requires_grad_()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters. They ask for gradients until `close`."""
+        """Return the parameters. They ask for gradients until `close`."""
         return [variable.parameter for variable in self._variables]
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that were accumulated since the last step, zeros where there are none; without gaps, in memory.
+        """Return the gradients that were accumulated since the last step, zeros for a parameter without one.
 
-        Other ranks add to them: NCCL takes no tensor whose entries lie in another order than that of its dimensions.
+        Their memory has no gaps, since other ranks add to them: NCCL takes no tensor whose entries lie in another order
+        than that of its dimensions.
         """
+        gradients = []
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return [_in_memory(p.grad, p) for p in self.parameters if p.grad is not None]
+            gradients.append(_in_memory(parameter.grad, parameter))
+        return gradients
 
     def step(self, backward: Callable[[], None] = lambda: None, trial: bool = False) -> None:
-        """Move the weights against the gradients, which are gone then.
+        """Move the weights against the gradients, and drop the gradients.
 
         Args:
-            backward: makes gradients that are not there. Each parameter moves as soon as its gradient is complete, so
-                that few are in memory. Those with gradients of parts, see `SliceGradients`, and those that share memory
-                move at the end.
-            trial: nothing moves, and this is no step: to see whether `backward` raises an error.
+            backward: makes missing gradients. Each parameter moves as soon as its gradient is complete, so that few
+                gradients are in memory. Parameters with gradients of parts, see `SliceGradients`, and parameters that
+                share memory move at the end.
+            trial: nothing moves, and no step is counted. It shows whether `backward` raises an error.
         """
         # Half a period of a cosine, from the first rate to 0.
         rate = self._rate * (1 + math.cos(math.pi * self._done / self._steps)) / 2
@@ -92,24 +98,25 @@ class KeptWeights:
             move()
 
     def forget(self) -> None:
-        """Let all gradients go."""
-        for variable in self._variables:
-            variable.forget()
+        """Drop all gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def put_back(self) -> None:
-        """Make all weights what they were before the first step."""
+        """Restore the weights from before the first step."""
         for variable in self._variables:
             variable.put_back()
 
     def close(self) -> None:
-        """Let the state go. The parameters ask for no gradients any more."""
-        for variable in self._variables:
-            variable.close()
+        """Drop the state. The parameters ask for no gradients any more."""
+        self.forget()
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
         self._variables = []
 
 
 class _Variable:
-    """A parameter with the state of its optimization. Parameters move one by one: few gradients are copied at once."""
+    """Kept weights of one parameter. Parameters move one by one, so that few gradients are copied at once."""
 
     def __init__(self, parameter: nn.Parameter, views: list[Tensor], undo: bool) -> None:
         self.parameter = parameter
@@ -124,37 +131,34 @@ class _Variable:
 
     @torch.no_grad()
     def step(self, rate: float, step: int, backend: Backend) -> None:
-        """Move the kept entries against their gradients, zeros where there are none."""
-        gradient, state = self.parameter.grad, (self._weight, self._m, self._v)
-        gradient = _in_memory(torch.zeros_like(self.parameter) if gradient is None else gradient, self.parameter)
-        rate *= self._scale
-        backend.adam_step(self._flat, gradient.reshape(-1), self._index, *state, rate=rate, step=step)
+        """Move the kept entries against their gradients, which are zeros without a gradient."""
+        gradient = self.parameter.grad
+        if gradient is None:
+            gradient = torch.zeros_like(self.parameter)
+        gradient = _in_memory(gradient, self.parameter).reshape(-1)
+        state = self._weight, self._m, self._v
+        backend.adam_step(self._flat, gradient, self._index, *state, rate=rate * self._scale, step=step)
         self.forget()
 
     def forget(self) -> None:
-        """Let the gradient go."""
+        """Drop the gradient."""
         self.parameter.grad = None
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Make the parameter what it was."""
+        """Restore the parameter from before the first step."""
         assert self._before is not None
         self._flat.index_copy_(0, self._index.long(), self._before)
 
-    def close(self) -> None:
-        """The parameter asks for no gradient any more."""
-        self.parameter.requires_grad_(False)
-        self.forget()
-
 
 def bytes_of_state(weights: int, kept: int, itemsize: int, undo: bool = True) -> int:
-    """Bytes of the state of a parameter, beside the parameter itself and its gradient.
+    """Count the bytes of the state of a parameter, without the parameter itself and its gradient.
 
-    Each weight that is kept has its place, what it was, what it is in fp32, m and v.
+    The state of a kept weight is its place, its first value, its value in fp32, m and v.
 
     Args:
         weights: number of weights, kept or not.
-        kept: number of those that are kept.
+        kept: number of kept weights.
         itemsize: bytes of a weight.
         undo: as for `KeptWeights`.
     """
@@ -162,21 +166,21 @@ def bytes_of_state(weights: int, kept: int, itemsize: int, undo: bool = True) ->
 
 
 def index_dtype(entries: int) -> torch.dtype:
-    """The dtype of the places of so many entries."""
+    """Choose the dtype of places in this number of entries."""
     return torch.int32 if entries < 2**31 else torch.int64
 
 
 def _in_memory(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor whose entries, read row by row, have the order in which those of `like` lie in memory."""
+    """Permute a tensor: read row by row, its entries have the order of the entries of `like` in memory."""
     return tensor.permute(sorted(range(like.ndim), key=like.stride, reverse=True))
 
 
 def kept_entries(parameter: Tensor, views: Iterable[Tensor]) -> Tensor:
-    """Which entries of a parameter are kept weights, a bool tensor of its shape.
+    """Find the entries of a parameter that are kept weights, a bool tensor of its shape.
 
     Args:
         parameter: the parameter, in memory without gaps.
-        views: the pruned matrices in it. Their zeros were removed.
+        views: the pruned matrices in it, whose zeros are the removed weights.
     """
     kept = torch.zeros_like(parameter, dtype=torch.bool)
     for view in views:

@@ -6,7 +6,6 @@ several at once, and neither stacks nor chunks change the result.
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -21,12 +20,12 @@ from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.methods import CHOOSE, Choice
 from sparsefw.solver.refit import Cross
-from sparsefw.solver.stack import Stack, cut, places, stack_rows, workers
+from sparsefw.solver.stack import Stack, in_chunks, places, stack_rows
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One row of the log and of the report.
+    """Errors of a pruned layer: one row of the log and of the report.
 
     Attributes:
         name: the weight's name in the checkpoint's model.
@@ -84,7 +83,7 @@ def solve_layer(
         G: (d, d) fp32 Gram matrix (Hessian) X X^T of its inputs X (d, tokens).
         config: how to prune; None is the default. Its fields about a whole model (compare, target,
             include, ignore) play no part, and no reconstruction follows. Where it names no kernel and no precision,
-            they are those of the device of W.
+            the device of W decides them.
         name: the layer's name, for messages.
         B: (rows, d) fp32 cross matrix D X^T, where D (rows, tokens) is the wanted output minus W X. With it the layer's
             target is pruned in place of W, see `refit`.
@@ -132,14 +131,13 @@ def prune_layers(
     memory: int = 4 << 30,
     crosses: list[Cross | None] | None = None,
     masks: list[Tensor] | None = None,
-    share: slice | None = None,
-    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> list[LayerResult]:
-    """Choose masks and weights of layers that read the same input, and write them in place; a result for each layer.
+    """Choose masks and weights of layers that read the same input, and write them in place.
 
     Args:
         layers: (name, weight) with weight a (out, in) view into the block, fp32 / bf16 / fp16, any strides. Several are
-            of one dtype, and stacked: only where `PruneConfig.rows_independent`.
+            of one dtype, and stacked: only where `PruneConfig.rows_independent`. Where `PruneConfig.rows_shared`, the
+            weight may be some rows of a layer.
         G: (in, in) fp32 Gram matrix of their input.
         method: one of METHODS.
         config: the config of the run.
@@ -147,12 +145,11 @@ def prune_layers(
         memory: bytes that the state of one solve may take; longer stacks are solved in chunks of rows.
         crosses: what was measured of each layer's difference to the dense model, or None. With it, the layer's target
             is pruned in place of its weight, see `refit`.
-        masks: a list to which the masks of the stacked rows, (rows, in) bool, and of those that pad a stack are
-            appended chunk by chunk.
-        share: the rows of the stack that are solved here, if `PruneConfig.rows_shared`; None: all of them. Only these
-            rows of a cross matrix with rows are read.
-        gather: called when the rows of the share are written, with sums of them that results are made of, (layers, 5)
-            fp64 on the host. It sees to all other rows, and returns the sums of all rows.
+        masks: a list to which the masks of the stacked rows, (rows, in) bool, are appended chunk by chunk; rows that
+            pad a stack come last.
+
+    Returns:
+        A result for each layer.
 
     Raises:
         InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
@@ -165,49 +162,48 @@ def prune_layers(
         raise ValueError(f"crosses: {method} approximates what the layers themselves put out")
     for name, weight in layers:
         patterns.check_width(config.pattern, weight.shape[1], name)
-    names, weights = [name for name, _ in layers], [weight for _, weight in layers]
     targets = ["dense" if cross else "layer" for cross in crosses]
-    memory_of_chunks = memory if config.rows_independent(method) else None
-    stack = Stack(names, weights, [*crosses], G, METHODS[method], config, backend, memory_of_chunks)
+    names = [name for name, _ in layers]
+    weights = [weight for _, weight in layers]
+    chunk_memory = memory if config.rows_independent(method) else None
+    stack = Stack(names, weights, [*crosses], G, METHODS[method], config, backend, chunk_memory)
     # Cross matrices may be as large as the weights: only the stack may keep them.
     del crosses
     started = time.perf_counter()
-    share = share or slice(0, stack.height)
     measured = [torch.zeros(5, 0, dtype=torch.float64, device=G.device)]
-    chunks, threads = cut(stack, share)
-    problems = map(stack_rows(stack, share).__getitem__, chunks)
+    problem = stack_rows(stack)
     try:
-        with workers(threads) as run:
-            choices = run(CHOOSE[method], problems, repeat(config), repeat(backend))
+        with in_chunks(stack) as (chunks, run):
+            choices = run(CHOOSE[method], map(problem.__getitem__, chunks), repeat(config), repeat(backend))
             for chunk, choice in zip(chunks, choices, strict=True):
-                _write(stack, slice(share.start + chunk.start, share.start + chunk.stop), choice)
+                _write(stack, chunk, choice)
                 measured.append(_measures(choice))
                 if masks is not None:
                     masks.append(choice.mask)
     except FloatingPointError as error:
         raise FloatingPointError(f"{', '.join(names)}: {error}") from error
-    by_row = torch.cat(measured, 1)
-    sums = torch.stack([by_row[:, place].sum(1) for _, place in places(stack.weights, share)]).cpu()
-    if gather:
-        sums = gather(sums)
-    seconds = (time.perf_counter() - started) / sum(map(len, weights))
+    lengths = [len(weight) for weight in weights]
+    # The padding below the last layer is cut off.
+    by_layer = torch.cat(measured, 1)[:, : sum(lengths)].split(lengths, 1)
+    sums = torch.stack([part.sum(1) for part in by_layer]).cpu()
+    seconds = (time.perf_counter() - started) / max(1, sum(lengths))
     return [
-        _result(name, weight, method, config, target, row, seconds)
-        for name, weight, target, row in zip(names, weights, targets, sums.tolist(), strict=True)
+        _result(layer, target, row, len(layer[1]) * seconds, method, config)
+        for layer, target, row in zip(layers, targets, sums.tolist(), strict=True)
     ]
 
 
-def _write(stack: Stack, rows: slice, choice: Choice) -> None:
-    """Write the weights of some rows of a stack into its layers."""
-    for weight, (mine, place) in zip(stack.weights, places(stack.weights, rows), strict=True):
+def _write(stack: Stack, chunk: slice, choice: Choice) -> None:
+    """Write the weights of a chunk of a stack into its layers."""
+    for weight, (rows, place) in zip(stack.weights, places(stack.weights, chunk), strict=True):
         if choice.weight is None:
-            weight[mine] = masked(weight[mine], choice.mask[place])
+            weight[rows] = masked(weight[rows], choice.mask[place])
         else:
-            weight[mine] = choice.weight[place]
+            weight[rows] = choice.weight[place]
 
 
 def _measures(choice: Choice) -> Tensor:
-    """Measures of each row, (5, rows) fp64.
+    """Collect the numbers of each row that a layer's result sums, (5, rows) fp64.
 
     They are the errors of the warm start, of the mask and of the weights, the bound, which is NaN if it is not known,
     and the number of kept weights.
@@ -218,32 +214,34 @@ def _measures(choice: Choice) -> Tensor:
 
 
 def _result(
-    name: str, weight: Tensor, method: str, config: PruneConfig, target: str, sums: list[float], seconds: float
+    layer: tuple[str, Tensor], target: str, sums: list[float], seconds: float, method: str, config: PruneConfig
 ) -> LayerResult:
-    """The result of a layer, from the sums of its `_measures` and the seconds of a row."""
+    """Make the result of a layer from the sums of its `_measures`."""
+    name, weight = layer
     warm, mask, error, bound, kept = sums
-    needs = METHODS[method]
+    takes_steps = METHODS[method].frank_wolfe
     return LayerResult(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
         pattern=config.pattern.text,
         kept=int(kept),
         method=method,
-        warm_start=needs.saliency or config.warm_start,
-        alpha=config.alpha if needs.frank_wolfe else None,
-        steps=config.steps if needs.frank_wolfe else 0,
+        warm_start=METHODS[method].saliency or config.warm_start,
+        alpha=config.alpha if takes_steps else None,
+        steps=config.steps if takes_steps else 0,
         target=target,
         error_warm_start=warm,
         error_mask=mask,
         error=error,
-        relative_mask=_relative(mask, warm),
-        relative_error=_relative(error, warm),
+        relative_mask=relative(mask, warm),
+        relative_error=relative(error, warm),
         gap=None if math.isnan(bound) else mask - bound,
-        seconds=seconds * len(weight),
+        seconds=seconds,
     )
 
 
-def _relative(error: float, warm: float) -> float:
+def relative(error: float, warm: float) -> float:
+    """Relative error: error / error of the warm start's mask; 1 where both are 0."""
     if warm:
         return error / warm
     # Rounding can leave the error of an exact fit just below 0.

@@ -1,4 +1,4 @@
-"""Methods: how each of them chooses masks, and weights if it changes them.
+"""Choose masks by the methods of the table, and weights if a method changes them.
 
 Saliencies say how much a weight matters by itself. They are methods of their own, choose the warm start and the fixed
 entries of Frank-Wolfe, and break its ties. SparseGPT decides mask and weights of one layer in one sweep over its inputs
@@ -25,17 +25,17 @@ RIA_POWER = 0.5
 
 
 def magnitude(W: Tensor, diag: Tensor) -> Tensor:
-    """|W|."""
+    """Saliency |W|."""
     return W.float().abs()
 
 
 def wanda(W: Tensor, diag: Tensor) -> Tensor:
-    """|W_ij| ||X_j||_2 (Sun et al., arXiv 2306.11695)."""
+    """Saliency |W_ij| ||X_j||_2 (Sun et al., arXiv 2306.11695)."""
     return W.float().abs() * diag.sqrt()
 
 
 def ria(W: Tensor, diag: Tensor) -> Tensor:
-    """|W_ij| (1 / sum_k |W_ik| + 1 / sum_k |W_kj|) ||X_j||_2^0.5 (Zhang et al., ICLR 2024).
+    """Saliency |W_ij| (1 / sum_k |W_ik| + 1 / sum_k |W_kj|) ||X_j||_2^0.5 (Zhang et al., ICLR 2024).
 
     The entries of a row or column of zeros are 0.
     """
@@ -105,7 +105,7 @@ def choose_sparsegpt(problem: Problem, config: PruneConfig, backend: Backend) ->
 
 
 def choice_of(problem: Problem, mask: Tensor, Z: Tensor, backend: Backend) -> Choice:
-    """The choice of a method that gives mask and weights, (rows, d) each, at once."""
+    """Measure the errors of mask and weights, (rows, d) each, that a method gives at once."""
     # Only its error is reported.
     warm = backend.lmo(problem.saliency, problem.k, group=problem.group)
     written = Z.to(problem.dtype)
@@ -135,7 +135,7 @@ def sparsegpt(
         minimise ||(W - Z) X||_F^2 = sum((W - Z) * ((W - Z) G)),  G = X X^T,  Z = 0 where the mask is False
 
     Columns are decided from left to right. The upper Cholesky factor C of the inverse, G^-1 = C^T C, gives the cost of
-    removing W_ij once the columns before j are settled, and the best update of the weights behind it:
+    removing W_ij once the columns before j are settled, and the best update of the weights after it:
 
         cost   = W_ij^2 / C_jj^2
         update   W_i,j: -= W_ij / C_jj * C_j,j:
@@ -181,7 +181,7 @@ def sparsegpt(
 
 
 def inverse_factor(G: Tensor, damp: float) -> Tensor:
-    """The upper Cholesky factor C of the damped inverse, C^T C = (G + damp mean(diag G) I)^-1, (d, d) fp32.
+    """Factor the damped inverse by its upper Cholesky factor C, C^T C = (G + damp mean(diag G) I)^-1, (d, d) fp32.
 
     With rows and columns reversed, the lower factor of a matrix is an upper one: G = P P^T, hence C = P^-1. This takes
     one decomposition; the published code decomposes, inverts and decomposes again.
@@ -203,7 +203,7 @@ def inverse_factor(G: Tensor, damp: float) -> Tensor:
     del backwards, diagonal
     identity = torch.eye(len(G), dtype=G.dtype, device=G.device)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    # No more than three matrices of this size at once, beside G.
+    # No more than three matrices of this size at once, besides G.
     del lower, identity
     return inverse.flip((0, 1))
 
@@ -237,7 +237,7 @@ def _sweep(Z: Tensor, mask: Tensor, factor: Tensor, pattern: Pattern, allowed: T
 
 
 def _costliest(Z: Tensor, factor: Tensor, k: int, group: int, allowed: Tensor | None) -> Tensor:
-    """The mask of the weights whose removal costs most: k of all, or of every group; others than `allowed` never."""
+    """Keep the weights whose removal costs most: k of all, or of every group; only `allowed` ones."""
     # The square root of the cost has the same order and does not overflow.
     cost = (Z / factor.diagonal()).abs_()
     if allowed is not None:

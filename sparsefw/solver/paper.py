@@ -1,4 +1,4 @@
-"""What the published algorithm (arXiv 2510.13713) does otherwise: `--preset paper` and the flags that it sets.
+"""Follow the published algorithm (arXiv 2510.13713) where it differs: `--preset paper` and the flags that it sets.
 
 - Fixed entries (alpha-fixing): a share of the warm start's entries, the most salient ones, is in every mask.
 - Open loop: step sizes of 2 / (t + 2) in place of a line search.
@@ -19,7 +19,7 @@ from sparsefw.solver.frank_wolfe import Problem, Schedule
 
 
 def fixed_entries(problem: Problem, warm: Tensor, alpha: float, backend: Backend) -> Tensor:
-    """The floor(alpha k) entries of the warm start with the highest saliency, (rows, d) bool, in every row.
+    """Fix the floor(alpha k) entries of the warm start with the highest saliency in every row, (rows, d) bool.
 
     With groups, k is what a whole row keeps, so that groups of high saliency have more fixed entries.
     """
@@ -31,33 +31,33 @@ def fixed_entries(problem: Problem, warm: Tensor, alpha: float, backend: Backend
 
 
 def open_loop(schedule: Schedule) -> Schedule:
-    """A schedule with the paper's step sizes in place of a line search."""
+    """Replace the line search of a schedule by the paper's step sizes."""
     return [(*thetas, 2 / (t + 2)) for t, thetas in enumerate(schedule)]
 
 
 def as_one_row(problem: Problem, backend: Backend) -> tuple[Problem, Backend]:
-    """The problem whose rows share one budget, the sum of theirs, and the operations that choose from all of them."""
+    """Give all rows one budget, the sum of theirs. Returns the problem, and the operations that solve it."""
     assert isinstance(problem.k, Tensor)
     return replace(problem, k=int(problem.k.sum())), WholeMatrix(backend.operations, backend.precision)
 
 
 class WholeMatrix(Backend):
-    """Operations that choose from the whole matrix as if it was one row, in plain torch: no GPU program can hold it.
+    """Choose from the whole matrix as if it was one row, in plain torch: no GPU program can hold it.
 
     A problem's k is what the matrix keeps in all. Products and errors are per row as ever; the step size and the error
-    of an iterate are those of the matrix in every row. A problem has no penalty, no swaps and no groups.
+    of an iterate are the matrix's in every row. A problem has no penalty, no swaps and no groups.
     """
 
     def lmo(self, score: Tensor, k: int, *, fixed: Tensor | None = None, group: int = 0, **options: Any) -> Tensor:
-        """The vertex that keeps the k best scores of the matrix."""
+        """Vertex that keeps the k best scores of the matrix."""
         return cpu.lmo(score.reshape(1, -1), k, fixed=_one_row(fixed), **options).view(score.shape)
 
     def round_mask(self, M: Tensor, saliency: Tensor, k: int, *, group: int = 0) -> Tensor:
-        """The mask of the k highest M of the matrix."""
+        """Mask of the k highest M of the matrix."""
         return cpu.round_mask(M.reshape(1, -1), saliency.reshape(1, -1), k).view(M.shape)
 
     def row_step(self, state: RowState, **numbers: Any) -> None:
-        """One step of the whole matrix."""
+        """Make one step of the whole matrix."""
         names = ("W", "M", "R", "U", "V", "E", "fixed", "target_gap")
         matrices: dict[str, Any] = {name: _one_row(getattr(state, name)) for name in names}
         row = replace(state, **matrices, eta=state.eta[:1], error=state.error[:1])
@@ -66,16 +66,16 @@ class WholeMatrix(Backend):
             of_rows[1:] = of_rows[0]
 
     def repeat(self, *args: Any) -> Any:
-        """Step by step, since a step waits for the GPU."""
+        """Go step by step, since a step waits for the GPU."""
         return cpu.repeat(*args)
 
     def bound_scores(self, *args: Tensor, **options: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The scores, and for every row an equal share of the matrix's constant."""
+        """Compute the scores, and for every row an equal share of the matrix's constant."""
         score, constant = self.operations.bound_scores(*args, **options)
         return score, _share(constant)
 
     def bound_sums(self, *args: Tensor) -> Tensor:
-        """For every row an equal share of the matrix's sum."""
+        """Give every row an equal share of the matrix's sum."""
         return _share(self.operations.bound_sums(*args))
 
 

@@ -1,4 +1,4 @@
-r"""Patterns of the user: how much is pruned, `--sparsity`, and which layers, `--include` and `--ignore`.
+r"""Read the user's patterns: how much is pruned, `--sparsity`, and which layers, `--include` and `--ignore`.
 
 0.6          every row keeps the same number of weights
 layer:0.6    one budget for the whole matrix, split over its rows by the warm start
@@ -26,7 +26,7 @@ _INDEX = re.compile(r"\[\d+\]$")
 
 @dataclass(frozen=True)
 class Pattern:
-    """A parsed sparsity pattern.
+    """Sparsity pattern, parsed.
 
     Attributes:
         text: as the user wrote it.
@@ -41,7 +41,7 @@ class Pattern:
     group: int = 0
 
     def kept(self, weights: int) -> int:
-        """The number that is kept of weights which share one budget, exact for n:m."""
+        """Count the kept weights of a number of weights that share one budget, exact for n:m."""
         return weights - int(self.sparsity * weights)
 
 
@@ -74,7 +74,7 @@ def check_width(pattern: Pattern, d: int, name: str) -> None:
 
 
 def budget(pattern: Pattern, rows: int, d: int, rows_independent: bool) -> tuple[int, int]:
-    """The number of weights that share a budget in a (rows, d) matrix, and the number of them that are kept.
+    """Count the weights that share a budget in a (rows, d) matrix, and the kept ones among them.
 
     Weights that share a budget follow each other. Rows that depend on each other share one budget.
     """
@@ -99,7 +99,7 @@ def matches(pattern: str, layer: str) -> bool:
 
 
 def without_index(layer: str) -> str:
-    """The name of the parameter that a layer is, or is a slice of."""
+    """Name the parameter that a layer is, or is a slice of."""
     return _INDEX.sub("", layer)
 
 

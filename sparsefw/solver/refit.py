@@ -1,11 +1,11 @@
-"""Weights fitted on the Gram matrix by conjugate gradients: refits, with masks chosen again for them, and targets.
+"""Fit weights on the Gram matrix by conjugate gradients: refits, with masks chosen again for them, and targets.
 
 A refit lets the kept weights of a mask make up for the removed ones, by conjugate gradients on the Gram matrix:
 
     minimise ||(W - Z) X||_F^2 = sum((W - Z) * ((W - Z) G)) over Z, zero outside the mask
 
 Rows are independent least-squares problems. A step costs one product; the preconditioner is the diagonal of G. Callers
-damp G, see `frank_wolfe.damped`: damping draws Z towards W, and stops weights whose inputs are nearly the same from
+damp G, see `stack.damped`: damping draws Z towards W, and stops weights whose inputs are nearly the same from
 growing with opposite signs.
 
 The best mask of unchanged weights is not the best one once the kept weights make up for the removed ones. So the
@@ -29,7 +29,7 @@ Pruning then approximates T instead of W, so that each layer repairs the errors 
 layer that writes to the residual stream includes that stream.
 
 B comes from one of three matrices, whichever calibration has measured. X_dense is the layer's input in the dense model,
-S the stream behind the layer in the dense model, h the stream before it plus the bias:
+S the stream after the layer in the dense model, h the stream before it plus the bias:
 
     "inputs":   C^T = X (X_dense - X)^T, and B = W C, where the layer's output is its product: D = W X_dense - W X
     "streams":  (S - h) X^T, and B = (S - h) X^T - W G, where it adds its product to the stream: D = S - (h + W X)
@@ -76,14 +76,14 @@ class Fit:
     def take_better(self, other: "Fit", backend: Backend = TORCH) -> Tensor:
         """Replace the rows in which the other's error is lower, in place; returns them, (rows,) bool."""
         better = other.error < self.error
-        for mine, theirs in ((self.mask, other.mask), (self.Z, other.Z), (self.R, other.R)):
-            backend.take_rows(mine, theirs, better)
+        for name in ("mask", "Z", "R"):
+            backend.take_rows(getattr(self, name), getattr(other, name), better)
         self.error = torch.where(better, other.error, self.error)
         return better
 
 
 def inverse_diagonal(G: Tensor) -> Tensor:
-    """1 / diag(G), (d,) fp32; 0 for dead inputs, and for those whose inverse overflows."""
+    """Invert diag(G), (d,) fp32; 0 for dead inputs, and where the inverse overflows."""
     diagonal = G.diagonal().float()
     return torch.where(diagonal >= torch.finfo(diagonal.dtype).tiny, 1 / diagonal, 0)
 
@@ -110,7 +110,7 @@ def refit(W: Tensor, G: Tensor, mask: Tensor, start: Tensor, steps: int, *, back
 
 
 def descend(Z: Tensor, R: Tensor, G: Tensor, mask: Tensor | None, steps: int, *, backend: Backend = TORCH) -> None:
-    """Preconditioned conjugate gradients on `sum(Z * (Z G)) / 2 - sum(Z * B)` for R = B - Z G, in place.
+    """Descend by preconditioned conjugate gradients on `sum(Z * (Z G)) / 2 - sum(Z * B)` for R = B - Z G, in place.
 
     A step is one product, P G, and what `conjugate_step` does with it. In fp32 none raises the objective.
 
@@ -190,7 +190,7 @@ def reselect(
 
 
 def _restart(problem: Problem, T: Tensor, score: Tensor, schedule: Schedule, backend: Backend) -> Tensor:
-    """The mask that Frank-Wolfe finds for the candidates T with these scores, (rows, d) bool."""
+    """Choose a mask by Frank-Wolfe for the candidates T with these scores, (rows, d) bool."""
     candidates = replace(problem, W=T, saliency=score, target_gap=problem.W - T, fixed=None)
     warm = backend.lmo(score, problem.k, group=problem.group, checked=False)
     M = as_float(warm)
@@ -202,7 +202,7 @@ def _restart(problem: Problem, T: Tensor, score: Tensor, schedule: Schedule, bac
 
 @dataclass(frozen=True)
 class Cross:
-    """A measured difference between the dense model's outputs and a layer's own, see the module.
+    """Measure of the difference between the dense model's outputs and a layer's own, see the module.
 
     Attributes:
         of: "inputs", "streams" or "outputs".
@@ -221,7 +221,7 @@ def cross_rows(
     *,
     backend: Backend = TORCH,
 ) -> Tensor:
-    """Rows of B for stacked layers that read one input, (rows, d) fp32.
+    """Compute rows of B for stacked layers that read one input, (rows, d) fp32.
 
     Args:
         crosses: what was measured of each layer; None: the layer is to be approximated itself.
@@ -230,16 +230,16 @@ def cross_rows(
         G: (d, d) Gram matrix, not damped, from `Backend.exact_operand`.
         backend: the operations.
     """
-    parts = zip(crosses, places, strict=True)
-    wanted = [(cross, rows, place) for cross, (rows, place) in parts if cross and rows.start < rows.stop]
     B = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
-    of = {cross.of: cross.matrix for cross, _, _ in wanted}
-    # All rows are multiplied at once, so that a row's result does not depend on the layers beside it.
+    of = {cross.of: cross.matrix for cross in crosses if cross}
+    # All rows are multiplied at once, so that a row's result does not depend on other layers.
     if "inputs" in of:
         from_inputs = backend.product_transposed(backend.operand(W), backend.operand(of["inputs"]))
     if "streams" in of:
         own = backend.exact_product(W, G)
-    for cross, rows, place in wanted:
+    for cross, (rows, place) in zip(crosses, places, strict=True):
+        if cross is None:
+            continue
         if cross.of == "inputs":
             B[place] = from_inputs[place]
         elif cross.of == "streams":
@@ -252,7 +252,7 @@ def cross_rows(
 def find_target(
     W: Tensor, G: Tensor, B: Tensor, steps: int, *, support: Tensor | None = None, backend: Backend = TORCH
 ) -> Tensor:
-    """T, by conjugate gradients from W; (rows, d) fp32.
+    """Find the target T by conjugate gradients from W; (rows, d) fp32.
 
     Few steps on a damped G leave T close to W in directions in which the input hardly varies and says little about D.
 

@@ -1,4 +1,4 @@
-"""Stacks of layers that read the same input, and chunks of their rows.
+"""Stack layers that read the same input, and cut the stack into chunks of rows.
 
 A stack has the layers' rows one below the other, with their targets, saliencies and budgets. It is solved in chunks
 whose state fits the memory, and on a CPU the caches too.
@@ -23,7 +23,7 @@ from sparsefw.solver.patterns import Pattern
 from sparsefw.solver.refit import Cross, cross_rows, find_target
 
 # The rows of stacks and chunks are multiples of this. A matrix product handles a remainder of rows in another order of
-# summation. Without a remainder, a row's result does not depend on the rows beside it.
+# summation. Without a remainder, a row's result does not depend on other rows.
 ROW_UNIT = 64
 
 # The longest chunk on a CPU, in rows, or in entries if that is more rows. A longer chunk does not fit the caches. A
@@ -44,7 +44,7 @@ FLOOR = 0.01
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers that are solved together, one below the other.
+    """Weights of layers that are solved together, one below the other.
 
     Attributes:
         names: the layers' names.
@@ -69,56 +69,46 @@ class Stack:
 
     @property
     def height(self) -> int:
-        """The number of rows, with those that pad the stack."""
+        """Count the rows, with padding."""
         rows = sum(map(len, self.weights))
-        return rows if self.memory is None else padded(rows)
+        return rows if self.memory is None else -(-rows // ROW_UNIT) * ROW_UNIT
 
 
-def padded(rows: int) -> int:
-    """The height of a stack of layers with this number of rows, if it is solved in chunks."""
-    return -(-rows // ROW_UNIT) * ROW_UNIT
-
-
-def places(weights: Iterable[Tensor], share: slice) -> list[tuple[slice, slice]]:
-    """For each layer its rows that lie in a share of the stack, and their place in the share; empty if there are none.
+def places(weights: Iterable[Tensor], part: slice) -> list[tuple[slice, slice]]:
+    """Find the rows of each layer that lie in a part of the stack, and their place in the part; both may be empty.
 
     Args:
         weights: (out, in) weight of each layer of the stack.
-        share: rows of the stack.
+        part: rows of the stack.
     """
     found, start = [], 0
     for weight in weights:
-        low, high = (min(max(end - start, 0), len(weight)) for end in (share.start, share.stop))
-        first = start + low - share.start
+        low, high = (min(max(end - start, 0), len(weight)) for end in (part.start, part.stop))
+        first = start + low - part.start
         found.append((slice(low, high), slice(first, first + high - low)))
         start += len(weight)
     return found
 
 
-def stack_rows(stack: Stack, share: slice) -> Problem:
-    """The problem of some rows of a stack. Rows that pad the stack are zero.
-
-    Args:
-        stack: the stack; its layers lose their cross matrices.
-        share: the rows.
-    """
+def stack_rows(stack: Stack) -> Problem:
+    """Make the problem of a stack, whose layers lose their cross matrices. Rows that pad the stack are zero."""
     G, config, backend = stack.G, stack.config, stack.backend
     own = stack.weights[0].dtype
     # bf16 and fp16 arithmetic is slow on a CPU; fp32 holds the same weights.
     dtype = torch.float32 if G.device.type == "cpu" else own
-    W = torch.zeros(share.stop - share.start, len(G), dtype=dtype, device=G.device)
-    for weight, (rows, place) in zip(stack.weights, places(stack.weights, share), strict=True):
-        W[place] = weight[rows]
+    W = torch.zeros(stack.height, len(G), dtype=dtype, device=G.device)
+    layers = [place for _, place in places(stack.weights, slice(0, stack.height))]
+    for weight, layer in zip(stack.weights, layers, strict=True):
+        W[layer] = weight
     support = W != 0 if config.keep_zeros else None
     exact, H = backend.exact_operand(G, own), G
     if stack.method.dense_target:
         # Refits and targets only multiply with the damped matrix. Swaps of masks need it exactly.
         of_products = config.refit and backend.precision == "bf16"
         H = damped(G, config.damp, torch.bfloat16 if of_products else torch.float32)
-    target_gap = _to_targets(stack, share, W, exact, H, support)
+    target_gap = _to_targets(stack, W, exact, H, support)
     saliency = SALIENCIES[stack.method.saliency or config.warm_start]
     S = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
-    layers = [place for _, place in places(stack.weights, share)]
     for layer in layers:
         S[layer] = saliency(W[layer], G.diagonal())
     k = kept(S, layers, config.pattern)
@@ -126,7 +116,7 @@ def stack_rows(stack: Stack, share: slice) -> Problem:
 
 
 def kept(saliency: Tensor, layers: list[slice], pattern: Pattern) -> int | Tensor:
-    """The budgets of stacked rows, see `Problem.k`.
+    """Count what stacked rows keep, see `Problem.k`.
 
     A `layer:` budget goes to the highest saliencies of a whole matrix, and each row keeps the number that it got.
 
@@ -148,8 +138,7 @@ def kept(saliency: Tensor, layers: list[slice], pattern: Pattern) -> int | Tenso
 
 
 def damped(G: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A copy of G (d, d) with damp max(diag G, FLOOR m) added to its diagonal, where m is the median of its positive
-    entries.
+    """Damp a copy of G (d, d): add damp max(diag G, FLOOR m) to its diagonal, m the median of its positive entries.
 
     Damping treats every input as slightly more independent of the others. It draws refitted weights towards the layer's
     own, and masks towards the weights that matter most by themselves.
@@ -169,9 +158,7 @@ def damped(G: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Tensor
     return H
 
 
-def _to_targets(
-    stack: Stack, share: slice, W: Tensor, G: Tensor | Terms, H: Tensor, support: Tensor | None
-) -> Tensor | None:
+def _to_targets(stack: Stack, W: Tensor, G: Tensor | Terms, H: Tensor, support: Tensor | None) -> Tensor | None:
     """Replace the rows W of a stack by their targets, chunk by chunk.
 
     The target of a layer without a cross matrix is its weight, and that of the padding is zero. Targets are rounded to
@@ -179,7 +166,7 @@ def _to_targets(
 
     Args:
         stack: the stack; its layers lose their cross matrices.
-        share, W, support: as in `stack_rows`.
+        W, support: (rows, d) as in the `Problem`.
         G: from `Backend.exact_operand`.
         H: the damped matrix.
 
@@ -193,11 +180,10 @@ def _to_targets(
         return None
     gap = None if stack.config.refit else torch.empty_like(W, dtype=torch.float32)
     own = stack.weights[0].dtype
-    most = min(torch.finfo(own).max, torch.finfo(torch.float32).max)
+    most = torch.finfo(own).max
 
     def put(rows: slice) -> None:
-        within = places(stack.weights, slice(share.start + rows.start, share.start + rows.stop))
-        B = cross_rows(crosses, within, W[rows], G, backend=stack.backend)
+        B = cross_rows(crosses, places(stack.weights, rows), W[rows], G, backend=stack.backend)
         support_of_rows = None if support is None else support[rows]
         T = find_target(W[rows], H, B, TARGET_STEPS, support=support_of_rows, backend=stack.backend)
         if gap is None:
@@ -205,62 +191,56 @@ def _to_targets(
         else:
             gap[rows] = T - W[rows]
 
-    chunks, threads = cut(stack, share)
-    with workers(threads) as run:
+    with in_chunks(stack) as (chunks, run):
         for _ in run(put, chunks):
             pass
     return gap
 
 
 def cpu_rows(d: int) -> int:
-    """The most rows of d entries that a thread solves at a time on a CPU."""
+    """Limit the rows of d entries that a thread solves at a time on a CPU."""
     return max(CPU_ROWS, CPU_ENTRIES // d // ROW_UNIT * ROW_UNIT)
 
 
-def cut(stack: Stack, share: slice) -> tuple[list[slice], int]:
-    """Cut a share of a stack into chunks of rows whose state fits the memory.
+@contextmanager
+def in_chunks(stack: Stack) -> Iterator[tuple[list[slice], Callable[..., Iterator[Any]]]]:
+    """Cut a stack into chunks of rows whose state fits the memory.
 
-    Returns:
-        The chunks, counted from the start of the share, and the number of `workers` for them.
+    On a CPU as many chunks are solved at once as torch has threads, each on one thread. The operations on a chunk are
+    too short to be split over threads, and numpy's selection uses one thread only.
+
+    Yields:
+        The chunks, and a `map` that solves them.
 
     Raises:
         InputError: no chunk fits the memory.
     """
-    rows, d = share.stop - share.start, len(stack.G)
     if stack.memory is None:
-        return [slice(0, rows)], 0
+        yield [slice(0, stack.height)], map
+        return
+    d = len(stack.G)
     unit = BYTES_PER_ENTRY * d * ROW_UNIT
     units = stack.memory // unit
     if not units:
-        raise InputError(
-            f"{stack.names[0]}: a solve needs {unit / 2**30:.3f} GiB at least, and {stack.memory / 2**30:.3f} are set "
-            "aside"
-        )
+        needed, given = unit / 2**30, stack.memory / 2**30
+        raise InputError(f"{stack.names[0]}: a solve needs {needed:.3f} GiB at least, and {given:.3f} are set aside")
+    before = torch.get_num_threads()
     on_cpu = stack.G.device.type == "cpu"
     threaded = on_cpu and stack.backend.thread_safe
-    threads = min(torch.get_num_threads(), units) if threaded else 1
+    threads = min(before, units) if threaded else 1
     if on_cpu:
         units = min(units // threads, cpu_rows(d) // ROW_UNIT)
     # All threads get the same number of chunks, and chunks are alike.
-    turns = max(1, -(-rows // (threads * units * ROW_UNIT)))
-    height = max(1, -(-rows // (threads * turns * ROW_UNIT))) * ROW_UNIT
-    chunks = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
-    return chunks, threads if threaded else 0
-
-
-@contextmanager
-def workers(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` of chunks over this number of threads, with one thread of torch's each; 0: Python's own.
-
-    The operations on a chunk are too short to be split over threads, and numpy's selection uses one thread only.
-    """
-    if not count:
-        yield map
+    rows = max(1, stack.height)
+    turns = -(-rows // (threads * units * ROW_UNIT))
+    height = -(-rows // (threads * turns * ROW_UNIT)) * ROW_UNIT
+    chunks = [slice(start, min(start + height, stack.height)) for start in range(0, stack.height, height)]
+    if not threaded:
+        yield chunks, map
         return
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(count) as pool:
-            yield pool.map
+        with ThreadPoolExecutor(threads) as pool:
+            yield chunks, pool.map
     finally:
         torch.set_num_threads(before)
