@@ -142,15 +142,13 @@ def _one_budget(problem: Problem, config: PruneConfig) -> int:
 def _admm(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
     """ADMM, which has a damping of its own."""
     check_finite(problem)
-    mask, Z = admm(problem.W, problem.G, _one_budget(problem, config), group=problem.group)
-    return choice_of(problem, mask, Z, backend)
+    return choice_of(problem, *admm(problem.W, problem.G, _one_budget(problem, config), group=problem.group), backend)
 
 
 def _one_swaps(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
     """Best 1-swaps from the warm start."""
-    group = problem.group
-    warm = backend.lmo(problem.saliency, _one_budget(problem, config), group=group)
-    mask = one_swaps(problem.W, problem.G, warm, group=group)
+    warm = backend.lmo(problem.saliency, _one_budget(problem, config), group=problem.group)
+    mask = one_swaps(problem.W, problem.G, warm, group=problem.group)
     error, before = (mask_error(problem.W, m, problem.G, backend=backend) for m in (mask, warm))
     return Choice(mask, None, error, error, before, None)
 
