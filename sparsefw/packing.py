@@ -28,9 +28,10 @@ from sparsefw.errors import InputError
 from sparsefw.model.skeleton import Skeleton, build
 from sparsefw.report.card import write_card
 from sparsefw.report.content import Report, read_report, report_of
+from sparsefw.selection import without_index
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS
-from sparsefw.solver.patterns import Pattern, without_index
+from sparsefw.solver.patterns import Pattern
 
 REPORTS = ("report.json", "report.html", OWN_TEXT)
 

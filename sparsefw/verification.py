@@ -25,10 +25,11 @@ from sparsefw.model.layers import slices_of
 from sparsefw.model.skeleton import build, has_class
 from sparsefw.model.slots import block_of
 from sparsefw.report.content import Report, report_of
+from sparsefw.selection import without_index
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS
 from sparsefw.solver.layer import LayerResult
-from sparsefw.solver.patterns import Pattern, without_index
+from sparsefw.solver.patterns import Pattern
 
 # Integers as wide as the values. Read as integers, a NaN equals itself, and -0.0 differs from 0.0.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

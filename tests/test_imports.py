@@ -23,7 +23,7 @@ LEVELS = [
     ["inputs"],
     ["data"],
     ["checkpoint"],
-    ["kernels", "memory", "timeline", "fields", "default"],
+    ["kernels", "memory", "timeline", "fields", "default", "selection"],
     ["arithmetic"],
     ["ranks"],
     ["errors", "caller"],

@@ -34,9 +34,9 @@ from sparsefw.model.layers import layer_of
 from sparsefw.model.recording import without_padding
 from sparsefw.model.stand_ins import ForwardFailed, explained
 from sparsefw.report.content import HIDDEN, PREDICTIONS, Reconstruction
+from sparsefw.selection import without_index
 from sparsefw.solver.kept_weights import KeptWeights
 from sparsefw.solver.layer import LayerResult
-from sparsefw.solver.patterns import without_index
 
 T = TypeVar("T")
 

@@ -21,9 +21,9 @@ from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import Placement
 from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
+from sparsefw.selection import check_used
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
-from sparsefw.solver.patterns import check_used
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
 
 GIB = 2**30

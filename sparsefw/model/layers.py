@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparsefw.model.parts import INPUT, Point
 from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.tape import Calls, Op, Tape, Value, tensors_in
-from sparsefw.solver.patterns import without_index
+from sparsefw.selection import without_index
 
 # The index of a slice of a parameter.
 _SLICE = re.compile(r"\[\d+\]")

@@ -34,7 +34,7 @@ from sparsefw.model.skeleton import attention_implementation
 from sparsefw.model.stages import confirm, survey_tape
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.model.tape import Calls
-from sparsefw.solver.patterns import without_index
+from sparsefw.selection import without_index
 
 # Tokens that the blocks are run on: enough for every kind of attention, little beside a block.
 TOKENS = 8

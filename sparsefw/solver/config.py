@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from sparsefw import selection
 from sparsefw.errors import InputError, option
 from sparsefw.fields import DEPENDS, check_fields, flag, set_field
 from sparsefw.solver import patterns
@@ -199,7 +200,7 @@ class PruneConfig:
                 set_field(self, name, default)
         self._check_together()
         for name in ("include", "ignore"):
-            patterns.check_patterns(name, getattr(self, name))
+            selection.check_patterns(name, getattr(self, name))
 
     def _defaults(self) -> dict[str, Any]:
         """Find the defaults that depend on other fields and on the machine."""
@@ -343,4 +344,4 @@ class PruneConfig:
 
     def selects(self, layer: str) -> bool:
         """Tell whether a layer of this name is to be pruned."""
-        return patterns.selected(layer, self.include, self.ignore)
+        return selection.selected(layer, self.include, self.ignore)

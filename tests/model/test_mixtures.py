@@ -12,7 +12,7 @@ from helpers.families import COMMON, EXPERTS, first_is_fast
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsefw.estimate.plan import describe
-from sparsefw.solver.patterns import without_index
+from sparsefw.selection import without_index
 
 E, D = 4, 32
 

@@ -18,7 +18,7 @@ from sparsefw.model import StreamedModel, embed, shape_of
 from sparsefw.model.head import logits
 from sparsefw.model.skeleton import attention_implementation
 from sparsefw.model.slots import DenseBlock, shared_parameters, slots_of
-from sparsefw.solver.patterns import without_index
+from sparsefw.selection import without_index
 
 # A model whose attention is one module at several depths.
 ZAMBA = {

@@ -3,7 +3,7 @@
 import pytest
 
 from sparsefw.errors import InputError
-from sparsefw.solver.patterns import check_patterns, check_used, matches, selected
+from sparsefw.selection import check_patterns, check_used, matches, selected
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 EXPERT = "model.layers.0.mlp.experts.down_proj[3]"

@@ -1,0 +1,89 @@
+r"""Select layers by their names: `--include` and `--ignore`.
+
+down_proj, layers.0, model.layers.3.mlp    layers that have it as whole parts of their dotted name
+re:.*layers\.(0|1)\.                       layers whose name the regular expression matches from its start
+"""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from sparsefw.errors import InputError, first_line, option
+
+REGEX = "re:"
+
+# The index of an expert that is a slice of a stacked parameter.
+_INDEX = re.compile(r"\[\d+\]$")
+
+
+def matches(pattern: str, layer: str) -> bool:
+    """Tell whether a pattern stands for a layer.
+
+    Args:
+        pattern: a name or re:PATTERN, see above.
+        layer: the layer's name, in which `.weight` at the end does not count. An expert that is a slice of a stacked
+            parameter has its index at the end, `experts.down_proj[3]`; plain names match with it and without it.
+    """
+    name = layer.removesuffix(".weight")
+    if pattern.startswith(REGEX):
+        return re.match(pattern.removeprefix(REGEX), name) is not None
+    part = f".{pattern.removesuffix('.weight')}."
+    return part in f".{name}." or part in f".{without_index(name)}."
+
+
+def without_index(layer: str) -> str:
+    """Name the parameter that a layer is, or is a slice of."""
+    return _INDEX.sub("", layer)
+
+
+def selected(layer: str, include: Iterable[str], ignore: Iterable[str]) -> bool:
+    """Tell whether a layer is pruned: one of `include`, where that names any, and not one of `ignore`."""
+    include = tuple(include)
+    included = not include or any(matches(pattern, layer) for pattern in include)
+    return included and not any(matches(pattern, layer) for pattern in ignore)
+
+
+def check_patterns(name: str, patterns: Iterable[str]) -> None:
+    """Raise InputError if a pattern is empty or no regular expression."""
+    for pattern in patterns:
+        if not pattern.removeprefix(REGEX):
+            raise InputError(f"{option(name)}: empty; give the name of a layer or block, or {REGEX}PATTERN")
+        if pattern.startswith(REGEX):
+            try:
+                re.compile(pattern.removeprefix(REGEX))
+            # The last two: more repetitions or nesting than Python can compile.
+            except (re.error, OverflowError, RecursionError) as error:
+                raise InputError(f"{option(name, pattern)}: not a regular expression ({first_line(error)})") from error
+
+
+def check_used(
+    layers: Iterable[str], include: Iterable[str], ignore: Iterable[str], modules: Iterable[str] = ()
+) -> None:
+    """Refuse patterns that match no layer, and selections without a layer.
+
+    Args:
+        layers: names of all prunable layers of the model.
+        include, ignore: patterns of layers, see above.
+        modules: names of all modules of the model. What is never pruned, such as a head, may be ignored by name.
+
+    Raises:
+        InputError: a pattern matches no layer, or no layer is selected.
+    """
+    layers, include, ignore, modules = list(layers), tuple(include), tuple(ignore), list(modules)
+    for name, patterns in (("include", include), ("ignore", ignore)):
+        for pattern in patterns:
+            dense = any(matches(pattern, module) for module in modules)
+            if not any(matches(pattern, layer) for layer in layers) and not (dense and name == "ignore"):
+                what = "is never pruned" if dense else "no layer of the model has this name"
+                raise InputError(f"{option(name, pattern)}: {what}{_example(pattern, layers)}")
+    if not any(selected(layer, include, ignore) for layer in layers):
+        raise InputError(f"{option('include')}, {option('ignore')}: no layer is left to prune")
+
+
+def _example(pattern: str, layers: list[str]) -> str:
+    """Suggest names like a pattern that matches no layer, for its error; else any layer."""
+    plain = re.sub(rf"^{REGEX}|[^\w.]", "", pattern).strip(".")
+    names, length = [name.removesuffix(".weight").split(".") for name in layers], plain.count(".") + 1
+    parts = sorted({".".join(name[i : i + length]) for name in names for i in range(len(name) - length + 1)})
+    near = get_close_matches(plain, parts)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; one is {layers[0]}" if layers else ""
