@@ -13,8 +13,8 @@ REPO = Path(__file__).resolve().parents[1]
 
 # Round numbers. They move by a decision alone. Words are those of README.md and docs/.
 LIMITS = {
-    "core of sparsefw: tokens": 102_000,
-    "extras of sparsefw: tokens": 26_000,
+    "core of sparsefw: tokens": 104_000,
+    "extras of sparsefw: tokens": 24_000,
     "kernels: tokens": 33_500,
     "bench: tokens": 44_000,
     "tests: tokens": 188_000,

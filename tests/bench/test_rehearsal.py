@@ -27,6 +27,8 @@ def test_limits_add_up_to_ten_minutes():
 @pytest.mark.slow
 def test_the_page_tells_what_passed_and_the_end_of_what_failed(tmp_path, monkeypatch):
     """Two parts pass, one is no part and fails, one is cut off. The page after the first says what has not run."""
+    # Where it is set, pytest-benchmark times nothing.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     parts = {name: gpu_steps.REHEARSAL[name] for name in ("machine", "row step bench")}
     monkeypatch.setattr(rehearsal, "REHEARSAL", parts | {"no part": (20, ""), "probe": (0.01, "")})
     pages, write = [], rehearsal.page

@@ -8,12 +8,10 @@ from helpers.all_on_gpu import run_on_gpu
 
 PARTS = {
     "runs": "test_api.py test_in_memory.py test_examples.py test_unusual_models.py driver/test_prune.py",
-    "models": "test_batches.py test_caller.py test_verification.py driver/test_generation.py model/test_dataflow.py "
-    "model/test_experts.py model/test_handed_on.py model/test_multimodal.py model/test_slice_gradients.py",
+    "models": "test_batches.py test_caller.py test_verification.py driver/test_generation.py model/test_multimodal.py",
     "reconstructions": "driver/test_reconstruct.py driver/test_reconstruct_in_memory.py "
     "driver/test_reconstruct_runs.py driver/test_predicted.py driver/test_ranks.py driver/test_same_bits.py",
-    "recoveries": "test_recovery.py solver/test_kept_weights.py solver/test_stack.py",
-    "evaluations": "evaluation commands/test_pack.py commands/test_quantized.py commands/test_selection.py",
+    "recoveries and evaluations": "test_recovery.py evaluation commands/test_pack.py",
 }
 # Parts of names of tests, and why they do not run there.
 LEFT_OUT = {
