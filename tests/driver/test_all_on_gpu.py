@@ -8,7 +8,7 @@ from helpers.all_on_gpu import run_on_gpu
 
 PARTS = {
     "runs": "test_api.py test_in_memory.py test_examples.py test_unusual_models.py driver/test_prune.py",
-    "models": "test_batches.py test_caller.py test_verification.py driver/test_generation.py model/test_multimodal.py",
+    "models": "test_batches.py driver/test_generation.py model/test_multimodal.py",
     "reconstructions": "driver/test_reconstruct.py driver/test_reconstruct_in_memory.py "
     "driver/test_reconstruct_runs.py driver/test_predicted.py driver/test_ranks.py driver/test_same_bits.py",
     "recoveries and evaluations": "test_recovery.py evaluation commands/test_pack.py",

@@ -7,6 +7,7 @@ from helpers.kernel_inputs import DEVICE
 ELSEWHERE = {
     "all_on_gpu": "this one",
     "many_passes": "what the interpreter alone does",
+    "may_start_from_any_threshold": "takes ten seconds; `compiled.py --only step --test` runs it with these tiles",
     "swaps_are_the_best": "changes the shape of a tensor in place, which only a tensor with data can",
 }
 
