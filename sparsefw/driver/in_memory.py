@@ -23,9 +23,8 @@ from sparsefw.checkpoint.source import PROCESSORS, SMALL, TOKENIZER_CONFIG, TOKE
 from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches
-from sparsefw.data.windows import window_length
-from sparsefw.driver.job import Job, Run, Samples, windows_of_texts
-from sparsefw.driver.run import Shown, carry_out, computes_in_fp32, own_text, resumed, settled, with_defaults
+from sparsefw.driver.job import Job, Run, Samples
+from sparsefw.driver.run import Shown, carry_out, computes_in_fp32, on_texts, resumed, settled, with_defaults
 from sparsefw.errors import InputError, errors_in_one_line, shown
 from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import resident
@@ -111,11 +110,7 @@ def _settled(
         if job.inputs.evaluate and not opened.logits_itemsize:
             raise InputError(f"evaluate: {type(opened.model).__name__} returns no logits, of which perplexity is made")
         whole = shape_of_text(opened)
-        seqlen = window_length(job.inputs.model, job.inputs.seqlen, opened.max_seqlen)
-        count = len(job.dataset) if isinstance(job.dataset, Tensor) else job.inputs.nsamples
-        job = with_defaults(job, count, seqlen, say, ranks)
-        write, written = own_text(job, opened, whole, seqlen, say, ranks)
-        calibration, evaluation = windows_of_texts(job, seqlen, write, say, ranks)
+        job, calibration, evaluation, seqlen, written = on_texts(job, opened, whole, say, ranks)
     else:
         calibration, evaluated = batches
         evaluation = [evaluated] if evaluated else []

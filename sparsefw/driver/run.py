@@ -62,12 +62,7 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
     in_fp32 = ranks.on_first(lambda: computes_in_fp32(job, say, source.dtype, device))
     with StreamedModel(source, device, in_fp32=in_fp32) as model:
         whole = shape_of(source, in_fp32)
-        seqlen = window_length(job.inputs.model, job.inputs.seqlen, model.max_seqlen)
-        count = len(job.dataset) if isinstance(job.dataset, Tensor) else job.inputs.nsamples
-        job = with_defaults(job, count, seqlen, say, ranks)
-        _check_memory(job, pruned_shape(whole, job.config), seqlen, model.device, ranks)
-        write, written = own_text(job, model, whole, seqlen, say, ranks)
-        calibration, evaluation = windows_of_texts(job, seqlen, write, say, ranks)
+        job, calibration, evaluation, seqlen, written = on_texts(job, model, whole, say, ranks)
         run = Run(
             job,
             model,
@@ -86,6 +81,26 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
         )
         run = settled(run, written)
         return carry_out(run, lambda writer, card: writer.finish(None, card), progress)
+
+
+def on_texts(
+    job: Job, model: BlockModel, whole: ModelShape, say: Callable[[str], None], ranks: Ranks
+) -> tuple[Job, Windows, list[Windows], int, int]:
+    """Read the texts of a run.
+
+    Returns:
+        The job with its defaults, the calibration windows, the windows of each evaluation text, the tokens in a window,
+        and the windows of its own text that the model has written at once.
+
+    Raises:
+        InputError: a text cannot be read or is too short, or memory is too little.
+    """
+    seqlen = window_length(job.inputs.model, job.inputs.seqlen, model.max_seqlen)
+    count = len(job.dataset) if isinstance(job.dataset, Tensor) else job.inputs.nsamples
+    job = with_defaults(job, count, seqlen, say, ranks)
+    _check_memory(job, pruned_shape(whole, job.config), seqlen, model.device, ranks)
+    write, written = own_text(job, model, whole, seqlen, say, ranks)
+    return job, *windows_of_texts(job, seqlen, write, say, ranks), seqlen, written
 
 
 def resumed(job: Job, ranks: Ranks) -> Job:
