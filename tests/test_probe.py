@@ -1,4 +1,4 @@
-"""The GPU is looked at before anything is read, and what fails there later is told as that."""
+"""A run tries the GPU before it reads anything, and a later failure of the GPU keeps its name."""
 
 import subprocess
 

@@ -110,7 +110,7 @@ def resumed(job: Job, ranks: Ranks) -> Job:
 
 
 def with_defaults(job: Job, count: int, tokens: int, say: Callable[[str], None], ranks: Ranks) -> Job:
-    """The job with the defaults of its config that depend on the calibration: `count` windows of so many `tokens`."""
+    """The job with the defaults of its config that depend on the calibration: `count` windows of `tokens` each."""
     if count < ranks.count:
         raise InputError(f"{option('nsamples', count)}: {ranks.count} ranks, and each needs a window")
     config = job.config.for_calibration(count, tokens, ranks.count)
@@ -278,7 +278,7 @@ def _say_what_is_pruned(run: Run, whole: ModelShape) -> None:
 
 
 def workload_of(job: Job, windows: Sequence[int], seqlen: int, device: torch.device, ranks: Ranks) -> Workload:
-    """The work of a run on so many windows of each text, the first of which calibrates.
+    """The work of a run with these numbers of windows, the calibration's first, then each evaluation text's.
 
     Of several ranks, with the memory of the one that has most.
     """

@@ -48,7 +48,7 @@ class Streams:
         _advance(run, i, "evaluate", self.evaluation[name])
 
     def perplexities(self, run: Run) -> dict[str, dict[str, float]]:
-        """Perplexities behind the last block: by evaluation text, then by DENSE and method."""
+        """Perplexities after the last block: by evaluation text, then by DENSE and method."""
         with run.model.timeline.span("evaluate"), run.model.outside():
             return {
                 samples.source: {name: perplexity(x[n], samples, run.ranks) for name, x in self.evaluation.items()}

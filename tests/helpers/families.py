@@ -10,6 +10,10 @@ import pytest
 import torch
 from classes.tiny_model import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+# A test that saves a model looks at what a command prints, whichever test of its file comes first.
+logging.disable_progress_bar()
 
 VOCABULARY = 256 + 2
 # Tokens for six windows.
