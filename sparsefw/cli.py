@@ -13,8 +13,9 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import Field, fields
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import Field, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,9 +35,6 @@ from sparsefw.inputs import Inputs, Output
 from sparsefw.solver.config import PruneConfig
 
 COMMANDS = ("run", "plan", "verify", "evaluate", "recover", "pack", "unpack")
-
-# A command: takes its arguments, None for those of the process, and returns the exit status.
-Command = Callable[[list[str] | None], int]
 
 # Exit statuses. The third one, EX_SOFTWARE of sysexits.h, is none that a failed check could have. The last one is that
 # of Ctrl-C in a shell.
@@ -58,48 +56,55 @@ def main() -> int:
     return 0 if name in ("-h", "--help") else BAD_INPUT
 
 
-def launch(command: Command, argv: list[str] | None = None) -> int:
-    """Run a command.
+@dataclass
+class Outcome:
+    """What became of a command.
+
+    Attributes:
+        status: exit status: 0; 1 (a run or a check failed), 2 (bad input), 70 (a mistake in sparsefw), 130 (Ctrl-C).
+    """
+
+    status: int = 0
+
+
+@contextmanager
+def launched(argv: list[str] | None) -> Iterator[Outcome]:
+    """Run the command inside the `with` block: an error becomes its line on stderr and its exit status.
 
     Args:
-        command: the command.
-        argv: its arguments; None: those of the process.
-
-    Returns:
-        The exit status: 0; 1 (a run or a check failed), 2 (bad input), 70 (a mistake in sparsefw), 130 (Ctrl-C).
+        argv: the arguments of the command; None: those of the process, which ends with the block.
     """
-    rank = os.environ.get("RANK", "") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    if argv is not None:
-        return _status(command, argv, rank)
-    _prepare_process(rank)
-    status = _status(command, argv, rank)
-    if rank and not status:
-        # The launcher may wait for what its function returns. Bindings of Triton report what is not freed at the end.
-        gc.unfreeze()
-        return status
-    # Python's end takes seconds to free what libraries have made, and waits for transfers with ranks that are gone.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _status(command: Command, argv: list[str] | None, rank: str) -> int:
-    """Run a command, and print its error; returns the exit status."""
+    outcome, rank = Outcome(), os.environ.get("RANK", "") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    if argv is None:
+        _prepare_process(rank)
     try:
         with by_command():
-            return command(argv)
+            yield outcome
     except BrokenPipeError:
-        # It is flushed once more at the end.
+        # stdout is flushed once more at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        outcome.status = FAILED
     except (Exception, KeyboardInterrupt) as error:
-        status, message = _outcome(error)
+        outcome.status, message = _outcome(error)
         if type(error).__name__ == "LostRankError":
             # Another rank has failed. The launcher names it, and ends this one meanwhile.
             time.sleep(PATIENCE)
         line = printable("; ".join([message, *getattr(error, "__notes__", [])]))
-    print(f"sparsefw: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
-    return status
+        print(f"sparsefw: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
+    if argv is None:
+        _end_process(rank, outcome.status)
+
+
+def _end_process(rank: str, status: int) -> None:
+    """End the process, unless a launcher waits for what its function returns."""
+    if rank and not status:
+        # Bindings of Triton report what is not freed at the end.
+        gc.unfreeze()
+        return
+    # Python's end takes seconds to free what libraries have made, and waits for transfers with ranks that are gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:

@@ -7,37 +7,33 @@ through block 0, then through block 1, and so on. Tasks are those of lm-evaluati
 import sys
 from dataclasses import fields
 
-from sparsefw.cli import Parser, add_flag, given, launch, load_libraries, say
+from sparsefw.cli import Parser, add_flag, given, launched, load_libraries, say
 from sparsefw.inputs import EvaluationInputs
 
 
-def command(argv: list[str] | None) -> int:
-    """Evaluate models, print a table, and write it as JSON."""
-    parser = Parser("evaluate", __doc__)
-    models, *flags = fields(EvaluationInputs)
-    parser.add_argument(models.name, nargs="+", metavar=models.metadata["metavar"], help=models.metadata["help"])
-    for f in flags:
-        add_flag(parser, f)
-    arguments = given(parser.parse_args(argv), EvaluationInputs)
-    load_libraries()
-    from tqdm import tqdm
-
-    from sparsefw import memory
-    from sparsefw.evaluation.metrics import lines
-    from sparsefw.evaluation.run import evaluate
-
-    memory.share_freed()
-    # Redraws the progress bar below each line.
-    evaluation = evaluate(**arguments, log=tqdm.write, progress=None)
-    say("")
-    for line in lines(evaluation):
-        say(line)
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate from the command line; returns the exit status, see `launch`."""
-    return launch(command, argv)
+    """Evaluate from the command line; returns the exit status, see `Outcome`."""
+    with launched(argv) as outcome:
+        parser = Parser("evaluate", __doc__)
+        models, *flags = fields(EvaluationInputs)
+        parser.add_argument(models.name, nargs="+", metavar=models.metadata["metavar"], help=models.metadata["help"])
+        for f in flags:
+            add_flag(parser, f)
+        arguments = given(parser.parse_args(argv), EvaluationInputs)
+        load_libraries()
+        from tqdm import tqdm
+
+        from sparsefw import memory
+        from sparsefw.evaluation.metrics import lines
+        from sparsefw.evaluation.run import evaluate
+
+        memory.share_freed()
+        # Redraws the progress bar below each line.
+        evaluation = evaluate(**arguments, log=tqdm.write, progress=None)
+        say("")
+        for line in lines(evaluation):
+            say(line)
+    return outcome.status
 
 
 if __name__ == "__main__":

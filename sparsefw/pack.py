@@ -7,10 +7,10 @@ interrupted command goes on where it was.
 
 import sys
 
-from sparsefw.cli import Parser, folder, launch, load_libraries, refuse_ranks, say
+from sparsefw.cli import Parser, folder, launched, load_libraries, refuse_ranks, say
 
 
-def packer(command: str, description: str | None, argv: list[str] | None) -> int:
+def packer(command: str, description: str | None, argv: list[str] | None) -> None:
     """Pack or unpack, and print the sizes; `command` says which."""
     parser = Parser(command, description)
     parser.add_argument("source", type=folder, metavar="PRUNED" if command == "pack" else "PACKED", help="a folder")
@@ -27,17 +27,13 @@ def packer(command: str, description: str | None, argv: list[str] | None) -> int
         arguments.source, arguments.output, overwrite=arguments.overwrite, restart=arguments.restart
     )
     say(f"{arguments.output}: {after / 1e9:.3f} GB of tensors, {after / before:.3f} of {arguments.source}")
-    return 0
-
-
-def command(argv: list[str] | None) -> int:
-    """Pack a checkpoint."""
-    return packer("pack", __doc__, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Pack from the command line; returns the exit status, see `launch`."""
-    return launch(command, argv)
+    """Pack from the command line; returns the exit status, see `Outcome`."""
+    with launched(argv) as outcome:
+        packer("pack", __doc__, argv)
+    return outcome.status
 
 
 if __name__ == "__main__":

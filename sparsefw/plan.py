@@ -8,38 +8,34 @@ import json
 import sys
 from pathlib import Path
 
-from sparsefw.cli import launch, load_libraries, run_parser, say, settings_of
+from sparsefw.cli import launched, load_libraries, run_parser, say, settings_of
 from sparsefw.fields import checked_path
 from sparsefw.inputs import CARDS
 
 
-def command(argv: list[str] | None) -> int:
-    """Plan a run, print the plan and write it as JSON."""
-    parser = run_parser(__doc__, "plan")
-    cards = f"on this card: {', '.join(CARDS)} (default: on this machine)"
-    parser.add_argument("--gpu", choices=CARDS, metavar="CARD", help=cards)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same as JSON")
-    arguments = parser.parse_args(argv)
-    load_libraries()
-    import torch
-
-    from sparsefw.estimate.plan import lines, plan
-
-    if arguments.gpu or torch.cuda.is_available():
-        # The defaults of a run on a GPU, which need not be in this machine.
-        arguments.kernel, arguments.precision = arguments.kernel or "triton", arguments.precision or "bf16"
-    inputs, config, output = settings_of(arguments)
-    content = plan(inputs, config, output, arguments.gpu)
-    if arguments.json:
-        checked_path("json", arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for line in lines(content):
-        say(line)
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Plan from the command line; returns the exit status, see `launch`."""
-    return launch(command, argv)
+    """Plan from the command line; returns the exit status, see `Outcome`."""
+    with launched(argv) as outcome:
+        parser = run_parser(__doc__, "plan")
+        cards = f"on this card: {', '.join(CARDS)} (default: on this machine)"
+        parser.add_argument("--gpu", choices=CARDS, metavar="CARD", help=cards)
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write the same as JSON")
+        arguments = parser.parse_args(argv)
+        load_libraries()
+        import torch
+
+        from sparsefw.estimate.plan import lines, plan
+
+        if arguments.gpu or torch.cuda.is_available():
+            # The defaults of a run on a GPU, which need not be in this machine.
+            arguments.kernel, arguments.precision = arguments.kernel or "triton", arguments.precision or "bf16"
+        inputs, config, output = settings_of(arguments)
+        content = plan(inputs, config, output, arguments.gpu)
+        if arguments.json:
+            checked_path("json", arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for line in lines(content):
+            say(line)
+    return outcome.status
 
 
 if __name__ == "__main__":

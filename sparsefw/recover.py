@@ -9,43 +9,39 @@ from dataclasses import fields
 
 from safetensors import SafetensorError
 
-from sparsefw.cli import Parser, add_flag, folder, given, launch, load_libraries, refuse_ranks, say
+from sparsefw.cli import Parser, add_flag, folder, given, launched, load_libraries, refuse_ranks, say
 from sparsefw.inputs import Inputs, Output
 
 # The fields of Inputs that are flags.
 INPUTS = ("model", "dataset", "nsamples", "seqlen", "seed")
 
 
-def command(argv: list[str] | None) -> int:
-    """Recover a checkpoint, and print what is gained."""
-    parser = Parser("recover", __doc__)
-    parser.add_argument("pruned", type=folder, metavar="PRUNED", help="folder that sparsefw run wrote")
-    parser.add_argument("folder", type=folder, metavar="OUTPUT", help="folder for the result")
-    for f in fields(Inputs):
-        if f.name in INPUTS:
-            add_flag(parser, f, "the run's, plus 1" if f.name == "seed" else "the run's")
-    for f in fields(Output):
-        if f.name in ("overwrite", "restart", "gpu_memory", "host_memory"):
-            add_flag(parser, f)
-    arguments = parser.parse_args(argv)
-    refuse_ranks("recover")
-    inputs, output = given(arguments, Inputs), Output(**given(arguments, Output))
-    load_libraries()
-    from sparsefw import memory
-    from sparsefw.recovery import recover
-
-    memory.share_freed()
-    try:
-        recover(arguments.pruned, output, inputs, say)
-    except (KeyboardInterrupt, OSError, SafetensorError) as error:
-        error.add_note("a recovery makes its steps again")
-        raise
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Recover from the command line; returns the exit status, see `launch`."""
-    return launch(command, argv)
+    """Recover from the command line; returns the exit status, see `Outcome`."""
+    with launched(argv) as outcome:
+        parser = Parser("recover", __doc__)
+        parser.add_argument("pruned", type=folder, metavar="PRUNED", help="folder that sparsefw run wrote")
+        parser.add_argument("folder", type=folder, metavar="OUTPUT", help="folder for the result")
+        for f in fields(Inputs):
+            if f.name in INPUTS:
+                add_flag(parser, f, "the run's, plus 1" if f.name == "seed" else "the run's")
+        for f in fields(Output):
+            if f.name in ("overwrite", "restart", "gpu_memory", "host_memory"):
+                add_flag(parser, f)
+        arguments = parser.parse_args(argv)
+        refuse_ranks("recover")
+        inputs, output = given(arguments, Inputs), Output(**given(arguments, Output))
+        load_libraries()
+        from sparsefw import memory
+        from sparsefw.recovery import recover
+
+        memory.share_freed()
+        try:
+            recover(arguments.pruned, output, inputs, say)
+        except (KeyboardInterrupt, OSError, SafetensorError) as error:
+            error.add_note("a recovery makes its steps again")
+            raise
+    return outcome.status
 
 
 if __name__ == "__main__":

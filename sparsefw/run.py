@@ -5,39 +5,35 @@ Without arguments it prunes the built-in model, a tiny Llama, on text that every
 
 import sys
 
-from sparsefw.cli import launch, load_libraries, run_parser, say, say_fitted, settings_of
-
-
-def command(argv: list[str] | None) -> int:
-    """Prune, evaluate and write a model, and print a summary."""
-    inputs, config, output = settings_of(run_parser(__doc__).parse_args(argv))
-    # Before the libraries, which load Triton.
-    _ = config.backend
-    load_libraries()
-    from tqdm import tqdm
-
-    from sparsefw import memory
-    from sparsefw.api import prune_checkpoint
-
-    memory.share_freed()
-    # Redraws the progress bar below each line.
-    report = prune_checkpoint(inputs, config, output, log=tqdm.write, progress=None)
-
-    from sparsefw.checkpoint.files import SUMS, file_digest
-    from sparsefw.report import log
-
-    say_fitted([*filter(None, [log.kept_dense_line(report)]), "", *log.summary(report)])
-    say(f"checkpoint: {output.folder}")
-    if output.packed:
-        say(f"packed: {output.packed}")
-    say(f"report: {output.folder / 'report.html'}, {output.folder / 'report.json'}")
-    say(f"SHA-256 of {output.folder / SUMS}: {file_digest(output.folder / SUMS)}")
-    return 0
+from sparsefw.cli import launched, load_libraries, run_parser, say, say_fitted, settings_of
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prune from the command line; returns the exit status, see `launch`."""
-    return launch(command, argv)
+    """Prune from the command line; returns the exit status, see `Outcome`."""
+    with launched(argv) as outcome:
+        inputs, config, output = settings_of(run_parser(__doc__).parse_args(argv))
+        # Before the libraries, which load Triton.
+        _ = config.backend
+        load_libraries()
+        from tqdm import tqdm
+
+        from sparsefw import memory
+        from sparsefw.api import prune_checkpoint
+
+        memory.share_freed()
+        # Redraws the progress bar below each line.
+        report = prune_checkpoint(inputs, config, output, log=tqdm.write, progress=None)
+
+        from sparsefw.checkpoint.files import SUMS, file_digest
+        from sparsefw.report import log
+
+        say_fitted([*filter(None, [log.kept_dense_line(report)]), "", *log.summary(report)])
+        say(f"checkpoint: {output.folder}")
+        if output.packed:
+            say(f"packed: {output.packed}")
+        say(f"report: {output.folder / 'report.html'}, {output.folder / 'report.json'}")
+        say(f"SHA-256 of {output.folder / SUMS}: {file_digest(output.folder / SUMS)}")
+    return outcome.status
 
 
 if __name__ == "__main__":

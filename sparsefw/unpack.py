@@ -2,18 +2,15 @@
 
 import sys
 
-from sparsefw.cli import launch
+from sparsefw.cli import launched
 from sparsefw.pack import packer
 
 
-def command(argv: list[str] | None) -> int:
-    """Unpack a checkpoint."""
-    return packer("unpack", __doc__, argv)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Unpack from the command line; returns the exit status, see `launch`."""
-    return launch(command, argv)
+    """Unpack from the command line; returns the exit status, see `Outcome`."""
+    with launched(argv) as outcome:
+        packer("unpack", __doc__, argv)
+    return outcome.status
 
 
 if __name__ == "__main__":

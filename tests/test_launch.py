@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from sparsefw.cli import launch
+from sparsefw.cli import launched
 from sparsefw.errors import InputError
 
 FULL = "the host's memory is full; give fewer or shorter windows (--nsamples, --seqlen)"
@@ -21,7 +21,9 @@ def command(capsys):
     """Launches a function as a command; gives the exit status and what it has printed on stderr."""
 
     def run(body) -> tuple[int, str]:
-        return launch(body, []), capsys.readouterr().err
+        with launched([]) as outcome:
+            body([])
+        return outcome.status, capsys.readouterr().err
 
     return run
 
@@ -104,7 +106,7 @@ def test_output_that_cannot_be_written(output, line):
     os.close(reads)
     if output:
         os.dup2(os.open(output, os.O_WRONLY), stdout)
-    code = "import sys; from sparsefw.cli import launch; sys.exit(launch(lambda argv: print('much')))"
+    code = "from sparsefw.cli import launched\nwith launched(None):\n    print('much')"
     done = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
     os.close(stdout)
     assert (done.returncode, done.stderr) == (1, line)
