@@ -22,6 +22,7 @@ from sparsefw.data.text import TEXTS, TOKENS
 from sparsefw.errors import InputError, option, shown
 from sparsefw.fields import check_names, checked_path
 from sparsefw.inputs import DEFAULT, Inputs, Output, locate
+from sparsefw.memory import this_device
 from sparsefw.ranks import Ranks, joined_with
 from sparsefw.solver.config import PruneConfig
 
@@ -183,7 +184,7 @@ def prune(
         if calibration is None:
             name = getattr(module, "name_or_path", "") or type(module).__name__
             inputs, documents = _inputs(name, dataset, evaluate, **numbers)
-        config = config or PruneConfig(**options)
+        config = (config or PruneConfig(**options)).on(this_device())
         _ = config.backend
         from sparsefw.checkpoint.files import check_output
         from sparsefw.driver.in_memory import run_in_memory
@@ -230,6 +231,7 @@ def prune_checkpoint(
     Raises:
         InputError, FloatingPointError: see `prune`.
     """
+    config = config.on(this_device())
     _ = config.backend
     from sparsefw.driver.job import Job
     from sparsefw.driver.run import run_job

@@ -25,11 +25,11 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         from sparsefw.estimate.plan import lines, plan
+        from sparsefw.memory import this_device
 
-        if arguments.gpu or torch.cuda.is_available():
-            # The defaults of a run on a GPU, which need not be in this machine.
-            arguments.kernel, arguments.precision = arguments.kernel or "triton", arguments.precision or "bf16"
         inputs, config, output = settings_of(arguments)
+        # That of a run on the GPU, which need not be in this machine.
+        config = config.on(torch.device("cuda") if arguments.gpu else this_device())
         content = plan(inputs, config, output, arguments.gpu)
         if arguments.json:
             checked_path("json", arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -152,7 +152,8 @@ def _job(pruned: Path, output: Output, given: dict[str, Any]) -> tuple[Report, C
     with Writer(output.folder, 0, overwrite=output.overwrite, restart=True) as emptied:
         emptied.check_space(sum(x.stored_nbytes for x in source.tensors.values()))
     chosen: dict[str, Any] = {name: report.argument(name, kind) for name, kind in CHOSEN.items()}
-    return report, source, Job(inputs, PruneConfig(**chosen), output, folder=folder)
+    config = PruneConfig(**chosen).on(memory.this_device())
+    return report, source, Job(inputs, config, output, folder=folder)
 
 
 def _check_memory(job: Job, shape: ModelShape, seqlen: int, device: torch.device) -> dict[str, int]:

@@ -12,12 +12,13 @@ def main(argv: list[str] | None = None) -> int:
     """Prune from the command line; returns the exit status, see `Outcome`."""
     with launched(argv) as outcome:
         inputs, config, output = settings_of(run_parser(__doc__).parse_args(argv))
+        from sparsefw import memory
+
         # Before the libraries, which load Triton.
-        _ = config.backend
+        _ = config.on(memory.this_device()).backend
         load_libraries()
         from tqdm import tqdm
 
-        from sparsefw import memory
         from sparsefw.api import prune_checkpoint
 
         memory.share_freed()

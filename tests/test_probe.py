@@ -9,6 +9,7 @@ from triton import TritonError, knobs
 
 from sparsefw import probe, run
 from sparsefw.kernels import mirror, triton_ops
+from sparsefw.memory import this_device
 from sparsefw.solver.config import PruneConfig
 
 SMALL = ["--nsamples", "2", "--seqlen", "16", "--method", "wanda"]
@@ -67,7 +68,7 @@ def test_the_log_tells_when_kernels_are_compiled_for_the_first_time(hit, gpu, mo
 
     monkeypatch.setattr(mirror, "mirror_lower", compiled)
     lines = []
-    probe.say_kernel(PruneConfig(), lines.append)
+    probe.say_kernel(PruneConfig().on(this_device()), lines.append)
     assert ("compiles for this GPU once" in " ".join(lines)) is not hit
     assert knobs.compilation.listener is None
 
@@ -83,7 +84,7 @@ def test_no_gpu_is_told_with_the_driver_that_torch_needs(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.version, "cuda", built)
         lines = []
-        probe.say_kernel(PruneConfig(), lines.append)
+        probe.say_kernel(PruneConfig().on(this_device()), lines.append)
         assert lines == line
 
 

@@ -26,6 +26,7 @@ from sparsefw.data.batches import BATCHES
 from sparsefw.data.text import NAMED, TEXTS, TOKENS
 from sparsefw.errors import InputError
 from sparsefw.inputs import DEFAULT, Inputs, name_and_share
+from sparsefw.memory import this_device
 from sparsefw.model.skeleton import has_class
 from sparsefw.report import log
 from sparsefw.report.content import Argument, Report, amount
@@ -174,7 +175,9 @@ def _given(report: Report) -> dict[str, Argument]:
 
     def config(options: dict[str, Any]) -> PruneConfig:
         config = PruneConfig(**({} if report.in_memory else inputs.options) | options)
-        return config.for_calibration(report.data.windows, report.data.seqlen, max(1, len(report.ranks)))
+        return config.on(this_device()).for_calibration(
+            report.data.windows, report.data.seqlen, max(1, len(report.ranks))
+        )
 
     # Later fields have defaults that depend on earlier ones.
     whole = config(options)

@@ -2,8 +2,10 @@
 
 A default that depends on other fields is `None` in the class and has its value in every instance:
 `PruneConfig().steps` is 12, `PruneConfig(reconstruct=0).steps` is 24, `PruneConfig(refit=0).steps` is 40.
+A config means the same on every machine: `kernel` and `precision` stay `None` until `on` settles them for a device.
 """
 
+import copy
 import numbers
 import os
 import sys
@@ -63,7 +65,7 @@ DEFAULTS = {
     ("paper", True): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "dense", 0.1, 0),
     ("paper", False): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "layer", 0.0, 0),
 }
-# Defaults by device.
+# Kernel and precision by device.
 ON_GPU = dict(kernel="triton", precision="bf16")
 ON_CPU = dict(kernel="torch", precision="ieee")
 # These take their place where a reconstruction follows: further steps gain nothing before it.
@@ -195,22 +197,17 @@ class PruneConfig:
         set_field(self, "_given", given)
         set_field(self, "compare", tuple(name for name in dict.fromkeys(self.compare) if name != self.method))
         set_field(self, "_pattern", patterns.parse(self.sparsity))
-        for name, default in self._defaults().items():
-            if getattr(self, name) is DEPENDS:
-                set_field(self, name, default)
+        self._with_defaults(self._defaults())
         self._check_together()
         for name in ("include", "ignore"):
             selection.check_patterns(name, getattr(self, name))
 
     def _defaults(self) -> dict[str, Any]:
-        """Find the defaults that depend on other fields and on the machine."""
+        """Find the defaults that depend on other fields."""
         refit = self.preset != "paper" if self.refit is DEPENDS else self.refit
-        # Imported here, as below: --help does not wait for it.
-        import torch
-
         values = DEFAULTS[self.preset, bool(refit)]
         defaults: dict[str, Any] = dict(zip(_NAMES, values, strict=True))
-        defaults |= dict(warm_start="wanda") | (ON_GPU if torch.cuda.is_available() else ON_CPU)
+        defaults["warm_start"] = "wanda"
         if not METHODS[self.method].frank_wolfe:
             defaults["reconstruct"] = 0
         elif self.preset == "sparsefw" and refit and (self.reconstruct is DEPENDS or self.reconstruct):
@@ -232,13 +229,19 @@ class PruneConfig:
 
     def replace(self, **changes: Any) -> "PruneConfig":
         """Change some fields, and find the defaults that depend on them anew."""
-        return type(self)(**(self.given | changes))
+        changed = type(self)(**(self.given | changes))
+        return changed._with_defaults({name: getattr(self, name) for name in ON_CPU})
 
     def on(self, device: "torch.device") -> "PruneConfig":
-        """Choose the kernel for tensors on a device: on a CPU torch's, unless the user names one."""
-        if device.type != "cpu" or "kernel" in self.given:
-            return self
-        return self.replace(**ON_CPU | self.given)
+        """Settle kernel and precision for tensors on a device, unless the user names them."""
+        return copy.copy(self)._with_defaults(ON_CPU if device.type == "cpu" else ON_GPU)
+
+    def _with_defaults(self, values: dict[str, Any]) -> "PruneConfig":
+        """Set fields that have no value yet."""
+        for name, value in values.items():
+            if getattr(self, name) is DEPENDS:
+                set_field(self, name, value)
+        return self
 
     def for_calibration(self, windows: int, seqlen: int, ranks: int = 1) -> "PruneConfig":
         """Settle the passes of a reconstruction and the damping for a calibration, unless the user names them.
@@ -322,11 +325,12 @@ class PruneConfig:
 
     @property
     def backend(self) -> "Backend":
-        """Load the operations of the kernel at the precision.
+        """Load the operations of the kernel at the precision, which `on` has settled.
 
         Raises:
             InputError: the kernel is Triton's, there is no GPU, and this process cannot interpret kernels any more.
         """
+        # Imported here: --help does not wait for it.
         import torch
 
         from sparsefw.kernels.backend import load_backend

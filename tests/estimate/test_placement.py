@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers.checkpoints import refused
 from helpers.families import first_is_fast
 
@@ -39,7 +40,7 @@ def llama(hidden, intermediate, depth, pairs=8, vocabulary=128256):
 
 def work(gpu=True, windows=256, evaluation=(), seqlen=2048, ranks=1, **options):
     """The work of a run without a reconstruction, unless the options have one."""
-    config = PruneConfig(**{"reconstruct": 0} | options).for_calibration(windows, seqlen, ranks)
+    config = PruneConfig(**{"reconstruct": 0} | options).on(torch.device("cpu")).for_calibration(windows, seqlen, ranks)
     return Workload(-(-windows // ranks), evaluation, seqlen, config, gpu, ranks=ranks, ranks_here=ranks)
 
 

@@ -51,18 +51,19 @@ def test_defaults(options, expected):
     assert expected.items() <= dataclasses.asdict(PruneConfig(**options)).items()
 
 
-@pytest.mark.parametrize(("cuda", "expected"), [(True, ("triton", "bf16")), (False, ("torch", "ieee"))])
-def test_defaults_go_with_the_machine(cuda, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    found = PruneConfig()
-    assert (found.kernel, found.precision) == expected
-    assert PruneConfig(kernel="torch").precision == expected[1]
+@pytest.mark.parametrize(("device", "expected"), [("cuda", ("triton", "bf16")), ("cpu", ("torch", "ieee"))])
+def test_kernel_and_precision_go_with_the_device(device, expected):
+    found = PruneConfig().on(torch.device(device))
+    assert (found.kernel, found.precision, found.given) == (*expected, {})
+    assert found == found.on(torch.device("cpu")) == PruneConfig(steps=3).on(torch.device(device)).replace(steps=12)
+    named = PruneConfig(kernel="torch", precision="tf32")
+    assert named.on(torch.device(device)) == named
 
 
 @pytest.mark.parametrize("refit", [0, 4])
 @pytest.mark.parametrize("preset", config.PRESETS)
 def test_every_field_that_depends_has_a_default(preset, refit):
-    found = PruneConfig(preset=preset, refit=refit)
+    found = PruneConfig(preset=preset, refit=refit).on(torch.device("cpu"))
     assert all(getattr(found, name) is not DEPENDS for name in FIELDS)
 
 
@@ -148,9 +149,9 @@ class TestBackend:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         with pytest.raises(InputError, match=r"Triton was imported before.*set TRITON_INTERPRET=1"):
-            _ = PruneConfig(kernel="triton").backend
+            _ = PruneConfig(kernel="triton", precision="ieee").backend
         monkeypatch.delitem(sys.modules, "triton")
-        assert PruneConfig(kernel="triton").backend.operations == triton_ops
+        assert PruneConfig(kernel="triton", precision="ieee").backend.operations == triton_ops
         assert os.environ["TRITON_INTERPRET"] == "1"
 
 

@@ -249,7 +249,6 @@ class TestSolveLayer:
         W, G = make_layers((5,), dtype=torch.float32)[0][1], make_gram()
         _, expected, _ = solve_layer(W, G)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert (PruneConfig().kernel, PruneConfig(kernel="triton").on(W.device).kernel) == ("triton", "triton")
         assert torch.equal(solve_layer(W, G)[1], expected)
 
     @pytest.mark.parametrize(
