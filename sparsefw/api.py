@@ -201,9 +201,10 @@ def prune(
         elif tokenizer is None and not (isinstance(documents, Tensor) and not inputs.evaluate):
             tokenizer = _tokenizer_of(module)
         with _folder(folder, ranks) as written, nullcontext() if batches else on_cpu_by_default():
-            job = Job(inputs, config, Output(written, **places), documents, tokenizer)
-            with _packing(job, ranks):
-                report = run_in_memory(module, job, batches, folder is not None, say, ranks.first and progress, ranks)
+            shown = ranks.first and progress
+            job = Job(inputs, config, Output(written, **places), documents, tokenizer, None, say, shown, ranks)
+            with _packing(job):
+                report = run_in_memory(module, job, batches, folder is not None)
     # A temporary folder is gone.
     return PruneResult(report if folder else replace(report, arguments=report.arguments | {"output": None}), folder)
 
@@ -240,13 +241,13 @@ def prune_checkpoint(
     with joined_with(log) as (ranks, say):
         say_kernel(config, say)
         folder = ranks.local_first(lambda: locate(inputs.model))
-        job = Job(inputs, config, output, dataset, tokenizer, folder)
-        with _packing(job, ranks):
-            return run_job(job, say, ranks.first and progress, ranks)
+        job = Job(inputs, config, output, dataset, tokenizer, folder, say, ranks.first and progress, ranks)
+        with _packing(job):
+            return run_job(job)
 
 
 @contextmanager
-def _packing(job: "Job", ranks: Ranks) -> Iterator[None]:
+def _packing(job: "Job") -> Iterator[None]:
     """Pack what is written inside, if a packed copy is wanted."""
     folder, packed = job.output.folder, job.output.packed
     if packed is None:
@@ -258,7 +259,7 @@ def _packing(job: "Job", ranks: Ranks) -> Iterator[None]:
     for read in filter(None, (job.folder, folder)):
         check_output(packed, read, job.output.overwrite, job.inputs.paths)
     yield
-    if ranks.first:
+    if job.ranks.first:
         try:
             pack_folder(folder, packed, overwrite=job.output.overwrite, restart=job.output.restart)
         except BaseException as error:
@@ -267,7 +268,7 @@ def _packing(job: "Job", ranks: Ranks) -> Iterator[None]:
             goes_on = "" if isinstance(error, InputError) else f"; sparsefw pack {folder} {packed} goes on"
             error.add_note(f"{folder} is complete{goes_on}")
             raise
-    ranks.barrier()
+    job.ranks.barrier()
 
 
 def _inputs(model: str, dataset: Any, evaluate: Any, **numbers: int | None) -> tuple[Inputs, Iterable[Any] | None]:

@@ -26,9 +26,9 @@ from sparsefw.checkpoint.source import Checkpoint, inspect
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.windows import window_length
-from sparsefw.driver.job import Job, windows_of_texts
+from sparsefw.driver.job import Job, limits_of, workload_of
 from sparsefw.driver.reconstruct import pruned_matrices
-from sparsefw.driver.run import limits_of, own_text, workload_of
+from sparsefw.driver.texts import own_text, windows_of_texts
 from sparsefw.errors import InputError, counted, option
 from sparsefw.estimate.memory import pruned_shape, recovery_needs
 from sparsefw.estimate.placement import too_little
@@ -41,7 +41,6 @@ from sparsefw.model.head import add_divergence, logits
 from sparsefw.model.stand_ins import explained
 from sparsefw.packing import rewrite
 from sparsefw.probe import say_kernel
-from sparsefw.ranks import ALONE
 from sparsefw.report import html
 from sparsefw.report.card import VARIABLES
 from sparsefw.report.content import CalibrationText, Recovery, Report, report_of
@@ -73,7 +72,7 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
         InputError: there is no report of a run, the checkpoints do not belong together, memory is too little, or
             nothing is gained on held-out windows.
     """
-    report, source, job = _job(pruned, output, given)
+    report, source, job = _job(pruned, output, given, say)
     say_kernel(job.config, say)
     assert job.folder is not None
     dense, device = inspect(job.folder), memory.this_device()
@@ -86,8 +85,8 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
         _check_models(job.folder, teacher, student)
         seqlen = window_length(job.inputs.model, job.inputs.seqlen, teacher.max_seqlen)
         limits = _check_memory(job, shape, seqlen, device)
-        write, _ = own_text(job, teacher, shape, seqlen, say, ALONE)
-        windows, _ = windows_of_texts(job, seqlen, write, say, ALONE)
+        write, _ = own_text(job, teacher, shape, seqlen)
+        windows, _ = windows_of_texts(job, seqlen, write)
         rounded = arithmetic.rounds_products(torch.float32 if in_fp32 else dense.dtype, device, shape.hidden)
         with (
             memory.gpu_limited(limits.get("gpu"), output.gpu_memory is not None),
@@ -118,7 +117,9 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
     return recovery
 
 
-def _job(pruned: Path, output: Output, given: dict[str, Any]) -> tuple[Report, Checkpoint, Job]:
+def _job(
+    pruned: Path, output: Output, given: dict[str, Any], say: Callable[[str], None]
+) -> tuple[Report, Checkpoint, Job]:
     """The report of the run that has pruned a checkpoint, the checkpoint, and what is asked for."""
     report, source = report_of(pruned), inspect(pruned)
     if source.quantization:
@@ -153,13 +154,13 @@ def _job(pruned: Path, output: Output, given: dict[str, Any]) -> tuple[Report, C
         emptied.check_space(sum(x.stored_nbytes for x in source.tensors.values()))
     chosen: dict[str, Any] = {name: report.argument(name, kind) for name, kind in CHOSEN.items()}
     config = PruneConfig(**chosen).on(memory.this_device())
-    return report, source, Job(inputs, config, output, folder=folder)
+    return report, source, Job(inputs, config, output, folder=folder, say=say)
 
 
 def _check_memory(job: Job, shape: ModelShape, seqlen: int, device: torch.device) -> dict[str, int]:
     """Refuse memory limits that are too low. Returns the limits."""
-    workload = workload_of(job, [job.inputs.nsamples], seqlen, device, ALONE)
-    limits, needs = limits_of(job, device, ALONE), recovery_needs(shape, workload)
+    workload = workload_of(job, [job.inputs.nsamples], seqlen, device)
+    limits, needs = limits_of(job, device), recovery_needs(shape, workload)
     for what, limit in limits.items():
         if (least := getattr(needs, what)) > limit:
             raise too_little(what, limit, least, f"shorter windows ({option('seqlen', seqlen)})")

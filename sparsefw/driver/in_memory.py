@@ -24,7 +24,8 @@ from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches
 from sparsefw.driver.job import Job, Run, Samples
-from sparsefw.driver.run import Shown, carry_out, computes_in_fp32, on_texts, resumed, settled, with_defaults
+from sparsefw.driver.run import carry_out, computes_in_fp32, resumed, settled
+from sparsefw.driver.texts import read_texts, with_defaults
 from sparsefw.errors import InputError, errors_in_one_line, shown
 from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import resident
@@ -32,7 +33,6 @@ from sparsefw.model.block_model import ResidentModel
 from sparsefw.model.head import check_losses
 from sparsefw.model.shape_of import shape_of_resident, shape_of_text
 from sparsefw.model.slots import filled, slots_of
-from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report.content import Report
 
 
@@ -41,9 +41,6 @@ def run_in_memory(
     job: Job,
     batches: tuple[Batches, Batches | None] | None,
     saves: bool,
-    say: Callable[[str], None],
-    progress: Shown,
-    ranks: Ranks = ALONE,
 ) -> Report:
     """Prune a model in place, evaluate it, and write it with its report.
 
@@ -51,13 +48,10 @@ def run_in_memory(
 
     Args:
         model: the model.
-        job: the run.
+        job: the run. All of its ranks have the model and all batches.
         batches: those that define the layer problems, and those with which the model returns a loss; None: the job
             names texts, and the model is one of transformers.
-        saves: whether the pruned model is written, beside its report.
-        say: called with every line of the log.
-        progress: how progress is shown, see `log.progress_of`.
-        ranks: the processes that share the work; all of them have the model and all batches.
+        saves: whether the pruned model is written, besides its report.
 
     Raises:
         InputError: something that the user gave is wrong; the message names it.
@@ -66,14 +60,14 @@ def run_in_memory(
     check_free(job.output.folder, job.output.overwrite)
     if saves:
         check_configs(model)
-    job, batch = resumed(job, ranks), None if batches is None else _largest(batches[0])
+    job, batch = resumed(job), None if batches is None else _largest(batches[0])
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     device = this_device() if device.type == "cpu" else device
     # A module's own parameters may ask for gradients.
-    source, notes = _source(model, job.tokenizer) if saves and ranks.first else (None, [])
-    with on_gpu(device), torch.no_grad(), resident(model, batch, device, partial(computes_in_fp32, job, say)) as opened:
+    source, notes = _source(model, job.tokenizer) if saves and job.ranks.first else (None, [])
+    with on_gpu(device), torch.no_grad(), resident(model, batch, device, partial(computes_in_fp32, job)) as opened:
         opened.notes += notes
-        run = _settled(job, opened, batches, saves, source, say, ranks)
+        run = _settled(job, opened, batches, saves, source)
 
         def write(folder: Path) -> None:
             save(model, folder)
@@ -90,7 +84,7 @@ def run_in_memory(
             opened.set_back()
             writer.finish(*((write, describe) if saves else ()))
 
-        return carry_out(run, finish, progress)
+        return carry_out(run, finish)
 
 
 def _settled(
@@ -99,8 +93,6 @@ def _settled(
     batches: tuple[Batches, Batches | None] | None,
     saves: bool,
     source: Path | None,
-    say: Callable[[str], None],
-    ranks: Ranks,
 ) -> Run:
     """The run: on texts that the job names, or on batches, which tell the length of a window."""
     calibration: Samples
@@ -110,7 +102,7 @@ def _settled(
         if job.inputs.evaluate and not opened.logits_itemsize:
             raise InputError(f"evaluate: {type(opened.model).__name__} returns no logits, of which perplexity is made")
         whole = shape_of_text(opened)
-        job, calibration, evaluation, seqlen, written = on_texts(job, opened, whole, say, ranks)
+        job, calibration, evaluation, seqlen, written = read_texts(job, opened, whole)
     else:
         calibration, evaluated = batches
         evaluation = [evaluated] if evaluated else []
@@ -120,7 +112,7 @@ def _settled(
             check_losses(opened, evaluated.batches)
         job = replace(job, inputs=replace(job.inputs, seqlen=max(2, seqlen)))
         # In the mean over batches, since they may have different sizes.
-        job = with_defaults(job, calibration.n, tokens // calibration.n or seqlen, say, ranks)
+        job = with_defaults(job, calibration.n, tokens // calibration.n or seqlen)
     # A module may put anything else into its state, too.
     tensors = {name: value for name, value in opened.model.state_dict().items() if isinstance(value, Tensor)}
     run = Run(
@@ -132,8 +124,6 @@ def _settled(
         calibration,
         evaluation,
         seqlen,
-        say,
-        ranks,
         notes=opened.notes,
         fingerprint=_fingerprint(tensors),
         source=source,

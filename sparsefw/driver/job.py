@@ -1,4 +1,4 @@
-"""A run that is asked for, the run that is settled, and the texts that it reads."""
+"""A run that is asked for, and the run that is settled."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsefw.data import windows
+from sparsefw import memory
 from sparsefw.data.batches import Batches
-from sparsefw.data.tokens import load_tokenizer
-from sparsefw.data.windows import Windows, Write
-from sparsefw.errors import InputError
-from sparsefw.estimate.memory import MemoryNeeds
+from sparsefw.data.windows import Windows
+from sparsefw.estimate.memory import MemoryNeeds, Workload, process_bytes
+from sparsefw.estimate.placement import memory_limits
 from sparsefw.inputs import Inputs, Output
 from sparsefw.model import ModelShape, Placement
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.shapes import BlockShape
 from sparsefw.model.stages import Confirmed
-from sparsefw.ranks import Ranks
+from sparsefw.ranks import ALONE, Ranks
+from sparsefw.report.log import Progress
 from sparsefw.solver.config import PruneConfig
+
+# Whether a progress bar is shown, None: in a terminal alone; or what is called with every finished block.
+Shown = bool | Callable[[Progress], None] | None
 
 # Samples run through a model: windows of tokens, or a caller's batches.
 Samples = Windows | Batches
@@ -39,7 +41,10 @@ class Job:
         dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
         tokenizer: the model's tokenizer; None: the source's.
         folder: folder of the source, the checkpoint that is read; None: the model is in memory.
-        begun: identity and choices of the unfinished run that this one goes on with, see `Writer.begun`.
+        say: called with every line of the log.
+        progress: how progress is shown, see `log.progress_of`.
+        ranks: the processes of the run, each with its share of the windows. All of them have the same job.
+        begun: identity and choices of the unfinished run that this one resumes, see `Writer.begun`.
     """
 
     inputs: Inputs
@@ -48,6 +53,9 @@ class Job:
     dataset: Iterable[Any] | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     folder: Path | None = None
+    say: Callable[[str], None] = print
+    progress: Shown = None
+    ranks: Ranks = ALONE
     begun: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -63,8 +71,6 @@ class Run:
         calibration: the windows that it is calibrated on, or the batches of a caller.
         evaluation: those of each evaluation text.
         seqlen: tokens in a window; of batches, the most vectors of one between two blocks.
-        say: called with every line of the log.
-        ranks: the processes of the run, each with its share of the windows.
         notes: what the user should know of the model, one line each.
         fingerprint: tells the model from another one.
         files: on rank 0, what tells the checkpoint's files from changed ones; empty for a model in memory, of whose
@@ -85,8 +91,6 @@ class Run:
     calibration: Samples
     evaluation: Sequence[Samples]
     seqlen: int
-    say: Callable[[str], None]
-    ranks: Ranks
     notes: list[str]
     fingerprint: str
     files: dict[str, Any] = field(default_factory=dict)
@@ -103,6 +107,15 @@ class Run:
         """How the model is pruned."""
         return self.job.config
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of the run."""
+        return self.job.ranks
+
+    def say(self, line: str) -> None:
+        """Log a line."""
+        self.job.say(line)
+
     def of(self, i: int) -> BlockShape:
         """The shape of block i."""
         return self.shape.blocks[i]
@@ -112,50 +125,32 @@ class Run:
         return frozenset(self.shape.names_by_block[i][1])
 
 
-def windows_of_texts(
-    job: Job, seqlen: int, write: Write, say: Callable[[str], None], ranks: Ranks
-) -> tuple[Windows, list[Windows]]:
-    """Read and tokenize the texts of a run. One rank reads them, and all have the same tokens.
+def limits_of(job: Job, device: torch.device) -> dict[str, int]:
+    """The memory limits of a run in bytes: "host", and with a GPU "gpu"."""
+    free = memory.free_memory(device, job.ranks.here)
+    return memory_limits(job.output.gpu_memory, job.output.host_memory, free, job.ranks)
 
-    Args:
-        job, say, ranks: as for `run_job`.
-        seqlen: tokens in a window.
-        write: has the model write its own text; None: no text is.
 
-    Returns:
-        The calibration windows, and the windows of each evaluation text.
+def workload_of(job: Job, windows: Sequence[int], seqlen: int, device: torch.device) -> Workload:
+    """The work of a run with these numbers of windows, the calibration's first, then each evaluation text's.
 
-    Raises:
-        InputError: a text cannot be read or is too short, or the tokenizer cannot take it.
+    Of several ranks, with the memory of the one that has most.
     """
-    if seqlen < job.inputs.seqlen:
-        say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {job.inputs.seqlen})")
-    return ranks.on_first(lambda: _read(job, seqlen, write))
-
-
-def _read(job: Job, seqlen: int, write: Write) -> tuple[Windows, list[Windows]]:
-    inputs, dataset = job.inputs, job.dataset
-    if isinstance(dataset, Tensor):
-        calibration = windows.windows_of(dataset, inputs.dataset[0])
-        if calibration.seqlen > seqlen:
-            raise InputError(
-                f"{calibration.source}: windows of {calibration.seqlen} tokens, and the model takes {seqlen} at most"
-            )
-        if not inputs.evaluate:
-            # Nothing has to be tokenized.
-            return calibration, []
-    tokenizer = job.tokenizer
-    if tokenizer is None:
-        assert job.folder is not None
-        tokenizer = load_tokenizer(job.folder)
-    # Before a model writes its own text, which takes long, the others are there.
-    evaluation = [
-        windows.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows)
-        for name in dict.fromkeys(inputs.evaluate)
-    ]
-    drawn = dict(nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
-    if dataset is None:
-        calibration = windows.mixed_windows(tokenizer, inputs.shares, write, **drawn)
-    elif not isinstance(dataset, Tensor):
-        calibration = windows.calibration_windows(tokenizer, dataset, **drawn)
-    return calibration, evaluation
+    # Memory that texts and shapes have freed can be taken again: it is no part of what the process keeps.
+    memory.give_back()
+    ranks, mine = job.ranks, (memory.resident(), memory.held_on_gpu(device))
+    has, held = (max(sizes) for sizes in zip(*ranks.gather(mine), strict=True))
+    if job.folder is not None and job.dataset is None:
+        # The plan's figure for a process, which has less now.
+        has = max(has, process_bytes(job.inputs, windows[1:], seqlen, 0))
+    return Workload(
+        windows=-(-windows[0] // ranks.count),
+        evaluation=tuple(-(-n // ranks.count) for n in windows[1:]),
+        seqlen=seqlen,
+        config=job.config,
+        gpu=device.type == "cuda",
+        process=has,
+        held=held,
+        ranks=ranks.count,
+        ranks_here=ranks.here,
+    )

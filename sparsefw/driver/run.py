@@ -1,38 +1,32 @@
 """One run: a checkpoint in, a pruned checkpoint with its report out."""
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparsefw import arithmetic, memory
 from sparsefw.checkpoint.files import check_output, durably
 from sparsefw.checkpoint.source import fingerprint, inspect, note_of_others, stamps
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import Batches
-from sparsefw.data.text import OWN_TEXT, SELF
-from sparsefw.data.tokens import Tokenizer
-from sparsefw.data.windows import Windows, Write, window_length, windows_of
-from sparsefw.driver import generation
+from sparsefw.data.text import OWN_TEXT
+from sparsefw.data.windows import Windows
 from sparsefw.driver.finished import Outcome
-from sparsefw.driver.job import Job, Run, windows_of_texts
+from sparsefw.driver.job import Job, Run, limits_of, workload_of
 from sparsefw.driver.prune import prune_model
-from sparsefw.errors import InputError, counted, fitted, flag_of, option
-from sparsefw.estimate.memory import Workload, disk_space, memory_needs, process_bytes, pruned_shape
-from sparsefw.estimate.placement import memory_limits, place, reconstruction_line, reconstruction_steps, written_at_once
+from sparsefw.driver.texts import read_texts
+from sparsefw.errors import counted, fitted, flag_of
+from sparsefw.estimate.memory import disk_space, memory_needs, pruned_shape
+from sparsefw.estimate.placement import place, reconstruction_line, reconstruction_steps
 from sparsefw.model import ModelShape, StreamedModel, shape_of
 from sparsefw.model.block_model import BlockModel
-from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report import card, content, html, log
 from sparsefw.timeline import of_rank
-
-# Whether a progress bar is shown, None: in a terminal alone; or what is called with every finished block.
-Shown = bool | Callable[[log.Progress], None] | None
 
 # Inputs that are compared by their content, not by name, when a run goes on with what another has finished.
 BY_CONTENT = {"model", "dataset", "evaluate"}
@@ -42,27 +36,20 @@ IN_FP32 = "whether it computes in fp32"
 ROUNDED = "whether steps of a reconstruction round the operands of their products"
 
 
-def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks = ALONE) -> content.Report:
+def run_job(job: Job) -> content.Report:
     """Prune a checkpoint, evaluate it, write it and its report.
-
-    Args:
-        job: the run.
-        say: called with every line of the log.
-        progress: how progress is shown, see `log.progress_of`.
-        ranks: the processes that share the work; all of them have the same job.
 
     Raises:
         InputError: something that the user gave is wrong; the message names it.
         FloatingPointError: a layer's error is not finite.
     """
     assert job.folder is not None
-    device = memory.this_device()
     check_output(job.output.folder, job.folder, job.output.overwrite, job.inputs.paths)
-    source, job = inspect(job.folder), resumed(job, ranks)
-    in_fp32 = ranks.on_first(lambda: computes_in_fp32(job, say, source.dtype, device))
+    source, device, job = inspect(job.folder), memory.this_device(), resumed(job)
+    in_fp32 = job.ranks.on_first(lambda: computes_in_fp32(job, source.dtype, device))
     with StreamedModel(source, device, in_fp32=in_fp32) as model:
         whole = shape_of(source, in_fp32)
-        job, calibration, evaluation, seqlen, written = on_texts(job, model, whole, say, ranks)
+        job, calibration, evaluation, seqlen, written = read_texts(job, model, whole)
         run = Run(
             job,
             model,
@@ -72,114 +59,33 @@ def run_job(job: Job, say: Callable[[str], None], progress: Shown, ranks: Ranks 
             calibration,
             evaluation,
             seqlen,
-            say,
-            ranks,
             notes=model.notes + note_of_others(source.folder),
             fingerprint=fingerprint(source),
-            files=stamps(source) if ranks.first else {},
+            files=stamps(source) if job.ranks.first else {},
             source=job.folder,
         )
-        run = settled(run, written)
-        return carry_out(run, lambda writer, card: writer.finish(None, card), progress)
+        return carry_out(settled(run, written), lambda writer, card: writer.finish(None, card))
 
 
-def on_texts(
-    job: Job, model: BlockModel, whole: ModelShape, say: Callable[[str], None], ranks: Ranks
-) -> tuple[Job, Windows, list[Windows], int, int]:
-    """Read the texts of a run.
-
-    Returns:
-        The job with its defaults, the calibration windows, the windows of each evaluation text, the tokens in a window,
-        and the windows of its own text that the model has written at once.
-
-    Raises:
-        InputError: a text cannot be read or is too short, or memory is too little.
-    """
-    seqlen = window_length(job.inputs.model, job.inputs.seqlen, model.max_seqlen)
-    count = len(job.dataset) if isinstance(job.dataset, Tensor) else job.inputs.nsamples
-    job = with_defaults(job, count, seqlen, say, ranks)
-    _check_memory(job, pruned_shape(whole, job.config), seqlen, model.device, ranks)
-    write, written = own_text(job, model, whole, seqlen, say, ranks)
-    return job, *windows_of_texts(job, seqlen, write, say, ranks), seqlen, written
-
-
-def resumed(job: Job, ranks: Ranks) -> Job:
-    """The job with what an unfinished run that it goes on with has settled."""
-    begun = ranks.on_first(lambda: Writer(job.output.folder, 0, restart=job.output.restart).begun())
+def resumed(job: Job) -> Job:
+    """The job with what the unfinished run that it resumes has settled."""
+    begun = job.ranks.on_first(lambda: Writer(job.output.folder, 0, restart=job.output.restart).begun())
     return replace(job, begun=begun)
 
 
-def with_defaults(job: Job, count: int, tokens: int, say: Callable[[str], None], ranks: Ranks) -> Job:
-    """The job with the defaults of its config that depend on the calibration: `count` windows of `tokens` each."""
-    if count < ranks.count:
-        raise InputError(f"{option('nsamples', count)}: {ranks.count} ranks, and each needs a window")
-    config = job.config.for_calibration(count, tokens, ranks.count)
-    if job.config.reconstruct and not config.reconstruct:
-        say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
-    return replace(job, config=config)
-
-
-def _check_memory(job: Job, shape: ModelShape, seqlen: int, device: torch.device, ranks: Ranks) -> None:
-    """Refuse what the plan of the run refuses, in the same words, before texts are read: that may take long.
-
-    Of several ranks it is found out later: they may have been given different flags.
-
-    Raises:
-        InputError: memory is too little.
-    """
-    inputs, texts = job.inputs, len(dict.fromkeys(job.inputs.evaluate))
-    if ranks.alone and job.dataset is None and (inputs.eval_windows or not texts):
-        windows = [inputs.nsamples, *texts * [inputs.eval_windows or 0]]
-        place(shape, workload_of(job, windows, seqlen, device, ranks), limits_of(job, device, ranks))
-
-
-def own_text(
-    job: Job, model: BlockModel, shape: ModelShape, seqlen: int, say: Callable[[str], None], ranks: Ranks
-) -> tuple[Write, int]:
-    """A function that has the dense model write its calibration text, and the number of windows that it writes at once.
-
-    A run that goes on with an unfinished one takes the text from there. None: no text of the run is the model's own.
-
-    Raises:
-        InputError: it does not fit into memory.
-    """
-    inputs, output = job.inputs, job.output
-    if job.dataset is not None or SELF not in inputs.shares:
-        return None, 0
-    limits = limits_of(job, model.device, ranks)
-    workload = workload_of(job, [inputs.nsamples], seqlen, model.device, ranks)
-    batch = written_at_once(shape, workload, limits, inputs)
-
-    def write(tokenizer: Tokenizer, seqlen: int, n: int) -> Windows:
-        path, source = Writer(output.folder, 0).folder / OWN_TEXT, generation.own_source(inputs.seed)
-        ids = generation.tokens_in(path) if job.begun and path.exists() else None
-        if ids is None or ids.shape != (n, seqlen):
-            with memory.gpu_limited(limits.get("gpu"), output.gpu_memory is not None):
-                ids = generation.write_tokens(model, tokenizer, n, seqlen, inputs.seed, batch, say)
-            memory.give_back()
-        return replace(windows_of(ids, source), own=generation.records_of(tokenizer, ids))
-
-    return write, batch
-
-
-def limits_of(job: Job, device: torch.device, ranks: Ranks) -> dict[str, int]:
-    free = memory.free_memory(device, ranks.here)
-    return memory_limits(job.output.gpu_memory, job.output.host_memory, free, ranks)
-
-
-def computes_in_fp32(job: Job, say: Callable[[str], None], dtype: torch.dtype, device: torch.device) -> bool:
-    """As `arithmetic.computes_in_fp32`; but a run that goes on computes as it began, and says so."""
+def computes_in_fp32(job: Job, dtype: torch.dtype, device: torch.device) -> bool:
+    """As `arithmetic.computes_in_fp32`; but a resumed run computes as it began, and says so."""
     found = arithmetic.computes_in_fp32(dtype, device)
     begun = job.begun.get("identity", {}).get(IN_FP32, found)
     if begun == found or dtype not in arithmetic.HALF:
         return found
     own = str(dtype).removeprefix("torch.")
-    say(f"computed in {'fp32' if begun else own}, as in the unfinished run that this one goes on with")
+    job.say(f"computed in {'fp32' if begun else own}, as in the unfinished run that this one goes on with")
     return begun
 
 
 def rounds_products(job: Job, model: BlockModel, dtype: torch.dtype, width: int) -> bool:
-    """As `arithmetic.rounds_products`, unless exact products are asked for; a run that goes on does as it began."""
+    """As `arithmetic.rounds_products`, unless exact products are asked for; a resumed run does as it began."""
     if not job.config.reconstruct or job.config.given.get("precision") in ("ieee", "tf32x3"):
         return False
     found = arithmetic.rounds_products(torch.float32 if model.in_fp32 else dtype, model.device, width)
@@ -201,9 +107,9 @@ def settled(run: Run, written: int = 0, saved: int = 0, fixed: dict[str, int] | 
     job, model, whole = run.job, run.model, run.shape
     rounded = run.ranks.on_first(lambda: rounds_products(job, model, run.dtype, whole.hidden))
     notes = [*run.notes, arithmetic.note_of_rounding(model.device)] if rounded else run.notes
-    shape, limits = pruned_shape(whole, job.config), limits_of(job, model.device, run.ranks)
+    shape, limits = pruned_shape(whole, job.config), limits_of(job, model.device)
     windows = [samples.n for samples in (run.calibration, *run.evaluation)]
-    workload = workload_of(job, windows, run.seqlen, model.device, run.ranks)
+    workload = workload_of(job, windows, run.seqlen, model.device)
     chosen = (fixed or {}) | job.begun.get("chosen", {})
     placement, _ = place(shape, workload, limits, job.output.folder.resolve().parent, fixed=chosen)
     needs = memory_needs(shape, replace(workload, written=written), placement)
@@ -217,14 +123,13 @@ def settled(run: Run, written: int = 0, saved: int = 0, fixed: dict[str, int] | 
     return run
 
 
-def carry_out(run: Run, finish: Callable[[Writer, Callable[[Path], None]], None], progress: Shown) -> content.Report:
+def carry_out(run: Run, finish: Callable[[Writer, Callable[[Path], None]], None]) -> content.Report:
     """Prune the model of a run, evaluate it, and write its report.
 
     Args:
         run: the run.
         finish: ends the writing: called when all blocks and the report are written, with the writer and with what
             writes the model card into a folder.
-        progress: as for `run_job`.
 
     Raises:
         InputError, FloatingPointError: as `run_job`.
@@ -251,7 +156,17 @@ def carry_out(run: Run, finish: Callable[[Writer, Callable[[Path], None]], None]
         there = len(run.config.methods) * writer.written
         writer.check_space(run.disk - there)
         run.say(log.layer_header())
-        run, outcome = _prune(run, writer, progress)
+        while True:
+            limited = memory.gpu_limited(run.limits.get("gpu"), job.output.gpu_memory is not None)
+            with log.progress_of(len(model.blocks), job.progress) as on_block, limited:
+                try:
+                    outcome = prune_model(run, writer, on_block)
+                    break
+                except RuntimeError as error:
+                    if not _goes_on_with_fewer_windows(run, error):
+                        raise
+            # Outside of the handler, whose traceback holds the tensors of the block.
+            run = _with_half_the_windows(run, writer)
         # Times differ; all ranks return those of rank 0.
         report = ranks.broadcast_object(_report(run, outcome))
         if ranks.first:
@@ -260,6 +175,25 @@ def carry_out(run: Run, finish: Callable[[Writer, Callable[[Path], None]], None]
                 durably(writer.folder / name, text)
         finish(writer, partial(card.write_card, writer.output, report, run.source, say=run.say))
     return report
+
+
+def _goes_on_with_fewer_windows(run: Run, error: RuntimeError) -> bool:
+    """Tell whether a GPU is full with more than one window at a time. Other ranks would wait for a run that goes on."""
+    # CUDA and Triton have errors of their own for it.
+    full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    return full and run.placement.batch > 1 and run.ranks.alone
+
+
+def _with_half_the_windows(run: Run, writer: Writer) -> Run:
+    """Close all blocks, and let the run take half the windows at a time, as a resumed one will."""
+    for i in range(len(run.model.blocks)):
+        run.model.close(i)
+    batch = run.placement.batch // 2
+    placement = replace(run.placement, batch=batch, step=run.placement.step if run.placement.step < batch else 0)
+    run.say(f"out of memory on the GPU: going on with {counted(placement.batch, 'window')} at a time")
+    writer.choose({"batch": placement.batch, "solver": placement.solver})
+    memory.give_back()
+    return replace(run, placement=placement, confirmed={})
 
 
 def _say_what_is_pruned(run: Run, whole: ModelShape) -> None:
@@ -277,31 +211,6 @@ def _say_what_is_pruned(run: Run, whole: ModelShape) -> None:
             run.say(part)
 
 
-def workload_of(job: Job, windows: Sequence[int], seqlen: int, device: torch.device, ranks: Ranks) -> Workload:
-    """The work of a run with these numbers of windows, the calibration's first, then each evaluation text's.
-
-    Of several ranks, with the memory of the one that has most.
-    """
-    # Memory that texts and shapes have freed can be taken again: it is no part of what the process keeps.
-    memory.give_back()
-    mine = memory.resident(), memory.held_on_gpu(device)
-    has, held = (max(sizes) for sizes in zip(*ranks.gather(mine), strict=True))
-    if job.folder is not None and job.dataset is None:
-        # The plan's figure for a process, which has less now.
-        has = max(has, process_bytes(job.inputs, windows[1:], seqlen, 0))
-    return Workload(
-        windows=-(-windows[0] // ranks.count),
-        evaluation=tuple(-(-n // ranks.count) for n in windows[1:]),
-        seqlen=seqlen,
-        config=job.config,
-        gpu=device.type == "cuda",
-        process=has,
-        held=held,
-        ranks=ranks.count,
-        ranks_here=ranks.here,
-    )
-
-
 def _identity(run: Run) -> dict[str, Any]:
     """Values that must be the same for a run to go on with what another has finished, by their names in messages."""
     values = asdict(run.job.inputs) | asdict(run.config)
@@ -313,31 +222,6 @@ def _identity(run: Run) -> dict[str, Any]:
     read = {"the model": run.fingerprint, "the calibration text": run.calibration.hash} | texts
     work = {IN_FP32: run.model.in_fp32, ROUNDED: run.rounded, "the number of ranks": run.ranks.count}
     return flags | read | work | content.machine(run.model.device)
-
-
-def _prune(run: Run, writer: Writer, progress: Shown) -> tuple[Run, Outcome]:
-    """Prune all blocks; on a GPU that is full, go on from the last finished block with half the windows at a time."""
-    model, asked = run.model, run.job.output.gpu_memory is not None
-    while True:
-        limited = memory.gpu_limited(run.limits.get("gpu"), asked)
-        with log.progress_of(len(model.blocks), progress) as on_block, limited:
-            try:
-                return run, prune_model(run, writer, on_block)
-            except RuntimeError as error:
-                # CUDA and Triton have errors of their own for it. Other ranks would wait for this one; batches of a
-                # caller are not cut.
-                full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-                if not full or run.placement.batch == 1 or not run.ranks.alone:
-                    raise
-        # Outside of the handler, whose traceback holds the tensors of the block.
-        for i in range(len(model.blocks)):
-            model.close(i)
-        batch = run.placement.batch // 2
-        placement = replace(run.placement, batch=batch, step=run.placement.step if run.placement.step < batch else 0)
-        run = replace(run, placement=placement, confirmed={})
-        run.say(f"out of memory on the GPU: going on with {counted(placement.batch, 'window')} at a time")
-        writer.choose({"batch": placement.batch, "solver": placement.solver})
-        memory.give_back()
 
 
 def _report(run: Run, outcome: Outcome) -> content.Report:

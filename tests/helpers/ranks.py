@@ -63,8 +63,8 @@ def prune(
     )
     config = PruneConfig(**dict(kernel="torch", precision="ieee") | config)
     lines: list[str] = []
-    job = Job(inputs, config, Output(output, **places), folder=source)
-    return run_job(job, lines.append, False, ranks), lines
+    job = Job(inputs, config, Output(output, **places), None, None, source, lines.append, False, ranks)
+    return run_job(job), lines
 
 
 def _be(folder: Path, number: int, count: int, do: Callable[..., Any], args: tuple[Any, ...]) -> None:

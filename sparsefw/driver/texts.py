@@ -1,0 +1,141 @@
+"""The texts of a run: calibration and evaluation windows, read by one rank, or written by the dense model itself."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from sparsefw import memory
+from sparsefw.checkpoint.writer import Writer
+from sparsefw.data import windows
+from sparsefw.data.text import OWN_TEXT, SELF
+from sparsefw.data.tokens import Tokenizer, load_tokenizer
+from sparsefw.data.windows import Windows, Write
+from sparsefw.driver import generation
+from sparsefw.driver.job import Job, limits_of, workload_of
+from sparsefw.errors import InputError, option
+from sparsefw.estimate.memory import pruned_shape
+from sparsefw.estimate.placement import place, written_at_once
+from sparsefw.model import ModelShape
+from sparsefw.model.block_model import BlockModel
+
+
+def read_texts(job: Job, model: BlockModel, whole: ModelShape) -> tuple[Job, Windows, list[Windows], int, int]:
+    """Read the texts of a run.
+
+    Args:
+        job: the run.
+        model: the dense model, which may write its own text.
+        whole: the shape of the model, with all prunable layers.
+
+    Returns:
+        The job with the defaults that depend on the calibration, the calibration windows, the windows of each
+        evaluation text, the tokens in a window, and the number of windows that the model has written at once.
+
+    Raises:
+        InputError: a text cannot be read or is too short, or memory is too little.
+    """
+    seqlen = windows.window_length(job.inputs.model, job.inputs.seqlen, model.max_seqlen)
+    count = len(job.dataset) if isinstance(job.dataset, Tensor) else job.inputs.nsamples
+    job = with_defaults(job, count, seqlen)
+    shape = pruned_shape(whole, job.config)
+    _check_memory(job, shape, seqlen, model)
+    write, written = own_text(job, model, whole, seqlen)
+    return job, *windows_of_texts(job, seqlen, write), seqlen, written
+
+
+def with_defaults(job: Job, count: int, tokens: int) -> Job:
+    """The job with the defaults of its config that depend on the calibration: `count` windows of `tokens` each."""
+    ranks = job.ranks.count
+    if count < ranks:
+        raise InputError(f"{option('nsamples', count)}: {ranks} ranks, and each needs a window")
+    config = job.config.for_calibration(count, tokens, ranks)
+    if job.config.reconstruct and not config.reconstruct:
+        job.say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
+    return replace(job, config=config)
+
+
+def _check_memory(job: Job, shape: ModelShape, seqlen: int, model: BlockModel) -> None:
+    """Refuse what the plan of the run refuses, in the same words, before texts are read: that may take long.
+
+    Several ranks may have been given different flags, which is found later.
+
+    Raises:
+        InputError: memory is too little.
+    """
+    inputs, texts = job.inputs, len(dict.fromkeys(job.inputs.evaluate))
+    if job.ranks.alone and job.dataset is None and (inputs.eval_windows or not texts):
+        counts = [inputs.nsamples, *texts * [inputs.eval_windows or 0]]
+        place(shape, workload_of(job, counts, seqlen, model.device), limits_of(job, model.device))
+
+
+def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tuple[Write, int]:
+    """A function that has the dense model write its calibration text, and the number of windows that it writes at once.
+
+    A resumed run takes the text from the unfinished one. (None, 0): no text of the run is the model's own.
+
+    Raises:
+        InputError: it does not fit into memory.
+    """
+    inputs, output = job.inputs, job.output
+    if job.dataset is not None or SELF not in inputs.shares:
+        return None, 0
+    limits = limits_of(job, model.device)
+    batch = written_at_once(shape, workload_of(job, [inputs.nsamples], seqlen, model.device), limits, inputs)
+
+    def write(tokenizer: Tokenizer, seqlen: int, n: int) -> Windows:
+        path, source = Writer(output.folder, 0).folder / OWN_TEXT, generation.own_source(inputs.seed)
+        ids = generation.tokens_in(path) if job.begun and path.exists() else None
+        if ids is None or ids.shape != (n, seqlen):
+            with memory.gpu_limited(limits.get("gpu"), output.gpu_memory is not None):
+                ids = generation.write_tokens(model, tokenizer, n, seqlen, inputs.seed, batch, job.say)
+            memory.give_back()
+        return replace(windows.windows_of(ids, source), own=generation.records_of(tokenizer, ids))
+
+    return write, batch
+
+
+def windows_of_texts(job: Job, seqlen: int, write: Write) -> tuple[Windows, list[Windows]]:
+    """Read and tokenize the texts of a run. One rank reads them, and all have the same tokens.
+
+    Args:
+        job: the run.
+        seqlen: tokens in a window.
+        write: has the model write its own text; None: no text is its own.
+
+    Returns:
+        The calibration windows, and the windows of each evaluation text.
+
+    Raises:
+        InputError: a text cannot be read or is too short, or the tokenizer cannot take it.
+    """
+    if seqlen < job.inputs.seqlen:
+        job.say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {job.inputs.seqlen})")
+    return job.ranks.on_first(lambda: _read(job, seqlen, write))
+
+
+def _read(job: Job, seqlen: int, write: Write) -> tuple[Windows, list[Windows]]:
+    inputs, dataset = job.inputs, job.dataset
+    if isinstance(dataset, Tensor):
+        calibration = windows.windows_of(dataset, inputs.dataset[0])
+        if calibration.seqlen > seqlen:
+            raise InputError(
+                f"{calibration.source}: windows of {calibration.seqlen} tokens, and the model takes {seqlen} at most"
+            )
+        if not inputs.evaluate:
+            # Nothing has to be tokenized.
+            return calibration, []
+    tokenizer = job.tokenizer
+    if tokenizer is None:
+        assert job.folder is not None
+        tokenizer = load_tokenizer(job.folder)
+    # Before a model writes its own text, which takes long, the others are there.
+    evaluation = [
+        windows.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows)
+        for name in dict.fromkeys(inputs.evaluate)
+    ]
+    drawn = dict(nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
+    if dataset is None:
+        calibration = windows.mixed_windows(tokenizer, inputs.shares, write, **drawn)
+    elif not isinstance(dataset, Tensor):
+        calibration = windows.calibration_windows(tokenizer, dataset, **drawn)
+    return calibration, evaluation
