@@ -20,7 +20,7 @@ def quick_runs():
         patch.setattr(os, "fsync", lambda descriptor: None)
         # A test that prunes a model has imported it.
         if "transformers" in sys.modules:
-            patch.setattr("sparsefw.driver.reconstruct.MOST_ROUNDS", 1)
+            patch.setattr("sparsefw.driver.reconstruct.MAX_ROUNDS", 1)
             patch.setattr("sparsefw.arithmetic.slowdown", lambda dtype: 1.0)
         yield
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from sparsefw import arithmetic, prune
 from sparsefw.arithmetic import check_finite
 from sparsefw.data.batches import BATCHES
-from sparsefw.driver.reconstruct import Fit
+from sparsefw.driver.reconstruct import BlockFit
 
 BF16, FP16 = torch.bfloat16, torch.float16
 OPTIONS = dict(kernel="torch", steps=3, refit=2, rounds=0, sparsity="0.5", dataset=TOKENS)
@@ -84,7 +84,7 @@ def test_a_run_that_goes_on_computes_as_it_began(began, now, tmp_path, monkeypat
 def test_steps_round_their_products_and_losses_do_not(tmp_path, monkeypatch):
     """A run that goes on does as it began, whatever the timing says; exact products can be asked for."""
     folder, found = save_model(tmp_path / "model", "llama", num_hidden_layers=2), set()
-    loss_of = Fit.loss_of
+    loss_of = BlockFit.loss_of
 
     def note(fit, j, of_pass=None, learned=False):
         found.add((learned, torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
@@ -94,7 +94,7 @@ def test_steps_round_their_products_and_losses_do_not(tmp_path, monkeypatch):
         if line.startswith("layers.1"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Fit, "loss_of", note)
+    monkeypatch.setattr(BlockFit, "loss_of", note)
     exact, steps = (False, "ieee", "ieee"), (True, "bf16", "tf32")
     prune(folder, tmp_path / "small", **WANDA)
     assert found == {exact, (True, "ieee", "ieee")}

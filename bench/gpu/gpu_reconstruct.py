@@ -21,7 +21,7 @@ from timing import GPU, Moment
 from torch import Tensor
 
 from sparsefw import memory
-from sparsefw.driver.reconstruct import RATE, Fit
+from sparsefw.driver.reconstruct import RATE, BlockFit
 from sparsefw.model.activations import split_batches
 from sparsefw.model.block_model import BlockModel, resident
 from sparsefw.model.forward import embed
@@ -64,7 +64,7 @@ def _block(family: str, sizes: dict[str, int]) -> Iterator[BlockModel]:
         yield opened
 
 
-def _fit(model: BlockModel, batch: int, seqlen: int) -> tuple[Fit, list[tuple[torch.nn.Parameter, list[Tensor]]]]:
+def _fit(model: BlockModel, batch: int, seqlen: int) -> tuple[BlockFit, list[tuple[torch.nn.Parameter, list[Tensor]]]]:
     """A fit of block 0 to what it put out before it was pruned, and its matrices."""
     ids = torch.randint(LLAMA["vocab_size"], (batch * (STEPS + 4), seqlen), generator=torch.Generator().manual_seed(0))
     states = embed(model, ids, batch)
@@ -77,10 +77,10 @@ def _fit(model: BlockModel, batch: int, seqlen: int) -> tuple[Fit, list[tuple[to
         p.data *= torch.rand_like(p, dtype=torch.float32) >= SPARSITY
     run: Any = SimpleNamespace(model=model, config=PruneConfig(kernel="triton"), ranks=ALONE, rounded=False)
     matrices = [(p, list(p.data.unbind()) if p.ndim == 3 else [p.data]) for p in large]
-    return Fit(run, 0, states, dense, *split_batches(len(states))), matrices
+    return BlockFit(run, 0, states, dense, *split_batches(len(states))), matrices
 
 
-def _timed(fit: Fit, matrices: list, count: int) -> dict[str, Any]:
+def _timed(fit: BlockFit, matrices: list, count: int) -> dict[str, Any]:
     """Medians of a step's halves in milliseconds, and the most memory."""
     weights, moments = KeptWeights(matrices, count, RATE, fit.run.config.backend), []
     if GPU:
@@ -103,7 +103,7 @@ def _now() -> Any:
     return Moment() if GPU else time.perf_counter()
 
 
-def _watched(fit: Fit, matrices: list, trace: Path) -> dict[str, Any]:
+def _watched(fit: BlockFit, matrices: list, trace: Path) -> dict[str, Any]:
     """Where the host waits for the GPU in a step, and the longest kernels of one."""
     weights = KeptWeights(matrices, 2, RATE, fit.run.config.backend)
     with warnings.catch_warnings(record=True) as caught:
@@ -124,13 +124,13 @@ def _watched(fit: Fit, matrices: list, trace: Path) -> dict[str, Any]:
     return {"waits": len(waits), "where": sorted(set(waits))[:12], **summary(trace)}
 
 
-def _step(fit: Fit, weights: KeptWeights, n: int) -> None:
+def _step(fit: BlockFit, weights: KeptWeights, n: int) -> None:
     fit.add_gradients(n, 0, weights.parameters)
     weights.gradients()
     weights.step()
 
 
-def _differing(fit: Fit, matrices: list) -> int:
+def _differing(fit: BlockFit, matrices: list) -> int:
     """How many matrices have other bits when the same steps are made again from the same weights."""
     results = []
     for _ in range(2):

@@ -1,7 +1,7 @@
-"""Prune one block: accumulate the Gram matrices of its layers' inputs, choose masks and weights, write them in place.
+"""The steps of pruning one block: find its stages, measure the inputs of a stage's layers, solve the layers in place.
 
-Where layers approximate the dense model's outputs, the same windows also go through the dense block, and the block is
-pruned in stages: the inputs of later layers are measured after earlier ones are pruned.
+Where layers approximate the dense model's outputs, the same windows also pass the dense block, and the block is pruned
+stage by stage: the inputs of later layers are measured after earlier layers are pruned.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsefw.arithmetic import check_finite
 from sparsefw.driver.job import Run
-from sparsefw.driver.solves import add_up, combine, exchange, exchange_rows, find_solves, rows_of
+from sparsefw.driver.partition import add_up, combine, exchange, exchange_rows, find_solves, rows_of
 from sparsefw.errors import InputError
 from sparsefw.memory import give_back
 from sparsefw.model import HiddenStates
@@ -33,7 +33,7 @@ Reference = tuple[DenseBlock, HiddenStates]
 
 
 def read_block(run: Run, i: int) -> DenseBlock | None:
-    """Open block i, and copy it if the dense block is needed after it has been pruned."""
+    """Load block i, and return a copy of its weights if a run needs them after they are pruned."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     block = run.model.open(i, run.placement.ahead)
@@ -44,14 +44,14 @@ def read_block(run: Run, i: int) -> DenseBlock | None:
 def measure_stage(
     run: Run, i: int, stage: Stage | None, states: HiddenStates, dense: Reference | None, held_out: Container[int]
 ) -> Captured:
-    """Accumulate the Gram matrices of the inputs of layers that are pruned.
+    """Accumulate the Gram matrices of the layers of a stage.
 
     Args:
-        run: what all blocks share.
+        run: the run.
         i: number of the block, which is open.
-        stage: whose layers are measured; None: all of the block at once.
+        stage: the stage; None: all layers of the block at once.
         states: the calibration windows before the block, or where the stage before has left them.
-        dense: the block before it is pruned, and the windows in the dense model.
+        dense: the dense block, and the calibration windows in the dense model.
         held_out: numbers of the micro-batches that layers are not fitted to.
 
     Raises:
@@ -77,13 +77,13 @@ def measure_stage(
         measured = _combined(run, i, measured)
         if stage is None:
             _check_known(run, i, measured.ignored)
-        # The solve allocates other sizes than the micro-batches have left.
+        # The solve allocates other sizes than those that the micro-batches have freed.
         give_back()
         return measured
 
 
 def calibration_mode(run: Run, found: list[Stage | None]) -> str:
-    """How the calibration windows ran through a block with these stages, in words."""
+    """Say how the calibration windows ran through a block with these stages, for the report."""
     order = [stage for stage in found if stage]
     if not order:
         return "once through the block"
@@ -93,7 +93,7 @@ def calibration_mode(run: Run, found: list[Stage | None]) -> str:
 
 
 def tensors_of(run: Run, i: int, method: str) -> dict[str, Tensor]:
-    """The tensors of block i, which is open and pruned by a method, on the host."""
+    """Copy the tensors of block i, which is open and pruned by a method, to the host."""
     with run.model.timeline.span("write", i):
         tensors = run.model.block_tensors(i)
         if method != run.config.method and run.model.device.type == "cpu":
@@ -103,14 +103,14 @@ def tensors_of(run: Run, i: int, method: str) -> dict[str, Tensor]:
 
 
 def _is_kept(run: Run, stage: Stage) -> bool:
-    # Only the rest of the block would run from the last stage's input, and a reconstruction begins before it.
+    # After the last stage only the end of the block is left to run, and before a reconstruction all of it runs again.
     if not stage.keepable or (stage.final and run.config.goes_back):
         return False
     return stage.layers[0].weight.shape[1] <= run.placement.kept_width
 
 
 def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult]:
-    """Prune the layers that were measured, those of one input at a time. Their matrices leave memory one by one."""
+    """Prune the measured layers, those of one input together. Each Gram matrix is freed after its last solve."""
     timeline, ranks = run.model.timeline, run.ranks
     results = dict[str, LayerResult]()
     solves = find_solves(captured, method, run.config, ranks, run.of(i).experts)
@@ -145,7 +145,7 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
     if not ranks.alone:
         with timeline.span("exchange", i):
             for handle in arriving.values():
-                # Those of other ranks' solves: nothing of theirs may be under way when their memory is used again.
+                # Those of other ranks' solves, too: their memory is used again after this.
                 handle.wait()
             results = exchange(solves, results, ranks)
     found = [results[layer.name] for solve in solves for layer in solve.layers]
@@ -155,7 +155,7 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
 
 
 def kept_dense(model: BlockModel, i: int, pruned: list[LayerResult]) -> list[str]:
-    """Names of the matrices of block i that were not pruned; none of a repeat."""
+    """Names of the matrices of block i that were not pruned; empty if the block repeats an earlier one."""
     if i not in model.unique_blocks:
         return []
     prefix = f"{model.names[i]}."
@@ -164,20 +164,22 @@ def kept_dense(model: BlockModel, i: int, pruned: list[LayerResult]) -> list[str
 
 
 def unused_matrices(model: BlockModel) -> list[str]:
-    """Names of the matrices in blocks that the model does not run through: they stay dense."""
+    """Names of the matrices in blocks that the model's forward never reaches: they stay dense."""
     return [f"{block}.{name}" for block, module in model.unused.items() for name in not_pruned(module, {})]
 
 
 def find_stages(run: Run, i: int, states: HiddenStates, dense: Reference | None) -> list[Stage | None]:
-    """The stages of block i, which is open, in their order; [None]: all layers are measured at once.
-
-    Empty: no layer is pruned. Where there is no stage to move the dense windows on, they move on here.
+    """Find the stages of block i, which is open, in their order.
 
     Args:
-        run: what all blocks share.
+        run: the run.
         i: number of the block.
         states: the calibration windows before the block. The first micro-batch shows the stages.
-        dense: with it, layers approximate the dense model's outputs, and are pruned in stages.
+        dense: the dense block and its windows, where layers approximate the dense model's outputs. If no stage will
+            move these windows, they move through the block here.
+
+    Returns:
+        The stages; [None] if all layers are measured at once; an empty list if no layer is pruned.
     """
     order = _surveyed(run, i, states) if dense else []
     if dense and not order:
@@ -187,8 +189,8 @@ def find_stages(run: Run, i: int, states: HiddenStates, dense: Reference | None)
 
 
 def _surveyed(run: Run, i: int, states: HiddenStates) -> list[Stage]:
-    """The stages of block i; none if no layer is to be pruned."""
-    # It may not reach the experts that are selected: others of their kind stand for them.
+    """Find the stages of block i by running its first micro-batch; an empty list if no layer is to be pruned."""
+    # The micro-batch may not reach the selected experts: others of their kind stand for them.
     experts = run.of(i).experts
     kinds = {kind_of(layer, experts) for layer in run.selected(i)}
     if not kinds:
@@ -219,7 +221,7 @@ def _surveyed(run: Run, i: int, states: HiddenStates) -> list[Stage]:
 
 
 def _combined(run: Run, i: int, captured: Captured) -> Captured:
-    """The layers that any rank has seen.
+    """Add the layers that other ranks have seen.
 
     Raises:
         InputError: the block has no layers.
@@ -231,7 +233,7 @@ def _combined(run: Run, i: int, captured: Captured) -> Captured:
 
 
 def _check_known(run: Run, i: int, unselected: Iterable[str]) -> None:
-    """Refuse a block that multiplies with other matrices than it did without weights: they would stay dense unsaid."""
+    """Refuse a block that multiplies with a matrix that its trial run did not show: it would silently stay dense."""
     dense, block = run.model.shared.names, run.model.names[i]
     others = [name for name in unselected if f"{block}.{name}" not in dense]
     unknown = [name for name in others if kind_of(name, run.of(i).experts) not in run.of(i).seen]

@@ -1,4 +1,4 @@
-"""The blocks that a run has finished: their records, the time that is left, and the writing beside the next block."""
+"""The finished blocks of a run: their records and the time left, and a thread that writes them."""
 
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from sparsefw.report.content import BlockRecord
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import WRITE
 
-# Is called with a finished block and the results of its layers.
+# A function that is called with the record of a finished block and the results of its layers.
 OnBlock = Callable[[BlockRecord, list[LayerResult]], None]
 
 # Tensors of a block on the host by method, then by their names in the checkpoint.
@@ -28,12 +28,12 @@ Written = dict[str, dict[str, Tensor]]
 
 @dataclass
 class FinishedBlock:
-    """What a run that goes on has to know of a block, on the disk with it.
+    """The record of a finished block, which is on the disk with its tensors: a resumed run reports it.
 
     Attributes:
-        block: its name, seconds and memory.
+        block: name, seconds and memory.
         layers: a result for each layer and method.
-        kept_dense: names of the matrices that the method whose weights are written left dense.
+        kept_dense: names of the matrices that the config's method left dense.
     """
 
     block: BlockRecord
@@ -42,18 +42,18 @@ class FinishedBlock:
 
     @classmethod
     def of(cls, i: int, name: str, way: str = "") -> "FinishedBlock":
-        """Block i, of which nothing is measured yet."""
+        """Begin the record of block i, without measurements."""
         return cls(BlockRecord(i, name, way, {}, 0, 0))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Measurements of a run.
+    """The measurements of a run.
 
     Attributes:
-        finished: the blocks. Those that an earlier run finished are as that run measured them.
-        unused: names of the matrices in blocks that the model does not run through.
-        perplexity: by evaluation text, then by "dense" and by method; empty without evaluation.
+        finished: the records of all blocks, of which an unfinished run may have made the first ones.
+        unused: names of the matrices in blocks that the model's forward never reaches.
+        perplexity: perplexity by evaluation text, then by "dense" and by method; empty without evaluation.
     """
 
     finished: list[FinishedBlock]
@@ -62,16 +62,16 @@ class Outcome:
 
 
 class Finished:
-    """The finished blocks of a run. Inside its `with` block they are written while the next ones are worked on.
+    """The finished blocks of a run. Inside its `with` block a thread writes them while the next block is pruned.
 
     Args:
-        run: what all blocks share.
-        writer: what writes them; has those that an earlier run has finished.
-        on_block: called with every block.
+        run: the run.
+        writer: writes the blocks; knows those that an unfinished run has written.
+        on_block: called with every finished block.
 
     Attributes:
-        blocks: the finished ones, of a repeated one the first.
-        before, left: numbers of the blocks that were finished before this run, and of the others.
+        blocks: the records of the finished blocks; repeats of a block have no record.
+        before, left: numbers of the blocks that an unfinished run has finished, and of the others.
         first, last: numbers of the first and of the last block in which layers are pruned.
     """
 
@@ -81,7 +81,7 @@ class Finished:
         self._done = len(writer.finished)
         records = writer.finished[: len(unique)]
         self.blocks = [convert(FinishedBlock, record, "the record of a finished block: ") for record in records]
-        # Repeats are not written. Those before the next block that is can be run.
+        # Repeats are not written: those after the last finished block count as finished, too.
         begin = [*unique, count][len(self.blocks)]
         self.before, self.left = range(begin), range(begin, count)
         pruned = [i for i in range(count) if run.selected(i)] or [0]
@@ -104,11 +104,11 @@ class Finished:
             self._background.shutdown()
 
     def is_written_here(self, i: int) -> bool:
-        """Whether this rank writes block i."""
+        """Tell whether this rank writes block i."""
         return i in self._run.model.unique_blocks and self._writer.writes(self._run.model.unique_blocks.index(i))
 
     def tell_again(self, i: int) -> None:
-        """Report block i, which was finished before this run."""
+        """Report block i, which an unfinished run has finished."""
         model = self._run.model
         self._run.say(log.block_row(model.names[i], i + 1, len(model.blocks)))
         found = FinishedBlock.of(i, model.names[i])
@@ -121,9 +121,9 @@ class Finished:
         """Report block i, and begin to write it.
 
         Args:
-            i: its number.
+            i: number of the block.
             found: its record.
-            tensors: its tensors, none if another rank writes it. They leave memory when they are written.
+            tensors: its tensors by method, which are freed when they are written; empty if another rank writes them.
         """
         run, model, ranks = self._run, self._run.model, self._run.ranks
         self._say(i, found)
@@ -137,7 +137,7 @@ class Finished:
         peaks = ranks.gather(peak_memory())
         measured: dict[str, Any] = {name: max(peak[name] for peak in peaks) for name in peaks[0]}
         found.block = replace(found.block, seconds=model.timeline.seconds(i), **measured)
-        # Each rank writes some of the records. All are those of rank 0, which reports runs that go through.
+        # Each rank writes some of the records: all of them shall be rank 0's, which makes the report.
         found = ranks.broadcast_object(found)
         if written_here:
             cuda = model.device.type == "cuda"
@@ -156,14 +156,14 @@ class Finished:
             if shard >= self._done and writer.writes(shard):
                 with model.timeline.span("write"):
                     writer.write(shard, model.other_tensors(names))
-                # Tensors that are small enough for the C library to keep would lie beside the next ones.
+                # The C library keeps small tensors that are freed, beside the next ones.
                 give_back()
 
     def _say(self, i: int, found: FinishedBlock) -> None:
-        """Log block i with the time that is left. Blocks that are only passed take little."""
+        """Log block i with the time left. Blocks without pruned layers take little, and do not count."""
         first = max(self.first, self.left.start)
         if i < first:
-            # The clock begins with the first block that is pruned.
+            # The clock starts at the first block in which layers are pruned.
             self._started, left = time.perf_counter(), 0.0
         else:
             left = max(0.0, (self.last - i) * (time.perf_counter() - self._started) / (i + 1 - first))
@@ -175,9 +175,9 @@ class Finished:
             self._written.result()
 
     def _write(self, i: int, tensors: Written, found: FinishedBlock, copied: torch.cuda.Event | None) -> None:
-        """Write a block as each method pruned it. The tensors of the config's method belong to the checkpoint.
+        """Write a block as each method pruned it; the tensors of the config's method belong to the checkpoint.
 
-        They are on the host once they are `copied`.
+        On a GPU, the event `copied` tells when all tensors have reached the host.
         """
         run = self._run
         with run.model.timeline.span("write", i, WRITE):

@@ -1,7 +1,7 @@
 """The driver: prune a model one block at a time, while the next block is read and the last one is written.
 
-Every method prunes a block on its own calibration windows, which came through the blocks that it pruned before. The
-weights by the config's method are written. Blocks that an earlier run has finished are only run through.
+Every method prunes a block on its own calibration windows, which have passed the blocks that it pruned before. The
+weights of the config's method are written. A resumed run only moves its windows through the finished blocks.
 """
 
 from dataclasses import replace
@@ -28,12 +28,13 @@ from sparsefw.solver.layer import LayerResult
 
 
 def prune_model(run: Run, writer: Writer, on_block: OnBlock = lambda block, layers: None) -> Outcome:
-    """Prune every block of a model, by every method of the config on the activations of its own blocks.
+    """Prune every block of a model by every method of the config.
 
     Args:
         run: the run.
-        writer: receives a shard for each block and each piece of the rest. The run goes on after those that it has.
-        on_block: called with the record and the results of every block when it is finished.
+        writer: receives a shard for each block and for each piece of the other tensors. The shards that it has already
+            are of an unfinished run, which this run resumes.
+        on_block: called with the record and the results of every finished block.
 
     Raises:
         InputError: weights or activations hold NaN or Inf, a layer does not fit the pattern, nothing was
@@ -58,43 +59,43 @@ def prune_model(run: Run, writer: Writer, on_block: OnBlock = lambda block, laye
 
 
 def prune_block(run: Run, i: int, streams: Streams, written: bool) -> tuple[FinishedBlock, Written]:
-    """Prune block i by every method, and run all windows through it.
+    """Prune block i by every method, and move all windows through it.
 
     Args:
-        run: what all blocks share.
+        run: the run.
         i: number of the block.
-        streams: the windows before the block, which move behind it.
+        streams: the windows before the block; after the call they are before the next block.
         written: whether this process writes the block.
 
     Returns:
-        The block's record, and its tensors by method; none if another rank writes them.
+        The block's record, and its tensors by method; no tensors if another rank writes them.
     """
     model, config, tensors = run.model, run.config, Written()
     block = FinishedBlock.of(i, model.names[i])
     dense = read_block(run, i)
     streams.evaluate(run, i, DENSE)
     if config.uses_dense_stream and not config.uses_dense_target:
-        # No stage will move them on.
+        # No stage will move the dense windows.
         streams.advance(run, i, "reconstruct", DENSE)
     for method in config.methods:
         own, windows = method == config.method, streams.calibration[method]
         if dense and method != config.methods[0]:
             dense.restore()
         reference = (dense, streams.calibration[DENSE]) if dense and config.dense_target(method) else None
-        # Stages move the windows on inside the block, and a reconstruction runs from its input.
+        # Stages move the windows inside of the block, and a reconstruction begins at the block's input.
         start = windows.fork() if own and config.goes_back else None
-        # The loss on what is held out tells what a reconstruction is worth only if no layer was fitted to it, either.
+        # Layers are not fitted to the micro-batches on which a reconstruction is judged.
         held_out = held_out_batches(len(windows)) if own and config.reconstruct else ()
         stages, results = find_stages(run, i, windows, reference), list[LayerResult]()
         for stage in stages:
             results += solve(run, i, measure_stage(run, i, stage, windows, reference, held_out), method)
-            # The windows move on with the weights that are written.
+            # The next stage is measured with the weights that are written.
             model.round(i)
         block.layers += results
         if own:
             # It is the last method: nothing needs the dense block any more.
             dense = reference = None
-            # Tokens may reach other experts in the model of another method, which is not written.
+            # Of this method alone: in the model of another method, tokens may reach other experts.
             block.kept_dense = kept_dense(model, i, results)
             block.block = replace(block.block, way=calibration_mode(run, stages))
             if config.reconstruct:

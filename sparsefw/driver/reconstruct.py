@@ -1,15 +1,14 @@
-"""Fit the kept weights of a pruned block together, so that it puts out what the dense model's block does.
+"""Reconstruct a pruned block: fit its kept weights together, so that its outputs are those of the dense block.
 
-The loss of a token is e, the squared distance between the input of the next block in the pruned and in the dense model,
-relative to the square of the latter: a few tokens have hidden states a thousand times larger than others. Where the
-pruned model alone makes a token's so large, e is in the hundreds, and a sum would be about such tokens alone. So above
-1 the loss is 1 + log(e). Behind the last block of a language model it is the divergence of what both models predict,
-see `model.head`.
+The loss of a token is e = ||out - target||^2 / ||target||^2, where `out` and `target` are the outputs of the pruned and
+of the dense block. It is relative, because a few tokens have hidden states a thousand times larger than others. Where
+the pruned model alone makes a token so large, e is in the hundreds, and would dominate a sum: above 1 the loss is
+1 + log(e). After the last block of a language model the loss is the divergence of the predictions of both models, see
+`model.head`.
 
-A step takes the gradients of one micro-batch on every rank, or of a piece of it. Some micro-batches are held out.
-Weights that do no better on these are put back. As long as a round of passes lowers the loss there by much, another
-one follows: a few blocks need far more steps than others, such as the one that gives the first token its large hidden
-state.
+A step takes the gradients of one micro-batch on every rank, or of a piece of it. The loss of held-out micro-batches
+judges: weights that do not lower it are put back, and another round of passes follows while a round lowers it by much.
+A few blocks need far more steps than others, such as the block that gives the first token its large hidden state.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,11 +42,12 @@ T = TypeVar("T")
 # The first rate, see `kept_weights`.
 RATE = 0.16
 
-# Its share where few steps fit predictions, behind a round that fits hidden states: higher ones undo what that gains.
-BEHIND_HIDDEN = 0.25
+# The share of this rate for the few steps that fit predictions after a round that has fitted hidden states: a higher
+# rate undoes the gain of that round.
+AFTER_HIDDEN = 0.25
 
-# Another round follows one that has lowered the loss by this share, up to so many rounds.
-WORTH, MOST_ROUNDS = 0.05, 4
+# Another round follows a round that has lowered the loss by this share, up to this number of rounds.
+WORTH, MAX_ROUNDS = 0.05, 4
 
 
 def reconstruct(
@@ -61,16 +61,16 @@ def reconstruct(
     """Reconstruct block i, which is open and pruned.
 
     Args:
-        run: what all blocks share; its config says how many passes over the windows a round makes.
+        run: the run; its config has the number of passes over the windows in a round.
         i: number of the block.
         states: the calibration windows before the block in the pruned model.
-        dense: the same behind the block in the dense model.
-        results: the block's pruned layers.
-        ids: (windows, seqlen) the windows' tokens; None: they are no text.
+        dense: the calibration windows after the block in the dense model.
+        results: the results of the block's pruned layers.
+        ids: (windows, seqlen) the tokens of the windows; None: the calibration is no text.
 
     Returns:
-        The losses and steps; None if there is nothing to fit, or nothing to compare with: the next block begins with
-        something else, as a decoder behind an encoder does.
+        The losses and the steps; None if no layer is pruned, or if the next block does not read the output of this one,
+        as the first block of a decoder does not read that of an encoder's last one.
 
     Raises:
         InputError: gradients do not go through the block.
@@ -79,14 +79,14 @@ def reconstruct(
         return None
     with _predicted(run, i, states, ids) as tokens:
         learned, held_out = split_batches(len(states))
-        fit = Fit(run, i, states, dense, learned, held_out, tokens)
-        # Ranks have about as many micro-batches; those with fewer begin again.
+        fit = BlockFit(run, i, states, dense, learned, held_out, tokens)
+        # Ranks make the same number of steps: one with fewer micro-batches begins again.
         of_rounds = [run.config.reconstruct * max(run.ranks.gather(len(fit.steps[0])))]
         if tokens:
             every, of_rounds = tokens_and_steps(run.of(i), run.shape, tokens[0].shape[1], of_rounds[0])
             fit = replace(fit, every=every, hidden_first=len(of_rounds) > 1)
         losses = _rounds(fit, results, of_rounds)
-        # Experts of one rank's windows may have an operation that no other rank has seen.
+        # An expert that only one rank's windows reach may have an operation that no other rank has seen.
         varies = dict.fromkeys(name for names in run.ranks.gather(fit.varies) for name in names)
     rounds = len(losses) - 1
     while len(losses) > 2 and not losses[-1] < min(losses[:-1]):
@@ -104,33 +104,33 @@ def reconstruct(
 
 @contextmanager
 def _predicted(run: Run, i: int, states: HiddenStates, ids: Tensor | None) -> Iterator[list[Tensor] | None]:
-    """The tokens of each micro-batch, if predictions are compared behind block i; what makes them is in memory then.
+    """Yield the tokens of each micro-batch if the loss of block i compares predictions, else None.
 
-    The model's shape says where there are predictions, as plans have it. The windows of all ranks have to agree: ranks
-    make the same steps.
+    Inside the `with` block the model's head is in memory. Predictions are compared where the model's shape says so, on
+    which plans rely, and only if the windows of all ranks have them: ranks make the same steps.
     """
     if ids is not None and run.of(i).predicts:
         with run.model.outside():
             every, _ = tokens_and_steps(run.of(i), run.shape, ids.shape[1], 1)
             if all(run.ranks.gather(predicts(states, ids, every))):
-                # On the device: to copy some of them there, the host would wait for all that was launched.
+                # On the device: a copy of some tokens would wait for everything that was launched before it.
                 yield list(ids.to(run.model.device).split(states.windows))
                 return
     yield None
 
 
-def _rounds(fit: "Fit", results: Sequence[LayerResult], of_rounds: Sequence[int]) -> list[float]:
-    """Make as many rounds as pay, see `tokens_and_steps`. The losses before the first one and behind all of them."""
+def _rounds(fit: "BlockFit", results: Sequence[LayerResult], of_rounds: Sequence[int]) -> list[float]:
+    """Make rounds as long as they pay, see `tokens_and_steps`; returns the losses before the first and after each."""
     matrices, losses = pruned_matrices(fit.run.model, fit.number, results), [fit.loss()]
-    while len(losses) <= len(of_rounds) or (len(losses) <= MOST_ROUNDS and losses[-1] < (1 - WORTH) * min(losses[:-1])):
+    while len(losses) <= len(of_rounds) or (len(losses) <= MAX_ROUNDS and losses[-1] < (1 - WORTH) * min(losses[:-1])):
         steps, by_hidden = of_rounds[min(len(losses), len(of_rounds)) - 1], len(losses) < len(of_rounds)
-        rate = RATE * (BEHIND_HIDDEN if fit.hidden_first and not by_hidden else 1)
+        rate = RATE * (AFTER_HIDDEN if fit.hidden_first and not by_hidden else 1)
         weights = KeptWeights(matrices, steps, rate, fit.run.config.backend)
         try:
             losses.append(fit.round(weights, steps, min(losses), by_hidden))
         finally:
             weights.close()
-        # The state of the next round would lie beside the holes that this one leaves.
+        # Otherwise the state of the next round takes memory beside the freed pieces of this one.
         give_back()
     return losses
 
@@ -138,7 +138,7 @@ def _rounds(fit: "Fit", results: Sequence[LayerResult], of_rounds: Sequence[int]
 def pruned_matrices(
     model: BlockModel, i: int, results: Iterable[LayerResult]
 ) -> list[tuple[nn.Parameter, list[Tensor]]]:
-    """The parameters of block i, which is open, that have pruned layers, and the matrices of these in them."""
+    """List the parameters of block i, which is open, that hold pruned layers, each with its layers' matrices."""
     block, views = model.blocks[i], dict[str, list[Tensor]]()
     for result in results:
         name = result.name.removeprefix(f"{model.names[i]}.")
@@ -148,9 +148,9 @@ def pruned_matrices(
 
 
 def relative_loss(out: Tensor, target: Tensor) -> Tensor:
-    """Sum over all tokens of e = ||out - target||^2 / ||target||^2, or 1 + log(e) above 1, in fp32.
+    """Sum over all tokens e = ||out - target||^2 / ||target||^2, or 1 + log(e) where e is above 1, in fp32.
 
-    A token without a target does not count.
+    A token whose target is 0 does not count.
 
     Args:
         out, target: (..., d) hidden states.
@@ -163,18 +163,18 @@ def relative_loss(out: Tensor, target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A block that is fitted.
+class BlockFit:
+    """The reconstruction of a block: its windows, its loss, and its rounds of steps.
 
     Attributes:
-        run, number: see `reconstruct`.
-        states, dense: the windows before the block in the pruned model, and behind it in the dense one.
-        learned, held_out: numbers of the micro-batches to learn from, and of the others.
-        tokens: the tokens of each micro-batch, where predictions are compared; None: hidden states are.
-        every: a step compares the predictions of one token in so many.
-        hidden_first: whether the first round compares hidden states. Then every loss is that of some tokens.
+        run, number: the run, and the number of the block.
+        states, dense: the windows before the block in the pruned model, and after it in the dense model.
+        learned, held_out: numbers of the micro-batches whose gradients make the steps, and of those that judge.
+        tokens: the tokens of each micro-batch if the loss compares predictions; None: it compares hidden states.
+        every: a step compares the predictions of one token out of `every`.
+        hidden_first: whether the first round compares hidden states. Then held-out losses are those of some tokens.
         reached: numbers of the steps in a pass whose loss had gradients so far.
-        varies: the operation whose result may be another in another run, if this rank has seen one in the block.
+        varies: the first operation in the block whose bits may change from run to run; empty if there is none.
     """
 
     run: Run
@@ -191,30 +191,34 @@ class Fit:
 
     @cached_property
     def steps(self) -> tuple[HiddenStates, HiddenStates, Sequence[Tensor]]:
-        """`states`, `dense` and `tokens` of what is learned from, in pieces where there are any."""
+        """`states`, `dense` and `tokens` of the learned micro-batches, cut into the pieces that steps take."""
         states, dense = (x.some(self.learned, divided=True) for x in (self.states, self.dense))
         tokens = torch.cat([self.tokens[j] for j in self.learned]).split(states.windows) if self.tokens else ()
         return states, dense, tokens
 
     @torch.no_grad()
     def loss(self) -> float:
-        """The mean loss of a token, over what is held out on all ranks. The algorithms are those of the steps."""
+        """Compute the mean loss of a token on all held-out micro-batches, by the algorithms of the steps."""
         some = 0 if self.hidden_first else None
         losses = self._with_same_bits(lambda: [self.loss_of(j, some) for j in self.held_out])
         gathered = self.run.ranks.gather((sum(x.item() for x, *_ in losses), sum(tokens for _, tokens, _ in losses)))
         return sum(loss for loss, _ in gathered) / sum(tokens for _, tokens in gathered)
 
     def round(self, weights: KeptWeights, steps: int, before: float, by_hidden: bool = False) -> float:
-        """Make all steps of a round; returns the loss then. If it is not less than before, the weights are put back.
+        """Make all steps of a round; returns the held-out loss. If it is not below `before`, the weights are put back.
 
-        With `by_hidden` the steps compare hidden states, whatever the loss compares.
+        Args:
+            weights: the weights that are fitted.
+            steps: number of the steps.
+            before: the lowest held-out loss so far.
+            by_hidden: whether the steps compare hidden states even where the loss compares predictions.
 
         Raises:
-            InputError: on all ranks; no micro-batch of any of them has gradients.
+            InputError: no micro-batch of any rank has gradients; all ranks raise it.
         """
         fitted = replace(self, tokens=None) if by_hidden else self
         for step in range(steps):
-            # Windows were drawn at random: no other order is needed.
+            # In order: the windows themselves were drawn at random.
             of_pass, n = divmod(step, len(fitted.steps[0]))
             fitted.add_gradients(n, of_pass, weights.parameters)
             for handle in [self.run.ranks.all_reduce(gradient) for gradient in weights.gradients()]:
@@ -229,18 +233,22 @@ class Fit:
         return after
 
     def loss_of(self, j: int, of_pass: int | None = None, learned: bool = False) -> tuple[Tensor, int, int]:
-        """The loss of micro-batch j, summed over its tokens; their number without padding; the width of hidden states.
+        """Compute the loss of a micro-batch, summed over its tokens.
 
         Args:
-            j: number of the micro-batch; with `learned` among those of `steps`.
-            of_pass: compare the predictions of the tokens of this pass alone, see `tokens_of_pass`.
+            j: number of the micro-batch.
+            of_pass: number of the pass, whose tokens alone are compared, see `tokens_of_pass`; None: all tokens are.
+            learned: whether j is a number among the micro-batches of `steps`.
+
+        Returns:
+            The loss, the number of tokens without padding, and the width of hidden states.
         """
         states, dense, tokens = self.steps if learned else (self.states, self.dense, self.tokens)
-        # Read once: from the host it is a copy, and the next micro-batch is read ahead.
+        # Read once: each access copies it from the host, and begins to copy the next one.
         out, target = states.next_input(self.number, j), dense.hidden[j]
         if not tokens:
             unpadded = states.unpadded(self.number, j)
-            # Zeros do not count.
+            # Padding becomes 0, and targets of 0 do not count.
             kept = without_padding(target, unpadded)
             number = target.shape[:-1].numel() if kept is target or unpadded is None else int(unpadded.sum())
             return relative_loss(out, kept), number, target.shape[-1]
@@ -253,14 +261,15 @@ class Fit:
     def add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
         """Add the gradients of the loss of micro-batch j of `steps` in pass `of_pass` of a round.
 
-        There are none where the micro-batch reaches no pruned weight.
+        A micro-batch that reaches no pruned weight adds nothing.
         """
         self._with_same_bits(lambda: self._add_gradients(j, of_pass, parameters), parameters)
 
     def _with_same_bits(self, work: Callable[[], T], parameters: Sequence[nn.Parameter] = ()) -> T:
-        """What `work` returns, with the same bits in every run, unless torch has no such algorithm for an operation.
+        """Call `work` with algorithms that give the same bits in every run, and return its result.
 
-        It is called again if torch refuses one. `parameters` lose the gradients that it has left them then.
+        If torch has no such algorithm for an operation, which it refuses then, `parameters` lose their gradients, and
+        `work` is called again with any algorithm.
         """
         if not self.varies:
             try:
@@ -283,16 +292,16 @@ class Fit:
         with torch.enable_grad(), rounded_products() if self.run.rounded else nullcontext():
             with slices:
                 loss, tokens, width = self.loss_of(j, of_pass, True)
-                # By entry: in half precision, gradients of the mean over all entries would be too small. Those of a sum
-                # over tokens are too large for fp16. Adam makes the same steps of both.
+                # In half precision the gradients of a mean over all entries would be too small, and in fp16 those of a
+                # sum over tokens too large. Adam makes the same steps of any multiple.
                 loss = loss * (width / (tokens if parameters[0].dtype == torch.float16 else 1))
             if not loss.requires_grad:
-                # A mixture may send all tokens to experts that are not pruned.
+                # A mixture may route all tokens to experts that are not pruned.
                 return
             self.reached.add(j)
             try:
                 with explained(kind, name, model.input_kind):
-                    # Those of a caller's model outside of the blocks may ask for gradients, too.
+                    # For these alone: other parameters of a caller's model may ask for gradients, too.
                     loss.backward(inputs=slices.leaves)
             except ForwardFailed as error:
                 what = shown(first_line(error.__cause__ or error))

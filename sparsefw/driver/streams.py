@@ -1,4 +1,4 @@
-"""The windows between two blocks: of the calibration and of evaluation, in the dense model and in each method's."""
+"""Streams: hidden states of calibration and evaluation windows before a block, in the dense and in pruned models."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,13 +21,13 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states before a block, by method and DENSE.
+    """Hidden states before a block: in the dense model (DENSE), and in the model that each method prunes.
 
     Attributes:
-        calibration: of the calibration.
-        evaluation: of every evaluation text.
+        calibration: hidden states of the calibration windows, by method or DENSE.
+        evaluation: hidden states of every evaluation text, by method or DENSE.
         ids: the tokens of the calibration windows; None: the calibration is no text.
-        texts: the evaluation texts, of which this rank has some windows.
+        texts: this rank's windows of each evaluation text.
     """
 
     calibration: dict[str, HiddenStates]
@@ -36,7 +36,7 @@ class Streams:
     texts: list[Samples]
 
     def of(self, name: str) -> list[HiddenStates]:
-        """All of a method, or of DENSE."""
+        """List all hidden states of a method, or of DENSE."""
         return [*([self.calibration[name]] if name in self.calibration else []), *self.evaluation[name]]
 
     def advance(self, run: Run, i: int, phase: str, name: str) -> None:
@@ -58,12 +58,12 @@ class Streams:
 
 @contextmanager
 def embedded(run: Run) -> Iterator[Streams]:
-    """The windows of this rank before the first block; they are let go at the end of the `with` block."""
+    """Make the hidden states of this rank's windows before the first block; the end of the `with` block frees them."""
     model, names, ranks = run.model, [DENSE, *run.config.methods], run.ranks
     with ExitStack() as opened:
         with model.timeline.span("embed"), model.outside():
             calibration, *texts = (x.part(ranks.share(x.n)) for x in (run.calibration, *run.evaluation))
-            # Steps of a reconstruction take pieces of the micro-batches; the last piece may be smaller.
+            # Steps of a reconstruction take pieces of micro-batches; the last piece may be smaller.
             step = run.placement.step
             pieces = [calibration.part(slice(n)) for n in {step, calibration.n % step} - {0}] if step else []
             calibrated = _embed(run, calibration, names[not run.config.uses_dense_stream :], pieces)
@@ -77,24 +77,27 @@ def embedded(run: Run) -> Iterator[Streams]:
 
 
 def _embed(run: Run, samples: Samples, names: Sequence[str], pieces: Sequence[Samples] = ()) -> dict[str, HiddenStates]:
-    """The hidden states of samples before the first block, by name; `pieces` are of the sizes that steps take."""
+    """Make the hidden states of samples before the first block, by name; `pieces` have the sizes that steps take."""
     batch, store = run.placement.batch, run.placement.store(run.model.device)
     states = embed_batches(run.model, samples.split(batch), store, (x for piece in pieces for x in piece.split(batch)))
     return {name: states.fork() if n else states for n, name in enumerate(names)}
 
 
 def pass_block(run: Run, i: int, streams: Streams, written: bool) -> tuple[FinishedBlock, Written]:
-    """As `prune.prune_block`, for a block before the first one that is pruned, or after the last one."""
+    """Move all windows through block i, in which no layer is pruned; arguments and result as for `prune.prune_block`.
+
+    It is a block before the first one in which layers are pruned, or after the last one.
+    """
     model, calibration = run.model, streams.calibration
     model.open(i, run.placement.ahead)
     if not any(map(run.selected, range(i, len(model.blocks)))):
-        # Nothing is measured any more.
+        # No later block is measured.
         while calibration:
             calibration.popitem()[1].close()
-    # Streams of the same windows are equal up to the first block that is pruned.
+    # Up to the first pruned block the streams of the same windows are equal.
     equal = [[*calibration.values()], *map(list, zip(*streams.evaluation.values(), strict=True))]
     for n, group in enumerate(equal):
-        # After the last one each method has its own windows.
+        # After the last pruned block they differ by method.
         moving = group[:1] if calibration else group
         _advance(run, i, "evaluate" if n else "forward", moving)
         for other in group[len(moving) :]:
@@ -107,7 +110,7 @@ def pass_block(run: Run, i: int, streams: Streams, written: bool) -> tuple[Finis
 
 
 def replay_block(run: Run, i: int, streams: Streams, writer: Writer) -> None:
-    """Run the windows through block i, which an earlier run has pruned, or which is a repeat."""
+    """Move all windows through block i, which an unfinished run has pruned, or which repeats an earlier block."""
     model = run.model
     if streams.of(DENSE):
         model.open(i, run.placement.ahead)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.driver import reconstruct
-from sparsefw.driver.reconstruct import Fit
+from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.model import head, shape_of
 from sparsefw.model.activations import split_batches
 from sparsefw.report.content import HIDDEN, PREDICTIONS
@@ -31,7 +31,7 @@ class Watched:
 
     def __init__(self, patch, answer=None):
         self.fits, self.asked, self.beside_head = [], [], []
-        make_round, predicts = Fit.round, reconstruct.predicts
+        make_round, predicts = BlockFit.round, reconstruct.predicts
 
         def watched_round(fit, *args):
             self.fits.append(fit)
@@ -43,7 +43,7 @@ class Watched:
             self.asked.append(predicts(*args) if answer is None else answer)
             return self.asked[-1]
 
-        patch.setattr(Fit, "round", watched_round)
+        patch.setattr(BlockFit, "round", watched_round)
         patch.setattr(reconstruct, "predicts", watched_predicts)
         # More steps where there are predictions.
         patch.setattr(head, "LEAST", SEQLEN // head.EVERY)

@@ -14,8 +14,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from sparsefw import prune as prune_in_memory
 from sparsefw.driver import prune as driver
 from sparsefw.driver import streams
-from sparsefw.driver.reconstruct import Fit
-from sparsefw.driver.solves import find_solves
+from sparsefw.driver.partition import find_solves
+from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.errors import InputError
 from sparsefw.model.layers import Layer
 from sparsefw.model.measure import Captured
@@ -38,7 +38,7 @@ def prune_watched(ranks, *args):
 
     That is the layers, the losses, the perplexities, and sums of a block's weights where there is a loss.
     """
-    found, measure = {"layers": [], "losses": [], "weights": [], "perplexities": []}, Fit.loss
+    found, measure = {"layers": [], "losses": [], "weights": [], "perplexities": []}, BlockFit.loss
 
     def watched(name, function):
         def call(*args):
@@ -59,7 +59,7 @@ def prune_watched(ranks, *args):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "layer_row", row)
-        patch.setattr(Fit, "loss", watched("losses", loss))
+        patch.setattr(BlockFit, "loss", watched("losses", loss))
         patch.setattr(streams, "perplexity", watched("perplexities", streams.perplexity))
         report, _ = prune(ranks, *args)
     return report, found

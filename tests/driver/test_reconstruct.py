@@ -16,7 +16,7 @@ from sparsefw.checkpoint.source import inspect
 from sparsefw.data.batches import token_batch
 from sparsefw.data.windows import calibration_windows
 from sparsefw.driver import reconstruct
-from sparsefw.driver.reconstruct import Fit
+from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.model import StreamedModel, embed, head
 from sparsefw.model.activations import HELD_OUT, split_batches
 from sparsefw.model.forward import embed_batches
@@ -229,7 +229,7 @@ def test_steps_on_pieces_are_those_on_micro_batches_of_their_own(i, llama):
                 block.mlp.down_proj.weight[:, ::2] = 0
             weight = block.mlp.down_proj.weight.requires_grad_()
             run = SimpleNamespace(model=model, ranks=ALONE, rounded=False)
-            fit = Fit(run, i, states, dense, learned, held_out, [*ids.split(size)] if i else None, every=2)
+            fit = BlockFit(run, i, states, dense, learned, held_out, [*ids.split(size)] if i else None, every=2)
             assert (len(fit.steps[0]), len(fit.steps[1])) == (4, 4)
             assert torch.equal(torch.cat([*fit.steps[0].hidden]), torch.cat([states.hidden[j] for j in learned]))
             assert not i or torch.equal(torch.cat(fit.steps[2]), ids[4:])

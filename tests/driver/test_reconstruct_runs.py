@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsefw.driver import job, reconstruct
 from sparsefw.driver import run as driver_run
-from sparsefw.driver.reconstruct import Fit
+from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.model.activations import split_batches
 from sparsefw.run import main
 
@@ -116,9 +116,9 @@ STEPS = len(split_batches(WINDOWS)[0])
 )
 def test_rounds_follow_each_other_as_long_as_they_pay(found, steps, after, put_back, llama, tmp_path, monkeypatch):
     losses = iter(found)
-    monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 4)
-    monkeypatch.setattr(Fit, "loss", lambda self: 1.0)
-    monkeypatch.setattr(Fit, "round", lambda self, weights, steps, before, by_hidden: next(losses))
+    monkeypatch.setattr(reconstruct, "MAX_ROUNDS", 4)
+    monkeypatch.setattr(BlockFit, "loss", lambda self: 1.0)
+    monkeypatch.setattr(BlockFit, "round", lambda self, weights, steps, before, by_hidden: next(losses))
     report, _ = run(llama, tmp_path / "out", *FIRST_BLOCK)
     record = report.blocks[0].reconstruction
     assert next(losses, None) is None
@@ -129,7 +129,7 @@ def test_rounds_follow_each_other_as_long_as_they_pay(found, steps, after, put_b
 
 @pytest.mark.parametrize(("rate", "gains"), first_is_fast([(1e3, False), (RATE, True)]), ids=["loses", "gains"])
 def test_a_second_round_begins_behind_the_first_and_is_put_back_to_there(rate, gains, llama, tmp_path, monkeypatch):
-    losses, weights, measure = [], [], Fit.loss
+    losses, weights, measure = [], [], BlockFit.loss
 
     def watched(fit):
         losses.append(measure(fit))
@@ -139,8 +139,8 @@ def test_a_second_round_begins_behind_the_first_and_is_put_back_to_there(rate, g
         monkeypatch.setattr(reconstruct, "RATE", rate if len(losses) > 1 else RATE)
         return losses[-1]
 
-    monkeypatch.setattr(Fit, "loss", watched)
-    monkeypatch.setattr(reconstruct, "MOST_ROUNDS", 2)
+    monkeypatch.setattr(BlockFit, "loss", watched)
+    monkeypatch.setattr(reconstruct, "MAX_ROUNDS", 2)
     monkeypatch.setattr(reconstruct, "WORTH", 0.0)
     report, _ = run(llama, tmp_path / "out", *FIRST_BLOCK)
     before, first, second = losses

@@ -10,7 +10,7 @@ import torch
 from helpers.reconstructed import run, shards
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from sparsefw.driver.reconstruct import Fit
+from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.model.gradients import refused
 from sparsefw.model.stand_ins import ForwardFailed
 
@@ -47,14 +47,14 @@ def with_mlp(patch, change):
 
 
 def test_gradients_are_made_in_the_deterministic_mode(llama, tmp_path, monkeypatch):
-    forwards, backwards, losses, loss_of = [], [], [], Fit.loss_of
+    forwards, backwards, losses, loss_of = [], [], [], BlockFit.loss_of
     with_mlp(monkeypatch, lambda x: Watched.apply(x, forwards, backwards))
 
     def spy(fit, *args):
         losses.append(torch.get_deterministic_debug_mode())
         return loss_of(fit, *args)
 
-    monkeypatch.setattr(Fit, "loss_of", spy)
+    monkeypatch.setattr(BlockFit, "loss_of", spy)
     report, _ = run(llama, tmp_path / "out", *FLAGS)
     assert report.blocks[0].reconstruction.varies == ""
     # The steps take the same algorithms as what is held out.

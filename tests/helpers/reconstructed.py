@@ -10,7 +10,7 @@ from helpers.families import save_model
 
 from sparsefw.driver import prune as driver
 from sparsefw.driver import reconstruct
-from sparsefw.driver.reconstruct import Fit
+from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.report.content import Report, read_report
 from sparsefw.run import main
@@ -100,7 +100,7 @@ def no_loss(model, states) -> list[bool]:
             compared.append(states.goes_on(i))
             if compared[-1]:
                 run = SimpleNamespace(model=model)
-                fit = Fit(run, i, states, dense, [], [])
+                fit = BlockFit(run, i, states, dense, [], [])
                 losses = [fit.loss_of(j)[0].item() for j in range(len(states))]
                 assert losses == [0.0] * len(states)
             model.close(i)

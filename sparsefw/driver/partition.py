@@ -1,8 +1,8 @@
-"""The solves of what calibration has measured, shared out over ranks.
+"""Divide the layers of a block into solves, and the solves among ranks.
 
-Rows that do not depend on each other are shared out evenly: every rank solves its rows of every layer. Experts go whole
-to ranks, and so do layers whose rows share something, each to one rank, by cost. Before the solves the matrices that
-every rank has measured on its own windows are summed, where they are needed. After them every rank has all weights.
+Rows that do not depend on each other are divided evenly: every rank solves its rows of every layer. An expert, or a
+layer whose rows share a budget, is solved by one rank; costs decide by which. Every rank has measured matrices on its
+own windows: they are summed before the solves, where they are needed. After the solves every rank has all weights.
 """
 
 from collections import defaultdict
@@ -41,7 +41,7 @@ class Solve:
 
     @property
     def cost(self) -> int:
-        """Flops of a product of the rows, and of a decomposition of the Gram matrix: solves are shared out by them."""
+        """Flops of a product of the rows and of a factorization of the Gram matrix, by which ranks share solves."""
         d = self.layers[0].weight.shape[1]
         return sum(map(len, self.weights)) * d**2 + d**3
 
@@ -51,19 +51,19 @@ class Solve:
         return [layer.weight for layer in self.layers]
 
     def parts(self, ranks: Ranks) -> list[list[slice]]:
-        """The rows of each layer that each rank solves if they are shared out, by rank."""
+        """The rows of each layer that each rank solves where ranks share rows, by rank."""
         of_stack = shares(sum(map(len, self.weights)), ranks.count, ROW_UNIT)
         return [[rows for rows, _ in places(self.weights, part)] for part in of_stack]
 
     def rows(self, ranks: Ranks) -> list[slice]:
-        """The rows of each layer that this rank solves, if it is no other rank's solve."""
+        """The rows of each layer that this rank solves. The solve must not belong to another rank."""
         return self.parts(ranks)[ranks.number] if self.owner is None else [slice(None)] * len(self.layers)
 
 
 def find_solves(
     captured: Captured, method: str, config: PruneConfig, ranks: Ranks, experts: frozenset[str]
 ) -> list[Solve]:
-    """The solves of all layers of a block, in the order of the layers' use; `experts` as for `kind_of`.
+    """Group the layers of a block into solves, in the order in which the block uses them; `experts` as for `kind_of`.
 
     A layer whose rows depend on each other has a solve of its own.
     """
@@ -82,12 +82,12 @@ def find_solves(
 
 
 def combine(block: nn.Module, captured: Captured, ranks: Ranks, experts: frozenset[str]) -> Captured:
-    """The layers that any rank has seen, with this rank's matrices, of zeros where it has none.
+    """Add the layers that other ranks have seen, with matrices of zeros.
 
-    A token is sent to few experts, so that ranks may see different ones; `experts` as for `kind_of`.
+    A router sends a token to few experts, so that ranks may see different ones; `experts` as for `kind_of`.
 
     Raises:
-        InputError: other layers differ, too.
+        InputError: ranks differ in a layer that is no expert.
     """
     if ranks.alone:
         return captured
@@ -114,10 +114,10 @@ def combine(block: nn.Module, captured: Captured, ranks: Ranks, experts: frozens
 
 
 def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backend) -> dict[str, Handle]:
-    """Sum the matrices over all ranks, in place, where they are needed. Others are dropped.
+    """Sum the matrices over all ranks, in place, on the ranks that need them. The other ranks drop them.
 
     Returns:
-        Handles of the cross matrices, which may still be on their way, by layer.
+        Handles of the transfers of cross matrices, by layer. A transfer may still be running.
     """
     handles = _add_up_crosses(captured, solves, ranks)
     for gram in dict.fromkeys(solve.gram for solve in solves):
@@ -132,7 +132,7 @@ def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backe
 
 
 def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> dict[str, Handle]:
-    """Begin to sum the cross matrices: where ranks share rows, those with rows at the ranks that need them."""
+    """Begin to sum the cross matrices. Where ranks share rows, each rank gets the sums of its own rows alone."""
     begun: dict[int, Handle] = {}
     handles: dict[str, Handle] = {}
     for solve in solves:
@@ -142,7 +142,7 @@ def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> di
             if cross is None:
                 continue
             matrix = cross.matrix
-            # Layers that read the same input may have one cross matrix, and each an owner of its own.
+            # Layers that read one input may share a cross matrix, and belong to different ranks.
             if id(matrix) not in begun:
                 owners = {other.owner for other in solves if other.gram == solve.gram}
                 if solve.owner is not None and (len(owners) == 1 or cross.of != "inputs"):
@@ -158,16 +158,16 @@ def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> di
 
 
 def rows_of(cross: Cross | None, rows: slice) -> Cross | None:
-    """The cross matrix of some rows of a layer. A matrix of inputs is the same for all rows."""
+    """Select some rows of a layer's cross matrix. A cross matrix of inputs is the same for all rows."""
     return Cross(cross.of, cross.matrix[rows]) if cross and cross.of != "inputs" else cross
 
 
 def exchange_rows(solve: Solve, results: list[LayerResult], ranks: Ranks) -> list[LayerResult]:
-    """Give all ranks the rows that each of them has chosen.
+    """Send the rows that each rank has solved to all ranks.
 
     Args:
-        solve: the layers. If one rank solves them, nothing is to be done yet.
-        results: of this rank's rows of each layer.
+        solve: the solve. If it belongs to one rank, `exchange` sends its weights later.
+        results: the results of this rank's rows of each layer.
         ranks: the ranks.
 
     Returns:
@@ -185,7 +185,7 @@ def exchange_rows(solve: Solve, results: list[LayerResult], ranks: Ranks) -> lis
 
 
 def _joined(parts: tuple[LayerResult, ...]) -> LayerResult:
-    """The result of a layer from the results of its parts. They were solved at once, so seconds are their mean."""
+    """Make the result of a layer from those of its parts. Ranks solved them at the same time: seconds are the mean."""
     warm, mask, error = (
         sum(getattr(part, name) for part in parts) for name in ("error_warm_start", "error_mask", "error")
     )
@@ -205,11 +205,11 @@ def _joined(parts: tuple[LayerResult, ...]) -> LayerResult:
 
 
 def exchange(solves: list[Solve], results: dict[str, LayerResult], ranks: Ranks) -> dict[str, LayerResult]:
-    """Give all ranks the weights that one of them has chosen.
+    """Send the weights of solves that belong to one rank to all ranks.
 
     Args:
         solves: the solves of a stage.
-        results: of this rank's solves, by the name of the layer in its block.
+        results: the results of this rank's solves, by the name of the layer in its block.
         ranks: the ranks.
 
     Returns:
