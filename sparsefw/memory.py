@@ -88,7 +88,7 @@ def share_freed() -> None:
     ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
-def give_back() -> None:
+def trim_memory() -> None:
     """Return freed memory to the system. The C library keeps it otherwise; texts and tokens leave many small pieces."""
     ctypes.CDLL(None).malloc_trim(0)
 

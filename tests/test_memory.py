@@ -20,14 +20,14 @@ def test_what_is_given_back_is_not_resident():
     # Run in a process of its own, whose heap has no free space from other tests. Holding the last piece keeps the heap
     # from shrinking by itself.
     code = """
-from sparsefw.memory import give_back, resident, share_freed
+from sparsefw.memory import trim_memory, resident, share_freed
 share_freed()
 before = resident()
 pieces = [bytearray(2**16) for _ in range(4000)]
 last = bytearray(2**16)
 held = resident()
 del pieces
-give_back()
+trim_memory()
 print(before, held, resident())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

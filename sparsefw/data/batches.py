@@ -66,7 +66,7 @@ class Batches:
         """Number of batches."""
         return len(self.batches)
 
-    def part(self, share: slice) -> "Batches":
+    def shard(self, share: slice) -> "Batches":
         """Some of the batches; the hash stays that of all."""
         return replace(self, batches=self.batches[share])
 

@@ -64,7 +64,7 @@ class Windows:
         """Tokens in a window."""
         return self.ids.shape[1]
 
-    def part(self, share: slice) -> "Windows":
+    def shard(self, share: slice) -> "Windows":
         """Some of the windows; the hash stays that of all."""
         return replace(self, ids=self.ids[share])
 

@@ -16,7 +16,7 @@ from sparsefw.arithmetic import check_finite
 from sparsefw.driver.job import Run
 from sparsefw.driver.partition import add_up, combine, exchange, exchange_rows, find_solves, rows_of
 from sparsefw.errors import InputError
-from sparsefw.memory import give_back
+from sparsefw.memory import trim_memory
 from sparsefw.model import HiddenStates
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.layers import Stage, kind_of, not_pruned
@@ -78,7 +78,7 @@ def measure_stage(
         if stage is None:
             _check_known(run, i, measured.ignored)
         # The solve allocates other sizes than those that the micro-batches have freed.
-        give_back()
+        trim_memory()
         return measured
 
 

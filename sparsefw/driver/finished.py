@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsefw.checkpoint.files import convert
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.driver.job import Run
-from sparsefw.memory import give_back, peak_memory, release_pinned
+from sparsefw.memory import peak_memory, release_pinned, trim_memory
 from sparsefw.report import log
 from sparsefw.report.content import BlockRecord
 from sparsefw.solver.layer import LayerResult
@@ -157,7 +157,7 @@ class Finished:
                 with model.timeline.span("write"):
                     writer.write(shard, model.other_tensors(names))
                 # The C library keeps small tensors that are freed, beside the next ones.
-                give_back()
+                trim_memory()
 
     def _say(self, i: int, found: FinishedBlock) -> None:
         """Log block i with the time left. Blocks without pruned layers take little, and do not count."""

@@ -137,7 +137,7 @@ def workload_of(job: Job, windows: Sequence[int], seqlen: int, device: torch.dev
     Of several ranks, with the memory of the one that has most.
     """
     # Memory that texts and shapes have freed can be taken again: it is no part of what the process keeps.
-    memory.give_back()
+    memory.trim_memory()
     ranks, mine = job.ranks, (memory.resident(), memory.held_on_gpu(device))
     has, held = (max(sizes) for sizes in zip(*ranks.gather(mine), strict=True))
     if job.folder is not None and job.dataset is None:

@@ -22,7 +22,7 @@ from sparsefw.driver.job import Run
 from sparsefw.driver.reconstruct import reconstruct
 from sparsefw.driver.streams import DENSE, Streams, embedded, pass_block, replay_block
 from sparsefw.errors import InputError
-from sparsefw.memory import give_back
+from sparsefw.memory import trim_memory
 from sparsefw.model.activations import held_out_batches
 from sparsefw.solver.layer import LayerResult
 
@@ -48,7 +48,7 @@ def prune_model(run: Run, writer: Writer, on_block: OnBlock = lambda block, laye
             for i in finished.left:
                 handle = prune_block if finished.first <= i <= finished.last else pass_block
                 finished.add(i, *handle(run, i, streams, finished.is_written_here(i)))
-                give_back()
+                trim_memory()
         finished.write_the_rest()
         if run.shape.layer_names and not any(block.layers for block in finished.blocks):
             raise InputError(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sparsefw.arithmetic import rounded_products
 from sparsefw.driver.job import Run
 from sparsefw.errors import InputError, first_line, option, shown
-from sparsefw.memory import give_back
+from sparsefw.memory import trim_memory
 from sparsefw.model import HiddenStates
 from sparsefw.model.activations import split_batches
 from sparsefw.model.block_model import BlockModel
@@ -131,7 +131,7 @@ def _rounds(fit: "BlockFit", results: Sequence[LayerResult], of_rounds: Sequence
         finally:
             weights.close()
         # Otherwise the state of the next round takes memory beside the freed pieces of this one.
-        give_back()
+        trim_memory()
     return losses
 
 

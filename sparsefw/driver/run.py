@@ -192,7 +192,7 @@ def _with_half_the_windows(run: Run, writer: Writer) -> Run:
     placement = replace(run.placement, batch=batch, step=run.placement.step if run.placement.step < batch else 0)
     run.say(f"out of memory on the GPU: going on with {counted(placement.batch, 'window')} at a time")
     writer.choose({"batch": placement.batch, "solver": placement.solver})
-    memory.give_back()
+    memory.trim_memory()
     return replace(run, placement=placement, confirmed={})
 
 
@@ -228,7 +228,7 @@ def _report(run: Run, outcome: Outcome) -> content.Report:
     """The report, on all ranks, from what was measured on all of them."""
     job, calibration, timeline, ranks = run.job, run.calibration, run.model.timeline, run.ranks
     placement, device, seconds = run.placement, content.device_name(run.model.device), timeline.seconds()
-    windows = calibration.part(ranks.share(calibration.n)).n
+    windows = calibration.shard(ranks.share(calibration.n)).n
     mine = content.RankRecord(socket.gethostname(), device, windows, seconds, ranks.waited, memory.peak_memory())
     records, timelines = ranks.gather(mine), ranks.gather(timeline.spans)
     arguments = asdict(job.inputs) | {"seqlen": run.seqlen} | asdict(job.config) | asdict(job.output)

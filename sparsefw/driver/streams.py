@@ -62,10 +62,10 @@ def embedded(run: Run) -> Iterator[Streams]:
     model, names, ranks = run.model, [DENSE, *run.config.methods], run.ranks
     with ExitStack() as opened:
         with model.timeline.span("embed"), model.outside():
-            calibration, *texts = (x.part(ranks.share(x.n)) for x in (run.calibration, *run.evaluation))
+            calibration, *texts = (x.shard(ranks.share(x.n)) for x in (run.calibration, *run.evaluation))
             # Steps of a reconstruction take pieces of micro-batches; the last piece may be smaller.
             step = run.placement.step
-            pieces = [calibration.part(slice(n)) for n in {step, calibration.n % step} - {0}] if step else []
+            pieces = [calibration.shard(slice(n)) for n in {step, calibration.n % step} - {0}] if step else []
             calibrated = _embed(run, calibration, names[not run.config.uses_dense_stream :], pieces)
             evaluated = [_embed(run, text, names) for text in texts]
         ids = calibration.ids if isinstance(calibration, Windows) else None

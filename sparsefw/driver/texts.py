@@ -88,7 +88,7 @@ def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tup
         if ids is None or ids.shape != (n, seqlen):
             with memory.gpu_limited(limits.get("gpu"), output.gpu_memory is not None):
                 ids = generation.write_tokens(model, tokenizer, n, seqlen, inputs.seed, batch, job.say)
-            memory.give_back()
+            memory.trim_memory()
         return replace(windows.windows_of(ids, source), own=generation.records_of(tokenizer, ids))
 
     return write, batch

@@ -77,7 +77,7 @@ def scores_of(
         InputError: the checkpoint cannot be read or run, memory is too little, or answers are NaN.
     """
     # Otherwise what a model before has left counts as taken.
-    memory.give_back()
+    memory.trim_memory()
     device = memory.this_device()
     limits = memory_limits(gpu_memory, host_memory, memory.free_memory(device, ranks.here), ranks)
     parts = partition(requests, ranks.count)
