@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .device import INTERPRET, dot, grouped_tile, quarters, triangle_tile
 from .launch import describable, multiprocessors, platform, triangle_tiles
-from .product import DESCRIPTORS, DTYPES
+from .product import DESCRIPTORS, TRITON_DTYPES
 
 # Tensor cores read 16-bit operands transposed from shared memory, and no others.
 TRANSPOSABLE = (torch.bfloat16, torch.float16)
@@ -119,5 +119,5 @@ def accumulate(S: Tensor, D: Tensor, X: Tensor, *, triangle: bool) -> None:
         D=TensorDescriptor.from_tensor(D, [k, m]),
         X=TensorDescriptor.from_tensor(X, [k, n]),
         tokens=tokens, rows=rows, d=d, tiles=tiles,
-        TRIANGLE=triangle, DTYPE=DTYPES[X.dtype], enable_fp_fusion=True, **config,
+        TRIANGLE=triangle, DTYPE=TRITON_DTYPES[X.dtype], enable_fp_fusion=True, **config,
     )  # fmt: skip

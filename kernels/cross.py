@@ -17,7 +17,7 @@ from torch import Tensor
 from .accumulate import accumulate, suits
 from .device import dot, grouped_tile
 from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform, vectorized
-from .product import DTYPES
+from .product import TRITON_DTYPES
 
 
 def configuration(rows: int, d: int, size: int, vectors: bool) -> dict[str, int]:
@@ -104,6 +104,6 @@ def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee"
             B=B, D=D, X=X, tokens=tokens, rows=rows, d=d,
             stride_br=B.stride(0), stride_bd=B.stride(1), stride_dt=D.stride(0), stride_dr=D.stride(1),
             stride_xt=X.stride(0), stride_xd=X.stride(1),
-            DTYPE=DTYPES[X.dtype], PRECISION=precision, enable_fp_fusion=True, **config,
+            DTYPE=TRITON_DTYPES[X.dtype], PRECISION=precision, enable_fp_fusion=True, **config,
         )  # fmt: skip
     return B

@@ -20,7 +20,7 @@ from torch import Tensor
 from .accumulate import accumulate, suits
 from .device import dot, triangle_tile
 from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform, triangle_tiles, vectorized
-from .product import DTYPES
+from .product import TRITON_DTYPES
 
 
 def configuration(d: int, size: int, vectors: bool) -> dict[str, int]:
@@ -102,6 +102,6 @@ def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
         _gram_kernel[(triangle_tiles(d, config["BLOCK_M"], config["BLOCK_N"]),)](
             G=G, X=X, tokens=tokens, d=d,
             stride_gr=G.stride(0), stride_gd=G.stride(1), stride_xt=X.stride(0), stride_xd=X.stride(1),
-            DTYPE=DTYPES[X.dtype], PRECISION=precision, enable_fp_fusion=True, **config,
+            DTYPE=TRITON_DTYPES[X.dtype], PRECISION=precision, enable_fp_fusion=True, **config,
         )  # fmt: skip
     return G

@@ -33,7 +33,7 @@ DESCRIPTORS = ("sm_90", "interpreter")
 # sm_120 have the least: 99 KiB.
 PIPELINE = {"sm_80": 96 << 10, "sm_90": 192 << 10}
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def configuration(

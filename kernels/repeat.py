@@ -13,13 +13,13 @@ from torch import Tensor
 from . import cpu
 
 # Fewer runs are launched kernel by kernel: making a graph takes the host a while (not measured).
-LEAST = 5
+MIN_RUNS = 5
 
 
 def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:
     """Run step(*row) for every row of `numbers`; yields after each.
 
-    On a GPU, with at least LEAST runs, the step gets its numbers as tensors () fp32. The first run compiles, and
+    On a GPU, with at least MIN_RUNS runs, the step gets its numbers as tensors () fp32. The first run compiles, and
     launches kernel by kernel. The second run is captured in a graph, which is launched for this and all later runs. A
     run must not wait for the GPU therefore, and it overwrites what the run before has allocated. On AMD the end waits
     for the GPU, because torch does when it frees a graph.
@@ -29,7 +29,7 @@ def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like
         numbers: (runs, n), the numbers of every run.
         like: a tensor on the device where the step runs.
     """
-    if like.device.type != "cuda" or len(numbers) < LEAST:
+    if like.device.type != "cuda" or len(numbers) < MIN_RUNS:
         yield from cpu.repeat(step, numbers, like)
         return
     # A copy from memory that is not pinned would wait for the GPU.

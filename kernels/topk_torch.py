@@ -16,8 +16,8 @@ from torch import Tensor
 # blocks need more calls, in which threads wait for each other. Larger blocks were not measured.
 BLOCK = 524288
 
-# The least number above 0.
-LEAST = 2.0**-149
+# The smallest float above 0.
+SMALLEST_FLOAT = 2.0**-149
 
 # A GPU selects from each row in one program. With fewer rows than this most of it would wait: a matrix with one budget
 # is a single row of all its entries.
@@ -82,7 +82,7 @@ def _best_of_groups(score: Tensor, n: int, m: int, positive: bool, V: Tensor) ->
         rank[i] += (m - 1 - i) - ahead.sum(0, dtype=torch.uint8)
     best = ~at_least(rank, n)
     if positive:
-        best &= at_least(S, LEAST)
+        best &= at_least(S, SMALLEST_FLOAT)
     return V.copy_(torch.stack(best.unbind(0), 1).view(V.shape))
 
 
@@ -93,7 +93,7 @@ def _best_of_rows(score: Tensor, k: int | Tensor, positive: bool, V: Tensor) -> 
     threshold = _kth_largest(score, k)
     if positive:
         # If the k-th best is not positive, the positive scores are kept.
-        threshold.clamp_(min=LEAST)
+        threshold.clamp_(min=SMALLEST_FLOAT)
     at_least(score, threshold, out=V)
     count = V.view(torch.uint8).sum(1, keepdim=True, dtype=torch.int32)
     surplus = (count > k).squeeze(1).nonzero().squeeze(1)

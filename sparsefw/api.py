@@ -307,7 +307,7 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
         TypeError: they are something else.
         InputError: there are none, they are names, or their tokens make no windows.
     """
-    from sparsefw.data.text import COLUMNS, NAMES
+    from sparsefw.data.text import NAMES, TEXT_COLUMNS
     from sparsefw.data.windows import windows_of_records
 
     kind = type(dataset).__name__
@@ -322,7 +322,7 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
     records, columns = chain([item], records), [*item] if isinstance(item, Mapping) else []
     while isinstance(inner, list | tuple) and inner:
         inner = inner[0]
-    texts = isinstance(inner, str) or bool({*COLUMNS} & {*columns})
+    texts = isinstance(inner, str) or bool({*TEXT_COLUMNS} & {*columns})
     rows = hasattr(item, "ndim") or (inner is not item and isinstance(inner, Integral))
     if "input_ids" in columns or (rows and not texts):
         return windows_of_records(records, TOKENS, nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
@@ -397,12 +397,12 @@ def _tokenizer_of(model: Any) -> "PreTrainedTokenizerBase":
     Raises:
         InputError: there is none.
     """
-    from sparsefw.checkpoint.source import SMALL, locate
+    from sparsefw.checkpoint.source import SMALL_FILES, locate
     from sparsefw.data.tokens import load_tokenizer
 
     try:
         if model.name_or_path:
-            return load_tokenizer(locate(model.name_or_path, SMALL))
+            return load_tokenizer(locate(model.name_or_path, SMALL_FILES))
     except InputError as error:
         raise InputError(f"tokenizer: the model in memory has none ({error}); give tokenizer=") from error
     raise InputError("tokenizer: the model in memory was not loaded from a checkpoint that has one; give tokenizer=")

@@ -118,7 +118,7 @@ def note_of_rounding(device: torch.device) -> str:
     return f"steps of a reconstruction multiply in {to}; {option('precision', 'ieee')} keeps them exact"
 
 
-class OnItsWay:
+class AsyncBool:
     """A bool that is copied to the host beside other work.
 
     Reading it waits for what was launched before it, and not for what has been launched since: to read a tensor of a

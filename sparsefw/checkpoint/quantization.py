@@ -36,7 +36,7 @@ SCALE_DTYPES = {torch.float32, torch.bfloat16, torch.float16, EXPONENT}
 GROUP_BYTES = 16
 
 # dtypes that a quantized model may be written in, the most usual first, and the entries of a config that name one.
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
 # Ends of the names of an FP8 weight's scale; the first one may follow the name of any tensor.
@@ -146,15 +146,15 @@ def joined(
     used |= {name for name in stored if _scales_activations(name, stored)}
     others = {name: info for name, info in stored.items() if name not in used}
     if quantization.method == "sparsefw":
-        return quantized | others, most_bytes([*quantized.values(), *others.values()]) or DTYPES[0]
-    dtype = dtype_in(config) or most_bytes(others.values()) or DTYPES[0]
+        return quantized | others, most_bytes([*quantized.values(), *others.values()]) or MODEL_DTYPES[0]
+    dtype = dtype_in(config) or most_bytes(others.values()) or MODEL_DTYPES[0]
     return {name: replace(info, dtype=dtype) for name, info in quantized.items()} | others, dtype
 
 
 def dtype_in(config: dict[str, Any]) -> torch.dtype | None:
     """The dtype that a config names for the weights; None if it names none that can be pruned."""
     named = [section.get(key) for section in _configs(config) for key in DTYPE_KEYS]
-    return next((dtype for name in named for dtype in DTYPES if f"torch.{name}" == str(dtype)), None)
+    return next((dtype for name in named for dtype in MODEL_DTYPES if f"torch.{name}" == str(dtype)), None)
 
 
 def most_bytes(tensors: Iterable[TensorInfo]) -> torch.dtype | None:
@@ -211,7 +211,8 @@ def _join_fp8(stored: dict[str, TensorInfo], name: str, quantization: Quantizati
             f"{scales.file}: tensor {scale} of shape {scales.shape} and dtype {scales.dtype} does not fit {name} of "
             f"shape {shape} in blocks of {height} x {width}, which needs {grid} in floating point"
         )
-    return name, QuantizedInfo(values.file, DTYPES[0], shape, "fp8", {name: values, scale: scales}, (height, width))
+    parts = {name: values, scale: scales}
+    return name, QuantizedInfo(values.file, MODEL_DTYPES[0], shape, "fp8", parts, (height, width))
 
 
 def _join_mxfp4(stored: dict[str, TensorInfo], name: str, quantization: Quantization) -> Joint | None:
@@ -231,7 +232,7 @@ def _join_mxfp4(stored: dict[str, TensorInfo], name: str, quantization: Quantiza
         )
     experts, rows, groups, width = values.shape
     shape = (experts, groups * 2 * width, rows)
-    return joint, QuantizedInfo(values.file, DTYPES[0], shape, "mxfp4", {name: values, scale: scales})
+    return joint, QuantizedInfo(values.file, MODEL_DTYPES[0], shape, "mxfp4", {name: values, scale: scales})
 
 
 def _join_packed(stored: dict[str, TensorInfo], name: str, quantization: Quantization) -> Joint | None:

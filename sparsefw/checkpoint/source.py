@@ -28,9 +28,9 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER = "adapter_config.json"
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
-DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
-DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
+FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
+FILE_DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
+FILE_DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
 # Others that models in memory may have, in schedules of diffusion, say. No layer of a language model has them.
 OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
 
@@ -65,15 +65,15 @@ COPIED = (
     *("licen[cs]e", "licen[cs]e*.md", "licen[cs]e*.txt", "notice", "notice.md", "notice.txt", "use_policy.md"),
 )
 # Endings of what a run writes itself, or writes anew.
-WRITTEN = (
+RUN_FILES = (
     *(".safetensors", ".safetensors.index.json", "sha256sums"),
     *("report.json", "report.html", "readme.md", "calibration.jsonl"),
 )
 
 # Files that are downloaded from the Hub, whose patterns tell capitals. Other folders, but that of templates, and
 # consolidated.safetensors hold the same weights in other formats.
-SMALL = [*COPIED, "LICEN[CS]E*", "NOTICE*", "*.md"]
-WANTED = [*SMALL, "*.safetensors", INDEX, ADAPTER]
+SMALL_FILES = [*COPIED, "LICEN[CS]E*", "NOTICE*", "*.md"]
+WANTED = [*SMALL_FILES, "*.safetensors", INDEX, ADAPTER]
 UNWANTED = ["[!a0-9]*/*", "[0-9][!_]*/*", "consolidated*"]
 
 
@@ -171,7 +171,7 @@ def inspect(folder: Path) -> Checkpoint:
     if os.path.lexists(folder / TOKENIZER_CONFIG):
         check_config(read_json(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
     quantization = quantization_of(config, folder / CONFIG)
-    tensors = _read_headers(folder, DTYPES | (FP8_DTYPES if quantization else {}))
+    tensors = _read_headers(folder, FILE_DTYPES | (FP8_DTYPES if quantization else {}))
     dtype = most_bytes(tensors.values())
     if quantization:
         tensors, dtype = joined(tensors, quantization, config, folder / CONFIG)
@@ -274,7 +274,7 @@ def tensors_in(folder: Path) -> dict[str, TensorInfo]:
     Raises:
         InputError: there is no such file, one is damaged, or two of them have a tensor of the same name.
     """
-    tensors = _merged(folder, sorted(path.name for path in folder.glob("*.safetensors")), DTYPES | OTHER_DTYPES)
+    tensors = _merged(folder, sorted(path.name for path in folder.glob("*.safetensors")), FILE_DTYPES | OTHER_DTYPES)
     if not tensors:
         raise InputError(f"{folder}: no tensors in safetensors files; give a folder that sparsefw.run wrote")
     return tensors
@@ -336,7 +336,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 def note_of_others(folder: Path) -> list[str]:
     """A line that names what is not copied from a source's folder, but weights and hidden files; none without any."""
-    names = sorted(path.name for path in folder.iterdir() if not path.name.lower().endswith((*WRITTEN, TEMPLATES)))
+    names = sorted(path.name for path in folder.iterdir() if not path.name.lower().endswith((*RUN_FILES, TEMPLATES)))
     copied = {path.relative_to(folder).parts[0] for path in companions(folder)}
     others = [name for name in names if not (name.startswith(".") or name in copied)]
     if not others:

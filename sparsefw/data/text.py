@@ -33,7 +33,7 @@ GENERAL = "general"
 MIXTURE = ("c4", "neuralmagic/LLM_compression_calibration", "codeparrot/codeparrot-clean-valid")
 
 # Where records have their text, in the order in which it is looked for; of messages the tokenizer's template makes one.
-COLUMNS = ("text", "messages", "content")
+TEXT_COLUMNS = ("text", "messages", "content")
 
 # The name of the text that the dense model writes itself, to be calibrated on; it is made where the model is.
 SELF = "self"
@@ -71,7 +71,7 @@ def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], 
 
     Args:
         dataset: "default", "c4", "wikitext", the path of a .txt (one document), .jsonl, .json (also .gz) or
-            .parquet file (one document per record, in one of COLUMNS), or a Hub id ORG/NAME of a dataset with
+            .parquet file (one document per record, in one of TEXT_COLUMNS), or a Hub id ORG/NAME of a dataset with
             such records; or the documents or records themselves.
         split: the split of a named dataset. A file is read from its start for both.
         chat: makes a text of the messages of a record, by the tokenizer's chat template.
@@ -112,7 +112,7 @@ def _read(items: Iterable[Any], source: str) -> Iterator[Any]:
 
 
 def _documents(records: Iterable[Any], source: str, chat: Callable[[Any], Any] | None) -> Iterator[list[str]]:
-    """The texts of records: strings, or objects with one of COLUMNS; several of a record that is a batch.
+    """The texts of records: strings, or objects with one of TEXT_COLUMNS; several of a record that is a batch.
 
     Raises:
         InputError: a record has none, or the tokenizer has no template for messages.
@@ -120,11 +120,11 @@ def _documents(records: Iterable[Any], source: str, chat: Callable[[Any], Any] |
     for number, record in enumerate(records, 1):
         texts = record
         if isinstance(record, Mapping):
-            found = [name for name in COLUMNS if name in record]
+            found = [name for name in TEXT_COLUMNS if name in record]
             if not found:
                 others = shown(", ".join(map(str, record)))
                 raise InputError(
-                    f"{source}: no column {', '.join(COLUMNS)}, only {others}; rename the one with the text"
+                    f"{source}: no column {', '.join(TEXT_COLUMNS)}, only {others}; rename the one with the text"
                 )
             column = next((name for name in found if record[name] is not None), found[0])
             texts = record[column]
@@ -175,12 +175,12 @@ def _values(path: Path) -> Iterator[Any]:
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    """The rows of a parquet file, with the first of COLUMNS alone if there is one."""
+    """The rows of a parquet file, with the first of TEXT_COLUMNS alone if there is one."""
     from pyarrow.parquet import ParquetFile
 
     # With a buffer, a column is not read whole.
     with ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
-        columns = next(([name] for name in COLUMNS if name in file.schema_arrow.names), None)
+        columns = next(([name] for name in TEXT_COLUMNS if name in file.schema_arrow.names), None)
         for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
             yield from batch.to_pylist()
 

@@ -25,14 +25,14 @@ from sparsefw.errors import InputError, errors_in_one_line, option
 SEPARATOR = "\n\n"
 
 # Tokens in the shortest window in which one can be predicted.
-LEAST = 2
+MIN_SEQLEN = 2
 
 # Calibration windows are drawn from the first `nsamples * seqlen` times this many tokens of a text.
 TOKENS_READ = 16
 
 # A calibration window has up to this many pieces of a text, each from another place, of at least so many tokens. Text
 # of one place is much alike: as many tokens of more places tell more of what a layer is given.
-PIECES, LEAST_PIECE = 8, 128
+PIECES, MIN_PIECE = 8, 128
 
 # Bytes of a token: int32 as it is read, and int64 in a window. Bytes that reading takes beside them, as measured.
 BYTES_READ, BYTES_IN_WINDOW, READING = 4, 8, 64 * 2**20
@@ -74,7 +74,7 @@ class Windows:
 
 
 # Has a model write calibration windows, with its tokenizer, of a length, and of this number.
-Write = Callable[[Tokenizer, int, int], Windows] | None
+Generate = Callable[[Tokenizer, int, int], Windows] | None
 
 
 def window_length(model: object, seqlen: int, longest: int | None) -> int:
@@ -89,7 +89,7 @@ def window_length(model: object, seqlen: int, longest: int | None) -> int:
         InputError: the model takes so few that none can be predicted.
     """
     seqlen = min(seqlen, longest or seqlen)
-    if seqlen < LEAST:
+    if seqlen < MIN_SEQLEN:
         raise InputError(f"{model}: reads {seqlen} token at once, so that none of a text can be predicted")
     return seqlen
 
@@ -121,10 +121,10 @@ def windows_of(ids: Tensor, source: str) -> Windows:
         InputError: `ids` is no such tensor, or has no token to predict.
     """
     integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    if not integers or ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < LEAST:
+    if not integers or ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < MIN_SEQLEN:
         raise InputError(
             f"{source}: {ids.dtype} of shape {tuple(ids.shape)}; give integers (windows, seqlen), at least one window, "
-            f"of at least {LEAST} tokens"
+            f"of at least {MIN_SEQLEN} tokens"
         )
     ids = ids.detach().to("cpu", torch.int64).contiguous()
     if ids.min() < 0:
@@ -158,7 +158,7 @@ def calibration_windows(
 
 def _drawn(ids: "array[int]", source: str, nsamples: int, seqlen: int, seed: int) -> Tensor:
     """Windows cut from tokens and drawn, see `calibration_windows`: (nsamples, seqlen) int64."""
-    needed, piece = nsamples * seqlen, seqlen // max(1, min(PIECES, seqlen // LEAST_PIECE))
+    needed, piece = nsamples * seqlen, seqlen // max(1, min(PIECES, seqlen // MIN_PIECE))
     if len(ids) < needed:
         fits = [("nsamples", len(ids) // seqlen), ("seqlen", len(ids) // nsamples)]
         at_most = " or ".join(option(name, most) for name, most in fits if most)
@@ -200,7 +200,7 @@ def windows_of_records(records: Iterable[Any], source: str, *, nsamples: int, se
                 ids.extend(row.tolist())
         if len(ids) >= TOKENS_READ * nsamples * (seqlen or len(rows[0])):
             break
-    seqlen = seqlen or max(LEAST, *map(len, rows))
+    seqlen = seqlen or max(MIN_SEQLEN, *map(len, rows))
     if any(len(row) != seqlen for row in rows):
         return _drawn(ids, source, nsamples, seqlen, seed)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -247,7 +247,7 @@ def evaluation_windows(
 
 
 def mixed_windows(
-    tokenizer: Tokenizer, shares: Mapping[str, float], write: Write = None, *, nsamples: int, seqlen: int, seed: int
+    tokenizer: Tokenizer, shares: Mapping[str, float], write: Generate = None, *, nsamples: int, seqlen: int, seed: int
 ) -> Windows:
     """Draw windows of several texts, in an order at random. Those of one text are as `calibration_windows` draws them.
 

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsefw.checkpoint.files import check_free
-from sparsefw.checkpoint.source import PROCESSORS, SMALL, TOKENIZER_CONFIG, TOKENIZERS, companions, locate, matches
+from sparsefw.checkpoint.source import (
+    PROCESSORS,
+    SMALL_FILES,
+    TOKENIZER_CONFIG,
+    TOKENIZERS,
+    companions,
+    locate,
+    matches,
+)
 from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches
@@ -156,7 +164,7 @@ def _source(model: nn.Module, tokenizer: Any) -> tuple[Path | None, list[str]]:
     names: list[str] = []
     with suppress(InputError):
         if model.name_or_path:
-            found = locate(model.name_or_path, SMALL)
+            found = locate(model.name_or_path, SMALL_FILES)
             # A file that leads elsewhere would be refused at the end of the run.
             names, folder = [path.name.lower() for path in companions(found)], found
     if tokenizer is not None or any(matches(name, (*TOKENIZERS, *PROCESSORS)) for name in names):

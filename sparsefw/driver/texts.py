@@ -9,7 +9,7 @@ from sparsefw.checkpoint.writer import Writer
 from sparsefw.data import windows
 from sparsefw.data.text import OWN_TEXT, SELF
 from sparsefw.data.tokens import Tokenizer, load_tokenizer
-from sparsefw.data.windows import Windows, Write
+from sparsefw.data.windows import Generate, Windows
 from sparsefw.driver import generation
 from sparsefw.driver.job import Job, limits_of, workload_of
 from sparsefw.errors import InputError, option
@@ -68,7 +68,7 @@ def _check_memory(job: Job, shape: ModelShape, seqlen: int, model: BlockModel) -
         place(shape, workload_of(job, counts, seqlen, model.device), limits_of(job, model.device))
 
 
-def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tuple[Write, int]:
+def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tuple[Generate, int]:
     """A function that has the dense model write its calibration text, and the number of windows that it writes at once.
 
     A resumed run takes the text from the unfinished one. (None, 0): no text of the run is the model's own.
@@ -94,7 +94,7 @@ def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tup
     return write, batch
 
 
-def windows_of_texts(job: Job, seqlen: int, write: Write) -> tuple[Windows, list[Windows]]:
+def windows_of_texts(job: Job, seqlen: int, write: Generate) -> tuple[Windows, list[Windows]]:
     """Read and tokenize the texts of a run. One rank reads them, and all have the same tokens.
 
     Args:
@@ -113,7 +113,7 @@ def windows_of_texts(job: Job, seqlen: int, write: Write) -> tuple[Windows, list
     return job.ranks.on_first(lambda: _read(job, seqlen, write))
 
 
-def _read(job: Job, seqlen: int, write: Write) -> tuple[Windows, list[Windows]]:
+def _read(job: Job, seqlen: int, write: Generate) -> tuple[Windows, list[Windows]]:
     inputs, dataset = job.inputs, job.dataset
     if isinstance(dataset, Tensor):
         calibration = windows.windows_of(dataset, inputs.dataset[0])

@@ -10,7 +10,7 @@ import torch
 
 from sparsefw import memory
 from sparsefw.arithmetic import computes_in_fp32
-from sparsefw.checkpoint.quantization import DTYPES, dtype_in, quantization_of
+from sparsefw.checkpoint.quantization import MODEL_DTYPES, dtype_in, quantization_of
 from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_config, inspect, locate, read_json
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows, window_length
@@ -80,7 +80,7 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
     checkpoint = inspect(folder) if there else None
     dtype = checkpoint.dtype if checkpoint else dtype_in(named)
     if dtype is None:
-        dtype = DTYPES[0]
+        dtype = MODEL_DTYPES[0]
         notes.append(f"{path}: names no dtype of weights that can be pruned: taken for {dtype}")
     if quantization and not checkpoint:
         stored, done = quantization.words

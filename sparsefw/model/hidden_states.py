@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefw.arithmetic import OnItsWay, all_finite, check_finite
+from sparsefw.arithmetic import AsyncBool, all_finite, check_finite
 from sparsefw.errors import InputError
 from sparsefw.model.activations import Activations, Store, Stored
 from sparsefw.model.block_model import BlockModel
@@ -146,7 +146,7 @@ class HiddenStates:
     position: Point = INPUT
     kept: tuple[Point, Activations] | None = None
     ahead: tuple[int, list[Stored]] = (0, [])
-    unchecked: tuple[int, int, OnItsWay] | None = None
+    unchecked: tuple[int, int, AsyncBool] | None = None
 
     def __len__(self) -> int:
         """Number of micro-batches."""
@@ -318,7 +318,7 @@ class HiddenStates:
             InputError: the micro-batch before holds NaN or Inf.
         """
         self.hidden[j] = out
-        finite = OnItsWay(all_finite(out))
+        finite = AsyncBool(all_finite(out))
         self.settle()
         self.unchecked = (i, j, finite)
 

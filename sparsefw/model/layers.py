@@ -114,7 +114,7 @@ def layer_of(block: nn.Module, name: str, gram: str, shape: tuple[int, int], tra
 
 
 @dataclass(frozen=True)
-class Write:
+class ResidualWrite:
     """The stream before and behind a layer that writes to it.
 
     Attributes:
@@ -143,7 +143,7 @@ class Role:
 
     segment: int = 0
     input: Point | None = None
-    write: Write | None = None
+    write: ResidualWrite | None = None
     keepable: bool = False
 
 
@@ -174,7 +174,7 @@ class Stage:
     input: Point | None = None
     keepable: bool = False
     layers: tuple[Layer, ...] = field(default=(), compare=False)
-    writes: dict[str, Write] = field(default_factory=dict, compare=False)
+    writes: dict[str, ResidualWrite] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

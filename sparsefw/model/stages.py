@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.experts import experts_of
-from sparsefw.model.layers import BlockTape, Layer, Role, Stage, Write, is_expert, kind_of, record_block
+from sparsefw.model.layers import BlockTape, Layer, ResidualWrite, Role, Stage, is_expert, kind_of, record_block
 from sparsefw.model.parts import INPUT, SAME, Point, next_point, run_part
 from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.tape import Op, Value
@@ -190,7 +190,7 @@ class _Dataflow:
             ends = outputs.is_output(self._tape.output, layer) if behind is None else self._is_at(out, behind)
             if len(sums) > 1 or not self._is_at(other, stream) or not ends:
                 return Role(segment)
-            write = Write(stream, behind)
+            write = ResidualWrite(stream, behind)
         saves = any(stream.call < use < made.call for uses in self._uses.values() for use, _ in uses)
         return Role(segment, made, write, saves and self._enough(made, stream))
 

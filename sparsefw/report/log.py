@@ -43,7 +43,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[LayerResult], str]], ...] = (
     ("duality gap", "", lambda layer: "-" if layer.gap is None else f"{layer.gap:.4e}"),
     ("s", ">6", lambda layer: f"{layer.seconds:.1f}"),
 )
-COLUMNS = tuple(name for name, *_ in _COLUMNS)
+LAYER_COLUMNS = tuple(name for name, *_ in _COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ def percent(share: float) -> str:
 
 
 def layer_cells(layer: LayerResult) -> list[str]:
-    """One layer's result, a text for each of COLUMNS."""
+    """One layer's result, a text for each of LAYER_COLUMNS."""
     return [text(layer) for *_, text in _COLUMNS]
 
 
 def layer_header() -> str:
     """Column names of the rows of `layer_row`. The last one is the peak of memory so far, which only the run knows."""
-    return _row(COLUMNS, "GiB")
+    return _row(LAYER_COLUMNS, "GiB")
 
 
 def layer_row(layer: LayerResult, block: str) -> str:

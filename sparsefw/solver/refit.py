@@ -58,7 +58,7 @@ WIDEN, FIRST, NARROW = 2.0, 0.1, 0.7
 
 
 @dataclass
-class Fit:
+class RowFit:
     """Weights under a mask, and their error.
 
     Attributes:
@@ -73,7 +73,7 @@ class Fit:
     R: Tensor
     error: Tensor
 
-    def take_better(self, other: "Fit", backend: Backend = TORCH) -> Tensor:
+    def take_better(self, other: "RowFit", backend: Backend = TORCH) -> Tensor:
         """Replace the rows in which the other's error is lower, in place; returns them, (rows,) bool."""
         better = other.error < self.error
         for name in ("mask", "Z", "R"):
@@ -88,7 +88,7 @@ def inverse_diagonal(G: Tensor) -> Tensor:
     return torch.where(diagonal >= torch.finfo(diagonal.dtype).tiny, 1 / diagonal, 0)
 
 
-def refit(W: Tensor, G: Tensor, mask: Tensor, start: Tensor, steps: int, *, backend: Backend = TORCH) -> Fit:
+def refit(W: Tensor, G: Tensor, mask: Tensor, start: Tensor, steps: int, *, backend: Backend = TORCH) -> RowFit:
     """Fit the kept weights by `descend`.
 
     Kept weights of dead inputs stay as they start, and rows without weights stay empty.
@@ -106,7 +106,7 @@ def refit(W: Tensor, G: Tensor, mask: Tensor, start: Tensor, steps: int, *, back
     # Free its memory for the steps.
     del E
     descend(Z, R, G, mask, steps, backend=backend)
-    return Fit(mask, Z, R, backend.row_errors(W, R, Z))
+    return RowFit(mask, Z, R, backend.row_errors(W, R, Z))
 
 
 def descend(Z: Tensor, R: Tensor, G: Tensor, mask: Tensor | None, steps: int, *, backend: Backend = TORCH) -> None:
@@ -142,7 +142,7 @@ def reselect(
     refit_steps: int,
     rounds: int,
     backend: Backend = TORCH,
-) -> Fit:
+) -> RowFit:
     """Refit a mask's weights, choose masks for refitted weights, and keep the best of every row.
 
     Args:
@@ -162,7 +162,7 @@ def reselect(
     H = backend.operand(problem.H)
     inverse, root = inverse_diagonal(problem.H), problem.H.diagonal().float().sqrt()
 
-    def fit(mask: Tensor, start: Tensor) -> Fit:
+    def fit(mask: Tensor, start: Tensor) -> RowFit:
         if support is not None:
             mask = mask & support
         return refit(W, H, mask, start, refit_steps, backend=backend)

@@ -19,12 +19,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparsefw import prune as prune_in_memory
 from sparsefw import run
-from sparsefw.arithmetic import OnItsWay, all_finite
+from sparsefw.arithmetic import AsyncBool, all_finite
 from sparsefw.driver import run as driver_run
 from sparsefw.estimate import placement
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
-from sparsefw.kernels.repeat import LEAST, repeat
+from sparsefw.kernels.repeat import MIN_RUNS, repeat
 from sparsefw.model.activations import PLACES, Activations, Store, split_batches
 from sparsefw.model.settings import ONE_BY_ONE
 from sparsefw.report.content import PREDICTIONS
@@ -49,11 +49,11 @@ def test_a_bool_on_its_way_waits_for_its_copy_alone(finite, gpu):
     """To read the bool of the GPU itself waits for all that was launched."""
     flag = all_finite(on_gpu(3, 4) / finite)
     gpu.waits.clear()
-    on_its_way = OnItsWay(flag)
+    on_its_way = AsyncBool(flag)
     assert not gpu.waits
     assert bool(on_its_way) == finite
     assert [where.rpartition(" ")[2] for where in gpu.waits] == ["synchronize"]
-    assert bool(OnItsWay(all_finite(torch.ones(3) / finite))) == finite
+    assert bool(AsyncBool(all_finite(torch.ones(3) / finite))) == finite
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_solve_waits_once_in_the_end(sparsity, alpha, precision, penalty, gpu,
 def test_steps_that_are_repeated_wait_for_nothing(gpu):
     total = on_gpu(2, 3)
     gpu.waits.clear()
-    for _ in repeat(lambda x: total.add_(x), [(1.0,)] * LEAST, total):
+    for _ in repeat(lambda x: total.add_(x), [(1.0,)] * MIN_RUNS, total):
         pass
     assert not gpu.waits
 

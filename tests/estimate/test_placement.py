@@ -11,7 +11,7 @@ from sparsefw.errors import InputError
 from sparsefw.estimate.memory import GIB, Workload, disk_space, memory_needs
 from sparsefw.estimate.placement import place
 from sparsefw.model.activations import Placement
-from sparsefw.model.layers import Role, Write
+from sparsefw.model.layers import ResidualWrite, Role
 from sparsefw.model.parts import INPUT
 from sparsefw.model.shapes import BlockShape, Extent, ForwardBytes, LayerShape, ModelShape
 from sparsefw.solver.config import PruneConfig
@@ -21,9 +21,9 @@ def llama(hidden, intermediate, depth, pairs=8, vocabulary=128256):
     """The shape of a Llama in bf16, with heads of 128 entries."""
     roles = {
         "q": Role(0, INPUT),
-        "o": Role(0, INPUT, Write(INPUT, None), True),
+        "o": Role(0, INPUT, ResidualWrite(INPUT, None), True),
         "gate": Role(1, INPUT),
-        "down": Role(1, INPUT, Write(INPUT, None), True),
+        "down": Role(1, INPUT, ResidualWrite(INPUT, None), True),
     }
     layers = [("q", hidden, hidden, "q"), ("k", pairs * 128, hidden, "q"), ("v", pairs * 128, hidden, "q")]
     layers += [("o", hidden, hidden, "o"), ("gate", intermediate, hidden, "gate"), ("up", intermediate, hidden, "gate")]

@@ -13,7 +13,7 @@ from helpers.problems import make_problem, on_gpu, warm_of
 
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
-from sparsefw.kernels.repeat import LEAST, repeat
+from sparsefw.kernels.repeat import MIN_RUNS, repeat
 from sparsefw.solver import frank_wolfe, paper
 
 REAL = torch.cuda.is_available()
@@ -38,21 +38,21 @@ def adding():
     return step, total
 
 
-@pytest.mark.parametrize("runs", [0, 1, 2, LEAST - 1, LEAST, 20])
+@pytest.mark.parametrize("runs", [0, 1, 2, MIN_RUNS - 1, MIN_RUNS, 20])
 def test_every_run_has_its_own_numbers(runs, gpu):
     step, total = adding()
     seen = [total.tolist()[0][0] for _ in repeat(step, [(i, 0.5) for i in range(runs)], total)]
     assert seen == [sum(range(i + 1)) / 2 for i in range(runs)]
     if not REAL:
         graphs = [(len(graph.launches), graph.replays) for graph in gpu.graphs]
-        assert graphs == ([(2, runs - 1)] if runs >= LEAST else [])
+        assert graphs == ([(2, runs - 1)] if runs >= MIN_RUNS else [])
 
 
 def test_a_cpu_takes_the_numbers_as_they_are():
     seen = []
-    for _ in repeat(lambda *numbers: seen.append(numbers), [(1, 2.5)] * LEAST, torch.empty(1)):
+    for _ in repeat(lambda *numbers: seen.append(numbers), [(1, 2.5)] * MIN_RUNS, torch.empty(1)):
         assert seen[-1] == (1, 2.5)
-    assert len(seen) == LEAST
+    assert len(seen) == MIN_RUNS
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_an_error_while_capturing_leaves_the_gpu_as_it_was(gpu):
         step(x, y)
 
     with pytest.raises(KeyError, match="captured"):
-        list(repeat(failing, [(1.0, 2.0)] * LEAST, total))
+        list(repeat(failing, [(1.0, 2.0)] * MIN_RUNS, total))
     assert (total + 1).tolist() == [[3.0] * 3] * 2
 
 

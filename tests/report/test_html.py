@@ -72,7 +72,7 @@ def test_numbers_are_those_of_the_log():
     for result in report.layers:
         # A row of the log has some of its cells, and the peak of memory so far.
         assert any({*log.layer_row(result, "").split()[1:-1]} <= {*row} for row in cells), result
-    assert ["layer", *log.COLUMNS[1:]] in cells
+    assert ["layer", *log.LAYER_COLUMNS[1:]] in cells
 
 
 # Charts

@@ -14,7 +14,7 @@ from sparsefw.solver import frank_wolfe, patterns, stack
 from sparsefw.solver import refit as module
 from sparsefw.solver.frank_wolfe import line_search
 from sparsefw.solver.methods import wanda
-from sparsefw.solver.refit import Fit, inverse_diagonal, refit, reselect
+from sparsefw.solver.refit import RowFit, inverse_diagonal, refit, reselect
 
 ROWS, D = 9, 24
 PATTERNS = ("0.6", "layer:0.6", "2:4", "3:8")
@@ -131,7 +131,7 @@ class TestRefit:
 
         def fit(value, errors):
             full = torch.full((4, 3), float(value))
-            return Fit(full > 1, full.clone(), 10 * full, torch.tensor(errors))
+            return RowFit(full > 1, full.clone(), 10 * full, torch.tensor(errors))
 
         one, two = fit(1, [1.0, 1.0, 1.0, 1.0]), fit(2, [2.0, 1.0, 0.5, torch.nan])
         assert one.take_better(two).tolist() == [False, False, True, False]
