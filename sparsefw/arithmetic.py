@@ -1,9 +1,9 @@
 """The dtype that a model computes in, and the refusal of NaN and Inf.
 
-The dtype is the model's own, or fp32 on a processor that is slow in half precision: without instructions for bf16 or
-fp16 products in it take many times as long. The model is read and written in its own dtype all the same.
+A model of half precision computes in fp32 on a processor without instructions for bf16 or fp16, which would take many
+times as long for its products. It is read and written in its own dtype all the same.
 
-Products of fp32 in the steps of a reconstruction round their operands where that is faster: gradients need no more.
+The steps of a reconstruction round the operands of fp32 products where that is faster: gradients need no more.
 """
 
 import time
@@ -20,32 +20,32 @@ from sparsefw.errors import InputError, option
 
 HALF = (torch.bfloat16, torch.float16)
 
-# A dtype is slow if its products take more than this many times as long as those in fp32. Processors that were
-# measured are below 1.1 or above 1.5, so that noise decides nothing.
+# A dtype is slow if its products take more than this many times as long as those in fp32. All measured processors are
+# below 1.1 or above 1.5, far from this limit.
 SLOW = 1.25
-# Products are rounded if that makes them so many times as fast, in models of this width or more: small ones gain less.
+# Products are rounded if that makes them FAST times as fast, in models of width WIDE or more: narrow models gain less.
 FAST, WIDE = 1.5, 256
 
 
 def computes_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a model of this dtype computes in fp32 on a device: only on a CPU, where its own products are slow."""
+    """Tell whether a model of this dtype computes in fp32 on a device: on a CPU that is slow in this dtype."""
     return device.type == "cpu" and dtype in HALF and slowdown(dtype) > SLOW
 
 
 def computed(x: torch.Tensor, in_fp32: bool) -> torch.Tensor:
-    """A tensor as it is computed with: one of half precision in fp32, if the model computes in it."""
+    """Convert a tensor of half precision to fp32 if the model computes in fp32."""
     return x.float() if in_fp32 and x.dtype in HALF else x
 
 
 @cache
 def slowdown(dtype: torch.dtype) -> float:
-    """How many times as long products of this dtype take on this CPU as those in fp32; measured once a process.
+    """Measure how many times as long products of a dtype take on this CPU as those in fp32, once a process.
 
     64 vectors are multiplied with a matrix of 512 x 512, forward and backward, as in a step of a reconstruction.
     """
 
     with torch.inference_mode(False), torch.enable_grad():
-        # They are made beforehand: new memory comes in pages, whose time hides that of the products.
+        # Allocated before the timing: the system takes longer for new pages than for the products.
         operands = [
             (torch.ones(64, 512, dtype=one), torch.ones(512, 512, dtype=one, requires_grad=True))
             for one in (dtype, torch.float32)
@@ -61,22 +61,22 @@ def slowdown(dtype: torch.dtype) -> float:
 
 
 def rounds_products(dtype: torch.dtype, device: torch.device, width: int) -> bool:
-    """Whether steps of a reconstruction round what they multiply, in a model that computes in a dtype on a device.
+    """Tell whether the steps of a reconstruction round the operands of their products.
 
     Args:
-        dtype, device: these.
-        width: of its hidden states.
+        dtype, device: the dtype and the device that the model computes in.
+        width: the width of its hidden states.
     """
     return dtype == torch.float32 and width >= WIDE and (device.type == "cuda" or speedup_of_rounding() >= FAST)
 
 
 @cache
 def speedup_of_rounding() -> float:
-    """How many times as fast products of fp32 are on this CPU with operands rounded to bf16; measured once a process.
+    """Measure how many times as fast fp32 products with operands rounded to bf16 are on this CPU, once a process.
 
-    About 3.5 with AMX; 1 where oneDNN does not round, as without instructions for it.
+    About 3.5 with AMX; 1 on processors on which oneDNN does not round.
     """
-    # In bf16 it is 1.
+    # Rounded to bf16, 1 + 2**-12 is 1.
     x = torch.full((512, 512), 1 + 2**-12)
 
     def rounded() -> Tensor:
@@ -90,7 +90,7 @@ def speedup_of_rounding() -> float:
 
 
 def _seconds(*works: Callable[[], object]) -> list[float]:
-    """The least seconds of each of these, which run in turn."""
+    """Time several functions in turns, and return the least seconds of each."""
     best = [float("inf")] * len(works)
     for _ in range(5):
         for n, work in enumerate(works):
@@ -101,28 +101,28 @@ def _seconds(*works: Callable[[], object]) -> list[float]:
 
 
 def rounded_products() -> AbstractContextManager[None]:
-    """Inside the `with` block products of fp32 round their operands: to bf16 on a CPU, to tf32 on a GPU."""
+    """Round the operands of fp32 products inside the `with` block: to bf16 on a CPU, to tf32 on a GPU."""
     return products_of_fp32("bf16", "tf32")
 
 
 def note(dtype: torch.dtype) -> str:
-    """The line of the log for a model that computes in fp32."""
+    """Make the line of the log for a model that computes in fp32."""
     own = str(dtype).removeprefix("torch.")
     times = f"{slowdown(dtype):.2g} times as long"
     return f"read and written in {own}, computed in fp32: products in {own} take {times} on this processor"
 
 
 def note_of_rounding(device: torch.device) -> str:
-    """The line of the log for steps whose products are rounded."""
+    """Make the line of the log for steps whose products are rounded."""
     to = "tf32" if device.type == "cuda" else f"bf16 ({speedup_of_rounding():.2g} times as fast here)"
     return f"steps of a reconstruction multiply in {to}; {option('precision', 'ieee')} keeps them exact"
 
 
 class AsyncBool:
-    """A bool that is copied to the host beside other work.
+    """A bool whose copy to the host has begun.
 
-    Reading it waits for what was launched before it, and not for what has been launched since: to read a tensor of a
-    GPU would wait for all of it.
+    `bool()` of it waits for the work that was launched before the copy. To read a tensor on the GPU instead would wait
+    for everything that has been launched since, too.
 
     Args:
         flag: () bool, on any device.
@@ -142,8 +142,8 @@ class AsyncBool:
 
 
 def all_finite(tensor: Tensor) -> Tensor:
-    """Whether a floating tensor that is not empty has no NaN or Inf: a bool on its device; the host does not wait."""
-    # Both ends are finite exactly if all values are: NaN spreads to them. One pass, and no copy of a large tensor.
+    """Tell whether a floating tensor, not empty, has no NaN or Inf: a bool on its device; the host does not wait."""
+    # Minimum and maximum are finite exactly if all values are, since NaN spreads: one pass, without a copy.
     low, high = aminmax(tensor)
     return low.isfinite() & high.isfinite()
 

@@ -1,6 +1,6 @@
-"""Settings of the process and wrappers of a model, which a caller from Python has made; and what it is shown.
+"""The caller's process: settings of torch and transformers, wrappers of a model, log lines and progress bars.
 
-Settings are as they were at the end. Meanwhile none of them changes results.
+A run sets what changes its results to its own values, and restores the caller's at its end.
 """
 
 import logging
@@ -13,34 +13,34 @@ from typing import Any
 import torch
 from torch import nn
 
-# Settings of torch and transformers, and limits of memory, are those of the whole process.
+# Settings of libraries and limits of memory belong to the whole process: one run at a time.
 _turn = RLock()
 
 
-# How lines begin that a caller should see who has not asked for the log: others are of level INFO.
+# First words of the lines that are warnings to a caller; all others are of level INFO.
 WARNINGS = ("note: ", "seqlen: ", "out of memory ")
 
 
 def to_logger(line: str) -> None:
-    """Log a line by the logger "sparsefw", which shows warnings alone unless `logging` is told otherwise."""
+    """Log a line by the logger "sparsefw", which shows only warnings unless `logging` is configured."""
     logging.getLogger("sparsefw").log(logging.WARNING if line.startswith(WARNINGS) else logging.INFO, line)
 
 
 def bar_of_blocks(blocks: int, shown: bool | None) -> Any:
-    """A progress bar over the blocks of a model, of tqdm.
+    """Make a tqdm progress bar over the blocks of a model.
 
     Args:
-        blocks: number of the blocks.
-        shown: whether it is shown; None: in a terminal alone.
+        blocks: number of blocks.
+        shown: whether the bar is shown; None: only in a terminal.
     """
     from tqdm.auto import tqdm
 
-    # Unless it is given, tqdm asks the environment (TQDM_DISABLE).
+    # Without `disable`, tqdm obeys the environment (TQDM_DISABLE).
     return tqdm(total=blocks, unit="block", **({} if shown else {"disable": None if shown is None else True}))
 
 
 def bars_wanted() -> bool:
-    """Whether the caller has not turned off the progress bars of transformers or of the Hub, or "sparsefw" there."""
+    """Tell whether the caller shows progress bars: those of transformers, of the Hub, and of "sparsefw" there."""
     from huggingface_hub.utils import are_progress_bars_disabled
 
     return not are_progress_bars_disabled("sparsefw")
@@ -48,18 +48,18 @@ def bars_wanted() -> bool:
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
-    """Inside the `with` block is one thread at a time. Behind it, libraries show what they did before."""
-    # Tensors that are made in inference mode do not tell when they are written to.
+    """Let one thread at a time into the `with` block, and restore the caller's settings after it."""
+    # Tensors of inference mode do not count writes, which tracing needs.
     with _turn, torch.inference_mode(False), without_autocast(), _exact_products(), _progress_bars_kept():
         yield
 
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Inside the `with` block, torch casts nothing by itself.
+    """Turn off autocast inside the `with` block.
 
-    Products of a solver would be less exact than they are said to be. And weights that ask for gradients would be cast
-    once, so that forwards would not see their later values.
+    With autocast the products of a solver would be less exact than documented, and weights with gradients would be cast
+    only once, so that later forwards would not see their new values.
     """
     with ExitStack() as left:
         for device in ("cpu", "cuda"):
@@ -70,19 +70,19 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def on_cpu_by_default() -> Iterator[None]:
-    """Inside the `with` block, tensors are made on the CPU unless a device is named.
+    """Make the CPU torch's default device inside the `with` block, for models that sparsefw has loaded.
 
-    This is for models that sparsefw has loaded by itself. The forward of a caller's model may need the caller's device.
+    The forward of a caller's model may need the caller's default device.
     """
-    # Not where it would be the same: it slows every call of torch.
+    # Only where it changes something: it slows every call of torch.
     with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
         yield
 
 
 @contextmanager
 def products_of_fp32(on_cpu: str, on_gpu: str) -> Iterator[None]:
-    """Inside the `with` block products of fp32 take operands of these precisions: "ieee", "bf16" or "tf32"."""
-    # The module of oneDNN is replaced by an object when it is imported, which types do not tell.
+    """Set the precision of fp32 products inside the `with` block: "ieee", "bf16" or "tf32"."""
+    # Types do not know that importing oneDNN's module replaces it by an object.
     libraries = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = [library.fp32_precision for library in libraries]
     try:
@@ -96,15 +96,15 @@ def products_of_fp32(on_cpu: str, on_gpu: str) -> Iterator[None]:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Products of fp32 are products of fp32, whatever torch has been told.
+    """Make fp32 products exact inside the `with` block, whatever the caller has set.
 
-    It can be told by `torch.set_float32_matmul_precision` for all libraries, and for each of them by `fp32_precision`.
-    The two must not contradict each other, or whoever asks for the former gets an error.
+    `torch.set_float32_matmul_precision` sets all libraries, `fp32_precision` each of them. Reading the former raises an
+    error where the two disagree.
     """
     try:
         of_all = torch.get_float32_matmul_precision()
     except RuntimeError:
-        # The libraries' own contradict it.
+        # They disagree: nothing is restored.
         of_all = None
     with products_of_fp32("ieee", "ieee"):
         try:
@@ -118,8 +118,8 @@ def _exact_products() -> Iterator[None]:
 
 @contextmanager
 def _progress_bars_kept() -> Iterator[None]:
-    """Reading a model turns off those of transformers, and with them the Hub's."""
-    # The solver needs neither.
+    """Restore the progress bars of transformers and the Hub, which reading a model turns off."""
+    # Imported here: solving a layer needs neither library.
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
@@ -134,10 +134,10 @@ def _progress_bars_kept() -> Iterator[None]:
 
 @contextmanager
 def unwrapped(model: Any) -> Iterator[Any]:
-    """Inside the `with` block, modules are in the places of what `torch.compile` has made of them.
+    """Replace modules that `torch.compile` has wrapped by the original ones inside the `with` block.
 
-    Compiled code hides what it does from torch's modes, and wrappers change names. Yields the model itself, or
-    unchanged what is no module.
+    Compiled code hides its operations from torch's modes, and wrappers change names. Yields the original model; an
+    object that is no module stays as it is.
     """
     model = _inner(model)
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
@@ -152,8 +152,8 @@ def unwrapped(model: Any) -> Iterator[Any]:
 
 
 def _inner(module: Any) -> Any:
-    """What `torch.compile` was given; a wrapper that has hooks of its own stays."""
-    # The class of wrappers is in the compiler, which takes seconds to import.
+    """Return the module inside of `torch.compile`'s wrapper; a wrapper with hooks of its own stays."""
+    # By attribute: to import the wrapper's class takes seconds.
     while (
         isinstance(module, nn.Module)
         and "_orig_mod" in module._modules
@@ -164,6 +164,6 @@ def _inner(module: Any) -> Any:
 
 
 def as_python() -> AbstractContextManager[Any]:
-    """Inside the `with` block, compiled code runs as Python."""
-    # If the compiler has not been imported, nothing is compiled.
+    """Run compiled code as Python inside the `with` block."""
+    # Without an imported compiler nothing is compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -1,8 +1,8 @@
-"""The command line: a command is launched, its flags are parsed, and its lines are printed.
+"""The command line: launch a command, parse its flags, and print its lines.
 
-An error is one line on stderr, and the exit status says what became of the command. It may be killed at any time: what
-a run has finished is safe on the disk, and the same command goes on from there. So signals need no care. Whatever takes
-seconds to import is imported inside of a command, so that --help does not wait for it.
+An error becomes one line on stderr and an exit status. Signals need no handling: finished blocks are safe on the disk,
+and the same command resumes after them. Commands import torch and transformers inside of their functions, so that
+--help does not wait for them.
 """
 
 import argparse
@@ -36,11 +36,10 @@ from sparsefw.solver.config import PruneConfig
 
 COMMANDS = ("run", "plan", "verify", "evaluate", "recover", "pack", "unpack")
 
-# Exit statuses. The third one, EX_SOFTWARE of sysexits.h, is none that a failed check could have. The last one is that
-# of Ctrl-C in a shell.
+# Exit statuses. MISTAKE is EX_SOFTWARE of sysexits.h, and INTERRUPTED a shell's for Ctrl-C.
 FAILED, BAD_INPUT, MISTAKE, INTERRUPTED = 1, 2, 70, 130
 
-# Seconds that a rank which has lost another one gives the launcher.
+# Seconds that a rank waits, after another rank was lost, for the launcher to end it.
 PATIENCE = 10
 
 # The type of an argument that is a folder.
@@ -48,7 +47,7 @@ folder = partial(checked_path, "folder")
 
 
 def main() -> int:
-    """The command `sparsefw`: its first argument names one of `COMMANDS`, whose arguments follow."""
+    """Run `sparsefw COMMAND ...`, where COMMAND is one of `COMMANDS`."""
     name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if name in COMMANDS:
         return int(importlib.import_module(f"sparsefw.{name}").main())
@@ -58,7 +57,7 @@ def main() -> int:
 
 @dataclass
 class Outcome:
-    """What became of a command.
+    """The outcome of a command.
 
     Attributes:
         status: exit status: 0; 1 (a run or a check failed), 2 (bad input), 70 (a mistake in sparsefw), 130 (Ctrl-C).
@@ -87,7 +86,7 @@ def launched(argv: list[str] | None) -> Iterator[Outcome]:
     except (Exception, KeyboardInterrupt) as error:
         outcome.status, message = _outcome(error)
         if type(error).__name__ == "LostRankError":
-            # Another rank has failed. The launcher names it, and ends this one meanwhile.
+            # Another rank has failed: the launcher names it, and ends this rank.
             time.sleep(PATIENCE)
         line = printable("; ".join([message, *getattr(error, "__notes__", [])]))
         print(f"sparsefw: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
@@ -108,7 +107,7 @@ def _end_process(rank: str, status: int) -> None:
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:
-    """The exit status and the message of an exception; the traceback of a mistake is printed."""
+    """Return the exit status and the message of an exception; a mistake in sparsefw also prints its traceback."""
     on_one_line = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
@@ -120,10 +119,10 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     if name == "SafetensorError":
         return BAD_INPUT, on_one_line
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in on_one_line:
-        # torch has no class of its own for it.
+        # torch has no exception class for a full host.
         return FAILED, "the host's memory is full; give fewer or shorter windows (--nsamples, --seqlen)"
     if name == "AcceleratorError" and "out of memory" in on_one_line:
-        # CUDA's own: pinned memory of the host, or what CUDA itself takes of a GPU.
+        # CUDA's own allocations: pinned memory of the host, or its context on a GPU.
         return FAILED, f"memory is full; give less (--host-memory, --gpu-memory), or fewer windows: {on_one_line}"
     if isinstance(error, OSError | FloatingPointError) or name in ("OutOfMemoryError", "LostRankError"):
         return FAILED, on_one_line
@@ -135,18 +134,18 @@ def _outcome(error: BaseException) -> tuple[int, str]:
 
 
 def _prepare_process(rank: str) -> None:
-    """Print by lines, of several ranks on the first alone. Garbage is collected from `load_libraries` on."""
+    """Print line by line, and only on the first of several ranks; `load_libraries` starts garbage collection."""
     gc.disable()
     if rank not in ("", "0"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    # A full disk shows while it can be reported. Characters that the terminal does not have are spelled out.
+    # So that a full disk shows while it can be reported, and no character fails that the terminal does not have.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses flags as everything else is refused, without the usage, which --help prints."""
+    """A parser that refuses flags by an InputError, without printing the usage."""
 
     def __init__(self, command: str, description: str | None) -> None:
         super().__init__(
@@ -166,7 +165,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_parser(description: str | None, command: str = "run") -> Parser:
-    """The parser of `sparsefw run`: flags for all fields of Inputs, PruneConfig and Output."""
+    """Make the parser of `sparsefw run`, with flags for all fields of Inputs, PruneConfig and Output."""
     parser = Parser(command, description)
     for f in (*fields(Inputs), *fields(PruneConfig), *fields(Output)):
         add_flag(parser, f)
@@ -174,7 +173,7 @@ def run_parser(description: str | None, command: str = "run") -> Parser:
 
 
 def add_flag(parser: Parser, f: Field, default: str = "") -> None:
-    """Add the flag of a dataclass's field; `default` says what stands for the field's own."""
+    """Add the flag of a dataclass's field; `default` takes the place of the field's default in the help."""
     text, several = f.metadata["help"], f.metadata["several"]
     if default:
         text = f"{text.partition(' (default:')[0]} (default: {default})"
@@ -196,7 +195,7 @@ def add_flag(parser: Parser, f: Field, default: str = "") -> None:
 
 
 def settings_of(arguments: argparse.Namespace) -> tuple[Inputs, PruneConfig, Output]:
-    """The inputs, the config and the output of the parsed flags.
+    """Make the inputs, the config and the output from parsed flags.
 
     Raises:
         InputError: a value is out of its range, or values do not go together.
@@ -206,37 +205,37 @@ def settings_of(arguments: argparse.Namespace) -> tuple[Inputs, PruneConfig, Out
 
 
 def given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
-    """The values of a dataclass's fields that were given as flags."""
+    """Return the fields of a dataclass that the user set by flags, with their values."""
     values = {f.name: getattr(arguments, f.name, None) for f in fields(settings)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def refuse_ranks(command: str) -> None:
-    """Refuse a start by torchrun.
+    """Refuse several ranks.
 
     Raises:
-        InputError: there are several ranks.
+        InputError: torchrun has started several.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(f"{command} is one process: start it without torchrun")
 
 
 def say(line: str) -> None:
-    """Print a line on stdout. Names in it come from files: what does not print is spelled out."""
+    """Print a line on stdout, with escapes for unprintable characters, which names from files may have."""
     print(printable(line))
 
 
 def say_fitted(lines: Iterable[str]) -> None:
-    """Print lines on stdout, each in as many as a terminal takes."""
+    """Print lines on stdout, wrapped to the width of a terminal."""
     for line in lines:
         print(*fitted(line), sep="\n")
 
 
 def load_libraries() -> None:
-    """Load torch and transformers, which takes seconds; a terminal is told. They print nothing but errors and warnings.
+    """Load torch and transformers, which takes seconds, and say so in a terminal.
 
-    Each warning is on one line, in which names are spelled out. transformers prints no warnings either: what matters of
-    them is checked here, or comes with an exception.
+    transformers then prints errors only: this package checks by itself what its warnings would say. Other warnings take
+    one line each, with escapes for unprintable characters.
     """
     if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print("loading torch and transformers ...", file=sys.stderr)
@@ -244,7 +243,7 @@ def load_libraries() -> None:
     from transformers.utils import logging
 
     if not gc.isenabled():
-        # Objects of libraries are no garbage. To look through them while they load, and later again, takes a second.
+        # Objects of libraries are no garbage, and a search through them takes a second.
         gc.freeze()
         gc.enable()
     logging.set_verbosity_error()

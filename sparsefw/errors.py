@@ -1,4 +1,4 @@
-"""The exception for mistakes that a user can mend, and what messages are made of."""
+"""The exception for wrong inputs, and the words and forms of messages."""
 
 import textwrap
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ from pathlib import Path
 # Flags that have another name than their field.
 SHORT = {"evaluate": "--eval", "texts": "--eval", "folder": "--output"}
 
-# The user has made a call from Python or, see `by_command`, a command. Messages name options as they stand in it.
+# Messages name options as the user writes them: in a call from Python or, see `by_command`, in a command.
 _invocation = "call"
 
-# Words in the errors of CUDA, of its libraries and of Triton's launcher, which have no class of their own.
+# Words in the errors of CUDA, its libraries and Triton's launcher, which have no exception classes.
 GPU_WORDS = (
     "CUDA error",
     "CUDA unknown error",
@@ -23,15 +23,15 @@ GPU_WORDS = (
     "active drivers",
 )
 
-# Columns of a terminal that a line of a run takes.
+# Columns of a line in the log of a run.
 WIDTH = 100
 
 
 class InputError(ValueError):
-    """The user gave something wrong; the message is one line that names the culprit and the remedy.
+    """An input is wrong; the message is one line that names the culprit and the remedy.
 
-    Names in it come from files and from the command line. Whatever does not print is spelled out, so that no message
-    can break its line or speak to a terminal.
+    Names in the message may come from files: escapes replace unprintable characters, so that no message breaks its line
+    or controls a terminal.
     """
 
     def __init__(self, message: object) -> None:
@@ -40,7 +40,7 @@ class InputError(ValueError):
 
 @contextmanager
 def by_command() -> Iterator[None]:
-    """Inside the `with` block, messages speak to a user of the command line."""
+    """Name options as on the command line inside the `with` block."""
     global _invocation
     before, _invocation = _invocation, "command"
     try:
@@ -50,21 +50,21 @@ def by_command() -> Iterator[None]:
 
 
 def invocation() -> str:
-    """The user's way, for messages: "call" or "command"."""
+    """Return how the user has started the run: "call" or "command"."""
     return _invocation
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field or of an argument."""
+    """Return the flag of a field or of an argument."""
     return SHORT.get(name) or f"--{name.replace('_', '-')}"
 
 
 def option(name: str, value: object = None) -> str:
-    """An option as the user writes it: `reconstruct=0` in Python, `--reconstruct 0` on the command line.
+    """Write an option as the user does: `reconstruct=0` in Python, `--reconstruct 0` on the command line.
 
     Args:
         name: name of the field or of the argument.
-        value: its value; None: the option without a value.
+        value: the option's value; None: the name alone.
     """
     if _invocation == "command":
         return flag_of(name) if value is None or value is True else f"{flag_of(name)} {shown(value)}"
@@ -72,30 +72,30 @@ def option(name: str, value: object = None) -> str:
 
 
 def worded(flag: str) -> str:
-    """A flag as the user writes it, see `option`; unchanged what is no flag."""
+    """Write a flag as the user does, see `option`; text that is no flag stays."""
     return option(flag.removeprefix("--").replace("-", "_")) if flag.startswith("--") else flag
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, with what a colon at its end announces; without one, its name."""
+    """Return the first line of an exception's message, and the second if the first ends with a colon; or its name."""
     first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join([first, *others[:1]]) if first.endswith(":") else first
 
 
 def is_gpu_failure(error: BaseException) -> bool:
-    """Whether Triton or CUDA has failed: a kernel does not compile, launch or end, or there is no compiler for it."""
+    """Tell whether Triton or CUDA has failed to compile, launch or finish a kernel."""
     kind = type(error)
     named = kind.__module__.startswith("triton.") or kind.__name__ in ("AcceleratorError", "CalledProcessError")
     return named or any(words in str(error) for words in GPU_WORDS)
 
 
 def printable(text: str) -> str:
-    """Text on one line, in which every character that does not print is spelled out: controls, marks of direction."""
+    """Replace unprintable characters, such as controls and marks of direction, by escapes, which gives one line."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def fitted(line: str) -> list[str]:
-    """Text as `printable`, in lines of at most WIDTH columns; a longer word, such as a path, stays whole."""
+    """Wrap printable text to lines of at most WIDTH columns; a longer word, such as a path, stays whole."""
     wrapped = textwrap.wrap(
         printable(line), WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
     )
@@ -103,14 +103,14 @@ def fitted(line: str) -> list[str]:
 
 
 def shown(text: object, limit: int = 200) -> str:
-    """Text from a checkpoint, made safe to print: on one line, without control characters, cut where it is long."""
+    """Make text from a checkpoint safe to print: on one line, with escapes, cut after `limit` characters."""
     text = str(text)
     line = printable(text[:limit])
     return line if len(text) <= limit else f"{line}... ({len(text)} characters)"
 
 
 def counted(number: int, thing: str) -> str:
-    """A number of things, as "1 window" and "2 windows"."""
+    """Count things in words: "1 window", "2 windows"."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
@@ -118,17 +118,18 @@ def counted(number: int, thing: str) -> str:
 def errors_in_one_line(
     what: str, advice: str = "", limit: int = 200, passing: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
-    """Make an error of a library, which may be any exception but `passing`, one of the input.
+    """Turn any error of a library inside the `with` block into an InputError of one line.
 
     Args:
-        what: what could not be done.
+        what: the first words of the message: what could not be done.
         advice: what the user may do.
-        limit: characters of the library's own line.
+        limit: characters of the library's message.
+        passing: exceptions that stay as they are.
     """
     try:
         yield
     except Exception as error:
-        # Full memory is no mistake of the input, and torch has several errors for it. A NameError is one in code.
+        # Full memory, for which torch has several errors, is no wrong input; a NameError is a mistake in code.
         full = any(words in str(error) for words in ("DefaultCPUAllocator", "out of memory"))
         if full or is_gpu_failure(error) or isinstance(error, (InputError, MemoryError, NameError, *passing)):
             raise
@@ -137,11 +138,11 @@ def errors_in_one_line(
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in an error of the system inside the `with` block. A full disk, for one, names none."""
+    """Add the file to an error of the system inside the `with` block: a full disk names no file."""
     try:
         yield
     except OSError as error:
-        # Without a number it is a message alone, which a name would replace.
+        # An error without a number is a message, which the name would replace.
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise

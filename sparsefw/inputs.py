@@ -1,4 +1,4 @@
-"""What the commands read and where they write. Flags, ranges and help are made of these fields, as of PruneConfig's."""
+"""The inputs and the output of commands. Their fields, as those of PruneConfig, make the flags, ranges and help."""
 
 import math
 import os
@@ -20,7 +20,7 @@ DEFAULT_MODEL = Path(__file__).with_name("default") / "model"
 # The largest memory limit, GiB: more than any machine has.
 MOST_MEMORY = 2**20
 
-# Memory of a card as it is sold, in 10^9 bytes. The chips hold a little more, which is left to the driver.
+# Memory of a GPU as it is sold, in 10^9 bytes. The chips hold a little more, which is left to the driver.
 CARDS = {
     "a10": 24,
     "a100-40gb": 40,
@@ -43,14 +43,14 @@ OTHERS = dict(dataset=("c4",), nsamples=256, seqlen=2048, evaluate=())
 
 
 def _memory_flag(what: str) -> Any:
-    """The field of a memory limit."""
+    """Make the field of a memory limit."""
     text = f"take at most this of the {what}'s memory (default: what is free, less a tenth)"
     return flag(text, metavar="GIB", least=0, most=MOST_MEMORY)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Names of what a run reads. A default that depends on the model has its value in every instance.
+    """The model and the texts of a run, by name. A default that depends on the model has its value in every instance.
 
     Raises:
         InputError: a value is out of its range.
@@ -96,22 +96,22 @@ class Inputs:
 
     @property
     def built_in(self) -> bool:
-        """Whether the model is the built-in one."""
+        """Tell whether the model is the built-in one."""
         return self.model == DEFAULT
 
     @property
     def options(self) -> dict[str, Any]:
-        """Other defaults of PruneConfig with this model: the built-in one is compared with Wanda."""
+        """Return the defaults of PruneConfig that depend on the model: the built-in one is compared with Wanda."""
         return {"compare": ("wanda",)} if self.built_in else {}
 
     @property
     def shares(self) -> dict[str, float]:
-        """The share of each calibration text in the windows, by its name."""
+        """Return the share of each calibration text in the windows, by name."""
         return dict(map(name_and_share, self.dataset))
 
     @property
     def paths(self) -> list[Path]:
-        """What the texts are, if they are files."""
+        """List the paths of the texts, if they are files."""
         return [Path(os.path.expanduser(name)) for name in (*self.shares, *self.evaluate)]
 
 
@@ -122,9 +122,9 @@ class Output:
     Attributes:
         folder: folder of the pruned checkpoint.
         overwrite: whether an older checkpoint may be replaced.
-        restart: whether to discard what an unfinished run left.
-        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
-        packed: folder for a packed copy; None: there is none.
+        restart: whether to discard the finished blocks of an unfinished run.
+        gpu_memory, host_memory: memory limits in GiB; None: the free memory, less a tenth.
+        packed: folder for a packed copy; None: no copy is made.
 
     Raises:
         InputError: a value is out of its range.
@@ -145,20 +145,20 @@ class Output:
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """What an evaluation reads, how it asks, and where it writes.
+    """The models, tasks and texts of an evaluation, and its output.
 
     Attributes:
-        models: folders or Hub ids of checkpoints in safetensors; the one that others are compared with comes first.
+        models: folders or Hub ids of checkpoints in safetensors, `against` first.
         tasks: names of tasks, groups and tags of lm-evaluation-harness; "paper": the paper's seven zero-shot tasks.
         texts: texts for perplexity, by name or path as for `--eval`.
-        against: a checkpoint that all others are compared with, the same documents in pairs; None: none.
+        against: a checkpoint that all others are compared with, document by document; None: models are not compared.
         limit: most documents of each task; below 1: a share of them; None: all.
         num_fewshot: examples before each question; None: as the task says.
         include_path: a folder with more tasks in the harness's format.
         seqlen: tokens in a window of a text; None: 2048.
         eval_windows: most windows of each text; None: all.
-        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
-        output: folder for evaluation.json; None: nothing is written.
+        gpu_memory, host_memory: memory limits in GiB; None: the free memory, less a tenth.
+        output: folder for evaluation.json; None: no file is written.
         overwrite: whether an older evaluation.json there is replaced.
 
     Raises:
@@ -214,7 +214,7 @@ class EvaluationInputs:
 
 
 def name_and_share(dataset: str) -> tuple[str, float]:
-    """The name of a text and its share, from NAME or NAME=SHARE. A name without a share has 1."""
+    """Split NAME=SHARE into name and share; a name without a share has share 1."""
     name, _, number = dataset.rpartition("=")
     try:
         return (name, float(number)) if name else (dataset, 1.0)
@@ -223,7 +223,7 @@ def name_and_share(dataset: str) -> tuple[str, float]:
 
 
 def _texts_of(dataset: str) -> list[str]:
-    """The texts of a mixture with their shares of its own; else the dataset itself."""
+    """Replace the mixture "general" by its texts, each with its part of the share; another dataset stays."""
     name, share = name_and_share(dataset)
     if name != GENERAL or not 0 < share < math.inf:
         return [dataset]
@@ -231,9 +231,9 @@ def _texts_of(dataset: str) -> list[str]:
 
 
 def _check_datasets(datasets: Sequence[str]) -> None:
-    """Refuse shares that are not above 0, and a text that is given twice or not at all.
+    """Refuse an empty list, shares that are not above 0, and a text that is named twice.
 
-    Windows of a text that is drawn from twice would be there twice, and what is held out would be learned, too.
+    Windows of such a text would be drawn twice, so that held-out windows were learned from, too.
     """
     if not datasets:
         raise InputError(f"{option('dataset')}: no text is named")
@@ -250,7 +250,7 @@ def _check_datasets(datasets: Sequence[str]) -> None:
 
 
 def locate(model: str) -> Path:
-    """The folder of a checkpoint: that of the built-in model for "default", else as `source.locate`."""
+    """Find the folder of a checkpoint: the built-in model's for "default", else as `source.locate`."""
     from sparsefw.checkpoint import source
 
     return DEFAULT_MODEL if model == DEFAULT else source.locate(model)

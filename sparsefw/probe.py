@@ -1,4 +1,4 @@
-"""Look at the GPU before anything is read: a run should not find out after minutes that kernels cannot be compiled."""
+"""Probe the GPU before anything is read: a run should not find after minutes that kernels do not compile."""
 
 import functools
 import subprocess
@@ -11,7 +11,7 @@ from sparsefw.errors import InputError, first_line, fitted, option, shown
 from sparsefw.solver.config import PruneConfig
 
 # The oldest GPUs that the kernels are compiled for.
-LEAST_CAPABILITY = (8, 0)
+MIN_CAPABILITY = (8, 0)
 
 # The oldest driver for each version of CUDA that torch may be built for.
 DRIVERS = {"11": 450, "12": 525, "13": 580}
@@ -54,7 +54,7 @@ def say_kernel(config: PruneConfig, say: Callable[[str], None]) -> None:
 
 
 def no_device() -> str:
-    """Why there is no GPU: torch is built without CUDA, or finds no device and may need another driver."""
+    """Say why there is no GPU: torch is built without CUDA, or finds no device and may need another driver."""
     built = torch.version.cuda
     if not built:
         return "no CUDA device"
@@ -87,15 +87,15 @@ def probe_gpu() -> bool:
         G = torch.tensor([[1.0, 0.0], [2.0, 3.0]]).to("cuda")
         # Kernels of torch and of its libraries, which may be built for other GPUs.
         with_torch = (G.bfloat16() @ G.bfloat16() + G).sum().item()
-        found = mirror_lower(G).tolist() if capability >= LEAST_CAPABILITY else []
+        found = mirror_lower(G).tolist() if capability >= MIN_CAPABILITY else []
     except (RuntimeError, AssertionError, OSError, ImportError, subprocess.CalledProcessError, TritonError) as error:
         remedy = next((remedy for words, remedy in REMEDIES.items() if words in str(error)), "see the GPU's driver")
         raise InputError(f"{name}: cannot run a kernel: {shown(first_line(error))}; {remedy}; {without}") from error
     finally:
         knobs.compilation.listener = before
-    if capability < LEAST_CAPABILITY:
-        least, has = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, capability))
-        raise InputError(f"{name}: of compute capability {has}, and Triton's kernels need {least}; {without[3:]}")
+    if capability < MIN_CAPABILITY:
+        oldest, has = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
+        raise InputError(f"{name}: of compute capability {has}, and Triton's kernels need {oldest}; {without[3:]}")
     if with_torch != 24 or found != [[1.0, 2.0], [2.0, 3.0]]:
         raise InputError(f"{name}: kernels give wrong results: {with_torch}, {found}; see the GPU's driver; {without}")
     return any(compiled)

@@ -170,7 +170,7 @@ class TestOutput:
         with pytest.raises(InputError, match="calibration text"):
             prune(model, tmp_path / "out", calibration=batches[::-1], **WANDA)
         prune(model, tmp_path / "out", calibration=batches, log=lines.append, **WANDA)
-        assert any(line.startswith("going on with an unfinished run: 2 of 4 shards") for line in lines)
+        assert any(line.startswith("resuming an unfinished run: 2 of 4 shards") for line in lines)
         for a, b in zip(model.parameters(), whole.parameters(), strict=True):
             assert torch.equal(a, b)
 

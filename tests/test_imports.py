@@ -14,6 +14,7 @@ LEVELS = [
     ["unpack"],
     ["run", "plan", "verify", "evaluate", "lm_eval", "pack", "recover"],
     ["cli", "api", "llmcompressor", "recovery"],
+    ["arguments"],
     ["driver", "verification", "packing"],
     ["evaluation", "probe"],
     ["report"],

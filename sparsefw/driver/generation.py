@@ -1,11 +1,11 @@
 """Calibration text that the dense model writes itself: `--dataset self`.
 
-A window is one sequence, sampled token by token. It goes on behind the end of a document, as packed documents do. Half
-of the windows begin with the model's first token. The others are conversations, if the tokenizer has a chat template:
-the template begins the user's turn, the model writes it and then the answer, and the next conversation follows.
+A window is one sequence, sampled token by token; after the end of a document another document follows. Half of the
+windows begin with the model's first token. If the tokenizer has a chat template, the others are conversations: the
+template begins the user's turn, the model writes the turn and then the answer, and the next conversation follows.
 
-A window's draws depend on the seed and its number alone, whatever is written beside it. Last bits of what the model
-predicts depend on the machine, as those of a run do. So a run that goes on takes the text that it has begun with.
+The draws of a window depend only on the seed and the window's number. The last bits of the model's predictions depend
+on the machine, so that a resumed run takes the text of the unfinished one.
 """
 
 import json
@@ -23,21 +23,21 @@ from sparsefw.data.tokens import Tokenizer, start_tokens, tokenize
 from sparsefw.errors import errors_in_one_line, option
 from sparsefw.model.block_model import BlockModel
 
-# Logits are divided by the temperature. A token is one of the likeliest, which have this probability together.
+# Logits are divided by TEMPERATURE. Tokens are drawn from the likeliest, whose probabilities add up to TOP_P.
 TEMPERATURE, TOP_P = 0.8, 0.95
 
-# A token is drawn this many times at most until it is one of them; then it is the likeliest.
+# A token is drawn at most this many times until it is one of these; after that the likeliest is taken.
 DRAWS = 4
 
-# Between documents, in many models whose tokenizer puts nothing before a text.
+# The token between documents in many models whose tokenizer puts no token before a text.
 SEPARATOR = "<|endoftext|>"
 
-# Takes a token that was sampled, and yields the one that is written.
+# The state of a window: is sent each sampled token, and yields the token that is written.
 Row = Generator[int, int, None]
 
 
 def own_source(seed: int) -> str:
-    """The name of the text, for the report and for messages."""
+    """Name the text, for the report and for messages."""
     return f"{SELF} (T={TEMPERATURE:g}, top_p={TOP_P:g}, seed {seed})"
 
 
@@ -47,18 +47,18 @@ def write_tokens(
     """Have the dense model write windows.
 
     Args:
-        model: the model, all of whose weights are on the device meanwhile.
-        tokenizer: its tokenizer.
+        model: the model; all of its weights are on the device until the windows are written.
+        tokenizer: the model's tokenizer.
         n, seqlen: number of windows, and tokens in each.
         seed: seed of all draws.
-        batch: windows that are written at once.
+        batch: number of windows that are written at once.
         say: called with every line of the log.
 
     Returns:
         (n, seqlen) int64 on the host.
 
     Raises:
-        InputError: the model writes no text.
+        InputError: the model cannot generate text.
     """
     writer: Any = model.model
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def write_tokens(
     with model.whole(), errors_in_one_line(f"{option('dataset', SELF)}: {type(writer).__name__} cannot write text"):
         own = writer.generation_config
         try:
-            # Entries of the model's own would be taken where others are not given.
+            # The model's own config would fill the entries that are missing in ours.
             writer.generation_config = GenerationConfig()
             for some in (slice(start, start + batch) for start in range(0, n, batch)):
                 ids.append(_write(writer, [begin() for begin in begins[some]], draws[some].to(model.device)))
@@ -83,9 +83,9 @@ def write_tokens(
 
 
 def _write(writer: Any, rows: Sequence[Row], draws: Tensor) -> Tensor:
-    """The windows of a batch, (rows, seqlen), by (rows, seqlen, DRAWS) draws."""
+    """Write the windows of a batch, (rows, seqlen), by (rows, seqlen, DRAWS) draws."""
     first = torch.tensor([next(row) for row in rows], device=draws.device)[:, None]
-    # A cache that grows is copied with every token; not all models have another.
+    # A dynamic cache is copied with every token, but not all models have a static one.
     config = dict(cache_implementation="static" if writer._can_compile_fullgraph else None, disable_compile=True)
     return writer.generate(
         first,
@@ -96,7 +96,7 @@ def _write(writer: Any, rows: Sequence[Row], draws: Tensor) -> Tensor:
 
 
 class _Sampler(LogitsProcessor):
-    """Samples the next token of each row, and lets the row decide: all other logits become minus infinity."""
+    """A sampler that draws the next token of each row and lets the row replace it: all other logits become -inf."""
 
     def __init__(self, rows: Sequence[Row], draws: Tensor) -> None:
         self._rows, self._draws = rows, draws
@@ -104,12 +104,12 @@ class _Sampler(LogitsProcessor):
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         likely = (scores.float() / TEMPERATURE).softmax(-1)
         sums = likely.cumsum(-1, dtype=torch.float64)
-        # Tokens are drawn from all until one is of the likeliest, which takes less time than to sort them.
+        # Rejection, until a draw is one of the likeliest tokens, takes less time than sorting them.
         sampled = likely.argmax(-1, keepdim=True)
         rejected = torch.ones_like(sampled, dtype=torch.bool)
         for draws in self._draws[:, input_ids.shape[1]].split(1, dim=1):
             found = torch.searchsorted(sums, draws * sums[:, -1:]).clamp(max=scores.shape[1] - 1)
-            # The probability of all tokens that are likelier.
+            # Accepted if all likelier tokens together have less than TOP_P.
             accepted = likely.where(likely > likely.gather(1, found), 0).sum(-1, keepdim=True) < TOP_P
             sampled = found.where(rejected & accepted, sampled)
             rejected &= ~accepted
@@ -120,17 +120,17 @@ class _Sampler(LogitsProcessor):
 
 
 def _document(begin: int) -> Row:
-    """A row of documents: what is sampled is written."""
+    """Write documents: every sampled token is written."""
     token = begin
     while True:
         token = yield token
 
 
 def _chat(header: list[int], middle: list[int], closing: list[int]) -> Row:
-    """A row of conversations; arguments as `_conversation` returns them."""
+    """Write conversations; arguments as `_conversation` returns them."""
     sampled, before = 0, list[int]()
     while True:
-        # The first token of what follows ends a turn.
+        # A turn ends where the model samples the first token of the template's next part.
         for turn, end in ((before + header, middle[0]), (middle, closing[0])):
             for token in turn:
                 sampled = yield token
@@ -140,15 +140,15 @@ def _chat(header: list[int], middle: list[int], closing: list[int]) -> Row:
 
 
 def _first_token(tokenizer: Tokenizer) -> int:
-    """The token that documents begin with."""
+    """Find the token that documents begin with."""
     vocabulary, named = tokenizer.get_vocab(), (SEPARATOR, tokenizer.bos_token, tokenizer.eos_token)
     return [*start_tokens(tokenizer), *(vocabulary[token] for token in named if token in vocabulary), 0][0]
 
 
 def _conversation(tokenizer: Tokenizer, say: Callable[[str], None]) -> list[list[int]] | None:
-    """The template's tokens before the user's turn, between it and the answer, and behind that.
+    """Find the tokens of the chat template before the user's turn, between the turn and the answer, and after it.
 
-    None if the tokenizer has no template, or one whose turns do not end with a token of their own, which is said.
+    None if there is no template, or, with a note in the log, if its turns do not end with a token of their own.
     """
     if not tokenizer.chat_template:
         return None
@@ -161,22 +161,22 @@ def _conversation(tokenizer: Tokenizer, say: Callable[[str], None]) -> list[list
     parts = tokenize(tokenizer, [header, middle, str(whole).partition(marks[1])[2]])
     if all(parts) and {parts[1][0], parts[2][0]} <= tokenizer.added_tokens_decoder.keys():
         return parts
-    # Markers that are plain text are sampled in other tokens as well.
+    # The model may sample a marker of plain text in other tokens.
     say("note: turns of the chat template end with no token of their own: no conversations are written")
     return None
 
 
 def records_of(tokenizer: Tokenizer, ids: Tensor) -> str:
-    """The content of OWN_TEXT for windows of tokens."""
+    """Make the content of OWN_TEXT from windows of tokens."""
     records = (dict(text=tokenizer.decode(row), input_ids=row) for row in ids.tolist())
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def tokens_in(path: Path) -> Tensor:
-    """The windows of OWN_TEXT.
+    """Read the windows of OWN_TEXT.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the file is damaged.
     """
     with errors_in_one_line(f"{path}: damaged; {option('restart', True)} discards the unfinished run"):
         return torch.tensor([json.loads(line)["input_ids"] for line in path.read_text("utf-8").split("\n")[:-1]])

@@ -1,6 +1,6 @@
-"""A run on a model in memory: on text, or on batches of its own forward's arguments, whatever it reads.
+"""A run on a model in memory, calibrated on text, or on batches of arguments of the model's forward.
 
-The model is written as its own library does it.
+The model is written by its own library.
 """
 
 import hashlib
@@ -52,17 +52,17 @@ def run_in_memory(
 ) -> Report:
     """Prune a model in place, evaluate it, and write it with its report.
 
-    The model is changed when all of its blocks have been pruned. Until then its weights are what they were.
+    Its weights change at the end, when all blocks have been pruned: an error leaves the model as it was.
 
     Args:
         model: the model.
         job: the run. All of its ranks have the model and all batches.
-        batches: those that define the layer problems, and those with which the model returns a loss; None: the job
+        batches: the batches of calibration, and those of evaluation, for which the model returns a loss; None: the job
             names texts, and the model is one of transformers.
         saves: whether the pruned model is written, besides its report.
 
     Raises:
-        InputError: something that the user gave is wrong; the message names it.
+        InputError: an input is wrong; the message names it.
         FloatingPointError: a layer's error is not finite.
     """
     check_free(job.output.folder, job.output.overwrite)
@@ -71,7 +71,7 @@ def run_in_memory(
     job, batch = resumed(job), None if batches is None else _largest(batches[0])
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     device = this_device() if device.type == "cpu" else device
-    # A module's own parameters may ask for gradients.
+    # Without gradients, which the parameters of a module may require.
     source, notes = _source(model, job.tokenizer) if saves and job.ranks.first else (None, [])
     with on_gpu(device), torch.no_grad(), resident(model, batch, device, partial(computes_in_fp32, job)) as opened:
         opened.notes += notes
@@ -82,7 +82,7 @@ def run_in_memory(
             if job.tokenizer is not None:
                 job.tokenizer.save_pretrained(folder)
             if source is not None:
-                # Files of another tokenizer than the one that is given would contradict it.
+                # Tokenizer files of the source would contradict the caller's tokenizer.
                 own = (folder / TOKENIZER_CONFIG).exists()
                 copy_companions(source, folder, TOKENIZERS if own else ())
 
@@ -102,7 +102,7 @@ def _settled(
     saves: bool,
     source: Path | None,
 ) -> Run:
-    """The run: on texts that the job names, or on batches, which tell the length of a window."""
+    """Make the run of a job on the texts that it names, or on batches."""
     calibration: Samples
     evaluation: Sequence[Samples]
     written = 0
@@ -119,9 +119,9 @@ def _settled(
         if evaluated:
             check_losses(opened, evaluated.batches)
         job = replace(job, inputs=replace(job.inputs, seqlen=max(2, seqlen)))
-        # In the mean over batches, since they may have different sizes.
+        # The mean over batches: they may have different sizes.
         job = with_defaults(job, calibration.n, tokens // calibration.n or seqlen)
-    # A module may put anything else into its state, too.
+    # The state of a module may hold other objects than tensors.
     tensors = {name: value for name, value in opened.model.state_dict().items() if isinstance(value, Tensor)}
     run = Run(
         job,
@@ -137,14 +137,14 @@ def _settled(
         source=source,
     )
     saved = sum(tensor.nbytes for tensor in tensors.values()) if saves else 0
-    # A caller's batches are not cut.
+    # Batches of a caller are not divided into micro-batches.
     return settled(run, written, saved, {"batch": 1} if batches else {})
 
 
 def _tokens_without_padding(calibration: Batches, seqlen: int, notes: list[str]) -> int:
-    """The tokens of batches that count, which is noted; 0: all positions count."""
+    """Count the tokens of batches that are no padding, and note it; 0 if no batch has padding."""
     masks = [x for batch in calibration.batches if isinstance(x := batch.kwargs.get("attention_mask"), Tensor)]
-    # A mask of sound is of samples, of which several make a position.
+    # A mask of sound counts samples, and one position is made of several samples.
     if len(masks) != calibration.n or max(x.numel() for x in masks) != seqlen:
         return 0
     tokens, positions = sum(int((x != 0).sum()) for x in masks), sum(x.numel() for x in masks)
@@ -154,9 +154,9 @@ def _tokens_without_padding(calibration: Batches, seqlen: int, notes: list[str])
 
 
 def _source(model: nn.Module, tokenizer: Any) -> tuple[Path | None, list[str]]:
-    """The folder that a model of transformers was loaded from, whose small files are written beside the pruned one.
+    """Return the folder that a model of transformers was loaded from, whose small files are copied to the output.
 
-    If neither it nor the caller has what makes the model's inputs, a note in the list says so.
+    A note follows where neither the folder nor the caller has a tokenizer or a processor.
     """
     if not isinstance(model, PreTrainedModel):
         return None, []
@@ -165,7 +165,7 @@ def _source(model: nn.Module, tokenizer: Any) -> tuple[Path | None, list[str]]:
     with suppress(InputError):
         if model.name_or_path:
             found = locate(model.name_or_path, SMALL_FILES)
-            # A file that leads elsewhere would be refused at the end of the run.
+            # Refuses a link out of the folder now, and not at the end of the run.
             names, folder = [path.name.lower() for path in companions(found)], found
     if tokenizer is not None or any(matches(name, (*TOKENIZERS, *PROCESSORS)) for name in names):
         return folder, []
@@ -174,12 +174,12 @@ def _source(model: nn.Module, tokenizer: Any) -> tuple[Path | None, list[str]]:
 
 
 def _largest(batches: Batches) -> Batch:
-    """The batch with most entries."""
+    """Return the batch with the most entries."""
     return max(batches.batches, key=lambda batch: sum(x.numel() for x in batch.tensors))
 
 
 def _fingerprint(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of tensors with their names, in hex."""
+    """Compute the SHA-256 of tensors with their names, in hex."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -188,10 +188,10 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 def check_configs(model: nn.Module) -> None:
-    """Refuse a model of transformers with a config that the library will not write, as it would at the end of a run.
+    """Refuse a model of transformers whose config the library does not write, which would end the run at its end.
 
     Raises:
-        InputError: such as a temperature without sampling.
+        InputError: the config is invalid: for one, it has a temperature without sampling.
     """
     if getattr(type(model), "save_pretrained", None) is PreTrainedModel.save_pretrained:
         assert isinstance(model, PreTrainedModel)
@@ -202,13 +202,13 @@ def check_configs(model: nn.Module) -> None:
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Write a model as its own library does, or as a single safetensors file, into an empty folder.
+    """Write a model into an empty folder by its own `save_pretrained`, or else as a single safetensors file.
 
     Raises:
         InputError: the model cannot be written.
     """
     own: Any = getattr(model, "save_pretrained", None)
-    # safetensors takes no tensor that is a part of a larger one, as weights in one flat buffer are.
+    # safetensors refuses tensors that are parts of a larger one, as in models with one flat buffer: these are copied.
     slots = [] if own else slots_of(model.named_modules())
     parts = [slot for slot in slots if slot.own.untyped_storage().nbytes() > slot.own.nbytes]
     with explained_saving(model), filled(parts, lambda slot: slot.own.detach().clone()):
@@ -219,6 +219,6 @@ def save(model: nn.Module, folder: Path) -> None:
 
 
 def explained_saving(model: nn.Module) -> AbstractContextManager[None]:
-    """Turn what a library raises when it cannot write a model, inside the `with` block, into an error of one line."""
+    """Turn an error of the library that writes a model inside the `with` block into an InputError of one line."""
     what, of_disk = f"model: {type(model).__name__} cannot be written", (OSError, SafetensorError)
     return errors_in_one_line(what, limit=600, passing=of_disk)

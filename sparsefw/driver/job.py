@@ -32,10 +32,10 @@ Samples = Windows | Batches
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is asked for.
+    """A run that the user asks for.
 
     Attributes:
-        inputs: names of what is read.
+        inputs: the model and the texts, by name.
         config: how the model is pruned.
         output: where the run writes.
         dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
@@ -61,26 +61,26 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """A run: what it reads, how it prunes, and what it holds where.
+    """A run: its model, its windows, and the placement that it has settled.
 
     Attributes:
-        job: what is asked for; its config has the defaults that depend on the calibration.
+        job: the job; its config has the defaults that depend on the calibration.
         model: the model before its first block.
-        name, dtype: its name and dtype, for the log.
-        shape: its shape, with the layers that are pruned.
-        calibration: the windows that it is calibrated on, or the batches of a caller.
-        evaluation: those of each evaluation text.
-        seqlen: tokens in a window; of batches, the most vectors of one between two blocks.
-        notes: what the user should know of the model, one line each.
-        fingerprint: tells the model from another one.
-        files: on rank 0, what tells the checkpoint's files from changed ones; empty for a model in memory, of whose
-            tensors the fingerprint is.
-        source: folder of the model's small files, whose card names its license; None: there is none.
-        limits: memory limits in bytes: "host", and with a GPU "gpu". These and the next are found by `run.settled`.
-        placement, needs: what is held at once and where, and the memory that this is expected to take.
+        name, dtype: the model's name and dtype, for the log.
+        shape: the model's shape, with the layers that are pruned.
+        calibration: the calibration windows, or the batches of a caller.
+        evaluation: the windows of each evaluation text.
+        seqlen: tokens in a window; with batches, the most vectors of a batch between two blocks.
+        notes: lines about the model that the user should know.
+        fingerprint: a digest of the model, by which a resumed run knows it.
+        files: sizes and times of the checkpoint's files, by which rank 0 of a resumed run knows them; empty for a model
+            in memory.
+        source: folder of the model's small files, whose card names its license; None: the model has no folder.
+        limits: memory limits in bytes: "host", and with a GPU "gpu". `run.settled` finds these and all that follow.
+        placement, needs: the placement, and the memory that the run is expected to take with it.
         disk: bytes that the run takes on the disk.
         rounded: whether steps of a reconstruction round the operands of their products.
-        confirmed: what is known of running blocks in parts, see `stages.survey`.
+        confirmed: results of trials to run blocks in parts, see `stages.survey`.
     """
 
     job: Job
@@ -117,31 +117,35 @@ class Run:
         self.job.say(line)
 
     def of(self, i: int) -> BlockShape:
-        """The shape of block i."""
+        """Return the shape of block i."""
         return self.shape.blocks[i]
 
     def selected(self, i: int) -> frozenset[str]:
-        """Names inside block i of the layers that are pruned."""
+        """Return the names, inside of block i, of the layers that are pruned."""
         return frozenset(self.shape.names_by_block[i][1])
 
 
 def limits_of(job: Job, device: torch.device) -> dict[str, int]:
-    """The memory limits of a run in bytes: "host", and with a GPU "gpu"."""
+    """Find the memory limits of a run in bytes: "host", and with a GPU "gpu"."""
     free = memory.free_memory(device, job.ranks.here)
     return memory_limits(job.output.gpu_memory, job.output.host_memory, free, job.ranks)
 
 
 def workload_of(job: Job, windows: Sequence[int], seqlen: int, device: torch.device) -> Workload:
-    """The work of a run with these numbers of windows, the calibration's first, then each evaluation text's.
+    """Describe the work of a run to the planner.
 
-    Of several ranks, with the memory of the one that has most.
+    Args:
+        job: the run.
+        windows: numbers of windows: of the calibration, then of each evaluation text.
+        seqlen: tokens in a window.
+        device: the device; all ranks count the memory of the rank that has taken most.
     """
-    # Memory that texts and shapes have freed can be taken again: it is no part of what the process keeps.
+    # Memory that texts and shapes have freed does not count as the process's.
     memory.trim_memory()
     ranks, mine = job.ranks, (memory.resident(), memory.held_on_gpu(device))
     has, held = (max(sizes) for sizes in zip(*ranks.gather(mine), strict=True))
     if job.folder is not None and job.dataset is None:
-        # The plan's figure for a process, which has less now.
+        # At least the figure of a plan, which is for a process with all libraries loaded.
         has = max(has, process_bytes(job.inputs, windows[1:], seqlen, 0))
     return Workload(
         windows=-(-windows[0] // ranks.count),

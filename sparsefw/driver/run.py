@@ -28,10 +28,10 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.report import card, content, html, log
 from sparsefw.timeline import of_rank
 
-# Inputs that are compared by their content, not by name, when a run goes on with what another has finished.
+# Inputs that a resumed run may name otherwise: their contents are compared.
 BY_CONTENT = {"model", "dataset", "evaluate"}
 
-# The names of the run's arithmetic among these.
+# Names of the arithmetic among the values that a resumed run must share with the unfinished one.
 IN_FP32 = "whether it computes in fp32"
 ROUNDED = "whether steps of a reconstruction round the operands of their products"
 
@@ -40,7 +40,7 @@ def run_job(job: Job) -> content.Report:
     """Prune a checkpoint, evaluate it, write it and its report.
 
     Raises:
-        InputError: something that the user gave is wrong; the message names it.
+        InputError: an input is wrong; the message names it.
         FloatingPointError: a layer's error is not finite.
     """
     assert job.folder is not None
@@ -74,7 +74,7 @@ def resumed(job: Job) -> Job:
 
 
 def computes_in_fp32(job: Job, dtype: torch.dtype, device: torch.device) -> bool:
-    """As `arithmetic.computes_in_fp32`; but a resumed run computes as it began, and says so."""
+    """Choose as `arithmetic.computes_in_fp32` does, or as the unfinished run of a resumed one did, and say so."""
     found = arithmetic.computes_in_fp32(dtype, device)
     begun = job.begun.get("identity", {}).get(IN_FP32, found)
     if begun == found or dtype not in arithmetic.HALF:
@@ -85,7 +85,7 @@ def computes_in_fp32(job: Job, dtype: torch.dtype, device: torch.device) -> bool
 
 
 def rounds_products(job: Job, model: BlockModel, dtype: torch.dtype, width: int) -> bool:
-    """As `arithmetic.rounds_products`, unless exact products are asked for; a resumed run does as it began."""
+    """Choose as `arithmetic.rounds_products` does, unless the user asks for exact products, or as an unfinished run."""
     if not job.config.reconstruct or job.config.given.get("precision") in ("ieee", "tf32x3"):
         return False
     found = arithmetic.rounds_products(torch.float32 if model.in_fp32 else dtype, model.device, width)
@@ -93,13 +93,13 @@ def rounds_products(job: Job, model: BlockModel, dtype: torch.dtype, width: int)
 
 
 def settled(run: Run, written: int = 0, saved: int = 0, fixed: dict[str, int] | None = None) -> Run:
-    """Settle what a run computes with and what it holds where, and say what it prunes.
+    """Settle the arithmetic and the placement of a run, and log what it prunes.
 
     Args:
-        run: what is known of it; its shape has all prunable layers.
-        written: windows of its own calibration text that the model has written at once; 0: it is another's.
+        run: the run; its shape has all prunable layers.
+        written: number of windows of its own text that the model has written at once; 0: the text is another.
         saved: bytes that the end of the run writes while the finished blocks are still on the disk.
-        fixed: values of `Placement` that are settled, by field.
+        fixed: values of `Placement` that are settled already, by field.
 
     Raises:
         InputError: memory is too little.
@@ -128,8 +128,8 @@ def carry_out(run: Run, finish: Callable[[Writer, Callable[[Path], None]], None]
 
     Args:
         run: the run.
-        finish: ends the writing: called when all blocks and the report are written, with the writer and with what
-            writes the model card into a folder.
+        finish: called when all blocks and the report are written, with the writer and with a function that writes the
+            model card into a folder.
 
     Raises:
         InputError, FloatingPointError: as `run_job`.
@@ -148,11 +148,11 @@ def carry_out(run: Run, finish: Callable[[Writer, Callable[[Path], None]], None]
         ranks=ranks,
     ) as writer:
         if writer.finished:
-            run.say(f"going on with an unfinished run: {len(writer.finished)} of {writer.shards} shards are finished")
+            run.say(f"resuming an unfinished run: {len(writer.finished)} of {writer.shards} shards are finished")
         if ranks.first and isinstance(calibration, Windows) and calibration.own:
-            # For a run that goes on with this one, too.
+            # So that a resumed run has the same text.
             durably(writer.folder / OWN_TEXT, calibration.own)
-        # The disk has a finished block as each method pruned it.
+        # The disk has the finished blocks of every method.
         there = len(run.config.methods) * writer.written
         writer.check_space(run.disk - there)
         run.say(log.layer_header())
@@ -167,7 +167,7 @@ def carry_out(run: Run, finish: Callable[[Writer, Callable[[Path], None]], None]
                         raise
             # Outside of the handler, whose traceback holds the tensors of the block.
             run = _with_half_the_windows(run, writer)
-        # Times differ; all ranks return those of rank 0.
+        # Times differ among ranks: all of them return those of rank 0.
         report = ranks.broadcast_object(_report(run, outcome))
         if ranks.first:
             texts = {"report.json": report.to_json(), "report.html": html.page(report)}
@@ -212,7 +212,7 @@ def _say_what_is_pruned(run: Run, whole: ModelShape) -> None:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """Values that must be the same for a run to go on with what another has finished, by their names in messages."""
+    """Collect the values that a resumed run must share with the unfinished one, by their names in messages."""
     values = asdict(run.job.inputs) | asdict(run.config)
     for name in ("include", "ignore"):
         # Their order makes no difference.
@@ -225,7 +225,7 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _report(run: Run, outcome: Outcome) -> content.Report:
-    """The report, on all ranks, from what was measured on all of them."""
+    """Make the report from the measurements of all ranks."""
     job, calibration, timeline, ranks = run.job, run.calibration, run.model.timeline, run.ranks
     placement, device, seconds = run.placement, content.device_name(run.model.device), timeline.seconds()
     windows = calibration.shard(ranks.share(calibration.n)).n

@@ -29,13 +29,13 @@ class Method:
     """Needs and effects of a method; `methods.CHOOSE` has its function.
 
     Attributes:
-        saliency: the saliency of the warm start; None takes the config's.
+        saliency: the saliency of the warm start; None: the config's.
         rows_independent: whether rows do not depend on each other, so that layers are stacked and solved in chunks.
             Otherwise the rows of a layer share one budget.
-        frank_wolfe: whether it takes the fields of a config that are marked `frank_wolfe`.
-        dense_target: whether it chooses on a damped Gram matrix, and its layers may approximate the dense model's
+        frank_wolfe: whether the method takes the fields of a config that are marked `frank_wolfe`.
+        dense_target: whether the method takes a damped Gram matrix, and its layers may approximate the dense model's
             outputs, see `refit`.
-        changes_weights: whether it changes kept weights. Frank-Wolfe does so where `refit` is not 0.
+        changes_weights: whether the method changes kept weights. Frank-Wolfe does so where `refit` is not 0.
     """
 
     saliency: str | None = None
@@ -45,7 +45,7 @@ class Method:
     changes_weights: bool = False
 
 
-# Saliencies, each of which is a method, too; and the ones that depend on more of the matrix than an entry's row.
+# Saliencies, each of which is a method, too; and the saliencies that depend on the columns of a matrix, too.
 WARM_STARTS, OF_MATRIX = ("magnitude", "wanda", "ria"), ("ria",)
 
 METHODS: dict[str, Method] = {
@@ -68,25 +68,25 @@ DEFAULTS = {
 # Kernel and precision by device.
 ON_GPU = dict(kernel="triton", precision="bf16")
 ON_CPU = dict(kernel="torch", precision="ieee")
-# These take their place where a reconstruction follows: further steps gain nothing before it.
+# Before a reconstruction, where more steps gain nothing, these replace the preset's.
 BEFORE_RECONSTRUCTION = dict(steps=12, refit=2)
-# The fewer tokens there are, the less their Gram matrix says of other text. So the damping of a refit, unless it is
-# given, is MOST_DAMP for up to FEW_TOKENS, and falls as 1 / tokens with more, down to the preset's.
-FEW_TOKENS, MOST_DAMP = 32_500, 0.4
-# A reconstruction makes up for most of what damping costs on the same text, and what it gains on other text stays.
+# A Gram matrix of few tokens says less of other text. The default damping of a refit is MAX_DAMP for up to FEW_TOKENS
+# tokens, and falls as 1 / tokens with more, down to the preset's.
+FEW_TOKENS, MAX_DAMP = 32_500, 0.4
+# Damping costs quality on the calibration's text and gains it on other text; a reconstruction makes up for the cost.
 DAMP_BEFORE_RECONSTRUCTION = 1.6
-# Passes of a reconstruction over MANY_WINDOWS or more: one pass makes as many steps as two over half of the windows.
+# Passes of a reconstruction over MANY_WINDOWS windows or more: one pass makes as many steps as two over half of them.
 MANY_WINDOWS, PASSES_OF_MANY = 128, 1
-# Windows that a reconstruction takes of every rank: one to fit weights to, and one to hold out.
-LEAST_WINDOWS = 2
+# Windows that a reconstruction needs on every rank: one to fit weights to, and one to hold out.
+MIN_WINDOWS = 2
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Choose how a model is pruned; the defaults are the product's.
+    """How a model is pruned.
 
-    Two configs are equal if their values are, given or not. `replace` changes some fields and finds the defaults that
-    depend on them anew; `dataclasses.replace` keeps the old ones.
+    Two configs are equal if their values are, whether the user or a default has set them. `replace` changes some fields
+    and finds the defaults that depend on them anew; `dataclasses.replace` keeps the old ones.
 
     Raises:
         InputError: a value is out of its range, or values do not go together.
@@ -244,20 +244,20 @@ class PruneConfig:
         return self
 
     def for_calibration(self, windows: int, seqlen: int, ranks: int = 1) -> "PruneConfig":
-        """Settle the passes of a reconstruction and the damping for a calibration, unless the user names them.
+        """Settle the passes of a reconstruction and the damping for a calibration, unless the user sets them.
 
         Args:
-            windows, seqlen: calibration windows, and the tokens of each.
-            ranks: ranks that share the windows.
+            windows, seqlen: number of calibration windows, and tokens in each.
+            ranks: number of ranks that share the windows.
 
         Raises:
-            InputError: a reconstruction is asked for, and a rank has too few windows for it.
+            InputError: the user asks for a reconstruction, and a rank has too few windows for it.
         """
         passes, fewest, most = self.reconstruct, windows // ranks, -(-windows // ranks)
-        if passes and fewest < LEAST_WINDOWS:
+        if passes and fewest < MIN_WINDOWS:
             if "reconstruct" in self.given:
                 raise InputError(
-                    f"{option('reconstruct', passes)}: takes {LEAST_WINDOWS} calibration windows or batches on "
+                    f"{option('reconstruct', passes)}: takes {MIN_WINDOWS} calibration windows or batches on "
                     f"every rank, one to hold out, and one rank has {fewest}; give more, or {option('reconstruct', 0)}"
                 )
             passes = 0
@@ -268,11 +268,11 @@ class PruneConfig:
             return config
         if config.reconstruct and METHODS[config.method].frank_wolfe:
             return config.replace(damp=DAMP_BEFORE_RECONSTRUCTION)
-        return config.replace(damp=round(max(config.damp, MOST_DAMP * min(1.0, FEW_TOKENS / (windows * seqlen))), 2))
+        return config.replace(damp=round(max(config.damp, MAX_DAMP * min(1.0, FEW_TOKENS / (windows * seqlen))), 2))
 
     @property
     def given(self) -> dict[str, Any]:
-        """Return names and values of the fields that the user set."""
+        """Return names and values of the fields that the user has set."""
         return self._given  # type: ignore[attr-defined]  # set in __post_init__
 
     @property
@@ -295,7 +295,7 @@ class PruneConfig:
         return METHODS[method].rows_independent and not (METHODS[method].frank_wolfe and self.whole_matrix)
 
     def rows_shared(self, method: str) -> bool:
-        """Tell whether the rows of a layer may be solved apart: no budget, saliency or factor is of all of them."""
+        """Tell whether ranks may share the rows of a layer: no budget, saliency or factor is common to all rows."""
         by_row = (METHODS[method].saliency or self.warm_start) not in OF_MATRIX
         return self.rows_independent(method) and self.pattern.scope != "layer" and by_row
 
@@ -320,7 +320,7 @@ class PruneConfig:
 
     @property
     def goes_back(self) -> bool:
-        """Tell whether a reconstruction begins at a block's input, from which stages have moved the windows on."""
+        """Tell whether the windows return to a block's input for a reconstruction, after stages have moved them."""
         return self.reconstruct > 0 and self.dense_target(self.method)
 
     @property

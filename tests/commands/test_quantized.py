@@ -96,7 +96,7 @@ def test_an_interrupted_run_goes_on(source, text, tmp_path, monkeypatch, capsys)
         interrupted_at(patched, 14)
         assert run(folder, text, tmp_path / "out") == 130
     assert run(folder, text, tmp_path / "out") == 0
-    assert "going on with an unfinished run: " in capsys.readouterr().out
+    assert "resuming an unfinished run: " in capsys.readouterr().out
     assert_equal_files(tmp_path / "out", tmp_path / "expected")
 
 

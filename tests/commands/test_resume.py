@@ -86,7 +86,7 @@ def test_killed_ends_with_the_same_bytes(place, n, monkeypatch, capsys):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     finished = len(list((place / f".{output}.partial" / "records").glob("*.json")))
     assert run(place, output) == 0
-    said = f"going on with an unfinished run: {finished} of 4 shards are finished"
+    said = f"resuming an unfinished run: {finished} of 4 shards are finished"
     assert (said in capsys.readouterr().out) == (finished > 0)
     assert content(place, output) == content(place, "undisturbed")
     assert not (place / f".{output}.partial").exists()

@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_with_its_text(written, tmp_path, monkeypatch, caps
     monkeypatch.setattr(generation, "write_tokens", None)
     capsys.readouterr()
     assert run(tmp_path / "out") == 0
-    assert "going on with an unfinished run" in capsys.readouterr().out
+    assert "resuming an unfinished run" in capsys.readouterr().out
     first, second = tensors_of(written), tensors_of(tmp_path / "out")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert own(tmp_path / "out")[0] == own(written)[0]

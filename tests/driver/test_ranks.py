@@ -186,7 +186,7 @@ def test_goes_on_with_as_many_ranks(tmp_path, text):
         on_ranks(3, prune, source, tmp_path / "out", *on)
     # No operation is refused now: those that are named come from the records.
     (report, lines), _ = on_ranks(2, prune, source, tmp_path / "out", *on)
-    assert any(line.startswith("going on with an unfinished run: 2 of ") for line in lines)
+    assert any(line.startswith("resuming an unfinished run: 2 of ") for line in lines)
     assert [block.reconstruction.varies for block in report.blocks] == ["put_", "put_", ""]
     for mine, theirs in zip(report.blocks[:2], whole.blocks, strict=False):
         assert mine.reconstruction == theirs.reconstruction

@@ -1,0 +1,152 @@
+"""The arguments of `prune`: calibration texts, tokens and batches become inputs of a run, and models are checked."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import chain
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from sparsefw.data.text import TEXTS, TOKENS
+from sparsefw.errors import InputError, option, shown
+from sparsefw.inputs import Inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsefw.data.batches import Batches
+
+# Calibration data, see `prune`.
+Dataset = str | Path | Mapping[Any, Any] | Iterable[Any] | Tensor
+
+# Kinds of calibration data, for messages.
+EXPECTED = "a name or path, a mapping of these to shares, texts, tokens, or records of text, messages or input_ids"
+
+
+def text_inputs(
+    model: str, dataset: Dataset | None, evaluate: Any, **numbers: int | None
+) -> tuple[Inputs, Iterable[Any] | None]:
+    """Make the inputs of a run on text, and the calibration data that has no name.
+
+    Args:
+        model: name of the model.
+        dataset, evaluate: as for `prune`.
+        numbers: nsamples, seqlen, seed and eval_windows; None: the default.
+    """
+    named: dict[str, Any] = numbers | {"evaluate": evaluate}
+    inputs = Inputs(model=model, **{name: value for name, value in named.items() if value is not None})
+    if dataset is None:
+        return inputs, None
+    if isinstance(dataset, str | Path):
+        return replace(inputs, dataset=(str(dataset),)), None
+    if isinstance(dataset, Mapping) and all(isinstance(share, Real) for share in dataset.values()):
+        return replace(inputs, dataset=tuple(f"{name}={share}" for name, share in dataset.items())), None
+    if not isinstance(dataset, Tensor):
+        dataset = _texts_or_tokens(dataset, inputs, numbers["seqlen"])
+    if not isinstance(dataset, Tensor):
+        return replace(inputs, dataset=(TEXTS,)), dataset
+    if dataset.ndim != 2:
+        raise InputError(f"dataset: expected tokens (windows, seqlen), got shape {tuple(dataset.shape)}")
+    shape: dict[str, Any] = dict(zip(("nsamples", "seqlen"), dataset.shape, strict=True))
+    for name, value in shape.items():
+        if numbers[name] not in (None, value):
+            raise InputError(f"{option(name, numbers[name])}: the tokens have {value}; leave it out")
+    return replace(inputs, dataset=(TOKENS,), **shape), dataset
+
+
+def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterable[Any]:
+    """Return texts and records with text unchanged, and make windows of records with tokens.
+
+    Raises:
+        TypeError: they are something else.
+        InputError: there is no record, the records are names, or their tokens make no windows.
+    """
+    from sparsefw.data.text import NAMES, TEXT_COLUMNS
+    from sparsefw.data.windows import windows_of_records
+
+    kind = type(dataset).__name__
+    # Iteration over a data frame yields the names of its columns.
+    if not isinstance(dataset, Iterable) or kind in ("DataFrame", "bytes"):
+        raise TypeError(f"dataset: got {kind}, expected {EXPECTED}")
+    # A mapping of columns, as tokenizers and slices of datasets return it, is a batch of records.
+    records = iter([dataset] if isinstance(dataset, Mapping) else dataset)
+    item = inner = next(records, None)
+    if item is None:
+        raise InputError(f"dataset: the {kind} has no record")
+    records, columns = chain([item], records), [*item] if isinstance(item, Mapping) else []
+    while isinstance(inner, list | tuple) and inner:
+        inner = inner[0]
+    texts = isinstance(inner, str) or bool({*TEXT_COLUMNS} & {*columns})
+    rows = hasattr(item, "ndim") or (inner is not item and isinstance(inner, Integral))
+    if "input_ids" in columns or (rows and not texts):
+        return windows_of_records(records, TOKENS, nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
+    if isinstance(item, str) and (item in NAMES or os.path.isfile(item)):
+        raise InputError(f"dataset: {shown(item)} is a text's name; give it alone, or a mapping of names to shares")
+    if texts:
+        return records
+    of = kind if item is dataset else f"{kind} of {type(item).__name__}"
+    of += f" with {shown(', '.join(map(str, columns)))}" if columns else ""
+    raise TypeError(f"dataset: got {of}, expected {EXPECTED}")
+
+
+def batch_inputs(
+    model: str, calibration: Iterable[Any], evaluate: Any
+) -> "tuple[Inputs, tuple[Batches, Batches | None]]":
+    """Make the inputs of a run on batches, and the batches of calibration and of evaluation."""
+    from sparsefw.data.batches import BATCHES, batches_of
+
+    batches = batches_of(calibration, "calibration")
+    evaluated = None if evaluate is None else batches_of(evaluate, "evaluate")
+    texts = (BATCHES,) if evaluated else ()
+    return Inputs(model=model, dataset=(BATCHES,), nsamples=batches.n, evaluate=texts), (batches, evaluated)
+
+
+def check_model(model: Any, on_batches: bool) -> None:
+    """Refuse an object that is no model in memory, and a model whose weights cannot be pruned in place.
+
+    With adapters of peft, saving writes the adapters alone, and merging them later fills the zeros. Weights that a
+    library has offloaded are on the meta device here.
+
+    Raises:
+        InputError: the message names the weight.
+    """
+    from transformers import PreTrainedModel
+
+    from sparsefw.packed import PackedLinear
+
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if type(module).__module__.split(".")[0] == "peft":
+            raise InputError(f"{name or 'model'}: is an adapter of peft; merge the adapters first: merge_and_unload()")
+        if isinstance(module, PackedLinear):
+            raise InputError(f"{name}: is packed; model.dequantize() makes it dense")
+    if not isinstance(model, nn.Module if on_batches else PreTrainedModel):
+        expected = "a folder, a Hub id or a transformers model; any other module needs batches: calibration="
+        loads = f": AutoModel.from_pretrained({str(model)!r})" if isinstance(model, str | Path) else ""
+        expected = f"a module in memory, since calibration= is given{loads}" if on_batches else expected
+        raise InputError(f"model: got {type(model).__name__}, expected {expected}")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InputError(
+                f"{name}: is on the meta device, without data; give a model with its weights, or a language model as "
+                "the folder or Hub id of its checkpoint, which is read block by block"
+            )
+
+
+def tokenizer_of(model: Any) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of the checkpoint that a model of transformers was loaded from.
+
+    Raises:
+        InputError: the model was not loaded from a checkpoint, or the checkpoint has no tokenizer.
+    """
+    from sparsefw.checkpoint.source import SMALL_FILES, locate
+    from sparsefw.data.tokens import load_tokenizer
+
+    try:
+        if model.name_or_path:
+            return load_tokenizer(locate(model.name_or_path, SMALL_FILES))
+    except InputError as error:
+        raise InputError(f"tokenizer: the model in memory has none ({error}); give tokenizer=") from error
+    raise InputError("tokenizer: the model in memory was not loaded from a checkpoint that has one; give tokenizer=")
