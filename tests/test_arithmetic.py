@@ -73,9 +73,9 @@ def test_a_run_that_goes_on_computes_as_it_began(began, now, tmp_path, monkeypat
     lines = []
     monkeypatch.setattr(arithmetic, "slowdown", lambda dtype: now)
     prune(half, tmp_path / "out", log=lines.append, **WANDA)
-    assert any("going on" in line for line in lines)
+    assert any("resuming" in line for line in lines)
     arithmetic_then = "fp32" if began > arithmetic.SLOW else "bfloat16"
-    assert f"computed in {arithmetic_then}, as in the unfinished run that this one goes on with" in lines
+    assert f"computed in {arithmetic_then}, as in the unfinished run that this one resumes" in lines
     assert any(block.reconstruction for block in whole.report.blocks)
     again = weights(tmp_path / "out")
     assert all(torch.equal(x, again[name]) for name, x in weights(whole.output).items())

@@ -80,7 +80,7 @@ def computes_in_fp32(job: Job, dtype: torch.dtype, device: torch.device) -> bool
     if begun == found or dtype not in arithmetic.HALF:
         return found
     own = str(dtype).removeprefix("torch.")
-    job.say(f"computed in {'fp32' if begun else own}, as in the unfinished run that this one goes on with")
+    job.say(f"computed in {'fp32' if begun else own}, as in the unfinished run that this one resumes")
     return begun
 
 
