@@ -33,7 +33,7 @@ test-gpu:
 test-llmcompressor:
 	python3 -m venv --clear build/llmcompressor
 	build/llmcompressor/bin/pip install --quiet --editable '.[llmcompressor]' pytest
-	build/llmcompressor/bin/python -m pytest -q -p no:cacheprovider tests/test_llmcompressor.py
+	build/llmcompressor/bin/python -m pytest -q -p no:cacheprovider tests/extras/test_llmcompressor.py
 
 # The fast tests with the oldest and the newest versions that setup.py allows: downloads gigabytes.
 versions:

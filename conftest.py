@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from sparsefw.environment import set_environment
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each core has a worker, so a worker gets one thread. Set before torch reads it, and for processes that tests
     # start.
@@ -30,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # decorated at import.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    set_environment()
     if config.getoption("dist", "no") == "no":
         _prepare_triton(config.getoption("gpu"))
 

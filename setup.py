@@ -47,7 +47,7 @@ setup(
     packages=[*find_packages(include=["sparsefw", "sparsefw.*"]), "sparsefw.kernels"],
     package_data={
         "sparsefw": ["py.typed"],
-        "sparsefw.report": ["page.html", "card.md"],
+        "sparsefw.extras.page": ["page.html", "card.md"],
         "sparsefw.default": ["model/*"],
     },
     # `make versions` reads the lower bounds from here and tests with exactly these.

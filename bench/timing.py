@@ -14,6 +14,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from sparsefw.environment import set_environment
+
+# Before the first tensor on a GPU, as a command does it.
+set_environment()
 GPU = torch.cuda.is_available()
 
 # Bytes that are filled before every round: more than any cache.

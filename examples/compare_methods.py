@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from sparsefw import prune
-from sparsefw.evaluation.metrics import lines
-from sparsefw.evaluation.run import evaluate
+from sparsefw.extras.evaluation.metrics import lines
+from sparsefw.extras.evaluation.run import evaluate
 
 
 def main(

@@ -180,6 +180,7 @@ def prune(
         from sparsefw.checkpoint.files import check_output
         from sparsefw.driver.in_memory import run_in_memory
         from sparsefw.driver.job import Job
+        from sparsefw.extras.page import write_pages
         from sparsefw.probe import say_kernel
 
         say_kernel(config, say)
@@ -192,8 +193,9 @@ def prune(
         elif tokenizer is None and not (isinstance(documents, Tensor) and not inputs.evaluate):
             tokenizer = tokenizer_of(module)
         with _folder(folder, ranks) as written, nullcontext() if batches else on_cpu_by_default():
-            shown = ranks.first and progress
-            job = Job(inputs, config, Output(written, **places), documents, tokenizer, None, say, shown, ranks)
+            shown, given = ranks.first and progress, given_arguments(inputs, config)
+            target = Output(written, **places)
+            job = Job(inputs, config, target, documents, tokenizer, None, say, shown, ranks, given, write_pages)
             with _packing(job):
                 report = run_in_memory(module, job, batches, folder is not None)
     # A temporary folder has been deleted.
@@ -227,14 +229,25 @@ def prune_checkpoint(
     _ = config.backend
     from sparsefw.driver.job import Job
     from sparsefw.driver.run import run_job
+    from sparsefw.extras.page import write_pages
     from sparsefw.probe import say_kernel
 
     with joined_with(log) as (ranks, say):
         say_kernel(config, say)
         folder = ranks.local_first(lambda: locate(inputs.model))
-        job = Job(inputs, config, output, dataset, tokenizer, folder, say, ranks.first and progress, ranks)
+        shown, given = ranks.first and progress, given_arguments(inputs, config)
+        job = Job(inputs, config, output, dataset, tokenizer, folder, say, shown, ranks, given, write_pages)
         with _packing(job):
             return run_job(job)
+
+
+def given_arguments(inputs: Inputs, config: PruneConfig) -> dict[str, Any]:
+    """Find the arguments that the user gave, by name, and the texts, whose default depends on the network."""
+    others = asdict(Inputs(model=inputs.model)) | {"model": DEFAULT}
+    if not inputs.built_in:
+        del others["dataset"]
+    given = {name: value for name, value in asdict(inputs).items() if name not in others or value != others[name]}
+    return given | {name: value for name, value in config.given.items() if value != inputs.options.get(name)}
 
 
 @contextmanager
@@ -245,7 +258,7 @@ def _packing(job: "Job") -> Iterator[None]:
         yield
         return
     from sparsefw.checkpoint.files import check_output
-    from sparsefw.packing import pack_folder
+    from sparsefw.extras.packed.folders import pack_folder
 
     for read in filter(None, (job.folder, folder)):
         check_output(packed, read, job.output.overwrite, job.inputs.paths)

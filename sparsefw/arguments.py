@@ -115,12 +115,12 @@ def check_model(model: Any, on_batches: bool) -> None:
     """
     from transformers import PreTrainedModel
 
-    from sparsefw.packed import PackedLinear
+    from sparsefw.checkpoint.packed import MASK
 
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if type(module).__module__.split(".")[0] == "peft":
             raise InputError(f"{name or 'model'}: is an adapter of peft; merge the adapters first: merge_and_unload()")
-        if isinstance(module, PackedLinear):
+        if f"weight{MASK}" in module._parameters:
             raise InputError(f"{name}: is packed; model.dequantize() makes it dense")
     if not isinstance(model, nn.Module if on_batches else PreTrainedModel):
         expected = "a folder, a Hub id or a transformers model; any other module needs batches: calibration="

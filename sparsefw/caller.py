@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsefw.environment import set_environment
+
 # Settings of libraries and limits of memory belong to the whole process: one run at a time.
 _turn = RLock()
 
@@ -49,6 +51,7 @@ def bars_wanted() -> bool:
 @contextmanager
 def settings_kept() -> Iterator[None]:
     """Let one thread at a time into the `with` block, and restore the caller's settings after it."""
+    set_environment()
     # Tensors of inference mode do not count writes, which tracing needs.
     with _turn, torch.inference_mode(False), without_autocast(), _exact_products(), _progress_bars_kept():
         yield

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sparsefw.environment import set_environment
 from sparsefw.errors import (
     InputError,
     by_command,
@@ -74,6 +75,7 @@ def launched(argv: list[str] | None) -> Iterator[Outcome]:
         argv: the arguments of the command; None: those of the process, which ends with the block.
     """
     outcome, rank = Outcome(), os.environ.get("RANK", "") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    set_environment()
     if argv is None:
         _prepare_process(rank)
     try:

@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         from tqdm import tqdm
 
         from sparsefw import memory
-        from sparsefw.evaluation.metrics import lines
-        from sparsefw.evaluation.run import evaluate
+        from sparsefw.extras.evaluation.metrics import lines
+        from sparsefw.extras.evaluation.run import evaluate
 
         memory.share_freed()
         # Redraws the progress bar below each line.

@@ -13,7 +13,7 @@ from sparsefw.errors import InputError
 def main() -> int:
     """Run the harness's command; returns the exit status, 2 for bad input."""
     # Registers the model.
-    from sparsefw.evaluation.run import check_installed
+    from sparsefw.extras.evaluation.run import check_installed
 
     try:
         check_installed()

@@ -1,7 +1,7 @@
 """Pack a pruned checkpoint, so that its zeros take no space: `sparsefw pack PRUNED PACKED`.
 
 Each pruned matrix becomes its kept weights and a bit for each weight: at 60 %, 0.46 of its bytes in bf16. All else is
-copied. After `import sparsefw`, transformers loads the folder, and `sparsefw unpack` gives the same bits back. An
+copied. After `import sparsefw.packed` transformers loads the folder, and `sparsefw unpack` gives the same bits back. An
 interrupted command goes on where it was.
 """
 
@@ -20,9 +20,9 @@ def packer(command: str, description: str | None, argv: list[str] | None) -> Non
     arguments = parser.parse_args(argv)
     refuse_ranks(command)
     load_libraries()
-    from sparsefw import packing
+    from sparsefw.extras.packed import folders
 
-    convert = packing.pack_folder if command == "pack" else packing.unpack_folder
+    convert = folders.pack_folder if command == "pack" else folders.unpack_folder
     before, after = convert(
         arguments.source, arguments.output, overwrite=arguments.overwrite, restart=arguments.restart
     )

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         inputs, output = given(arguments, Inputs), Output(**given(arguments, Output))
         load_libraries()
         from sparsefw import memory
-        from sparsefw.recovery import recover
+        from sparsefw.extras.recovery import recover
 
         memory.share_freed()
         try:

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         arguments = parser.parse_args(argv)
         load_libraries()
-        from sparsefw.verification import lines, verify
+        from sparsefw.extras.verification import lines, verify
 
         verdict = verify(arguments.output, arguments.against, arguments.digest)
         for line in lines(verdict):

@@ -20,17 +20,9 @@ LIMITS = {
     "tests: tokens": 188_000,
     "documents: words": 18_000,
 }
-# The parts of sparsefw that only some runs need.
-EXTRAS = (
-    "evaluation/*",
-    "evaluate.py",
-    "lm_eval.py",
-    "llmcompressor.py",
-    "pack*.py",
-    "unpack.py",
-    "checkpoint/packed.py",
-)
-EXTRAS += ("recover.py", "recovery.py", "verify.py", "verification.py", "report/html.py", "report/card.py")
+# The parts of sparsefw that only some runs need: the extras, their commands, and the modules that users import.
+EXTRAS = ("extras/*", "extras/*/*", "verify.py", "evaluate.py", "lm_eval.py", "recover.py", "pack.py", "unpack.py")
+EXTRAS += ("packed.py", "evaluation.py", "llmcompressor.py")
 # Tables of facts, which are not counted.
 TABLES = {"models.md", "flags.md"}
 

@@ -248,6 +248,15 @@ def test_what_a_caller_sees(source, tmp_path, caplog, capsys):
     assert list(result.to_pandas()["name"]) == [layer.name for layer in result.layers]
 
 
-def test_importing_the_package_takes_nothing_along():
-    program = "import sys, sparsefw; dir(sparsefw); assert not {'torch', 'triton', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True)
+IMPORT = """
+import os, sys
+before = dict(os.environ), list(sys.meta_path)
+import sparsefw
+dir(sparsefw)
+assert not {"torch", "triton", "transformers"} & set(sys.modules)
+assert (dict(os.environ), sys.meta_path) == before
+"""
+
+
+def test_importing_the_package_does_nothing():
+    subprocess.run([sys.executable, "-c", IMPORT], check=True)

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from sparsefw import prune
-from sparsefw.evaluation import evaluate
-from sparsefw.evaluation.harness import StreamedLM
+from sparsefw.extras.evaluation import evaluate
+from sparsefw.extras.evaluation.harness import StreamedLM
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The scripts of examples/, on the built-in model and few windows.
 
-tests/evaluation/test_run.py runs the one with tasks, tests/test_llmcompressor.py the one of llm-compressor.
+tests/extras/ runs the one with tasks (evaluation/test_run.py) and the one of llm-compressor (test_llmcompressor.py).
 """
 
 import ast
@@ -43,5 +43,5 @@ def test_llmcompressor_recipe():
     """This package has all that it imports from it."""
     written = ast.parse((EXAMPLES / "llmcompressor_recipe.py").read_text())
     (imported,) = [node for node in written.body if getattr(node, "module", "") == "sparsefw.llmcompressor"]
-    module = ast.parse((EXAMPLES.parent / "sparsefw/llmcompressor.py").read_text())
+    module = ast.parse((EXAMPLES.parent / "sparsefw/extras/llmcompressor.py").read_text())
     assert {x.name for x in imported.names} <= {node.name for node in module.body if isinstance(node, ast.ClassDef)}

@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 REPO = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.py").exists())
-DATA = {"sparsefw/py.typed", "sparsefw/report/page.html", "sparsefw/report/card.md"}
+DATA = {"sparsefw/py.typed", "sparsefw/extras/page/page.html", "sparsefw/extras/page/card.md"}
 
 
 def call(*command: str | Path, cwd: Path, **environment: str) -> str:

@@ -30,9 +30,9 @@ from suite_texts import HALVES, write_texts
 from sparsefw.checkpoint.source import Checkpoint, inspect
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows
-from sparsefw.evaluation.harness import StreamedLM, Tasks
-from sparsefw.evaluation.rows import request_of
-from sparsefw.evaluation.streaming import scores_of
+from sparsefw.extras.evaluation.harness import StreamedLM, Tasks
+from sparsefw.extras.evaluation.rows import request_of
+from sparsefw.extras.evaluation.streaming import scores_of
 from sparsefw.inputs import locate
 
 # Tokens of a window, and items of a task.

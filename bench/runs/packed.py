@@ -87,6 +87,8 @@ def generate_once(folder: str, dtype: str) -> None:
     """Load a checkpoint, generate, and print seconds, bytes of the process and tokens a second."""
     from transformers import AutoModelForCausalLM
 
+    import sparsefw.packed  # noqa: F401  # tells transformers how to load packed checkpoints
+
     begin = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     loaded, prompt = time.perf_counter() - begin, torch.arange(1, 17).view(1, 16)

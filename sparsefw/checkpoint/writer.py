@@ -271,7 +271,7 @@ class Writer:
 
         Args:
             save: writes a model in memory into a folder.
-            describe: writes the model card, which SHA256SUMS leaves out, into the folder of a complete model.
+            describe: writes pages about a complete model into its folder. SHA256SUMS leaves the model card out.
 
         Raises:
             InputError: something else came to lie at `output` meanwhile.

@@ -4,7 +4,7 @@ The model is written by its own library.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches
 from sparsefw.driver.job import Job, Run, Samples
-from sparsefw.driver.run import carry_out, computes_in_fp32, resumed, settled
+from sparsefw.driver.run import Describe, carry_out, computes_in_fp32, resumed, settled
 from sparsefw.driver.texts import read_texts, with_defaults
 from sparsefw.errors import InputError, errors_in_one_line, shown
 from sparsefw.memory import on_gpu, this_device
@@ -86,7 +86,7 @@ def run_in_memory(
                 own = (folder / TOKENIZER_CONFIG).exists()
                 copy_companions(source, folder, TOKENIZERS if own else ())
 
-        def finish(writer: Writer, describe: Callable[[Path], None]) -> None:
+        def finish(writer: Writer, describe: Describe) -> None:
             for n, i in enumerate(opened.unique_blocks):
                 opened.change(i, read_shard(writer.path(n)))
             opened.set_back()

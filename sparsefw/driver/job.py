@@ -20,6 +20,7 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.model.shapes import BlockShape
 from sparsefw.model.stages import Confirmed
 from sparsefw.ranks import ALONE, Ranks
+from sparsefw.report.content import Report
 from sparsefw.report.log import Progress
 from sparsefw.solver.config import PruneConfig
 
@@ -28,6 +29,10 @@ Shown = bool | Callable[[Progress], None] | None
 
 # Samples run through a model: windows of tokens, or a caller's batches.
 Samples = Windows | Batches
+
+# Writes report.html and the model card. Takes the report, the output's folder, the source's folder, a function for
+# lines of the log, and the folder to write to, which becomes the output's.
+WritePages = Callable[[Report, Path, Path | None, Callable[[str], None], Path], None]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Job:
         say: called with every line of the log.
         progress: how progress is shown, see `log.progress_of`.
         ranks: the processes of the run, each with its share of the windows. All of them have the same job.
+        given: the arguments that the user gave, by name, for the report.
+        write_pages: writes the page and the model card; None: there are none.
         begun: identity and choices of the unfinished run that this one resumes, see `Writer.begun`.
     """
 
@@ -56,6 +63,8 @@ class Job:
     say: Callable[[str], None] = print
     progress: Shown = None
     ranks: Ranks = ALONE
+    given: dict[str, Any] = field(default_factory=dict)
+    write_pages: WritePages | None = None
     begun: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 

@@ -25,8 +25,11 @@ from sparsefw.estimate.memory import disk_space, memory_needs, pruned_shape
 from sparsefw.estimate.placement import place, reconstruction_line, reconstruction_steps
 from sparsefw.model import ModelShape, StreamedModel, shape_of
 from sparsefw.model.block_model import BlockModel
-from sparsefw.report import card, content, html, log
+from sparsefw.report import content, log
 from sparsefw.timeline import of_rank
+
+# Writes report.html and the model card into a folder; None: there are none.
+Describe = Callable[[Path], None] | None
 
 # Inputs that a resumed run may name otherwise: their contents are compared.
 BY_CONTENT = {"model", "dataset", "evaluate"}
@@ -64,7 +67,7 @@ def run_job(job: Job) -> content.Report:
             files=stamps(source) if job.ranks.first else {},
             source=job.folder,
         )
-        return carry_out(settled(run, written), lambda writer, card: writer.finish(None, card))
+        return carry_out(settled(run, written), lambda writer, describe: writer.finish(None, describe))
 
 
 def resumed(job: Job) -> Job:
@@ -123,13 +126,13 @@ def settled(run: Run, written: int = 0, saved: int = 0, fixed: dict[str, int] | 
     return run
 
 
-def carry_out(run: Run, finish: Callable[[Writer, Callable[[Path], None]], None]) -> content.Report:
+def carry_out(run: Run, finish: Callable[[Writer, Describe], None]) -> content.Report:
     """Prune the model of a run, evaluate it, and write its report.
 
     Args:
         run: the run.
         finish: called when all blocks and the report are written, with the writer and with a function that writes the
-            model card into a folder.
+            page and the model card into a folder.
 
     Raises:
         InputError, FloatingPointError: as `run_job`.
@@ -170,10 +173,9 @@ def carry_out(run: Run, finish: Callable[[Writer, Callable[[Path], None]], None]
         # Times differ among ranks: all of them return those of rank 0.
         report = ranks.broadcast_object(_report(run, outcome))
         if ranks.first:
-            texts = {"report.json": report.to_json(), "report.html": html.page(report)}
-            for name, text in texts.items():
-                durably(writer.folder / name, text)
-        finish(writer, partial(card.write_card, writer.output, report, run.source, say=run.say))
+            durably(writer.folder / "report.json", report.to_json())
+        pages = job.write_pages
+        finish(writer, partial(pages, report, writer.output, run.source, run.say) if pages else None)
     return report
 
 
@@ -237,6 +239,7 @@ def _report(run: Run, outcome: Outcome) -> content.Report:
     peak = {what: max(record.peak_memory[what] for record in records) for what in mine.peak_memory}
     return content.Report(
         arguments=arguments,
+        given=job.given,
         versions=content.versions(),
         device=device,
         data=content.CalibrationText(calibration.source, calibration.hash, calibration.n, run.seqlen, job.inputs.seed),

@@ -176,7 +176,7 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class Recovery:
-    """How all kept weights of the pruned model were fitted together, see `sparsefw.recovery`.
+    """How all kept weights of the pruned model were fitted together, see `sparsefw recover`.
 
     Attributes:
         model: the dense model.
@@ -215,6 +215,7 @@ class Report:
         ranks: the processes that have shared the run, if there were several.
         in_memory: whether the model was in memory, and was not read from a checkpoint that `model` names.
         recoveries: what `sparsefw recover` has made of the run's weights, one after another.
+        given: the arguments that the user gave, by name. None: the report is of a version that did not store them.
     """
 
     arguments: dict[str, Argument]
@@ -233,6 +234,7 @@ class Report:
     ranks: list[RankRecord] = field(default_factory=list)
     in_memory: bool = False
     recoveries: list[Recovery] = field(default_factory=list)
+    given: dict[str, Argument] | None = None
 
     def argument(self, name: str, kind: type[T]) -> T:
         """The value of a flag.

@@ -11,7 +11,7 @@ PARTS = {
     "models": "test_batches.py driver/test_generation.py model/test_multimodal.py",
     "reconstructions": "driver/test_reconstruct.py driver/test_reconstruct_in_memory.py "
     "driver/test_reconstruct_runs.py driver/test_predicted.py driver/test_ranks.py driver/test_same_bits.py",
-    "recoveries and evaluations": "test_recovery.py evaluation commands/test_pack.py",
+    "recoveries and evaluations": "extras/test_recovery.py extras/evaluation extras/test_pack.py",
 }
 # Parts of names of tests, and why they do not run there.
 LEFT_OUT = {

@@ -1,15 +1,14 @@
 """Gradients of a reconstruction are the same bits in every run, or the report names what may give others."""
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers.reconstructed import run, shards
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from sparsefw.caller import settings_kept
+from sparsefw.cli import launched
 from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.model.gradients import refused
 from sparsefw.model.stand_ins import ForwardFailed
@@ -106,26 +105,26 @@ def test_what_was_refused(said, operation):
     assert refused(error) == operation
 
 
-VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0"}
-ALLOCATION = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+SAME_BITS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0"}
+ASKED = SAME_BITS | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
-def environment_with(given):
-    """The environment after the package is imported, with these of its variables set before."""
-    names = {*VARIABLES, *ALLOCATION, "PYTORCH_CUDA_ALLOC_CONF"}
-    before = {name: value for name, value in os.environ.items() if name not in names} | given
-    code = "import sparsefw, sys, os, json; assert 'torch' not in sys.modules; print(json.dumps(dict(os.environ)))"
-    done = subprocess.run([sys.executable, "-c", code], env=before, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+def command():
+    with launched([]):
+        pass
 
 
-@pytest.mark.parametrize("given", [{}, {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "NCCL_NVLS_ENABLE": "1"}], ids=str)
-def test_the_package_asks_libraries_for_the_same_bits(given):
-    """torch looks before its first product, which may be one of the caller's own."""
-    assert (VARIABLES | ALLOCATION | given).items() <= environment_with(given).items()
-
-
-@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_allocation_stays_as_the_caller_has_set_it(name):
-    after = environment_with({name: "max_split_size_mb:64"})
-    assert {key: value for key, value in after.items() if key.endswith("ALLOC_CONF")} == {name: "max_split_size_mb:64"}
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, ASKED),
+        ({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, ASKED | {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, SAME_BITS | {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+    ],
+    ids=str,
+)
+def test_commands_and_calls_set_what_the_caller_has_not_set(before, after, monkeypatch):
+    for enter in (command, settings_kept()(lambda: None)):
+        monkeypatch.setattr(os, "environ", dict(before))
+        enter()
+        assert os.environ == after

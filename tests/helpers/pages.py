@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 
+from sparsefw.api import given_arguments
 from sparsefw.cli import run_parser, settings_of
 from sparsefw.report.content import BlockRecord, CalibrationText, EvaluationText, MemoryRecord, Report
 from sparsefw.solver.layer import LayerResult
@@ -33,11 +34,12 @@ def layer(name: str, method: str, mask: float, error: float, shape: tuple[int, i
     )
 
 
-def parsed(arguments: list[str]) -> dict:
-    """The arguments of a report, from a command line."""
+def parsed(arguments: list[str]) -> dict[str, dict]:
+    """The arguments of a report and those that were given, from a command line."""
     inputs, config, output = settings_of(run_parser(None).parse_args(arguments))
     found = asdict(inputs) | asdict(config.for_calibration(8, 128)) | asdict(output)
-    return found | {"output": str(found.pop("folder"))}
+    found |= {"output": str(found.pop("folder"))}
+    return {"arguments": found, "given": given_arguments(inputs, config)}
 
 
 def report_of_run(blocks: int = 3, prefix: str = "model.layers", arguments: tuple[str, ...] = ()) -> Report:
@@ -50,7 +52,7 @@ def report_of_run(blocks: int = 3, prefix: str = "model.layers", arguments: tupl
         timeline.append(Span(i, "read", "read", 10.0 * i - 5, 10.0 * i))
     perplexity = {"dense": 10.0, "wanda": 20.123456, "sparsefw": 15.5}
     return Report(
-        arguments=parsed(["--sparsity", "0.5", "--output", "out", *arguments]),
+        **parsed(["--sparsity", "0.5", "--output", "out", *arguments]),
         versions={"python": "3", "torch": "2"},
         device="a card",
         data=CalibrationText("a text", "abc123", windows=8, seqlen=128, seed=5),

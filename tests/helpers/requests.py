@@ -8,8 +8,8 @@ from helpers.families import VOCABULARY
 from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.source import inspect
-from sparsefw.evaluation.rows import request_of
-from sparsefw.evaluation.streaming import scores_of
+from sparsefw.extras.evaluation.rows import request_of
+from sparsefw.extras.evaluation.streaming import scores_of
 
 
 def some_requests(seed=0, longest=60):

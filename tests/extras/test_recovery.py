@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from sparsefw import arithmetic, pack, recover, recovery, verify
+from sparsefw import arithmetic, pack, recover, verify
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import calibration_windows
-from sparsefw.recovery import RATE
+from sparsefw.extras import recovery
+from sparsefw.extras.recovery import RATE
 from sparsefw.report.content import read_report
 from sparsefw.solver.config import PruneConfig
 

@@ -103,7 +103,7 @@ def test_zeros_are_preserved():
 
 
 def test_the_example_prunes_and_quantises(tmp_path, capsys):
-    main = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples/llmcompressor_recipe.py"))["main"]
+    main = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples/llmcompressor_recipe.py"))["main"]
     main(str(MODEL), str(tmp_path), Dataset.from_dict({"input_ids": WINDOWS.tolist()}), max_seq_length=64)
     fractions = re.findall(r"proj: ([\d.]+)% zeros", capsys.readouterr().out)
     assert len(fractions) == 7

@@ -25,7 +25,7 @@ from sparsefw.data.batches import token_batch
 from sparsefw.errors import InputError, counted
 from sparsefw.estimate.memory import Workload
 from sparsefw.estimate.placement import memory_limits, place
-from sparsefw.evaluation.rows import Group, Request, Row, Sharing, batch_of, groups_of, partition, rows_of
+from sparsefw.extras.evaluation.rows import Group, Request, Row, Sharing, batch_of, groups_of, partition, rows_of
 from sparsefw.model import ModelShape, Placement, StreamedModel, shape_of
 from sparsefw.model.forward import check_token, embed_batches, run_behind_blocks
 from sparsefw.ranks import ALONE, Ranks

@@ -4,15 +4,14 @@ Numbers become text, paths and positions here, and page.html lays them out. Name
 every text is escaped, characters that do not print are spelled out, and nothing is a link.
 
 A chart is 1000 wide and 1000 high, whatever its size on the screen; y points down. Its `marks` are paths, each with
-the kind of mark (line, mask, band, dots, fill) and the name that its colour stands for. Its `hits` are the areas that
-show a title when they are pointed at, one for each block. Its `x` and `y` are ticks, (position, label).
+the kind of mark (line, mask, band, fill) and the name that its colour stands for. Its `titles` are shown when a block
+is pointed at. Its `x` and `y` are ticks, (position, label).
 """
 
 import math
-import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -20,11 +19,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from sparsefw.errors import flag_of, printable
+from sparsefw.errors import printable
+from sparsefw.extras.page.command import commands_of
 from sparsefw.memory import gib
 from sparsefw.report import log
-from sparsefw.report.content import HIDDEN, Argument, BlockRecord, Report, amount
-from sparsefw.solver.config import METHODS, PruneConfig
+from sparsefw.report.content import HIDDEN, BlockRecord, Report, amount
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import Span
 
@@ -37,17 +36,15 @@ MOST_ROWS = 2000
 PHASES = ("solve", "calibrate", "forward", "evaluate", "read", "write", "reconstruct", "embed", "wait")
 LANES = ("main", "read", "write")
 
-# Most dots on a line. More would run into each other.
-MOST_DOTS = 48
-
 # Peaks of a block by their names.
 PEAKS = {"host": "host_bytes", "gpu": "gpu_bytes", "reserved": "gpu_reserved_bytes"}
 
 # A chart as the template reads it.
 Chart = dict[str, Any]
-# Its kind, the name that its colour stands for, and values of the y axis by position of the block: those of a line or
-# of an upper edge, and those of the lower edge of a band or of bars.
-Mark = tuple[str, str, Mapping[Any, float], Mapping[Any, float]]
+# Points that are joined by lines: position of the block and value on the y axis.
+Shape = list[tuple[float, float]]
+# Its kind, the name that its colour stands for, and its shapes.
+Mark = tuple[str, str, list[Shape]]
 
 
 def page(report: Report) -> str:
@@ -62,28 +59,30 @@ def page(report: Report) -> str:
     Raises:
         ValueError: a layer lies in none of the blocks.
     """
-    blocks = report.blocks
-    errors = error_charts(report)
+    blocks, errors = report.blocks, error_charts(report)
     names = [phase for block in blocks for phase in block.seconds] + [span.phase for span in report.timeline]
     phases = _ordered(PHASES, names)
-    sizes = [*(f"{phase} s" for phase in phases), *(f"{name} GiB" for name in PEAKS)]
+    sizes = [*(f"{phase} s" for phase in phases), *(f"{peak} GiB" for peak in PEAKS)]
     columns = ["block", "name", *sizes, "loss before", "loss after", "calibration"]
+    rows = [_block_cells(block, phases) for block in blocks]
+    titles = [", ".join(f"{what} {cell}" for what, cell in zip(columns, row, strict=True)) for row in rows]
     return _template().render(
         report=report,
         log=log,
         summary="; ".join([log.kept_line(report), *log.recovery_lines(report)]),
         facts=_facts(report),
-        command=command_of(used_arguments(report)),
+        # The same bytes in whatever folder the page is.
+        commands=commands_of(report, "recovered" if report.recoveries else str(report.arguments["output"])),
         # Classes of the style sheet.
         method_colours={m: f"m{i}" for i, m in enumerate(reversed(report.methods))},
         phase_colours={phase: f"p{[*PHASES, phase].index(phase)}" for phase in phases},
         errors=errors,
         bands=any(mark["class"] == "band" for chart in errors.values() for mark in chart["marks"]),
         layers=[log.layer_cells(layer) for layer in report.layers] if len(report.layers) <= MOST_ROWS else None,
-        time=time_chart(blocks, phases),
-        memory=memory_chart(blocks, report.memory.limits),
+        time=_chart(blocks, _bars(blocks, phases), titles),
+        memory=_chart(blocks, _peaks(blocks), titles),
         block_columns=columns,
-        block_rows=[_block_cells(block, phases) for block in blocks],
+        block_rows=rows,
         timeline=timeline(report.timeline, blocks),
     )
 
@@ -120,26 +119,13 @@ def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
         "ranks": [(f"rank {n}", log.rank_line(rank)) for n, rank in enumerate(report.ranks)],
         "time": [(phase, f"{seconds:.1f} s") for phase, seconds in report.seconds.items()],
         "source": [("note", note) for note in report.notes],
+        "arguments": [
+            (name, " ".join(map(str, value)) if isinstance(value, tuple) else str(value))
+            for name, value in report.arguments.items()
+            if value not in (None, ())
+        ],
     }
     return {heading: found for heading, found in facts.items() if found}
-
-
-def used_arguments(report: Report) -> dict[str, Argument]:
-    """The arguments of a run without those that no method of it uses, which the command line refuses."""
-    if any(METHODS[name].frank_wolfe for name in report.methods):
-        return report.arguments
-    unused = {f.name for f in fields(PruneConfig) if f.metadata.get("frank_wolfe")}
-    return {name: value for name, value in report.arguments.items() if name not in unused}
-
-
-def command_of(arguments: Mapping[str, Argument]) -> list[str]:
-    """The command line of a run with these arguments, flag by flag."""
-    parts = ["python -m sparsefw.run"]
-    for name, value in arguments.items():
-        for item in value if isinstance(value, tuple) else (value,):
-            if item is not None and item is not False:
-                parts.append(flag_of(name) if item is True else f"{flag_of(name)} {shlex.quote(str(item))}")
-    return parts
 
 
 def _block_cells(block: BlockRecord, phases: list[str]) -> list[str]:
@@ -163,49 +149,38 @@ def _chart(blocks: Sequence[BlockRecord], marks: Sequence[Mark], titles: Sequenc
 
     Args:
         blocks: the blocks.
-        marks: what is drawn. Lines have dots at their values, if these would not run into each other.
-        titles: for each block, what is shown when it is pointed at; empty: nothing.
+        marks: what is drawn.
+        titles: a text for each block.
         top: the greatest value, or a greater one.
     """
-    edges = [value for *_, high, low in marks for value in (*high.values(), *low.values()) if math.isfinite(value)]
-    width, top = 1000 / len(blocks), max([top, *edges]) * 1.05 or 1.0
+    values = [value for *_, shapes in marks for shape in shapes for _, value in shape if math.isfinite(value)]
+    width, top = 1000 / len(blocks), max([top, *values]) * 1.05 or 1.0
 
-    def x(i: float) -> str:
-        return f"{(i + 0.5) * width:.4g}"
+    def x(position: float) -> str:
+        return f"{(position + 0.5) * width:.4g}"
 
     def y(value: float) -> str:
         return f"{1000 - value * 1000 / top:.4g}"
 
-    paths = []
-    for kind, colour, high, low in marks:
-        pairs = [*sorted(high.items()), *sorted(low.items(), reverse=True)]
-        points = [f"{x(i)} {y(value)}" for i, value in pairs if math.isfinite(value)]
-        path = "M" + "L".join(points) if points else ""
-        if kind == "fill":
-            bars = (f"M{x(i - 0.4)} {y(low[i])}V{y(end)}H{x(i + 0.4)}V{y(low[i])}z" for i, end in high.items())
-            path = "".join(bars)
-        paths.append({"class": kind, "colour": colour, "path": path})
-        if kind == "line" and len(points) <= MOST_DOTS:
-            # Lines of no length, which their round ends make dots.
-            paths.append({"class": "dots", "colour": colour, "path": "".join(f"M{at}h0" for at in points)})
+    def path(shape: Shape) -> str:
+        points = [f"{x(position)} {y(value)}" for position, value in shape if math.isfinite(value)]
+        # The last line has no length. Its round ends make a dot of a single point.
+        return f"M{'L'.join(points)}h0" if points else ""
+
+    drawn = [{"class": kind, "colour": name, "path": "".join(map(path, shapes))} for kind, name, shapes in marks]
     return {
+        "marks": [mark for mark in drawn if mark["path"]],
+        "titles": titles,
         "y": [(y(value), label) for value, label in _ticks(top, 5)],
-        "x": [(x(i), str(blocks[round(i)].block)) for i, _ in _ticks(len(blocks) - 1, 7, whole=True)],
-        "marks": [mark for mark in paths if mark["path"]],
-        "hits": [
-            (f"{i * width:.4g}", f"{width:.4g}", f"block {block.block}: {title}")
-            for i, (block, title) in enumerate(zip(blocks, titles, strict=True))
-            if title
-        ],
+        "x": [(x(i), str(blocks[round(i)].block)) for i, _ in _ticks(len(blocks) - 1, 7, least=1.0)],
     }
 
 
-def _ticks(high: float, most: int, whole: bool = False) -> list[tuple[float, str]]:
+def _ticks(high: float, most: int, least: float = 0.0) -> list[tuple[float, str]]:
     """Values from 0 with their labels: multiples of 1, 2 or 5 times a power of ten, about `most` of them."""
-    least = high / most or 1.0
-    power = 10.0 ** math.floor(math.log10(least))
-    step = next(power * n for n in (1, 2, 5, 10) if power * n >= least * (1 - 1e-9))
-    step = max(step, 1.0) if whole else step
+    distance = max(high / most, least)
+    power = 10.0 ** math.floor(math.log10(distance))
+    step = next(power * n for n in (1, 2, 5, 10) if power * n >= distance * (1 - 1e-9))
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return [(n * step, f"{n * step:.{digits}f}") for n in range(math.floor(high / step + 1e-9) + 1)]
 
@@ -219,55 +194,43 @@ def error_charts(report: Report) -> dict[str, Chart]:
         found[kind][layer.method].setdefault(position, []).append(layer)
         top = max([top, *filter(math.isfinite, (layer.relative_mask, layer.relative_error))])
     for kind, by_method in found.items():
-        marks, titles = list[Mark](), [list[str]() for _ in report.blocks]
+        marks, titles = list[Mark](), [[f"block {block.block}"] for block in report.blocks]
         for method, of_blocks in by_method.items():
-            errors = {i: [layer.relative_error for layer in layers] for i, layers in of_blocks.items()}
-            low, high, means = ({i: pick(values) for i, values in errors.items()} for pick in (min, max, fmean))
-            masks = {i: fmean(layer.relative_mask for layer in layers) for i, layers in of_blocks.items()}
-            marks += [("band", method, high, low)] if low != high else []
-            marks += [("mask", method, masks, {})] if masks != means else []
-            marks += [("line", method, means, {})]
-            for i, values in errors.items():
-                n = len(values)
-                spread = f" (mean of {n}, {low[i]:.4f} to {high[i]:.4f})" if n > 1 else ""
-                titles[i].append(f"{method} {means[i]:.4f}{spread}, mask only {masks[i]:.4f}")
+            upper, lower, means, masks = Shape(), Shape(), Shape(), Shape()
+            for i, layers in sorted(of_blocks.items()):
+                errors = [layer.relative_error for layer in layers]
+                upper.append((i, max(errors)))
+                lower.append((i, min(errors)))
+                means.append((i, fmean(errors)))
+                masks.append((i, fmean(layer.relative_mask for layer in layers)))
+                titles[i].append(f"{method} {means[-1][1]:.4f}, mask only {masks[-1][1]:.4f}")
+            if upper != lower:
+                marks.append(("band", method, [upper + lower[::-1]]))
+            if masks != means:
+                marks.append(("mask", method, [masks]))
+            marks.append(("line", method, [means]))
         charts[kind] = _chart(report.blocks, marks, ["; ".join(of_block) for of_block in titles], top)
     return charts
 
 
-def time_chart(blocks: list[BlockRecord], phases: list[str]) -> Chart:
+def _bars(blocks: list[BlockRecord], phases: list[str]) -> list[Mark]:
     """Seconds of each block by phase, stacked."""
     marks, tops = list[Mark](), [0.0] * len(blocks)
     for phase in phases:
-        lows, tops = tops, [low + block.seconds.get(phase, 0.0) for low, block in zip(tops, blocks, strict=True)]
-        bars = {i: top for i, top in enumerate(tops) if top > lows[i]}
-        marks.append(("fill", phase, bars, dict(enumerate(lows))))
-    titles = [
-        f"{sum(block.seconds.values()):.2f} s "
-        f"({', '.join(f'{phase} {block.seconds[phase]:.2f}' for phase in phases if phase in block.seconds)})"
-        for block in blocks
-    ]
-    return _chart(blocks, marks, titles)
+        bars = []
+        for i, block in enumerate(blocks):
+            low = tops[i]
+            tops[i] = high = low + block.seconds.get(phase, 0.0)
+            if high > low:
+                bars.append([(i - 0.4, low), (i - 0.4, high), (i + 0.4, high), (i + 0.4, low)])
+        marks.append(("fill", phase, bars))
+    return marks
 
 
-def memory_chart(blocks: list[BlockRecord], limits: dict[str, int]) -> Chart:
-    """Peaks of memory in GiB, and the limits that are near them.
-
-    The chart also has `used`, the names of the peaks that are not zero, and `limits`, GiB of the limits drawn, by name.
-
-    Args:
-        blocks: the blocks, with their peaks in bytes.
-        limits: memory limits in bytes, by place.
-    """
+def _peaks(blocks: list[BlockRecord]) -> list[Mark]:
+    """Peaks of memory in GiB that are not zero."""
     peaks = {name: [getattr(block, field) / 2**30 for block in blocks] for name, field in PEAKS.items()}
-    used = {name: sizes for name, sizes in peaks.items() if any(sizes)}
-    top = max((max(sizes) for sizes in used.values()), default=0.0)
-    # A limit far above the peaks would press the lines flat.
-    near = {name: limits[name] / 2**30 for name in used if name in limits and limits[name] / 2**30 <= 3 * top}
-    marks: list[Mark] = [("mask", name, {-0.5: n, len(blocks) - 0.5: n}, {}) for name, n in near.items()]
-    marks += [("line", name, dict(enumerate(sizes)), {}) for name, sizes in used.items()]
-    titles = [", ".join(f"{name} {sizes[i]:.2f} GiB" for name, sizes in used.items()) for i in range(len(blocks))]
-    return _chart(blocks, marks, titles) | {"used": list(used), "limits": near}
+    return [("line", name, [[*enumerate(sizes)]]) for name, sizes in peaks.items() if any(sizes)]
 
 
 def timeline(spans: list[Span], blocks: list[BlockRecord]) -> Chart | None:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from sparsefw.caller import to_logger
 from sparsefw.checkpoint.files import check_output, durably, file_digest
 from sparsefw.checkpoint.packed import FORMAT, MASK, form_of, pack
 from sparsefw.checkpoint.quantization import GUARD, KEY, without_quantization
@@ -25,18 +26,21 @@ from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import BATCHES
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.errors import InputError
+from sparsefw.extras.page import write_pages
 from sparsefw.model.skeleton import Skeleton, build
-from sparsefw.report.card import write_card
 from sparsefw.report.content import Report, read_report, report_of
 from sparsefw.selection import without_index
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS
 from sparsefw.solver.patterns import Pattern
 
-REPORTS = ("report.json", "report.html", OWN_TEXT)
+REPORT = "report.json"
 
-# transformers says this where sparsefw is not imported: its loader knows no other way to ask for a package.
-ADVICE = "packed by sparsefw: pip install sparsefw, and import sparsefw before from_pretrained"
+# Files that the result has of the folder that is read.
+COPIED = (REPORT, OWN_TEXT)
+
+# transformers prints this where `sparsefw.packed` is not imported: no entry of a config asks for a package.
+ADVICE = "packed by sparsefw: pip install sparsefw, and import sparsefw.packed before from_pretrained"
 
 
 def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart: bool = False) -> tuple[int, int]:
@@ -170,13 +174,13 @@ def rewrite(
                 tensors |= form(name, dequantized(read.pop(name)))
             writer.write(n, tensors)
         durably(writer.folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        for name in REPORTS:
-            if (folder / name).is_file():
-                durably(writer.folder / name, partial(shutil.copyfile, folder / name))
-        for name, text in texts.items():
-            durably(writer.folder / name, text)
-        written = writer.folder / REPORTS[0]
+        others: dict[str, str | Callable[[Path], object]] = {
+            name: partial(shutil.copyfile, folder / name) for name in COPIED if (folder / name).is_file()
+        }
+        for name, content in (others | dict(texts)).items():
+            durably(writer.folder / name, content)
+        written = writer.folder / REPORT
         report = read_report(written) if written.is_file() else None
-        writer.finish(None, partial(write_card, writer.output, report, folder) if report else None)
+        writer.finish(None, partial(write_pages, report, writer.output, folder, to_logger) if report else None)
         before = sum(info.stored_nbytes for info in checkpoint.tensors.values())
         return before, writer.written

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
-from sparsefw.evaluation import streaming
-from sparsefw.evaluation.rows import Sharing, request_of, rows_of
+from sparsefw.extras.evaluation import streaming
+from sparsefw.extras.evaluation.rows import Sharing, request_of, rows_of
 from sparsefw.model import StreamedModel
 
 ALONE, CHAINS, TREES = "nothing", "beginnings", "branches"

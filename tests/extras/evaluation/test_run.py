@@ -14,8 +14,8 @@ from helpers.texts import make_tokenizer
 
 from sparsefw.errors import InputError
 from sparsefw.evaluate import main
-from sparsefw.evaluation import evaluate, run
-from sparsefw.evaluation.run import RESULT
+from sparsefw.extras.evaluation import evaluate, run
+from sparsefw.extras.evaluation.run import RESULT
 
 NAMES = ["tiny_choices", "tiny_rolling", "tiny_last_word"]
 
@@ -73,7 +73,7 @@ def test_an_output_that_cannot_be_written_loses_nothing(place, tmp_path, monkeyp
 
 
 def test_the_example_compares_methods(tasks, tmp_path, capsys):
-    main = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples/compare_methods.py"))["main"]
+    main = runpy.run_path(str(Path(__file__).resolve().parents[3] / "examples/compare_methods.py"))["main"]
     few = dict(nsamples=4, seqlen=32, eval_windows=2, kernel="torch", include=["layers.3"], reconstruct=0, compare=())
     main("default", "tiny_choices", tmp_path, 4, tasks, **few)
     printed = capsys.readouterr().out

@@ -21,7 +21,8 @@ from sparsefw.checkpoint import packed as layout
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.errors import InputError
-from sparsefw.packed import METHOD, PackedConfig, PackedLinear
+from sparsefw.extras.packed.quantizer import METHOD, PackedLinear
+from sparsefw.packed import PackedConfig
 
 TOKENS = torch.arange(40).view(2, 20)
 
@@ -104,10 +105,10 @@ def test_without_sparsefw_loading_fails(pruned, tmp_path, monkeypatch):
     _, output = pruned(*WANDA)
     folder = packed_of(output, tmp_path)
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "saved")
-    # As if sparsefw were not imported: it takes two entries, and a process without it takes seconds.
+    # As if sparsefw.packed were not imported: it makes two entries, and a process without it takes seconds.
     for entries in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(entries, METHOD)
-    hint = "packed by sparsefw: pip install sparsefw, and import sparsefw before from_pretrained$"
+    hint = "packed by sparsefw: pip install sparsefw, and import sparsefw.packed before from_pretrained$"
     for name, error, message in ((folder, ValueError, hint), ("saved", RuntimeError, "ignore_mismatched_sizes")):
         with pytest.raises(error, match=message):
             AutoModelForCausalLM.from_pretrained(tmp_path / name)
@@ -264,7 +265,7 @@ def test_a_gpu_multiplies_by_triton_where_it_is_installed(installed, monkeypatch
 
 
 def test_names_with_numbers_are_written_once():
-    from sparsefw.packing import generalized
+    from sparsefw.extras.packed.folders import generalized
 
     every = [f"layers.{n}.{part}.weight" for n in range(3) for part in ("a", "b")]
     assert generalized(every[:5], every) == ["layers.*.a.weight", "layers.0.b.weight", "layers.1.b.weight"]

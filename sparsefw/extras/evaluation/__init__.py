@@ -6,7 +6,7 @@ what needs it.
 
 from importlib.util import find_spec
 
-from sparsefw.evaluation.run import evaluate
+from sparsefw.extras.evaluation.run import evaluate
 
 __all__ = ["evaluate"]
 

@@ -13,9 +13,9 @@ from sparsefw.checkpoint.source import Checkpoint, inspect
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import Windows, evaluation_windows, window_length
 from sparsefw.errors import InputError, naming, option
-from sparsefw.evaluation.metrics import Evaluation, lines, task_records, text_record
-from sparsefw.evaluation.rows import request_of
-from sparsefw.evaluation.streaming import scores_of
+from sparsefw.extras.evaluation.metrics import Evaluation, lines, task_records, text_record
+from sparsefw.extras.evaluation.rows import request_of
+from sparsefw.extras.evaluation.streaming import scores_of
 from sparsefw.fields import check_names
 from sparsefw.inputs import EvaluationInputs, locate
 from sparsefw.model.skeleton import max_seqlen, read_config
@@ -70,7 +70,7 @@ def evaluate(
         found: dict[str, Mapping[str, Any]] = {}
         if inputs.tasks:
             check_installed()
-            from sparsefw.evaluation.harness import StreamedLM, Tasks
+            from sparsefw.extras.evaluation.harness import StreamedLM, Tasks
 
             tasks_found = Tasks(inputs.tasks, inputs.include_path)
             for name, source in sources.items():

@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 
 import sparsefw.lm_eval as command
 from sparsefw.errors import InputError
-from sparsefw.evaluation import harness, run
-from sparsefw.evaluation.harness import StreamedLM
+from sparsefw.extras.evaluation import harness, run
+from sparsefw.extras.evaluation.harness import StreamedLM
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}{% endfor %}[a]"
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sparsefw.data.windows import windows_of
-from sparsefw.evaluation import metrics
-from sparsefw.evaluation.metrics import Evaluation, estimate, estimate_of, task_records, text_record
+from sparsefw.extras.evaluation import metrics
+from sparsefw.extras.evaluation.metrics import Evaluation, estimate, estimate_of, task_records, text_record
 
 DRAWS = 4000
 

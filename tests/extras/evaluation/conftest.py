@@ -8,7 +8,7 @@ QUICK = {"nsamples": 4, "seqlen": 32, "sparsity": "0.5", "steps": 2, "reconstruc
 
 @pytest.fixture(autouse=True, scope="module")
 def no_cache(tmp_path_factory):
-    from sparsefw.evaluation import harness
+    from sparsefw.extras.evaluation import harness
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))

@@ -32,6 +32,9 @@ from sparsefw.driver.texts import own_text, windows_of_texts
 from sparsefw.errors import InputError, counted, option
 from sparsefw.estimate.memory import pruned_shape, recovery_needs
 from sparsefw.estimate.placement import too_little
+from sparsefw.extras.packed.folders import REPORT, rewrite
+from sparsefw.extras.page.command import VARIABLES
+from sparsefw.extras.verification import find_source
 from sparsefw.inputs import Inputs, Output
 from sparsefw.model import HiddenStates, ModelShape, StreamedModel, shape_of
 from sparsefw.model.activations import Store, split_batches
@@ -39,14 +42,10 @@ from sparsefw.model.forward import embed
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import add_divergence, logits
 from sparsefw.model.stand_ins import explained
-from sparsefw.packing import rewrite
 from sparsefw.probe import say_kernel
-from sparsefw.report import html
-from sparsefw.report.card import VARIABLES
 from sparsefw.report.content import CalibrationText, Recovery, Report, report_of
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.kept_weights import KeptWeights
-from sparsefw.verification import find_source
 
 # The first rate, see `solver.kept_weights`: less than that of a block, as all blocks move.
 RATE = 0.03
@@ -107,8 +106,7 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
                 recovery = Recovery(job.inputs.model, job.inputs.dataset, text, before, after, steps)
                 # Perplexities were those of the weights before.
                 report = replace(report, recoveries=[*report.recoveries, recovery], evaluation=[])
-                texts = {"report.json": report.to_json(), "report.html": html.page(report)}
-                texts |= {OWN_TEXT: windows.own} if windows.own else {}
+                texts = {REPORT: report.to_json()} | ({OWN_TEXT: windows.own} if windows.own else {})
                 form, overwrite = _recovered(student), output.overwrite
                 rewrite(source, output.folder, source.config, form, overwrite=overwrite, restart=True, texts=texts)
     say(f"divergence on held-out windows: {before:.4g} to {after:.4g}")

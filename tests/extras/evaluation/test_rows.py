@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.requests import REQUESTS
 
-from sparsefw.evaluation.rows import (
+from sparsefw.extras.evaluation.rows import (
     BRANCHES,
     SHARED_TOKENS,
     Request,

@@ -21,8 +21,8 @@ from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.checkpoint.source import inspect
 from sparsefw.data.tokens import load_tokenizer, tokenize
 from sparsefw.errors import InputError, first_line, option, shown
-from sparsefw.evaluation.rows import Request, request_of
-from sparsefw.evaluation.streaming import Score, scores_of
+from sparsefw.extras.evaluation.rows import Request, request_of
+from sparsefw.extras.evaluation.streaming import Score, scores_of
 from sparsefw.inputs import locate
 from sparsefw.model.skeleton import read_config
 from sparsefw.ranks import joined_with

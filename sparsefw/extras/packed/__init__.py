@@ -1,0 +1,1 @@
+"""Packed checkpoints: folders are packed and unpacked, and transformers loads them."""

@@ -1,0 +1,131 @@
+"""README.md of an output: its model card, which the Hub shows. card.md lays it out.
+
+The last line is a comment with the digest of all before it. A card with another digest was edited, and stays.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+
+from sparsefw.checkpoint.files import CARD, CONFIG, MAX_JSON_BYTES, durably
+from sparsefw.checkpoint.quantization import KEY
+from sparsefw.checkpoint.source import check_file, read_json
+from sparsefw.data.text import NAMED
+from sparsefw.extras.page.command import commands_of, from_python
+from sparsefw.inputs import DEFAULT, name_and_share
+from sparsefw.model.skeleton import has_class
+from sparsefw.report import log
+from sparsefw.report.content import Report, amount
+from sparsefw.solver.patterns import parse
+
+TEMPLATE = Path(__file__).with_name("card.md")
+
+# The digest follows it.
+MARK = b"<!-- written by sparsefw, sha256 "
+
+# Entries of the front matter that come from the card of the source.
+KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "base_model")
+
+# A folder in the Hub's cache.
+SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[^/]+/?")
+
+# The parts of a report that name files and folders of the machine.
+NAMING = ("arguments", "given", "data", "evaluation", "recoveries")
+
+
+def write_card(report: Report, output: Path, source: Path | None, say: Callable[[str], None], folder: Path) -> None:
+    """Write the model card; see `write_pages` for the arguments."""
+    old = output / CARD
+    if old.is_file() and not _as_written(old.read_bytes()):
+        durably(folder / CARD, partial(shutil.copyfile, old))
+        say(f"note: {old} was edited, and stays: what it tells may be of the older checkpoint")
+        return
+    text = card_of(folder, output.name, report, source).rstrip() + "\n\n"
+    durably(folder / CARD, f"{text}{MARK.decode()}{hashlib.sha256(text.encode()).hexdigest()} -->\n")
+
+
+def _as_written(content: bytes) -> bool:
+    before, _, digest = content.rpartition(MARK)
+    return digest == f"{hashlib.sha256(before).hexdigest()} -->\n".encode()
+
+
+def card_of(folder: Path, name: str, report: Report, source: Path | None) -> str:
+    """The card of the model in a folder that will have this name."""
+    known = {key: value for path in (source, folder) if path for key, value in _front_matter(path / CARD).items()}
+    report = _published(report)
+    model, pattern = report.argument("model", str), report.argument("sparsity", str)
+    if origin := _hub_id(source):
+        known["base_model"] = origin
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    kind = config["architectures"][0] if has_class(config.get("architectures")) else ""
+    data = ModelCardData(
+        **{"library_name": "transformers" if kind else None} | known,
+        datasets=_datasets(report) or None,
+        tags=["sparsefw", "pruned", "sparse", *([pattern] if parse(pattern).scope == "group" else [])],
+    )
+    facts: dict[str, Any] = dict(report=report, log=log, amount=amount, name=name, kind=kind, packed=KEY in config)
+    facts["files"] = {path.name for path in folder.iterdir()}
+    facts["origin"] = origin or ("The built-in model of sparsefw" if model == DEFAULT else model)
+    facts |= dict(commands=commands_of(report, name), language="python" if from_python(report) else "sh")
+    return str(ModelCard.from_template(data, str(TEMPLATE), **facts))
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """The entries of a card that are KEPT; empty if it is missing or cannot be read."""
+    # Nobody has checked the content, and the library that reads it raises anything.
+    with suppress(Exception):
+        check_file(card)
+        if card.stat().st_size < MAX_JSON_BYTES and (found := metadata_load(card)):
+            return {key: found[key] for key in KEPT if isinstance(found.get(key), str | list)}
+    return {}
+
+
+def _hub_id(folder: Path | None) -> str:
+    """The Hub id of a folder in the Hub's cache; empty: it is not there."""
+    found = SNAPSHOT.fullmatch(str(folder))
+    return found[1].replace("--", "/") if found else ""
+
+
+def _published(report: Report) -> Report:
+    """The report without paths of the machine: a file or a folder there has its last name alone."""
+    names = {report.argument("model", str), *(one.model for one in report.recoveries)}
+    names |= {name_and_share(text)[0] for text in (*report.argument("evaluate", tuple), *_texts(report))}
+    paths = {name: Path(os.path.abspath(os.path.expanduser(name))) for name in names}
+    local = [name for name, path in paths.items() if path.exists() or name.startswith(("/", ".", "~"))]
+
+    def public(value: Any) -> Any:
+        if isinstance(value, str):
+            for name in local:
+                short = _hub_id(paths[name]) or paths[name].name
+                # The name of a text may stand before its share or its number of windows.
+                value = re.sub(rf"(?<!\S){re.escape(name)}(?=[\s=]|$)", short.replace("\\", "/"), value)
+        elif isinstance(value, list | tuple):
+            return type(value)(map(public, value))
+        elif isinstance(value, dict):
+            return {key: public(x) for key, x in value.items()}
+        elif is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{f.name: public(getattr(value, f.name)) for f in fields(value)})
+        return value
+
+    return replace(report, **{part: public(getattr(report, part)) for part in NAMING})
+
+
+def _texts(report: Report) -> list[str]:
+    """The calibration texts of the run and of all recoveries, with their shares."""
+    return [*report.argument("dataset", tuple), *(text for one in report.recoveries for text in one.dataset)]
+
+
+def _datasets(report: Report) -> list[str]:
+    """Hub ids of the calibration texts that are datasets of the Hub."""
+    texts = dict.fromkeys(name_and_share(text)[0] for text in _texts(report))
+    ids = [NAMED[text, "train"][0] if (text, "train") in NAMED else text for text in texts]
+    return [text for text in ids if re.fullmatch(r"[\w.-]+/[\w.-]+", text)]

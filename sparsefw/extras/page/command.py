@@ -1,0 +1,69 @@
+"""The commands, or the call from Python, that have made an output, as its report tells them."""
+
+import json
+import shlex
+from collections.abc import Mapping
+
+from sparsefw.data.batches import BATCHES
+from sparsefw.data.text import TEXTS, TOKENS
+from sparsefw.errors import flag_of
+from sparsefw.inputs import name_and_share
+from sparsefw.report.content import Argument, Report
+
+# Data without a name, as variables in a call from Python.
+VARIABLES = {TEXTS: "texts", TOKENS: "tokens", BATCHES: "batches"}
+
+
+def from_python(report: Report) -> bool:
+    """Whether only a call from Python could make the run: the model or the text had no name."""
+    return report.in_memory or not VARIABLES.keys().isdisjoint(report.argument("dataset", tuple))
+
+
+def commands_of(report: Report, name: str) -> list[str]:
+    """The lines that make an output of this name; empty: the report is of a version that did not store them."""
+    if report.given is None:
+        return []
+    # A recovered output was made of another one, whose name the report does not tell.
+    names = ["pruned", *(f"recovered-{n}" for n in range(1, len(report.recoveries)))] if report.recoveries else []
+    names.append(name)
+    launcher = f"torchrun --nproc-per-node {len(report.ranks)}" if report.ranks else "python"
+    lines = [" ".join([launcher, "-m sparsefw.run", *flags_of({**report.given, "output": names[0]})])]
+    if from_python(report):
+        lines = ["from sparsefw import prune", "", _call(report, report.given, names[0])]
+    for n, one in enumerate(report.recoveries):
+        given: dict[str, Argument] = {"dataset": one.dataset, "nsamples": one.data.windows}
+        given |= {"seqlen": one.data.seqlen, "seed": one.data.seed}
+        if one.model != report.argument("model", str):
+            given = {"model": one.model, **given}
+        words = ["python -m sparsefw.recover", *map(shlex.quote, names[n : n + 2]), *flags_of(given)]
+        lines.append(f"{'# ' if from_python(report) else ''}{' '.join(words)}")
+    return lines
+
+
+def flags_of(arguments: Mapping[str, Argument]) -> list[str]:
+    """Arguments as a shell takes them, flag by flag."""
+    flags = []
+    for name, value in arguments.items():
+        for item in value if isinstance(value, tuple) else (value,):
+            if item is not None and item is not False:
+                flags.append(flag_of(name) if item is True else f"{flag_of(name)} {shlex.quote(str(item))}")
+    return flags
+
+
+def _call(report: Report, given: Mapping[str, Argument], name: str) -> str:
+    """The call of `prune`."""
+    words = ["model" if report.in_memory else json.dumps(report.argument("model", str)), json.dumps(name)]
+    passed_over = {"model"}
+    if report.argument("dataset", tuple) == (BATCHES,):
+        words.append("calibration=batches")
+        passed_over |= {"dataset", "nsamples", "seqlen"}
+    for key, value in given.items():
+        if key in passed_over:
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        texts = [VARIABLES.get(x) or json.dumps(x) if isinstance(x, str) else repr(x) for x in values]
+        if key == "dataset" and len(texts) > 1:
+            words.append(f"dataset={json.dumps(dict(map(name_and_share, map(str, values))))}")
+        else:
+            words.append(f"{key}={texts[0]}" if len(texts) == 1 else f"{key}=[{', '.join(texts)}]")
+    return f"prune({', '.join(words)})"
