@@ -6,7 +6,8 @@ Both checkpoints are read a block at a time, in the form in which transformers l
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +30,6 @@ from sparsefw.selection import without_index
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS
 from sparsefw.solver.layer import LayerResult
-from sparsefw.solver.patterns import Pattern
 
 # Integers as wide as the values. Read as integers, a NaN equals itself, and -0.0 differs from 0.0.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -53,6 +53,14 @@ class Check:
         """Count a thing, and its failure if `why` is not empty."""
         self.count += 1
         self.failures += [f"{name}: {why}"] if why else []
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Make an `InputError` inside the `with` block a failure, and go on after the block."""
+        try:
+            yield
+        except InputError as error:
+            self.failures.append(str(error))
 
 
 @dataclass
@@ -110,40 +118,56 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
     """
     if digest is not None and not DIGEST.fullmatch(digest):
         raise InputError(f"{option('digest', digest)}: expected 64 digits, 0 to 9 and a to f, as printed by the run")
-    claims = _claims(output)
-    verdict = Verdict({
+    report = report_of(output)
+    if report.method not in METHODS or not report.layers_of(report.method):
+        raise InputError(
+            f"{output / 'report.json'}: it has no layers pruned by {report.method}, the method that its arguments name"
+        )
+    pattern = patterns.parse(report.argument("sparsity", str))
+    checks = {
         "sums": Check(f"all files are in {SUMS}, and as the run wrote them"),
         "model": Check("it loads, no tensor is missing, none has NaN or Inf"),
         "report": Check("its layers are the model's, other matrices are kept dense"),
-        "pattern": Check(f"no more weights than {claims.pattern.text} keeps"),
-    })  # fmt: skip
-    verdict.digest = _check_sums(verdict.checks["sums"], output, digest)
-    folder, verdict.not_compared = find_source(claims.report, output, against)
-    try:
-        written = _Model(output, claims.report)
-    except InputError as error:
-        verdict.checks["model"].failures.append(str(error))
+        "pattern": Check(f"no more weights than {pattern.text} keeps"),
+    }
+    verdict = Verdict(checks, digest=_check_sums(checks["sums"], output, digest))
+    folder, verdict.not_compared = find_source(report, output, against)
+    with checks["model"].failing():
+        written = _Model(output, report)
+    if checks["model"].failures:
         return verdict
-    source = _Model(folder, claims.report) if folder else None
-    if source and claims.report.in_memory and source.dtype != written.dtype:
+    source, same_run = None, False
+    if folder:
+        source = _Model(folder, report)
+        # The same pruned checkpoint, packed or unpacked.
+        other = folder / "report.json"
+        same_run = other.is_file() and file_digest(other) == file_digest(output / "report.json")
+    if source and report.in_memory and source.dtype != written.dtype:
         verdict.not_compared = f"the model in memory was of {written.dtype}, and the source is of {source.dtype}"
         source = None
-    _check_weights(verdict, claims, written, source, _same_run(output, folder))
+    if source:
+        checks["others"] = Check(f"all{'' if same_run else ' but the pruned layers'} is the source's, bit for bit")
+        if not _changes_kept_weights(report):
+            checks["kept"] = Check("kept weights are the source's, bit for bit")
+        if report.argument("keep_zeros", bool):
+            checks["zeros"] = Check("weights that are zero in the source are zero")
+    _check_weights(verdict, report, written, source, same_run)
     return verdict
 
 
-def _same_run(output: Path, folder: Path | None) -> bool:
-    """Whether the source is the same pruned checkpoint, packed or unpacked."""
-    reports = [path / "report.json" for path in (output, folder) if path]
-    return len(reports) == 2 and reports[1].is_file() and file_digest(reports[0]) == file_digest(reports[1])
+def _changes_kept_weights(report: Report) -> bool:
+    """Whether the run, or a recovery after it, may have changed weights that it kept."""
+    method = METHODS[report.method]
+    refits = method.frank_wolfe and report.argument("refit", int) > 0
+    reconstructs = report.arguments.get("reconstruct", 0) != 0
+    return method.changes_weights or refits or reconstructs or bool(report.recoveries)
 
 
 def _check_sums(check: Check, output: Path, digest: str | None) -> str:
     """Compare every file of an output with its digest; returns the SHA-256 of SHA256SUMS, empty without one."""
-    try:
+    with check.failing():
         sums = read_sums(output / SUMS)
-    except InputError as error:
-        check.failures.append(str(error))
+    if check.failures:
         return ""
     actual = file_digest(output / SUMS)
     if digest not in (None, actual):
@@ -155,11 +179,9 @@ def _check_sums(check: Check, output: Path, digest: str | None) -> str:
             check.failures.append(f"{name}: not in {SUMS}")
     # Older versions had the card in it.
     for name in tqdm([name for name in sums if name != CARD], unit="file", disable=None):
-        try:
+        with check.failing():
             check_file(output / name, output)
             check.add(name, "" if file_digest(output / name) == sums[name] else "not what the run wrote")
-        except InputError as error:
-            check.failures.append(str(error))
     return actual
 
 
@@ -180,38 +202,6 @@ def find_source(report: Report, output: Path, against: str | None, named: str = 
     return folder, ""
 
 
-@dataclass(frozen=True)
-class _Claims:
-    """What a report says of the weights beside it.
-
-    Attributes:
-        report: the report.
-        pattern: sparsity pattern.
-        refits: whether kept weights were changed.
-        layers: results of the pruned layers by name.
-    """
-
-    report: Report
-    pattern: Pattern
-    refits: bool
-    layers: dict[str, LayerResult]
-
-
-def _claims(output: Path) -> _Claims:
-    """The claims of the report in a folder."""
-    report = report_of(output)
-    method, pattern = report.method, patterns.parse(report.argument("sparsity", str))
-    layers = {layer.name: layer for layer in report.layers_of(method)}
-    if method not in METHODS or not layers:
-        raise InputError(
-            f"{output / 'report.json'}: it has no layers pruned by {method}, the method that its arguments name"
-        )
-    needs = METHODS[method]
-    refits = needs.changes_weights or (needs.frank_wolfe and report.argument("refit", int) > 0)
-    reconstructed = report.arguments.get("reconstruct", 0) != 0
-    return _Claims(report, pattern, refits or reconstructed or bool(report.recoveries), layers)
-
-
 class _Model:
     """A checkpoint's model, whose parameters are read a group at a time: those of a block, or a single one.
 
@@ -223,7 +213,6 @@ class _Model:
         dtype: the floating dtype that most of it has.
         groups: names of the tensors in the files, by block or, outside of the blocks, by parameter.
         unused: names of the tensors that the model has no use for.
-        buffers: names of its buffers, where transformers knows the model.
 
     Raises:
         InputError: the files are not sound, or transformers cannot load them.
@@ -243,11 +232,15 @@ class _Model:
             parameter_of = {name: self._skeleton.goes_into.get(name, name) for name in self._tensors}
             self.unused = {*self._skeleton.unused}
         model = self._skeleton.model if self._skeleton else None
-        self.buffers = {name for name, _ in model.named_buffers()} if model else set[str]()
+        self._buffers = {name for name, _ in model.named_buffers()} if model else set[str]()
         blocks = {block.name for block in report.blocks}
         self.groups: dict[str, list[str]] = defaultdict(list)
         for name, parameter in parameter_of.items():
             self.groups[block_of(parameter, blocks) or parameter].append(name)
+
+    def passes_over(self, name: str) -> bool:
+        """Whether a tensor is a buffer of the model, or unused by it."""
+        return name in self.unused or without_index(name) in self._buffers
 
     def read(self, group: str) -> dict[str, Tensor]:
         """The parameters of a group by their names in the model; tensors that it has no use for by their own."""
@@ -258,56 +251,45 @@ class _Model:
         return (self._skeleton.load(tensors, torch.device("cpu")) if tensors else {}) | unused
 
 
-def _check_weights(verdict: Verdict, claims: _Claims, written: _Model, source: _Model | None, same_run: bool) -> None:
+def _check_weights(verdict: Verdict, report: Report, written: _Model, source: _Model | None, same_run: bool) -> None:
     """Check all weights, a group at a time; of a source that the same run has written, the pruned layers, too."""
-    checks, unseen, unread = verdict.checks, dict(claims.layers), list[str]()
-    if source:
-        checks["others"] = Check(f"all{'' if same_run else ' but the pruned layers'} is the source's, bit for bit")
-        if not claims.refits:
-            checks["kept"] = Check("kept weights are the source's, bit for bit")
-        if claims.report.argument("keep_zeros", bool):
-            checks["zeros"] = Check("weights that are zero in the source are zero")
-    blocks = {block.name for block in claims.report.blocks}
-    sizes = {without_index(name): math.prod(layer.shape) for name, layer in claims.layers.items()}
+    checks, layers = verdict.checks, {layer.name: layer for layer in report.layers_of(report.method)}
+    unseen, all_read = dict(layers), True
+    blocks = {block.name for block in report.blocks}
+    sizes = {without_index(name): math.prod(layer.shape) for name, layer in layers.items()}
     for group in tqdm(list(dict.fromkeys([*written.groups, *(source.groups if source else [])])), disable=None):
-        try:
-            after = _by_slices(written.read(group), claims.layers, sizes)
-        except InputError as error:
-            # Such as a mask that does not fit its values.
-            checks["model"].failures.append(str(error))
-            unread.append(group)
+        after = None
+        # Such as a mask that does not fit its values.
+        with checks["model"].failing():
+            after = _by_slices(written.read(group), layers, sizes)
+        if after is None:
+            all_read = False
             continue
-        before = _by_slices(source.read(group), claims.layers, sizes) if source else {}
+        before = _by_slices(source.read(group), layers, sizes) if source else {}
         for name, W in after.items():
             checks["model"].count += 1
             old, layer = before.pop(name, None), unseen.pop(name, None)
             # A tensor that the model has no use for may be a mask, with infinity in it.
             if name not in written.unused:
-                try:
+                with checks["model"].failing():
                     check_finite(name, W)
-                except InputError as error:
-                    checks["model"].failures.append(str(error))
             if layer:
-                _check_layer(verdict, claims, layer, W, old)
-                if same_run:
-                    checks["others"].add(name, _difference(W, old))
-                continue
+                _check_layer(verdict, report, layer, W, old)
             # A buffer, such as a table of experts by token, is no matrix.
-            matrix = W.dim() >= 2 and without_index(name) not in written.buffers and name not in written.unused
-            if group in blocks and matrix and name not in claims.report.kept_dense:
+            elif W.dim() >= 2 and group in blocks and not written.passes_over(name) and name not in report.kept_dense:
                 checks["report"].failures.append(f"{name}: neither pruned nor kept dense by the report")
-            if source:
+            if source and (same_run or not layer):
                 checks["others"].add(name, _difference(W, old))
         for name in before:
             checks["others"].failures.append(f"{name}: only in the source")
-    checks["report"].failures += [f"{name}: no such matrix in the model" for name in unseen if not unread]
+    checks["report"].failures += [f"{name}: no such matrix in the model" for name in unseen if all_read]
 
 
 def _by_slices(state: dict[str, Tensor], layers: dict[str, LayerResult], sizes: dict[str, int]) -> dict[str, Tensor]:
     """Tensors by name. Of a stacked parameter with a pruned slice, every slice is a tensor of its own."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        slices: Sequence[str] = slices_of(name, tensor, sizes.get(name))
+        slices = slices_of(name, tensor, sizes.get(name))
         if slices and not layers.keys().isdisjoint(slices):
             parts = tensor if tensor.dim() == 3 else tensor.chunk(len(slices))
             tensors |= dict(zip(slices, parts, strict=True))
@@ -316,7 +298,7 @@ def _by_slices(state: dict[str, Tensor], layers: dict[str, LayerResult], sizes: 
     return tensors
 
 
-def _check_layer(verdict: Verdict, claims: _Claims, layer: LayerResult, after: Tensor, before: Tensor | None) -> None:
+def _check_layer(verdict: Verdict, report: Report, layer: LayerResult, after: Tensor, before: Tensor | None) -> None:
     """Check a pruned layer; `before` is the source's, None without a source or such a tensor in it."""
     checks, name = verdict.checks, layer.name
     stored = layer.shape[::-1] if layer.transposed else layer.shape
@@ -326,19 +308,22 @@ def _check_layer(verdict: Verdict, claims: _Claims, layer: LayerResult, after: T
     checks["report"].add(name)
     W = after.T if layer.transposed else after
     verdict.weights, verdict.zeros = verdict.weights + W.numel(), verdict.zeros + int((W == 0).sum())
-    width, most = patterns.budget(claims.pattern, *layer.shape, METHODS[layer.method].rows_independent)
+    pattern = patterns.parse(report.argument("sparsity", str))
+    width, most = patterns.budget(pattern, *layer.shape, METHODS[layer.method].rows_independent)
     over = _over_budget(W != 0, width, most)
     checks["pattern"].add(name, over and f"{over} keep more than {most} of {width} weights")
-    why = {"kept": _other_form(after, before), "zeros": _other_form(after, before)}
-    if before is not None and not why["kept"]:
+    kept = zeros = _other_form(after, before)
+    if before is not None and not kept:
         old, removed = before.T if layer.transposed else before, _bits(W) == 0
         over = _over_budget(removed & (_bits(old) != 0), width, width - most)
-        why["kept"] = _difference(torch.where(removed, old, W), old)
-        why["kept"] = why["kept"] or (over and f"{over} lose more than {width - most} of {width} weights")
+        kept = _difference(torch.where(removed, old, W), old)
+        kept = kept or (over and f"{over} lose more than {width - most} of {width} weights")
         count = int(((old == 0) & (W != 0)).sum())
-        why["zeros"] = f"{count} values are zero in the source, and are not any more" if count else ""
-    for check in why.keys() & checks.keys():
-        checks[check].add(name, why[check])
+        zeros = f"{count} values are zero in the source, and are not any more" if count else ""
+    if "kept" in checks:
+        checks["kept"].add(name, kept)
+    if "zeros" in checks:
+        checks["zeros"].add(name, zeros)
 
 
 def _over_budget(mask: Tensor, width: int, most: int) -> str:
