@@ -4,7 +4,7 @@ Numbers become text, paths and positions here, and page.html lays them out. Name
 every text is escaped, characters that do not print are spelled out, and nothing is a link.
 
 A chart is 1000 wide and 1000 high, whatever its size on the screen; y points down. Its `marks` are paths, each with
-the kind of mark (line, mask, band, fill) and the name that its colour stands for. Its `titles` are shown when a block
+the kind of mark (line, mask, band) and the name that its colour stands for. Its `titles` are shown when a block
 is pointed at. Its `x` and `y` are ticks, (position, label).
 """
 
@@ -41,10 +41,10 @@ PEAKS = {"host": "host_bytes", "gpu": "gpu_bytes", "reserved": "gpu_reserved_byt
 
 # A chart as the template reads it.
 Chart = dict[str, Any]
-# Points that are joined by lines: position of the block and value on the y axis.
-Shape = list[tuple[float, float]]
-# Its kind, the name that its colour stands for, and its shapes.
-Mark = tuple[str, str, list[Shape]]
+# Points that lines join: the position of a block, and a value on the y axis.
+Points = list[tuple[int, float]]
+# Its kind, the name that its colour stands for, and its points.
+Mark = tuple[str, str, Points]
 
 
 def page(report: Report) -> str:
@@ -66,6 +66,8 @@ def page(report: Report) -> str:
     columns = ["block", "name", *sizes, "loss before", "loss after", "calibration"]
     rows = [_block_cells(block, phases) for block in blocks]
     titles = [", ".join(f"{what} {cell}" for what, cell in zip(columns, row, strict=True)) for row in rows]
+    peaks = {name: [(i, getattr(block, of) / 2**30) for i, block in enumerate(blocks)] for name, of in PEAKS.items()}
+    lines: list[Mark] = [("line", name, points) for name, points in peaks.items() if any(size for _, size in points)]
     return _template().render(
         report=report,
         log=log,
@@ -79,8 +81,7 @@ def page(report: Report) -> str:
         errors=errors,
         bands=any(mark["class"] == "band" for chart in errors.values() for mark in chart["marks"]),
         layers=[log.layer_cells(layer) for layer in report.layers] if len(report.layers) <= MOST_ROWS else None,
-        time=_chart(blocks, _bars(blocks, phases), titles),
-        memory=_chart(blocks, _peaks(blocks), titles),
+        memory=_chart(blocks, lines, titles),
         block_columns=columns,
         block_rows=rows,
         timeline=timeline(report.timeline, blocks),
@@ -153,7 +154,7 @@ def _chart(blocks: Sequence[BlockRecord], marks: Sequence[Mark], titles: Sequenc
         titles: a text for each block.
         top: the greatest value, or a greater one.
     """
-    values = [value for *_, shapes in marks for shape in shapes for _, value in shape if math.isfinite(value)]
+    values = [value for *_, points in marks for _, value in points if math.isfinite(value)]
     width, top = 1000 / len(blocks), max([top, *values]) * 1.05 or 1.0
 
     def x(position: float) -> str:
@@ -162,14 +163,13 @@ def _chart(blocks: Sequence[BlockRecord], marks: Sequence[Mark], titles: Sequenc
     def y(value: float) -> str:
         return f"{1000 - value * 1000 / top:.4g}"
 
-    def path(shape: Shape) -> str:
-        points = [f"{x(position)} {y(value)}" for position, value in shape if math.isfinite(value)]
+    paths = []
+    for kind, name, points in marks:
+        drawn = "L".join(f"{x(position)} {y(value)}" for position, value in points if math.isfinite(value))
         # The last line has no length. Its round ends make a dot of a single point.
-        return f"M{'L'.join(points)}h0" if points else ""
-
-    drawn = [{"class": kind, "colour": name, "path": "".join(map(path, shapes))} for kind, name, shapes in marks]
+        paths += [{"class": kind, "colour": name, "path": f"M{drawn}h0"}] if drawn else []
     return {
-        "marks": [mark for mark in drawn if mark["path"]],
+        "marks": paths,
         "titles": titles,
         "y": [(y(value), label) for value, label in _ticks(top, 5)],
         "x": [(x(i), str(blocks[round(i)].block)) for i, _ in _ticks(len(blocks) - 1, 7, least=1.0)],
@@ -196,7 +196,7 @@ def error_charts(report: Report) -> dict[str, Chart]:
     for kind, by_method in found.items():
         marks, titles = list[Mark](), [[f"block {block.block}"] for block in report.blocks]
         for method, of_blocks in by_method.items():
-            upper, lower, means, masks = Shape(), Shape(), Shape(), Shape()
+            upper, lower, means, masks = Points(), Points(), Points(), Points()
             for i, layers in sorted(of_blocks.items()):
                 errors = [layer.relative_error for layer in layers]
                 upper.append((i, max(errors)))
@@ -205,32 +205,12 @@ def error_charts(report: Report) -> dict[str, Chart]:
                 masks.append((i, fmean(layer.relative_mask for layer in layers)))
                 titles[i].append(f"{method} {means[-1][1]:.4f}, mask only {masks[-1][1]:.4f}")
             if upper != lower:
-                marks.append(("band", method, [upper + lower[::-1]]))
+                marks.append(("band", method, upper + lower[::-1]))
             if masks != means:
-                marks.append(("mask", method, [masks]))
-            marks.append(("line", method, [means]))
+                marks.append(("mask", method, masks))
+            marks.append(("line", method, means))
         charts[kind] = _chart(report.blocks, marks, ["; ".join(of_block) for of_block in titles], top)
     return charts
-
-
-def _bars(blocks: list[BlockRecord], phases: list[str]) -> list[Mark]:
-    """Seconds of each block by phase, stacked."""
-    marks, tops = list[Mark](), [0.0] * len(blocks)
-    for phase in phases:
-        bars = []
-        for i, block in enumerate(blocks):
-            low = tops[i]
-            tops[i] = high = low + block.seconds.get(phase, 0.0)
-            if high > low:
-                bars.append([(i - 0.4, low), (i - 0.4, high), (i + 0.4, high), (i + 0.4, low)])
-        marks.append(("fill", phase, bars))
-    return marks
-
-
-def _peaks(blocks: list[BlockRecord]) -> list[Mark]:
-    """Peaks of memory in GiB that are not zero."""
-    peaks = {name: [getattr(block, field) / 2**30 for block in blocks] for name, field in PEAKS.items()}
-    return [("line", name, [[*enumerate(sizes)]]) for name, sizes in peaks.items() if any(sizes)]
 
 
 def timeline(spans: list[Span], blocks: list[BlockRecord]) -> Chart | None:
