@@ -2,7 +2,7 @@
 
     python -m sparsefw.lm_eval --model sparsefw --model_args pretrained=MODEL --tasks hellaswag
 
-The harness's own command looks for no models in other packages.
+The harness's own command does not look for models in other packages.
 """
 
 import sys

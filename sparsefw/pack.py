@@ -1,6 +1,6 @@
 """Pack a pruned checkpoint, so that its zeros take no space: `sparsefw pack PRUNED PACKED`.
 
-Each pruned matrix becomes its kept weights and a bit for each weight: at 60 %, 0.46 of its bytes in bf16. All else is
+Each pruned matrix becomes its kept weights and one bit for each weight: at 60 %, 0.46 of its bytes in bf16. All else is
 copied. After `import sparsefw.packed` transformers loads the folder, and `sparsefw unpack` gives the same bits back. An
 interrupted command goes on where it was.
 """
@@ -11,7 +11,7 @@ from sparsefw.cli import Parser, folder, launched, load_libraries, refuse_ranks,
 
 
 def packer(command: str, description: str | None, argv: list[str] | None) -> None:
-    """Pack or unpack, and print the sizes; `command` says which."""
+    """Pack or unpack a folder, as `command` says, and print the sizes."""
     parser = Parser(command, description)
     parser.add_argument("source", type=folder, metavar="PRUNED" if command == "pack" else "PACKED", help="a folder")
     parser.add_argument("output", type=folder, metavar="OUTPUT", help="folder for the result")

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from sparsefw.cli import Parser, add_flag, folder, given, launched, load_libraries, refuse_ranks, say
 from sparsefw.inputs import Inputs, Output
 
-# The fields of Inputs that are flags.
+# The fields of Inputs that are flags of this command.
 INPUTS = ("model", "dataset", "nsamples", "seqlen", "seed")
 
 

@@ -1,7 +1,7 @@
 """SparseFWModifier: Frank-Wolfe masks in a recipe of llm-compressor.
 
-To import this module is enough for recipes in YAML to know the name. Of this package it takes the solver alone: texts,
-windows, order of the layers and files are llm-compressor's.
+Importing this module registers the name for recipes in YAML. The module uses the solver of this package and nothing
+else: texts, windows, the order of the layers and files are llm-compressor's.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from sparsefw.errors import InputError
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.layer import solve_layer
 
-# Fields that are a `PruneConfig`'s, too.
+# The fields that `PruneConfig` has, too.
 SETTINGS = ("preset", "warm_start", "steps", "penalty", "swaps", "refit", "rounds", "damp", "kernel", "precision")
 
 
@@ -43,16 +43,16 @@ class Calibrated:
 
 
 class SparseFWModifier(SparsityModifierBase):
-    """Choose masks of linear layers by Frank-Wolfe, and fit the kept weights: SparseGPTModifier's place in a recipe.
+    """Choose masks of linear layers by Frank-Wolfe, and refit the kept weights. Takes SparseGPTModifier's place.
 
-    Layers approximate what they make of their own inputs, as in a run with `--target layer --reconstruct 0`. Fields
-    that are not named here are those of llm-compressor's other pruning modifiers.
+    Each layer approximates its own dense output on its own inputs, as in a run with `--target layer --reconstruct 0`.
+    Fields without a description here are those of llm-compressor's other pruning modifiers.
 
     Args:
-        sparsity: fraction of every row that is removed; a list has one for each of `targets`, 0 leaves it dense. None
-            where `mask_structure` says it.
+        sparsity: fraction of every row that is removed; 0 leaves a layer dense. A list has a fraction for each of
+            `targets`. None: `mask_structure` says it.
         mask_structure: "n:m": n of every m consecutive weights are removed, as llm-compressor counts them.
-        ignore: names or classes of layers that stay dense. The default is the head, whose weights embeddings may share.
+        ignore: names or classes of layers that stay dense. The default is the head, which may share the embedding.
         preserve_sparsity_mask: whether weights that are zero stay zero.
         offload_hessians: whether Gram matrices wait on the host between two batches.
         preset, warm_start, steps, penalty, swaps, refit, rounds, damp, kernel, precision: see `PruneConfig`; None: the
@@ -74,14 +74,14 @@ class SparseFWModifier(SparsityModifierBase):
     kernel: str | None = None
     precision: str | None = None
 
-    # pydantic copies it for every instance, and the default above.
+    # pydantic copies this and the default above for every instance.
     _calibrated: dict[nn.Module, Calibrated] = {}  # noqa: RUF012
 
     @model_validator(mode="after")
     def check_settings(self) -> "SparseFWModifier":
-        """Refuse before the calibration what a layer's config would refuse after it."""
+        """Refuse wrong settings before the calibration. A layer's config would refuse them after it."""
         if isinstance(self.targets, str):
-            # The base class would take it for a list of letters.
+            # The base class would read a text as a list of letters.
             self.targets = [self.targets]
         n, m, sparsity = self._prune_n, self._prune_m, self.sparsity
         if sparsity is None and not n:
@@ -95,20 +95,20 @@ class SparseFWModifier(SparsityModifierBase):
         return self
 
     def _config(self, sparsity: float | None, of: device) -> PruneConfig:
-        """The config of a layer on a device."""
+        """Make the config of a layer on a device."""
         n, m = self._prune_n, self._prune_m
         settings: dict[str, Any] = {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
         settings |= dict(keep_zeros=self.preserve_sparsity_mask, reconstruct=0)
-        # n:m says here how many are kept.
+        # In a PruneConfig n:m says how many are kept.
         return PruneConfig(f"{m - n}:{m}" if n else str(sparsity), **settings).on(of)
 
     def _get_activations(self, *args: Any) -> Any:
-        # This forward raises the events of a calibration, which nothing takes before all modifiers are initialized.
+        # This forward raises events of a calibration before all modifiers are initialized, and nothing handles them.
         with patch_attr(LifecycleCallbacks, "event", lambda *_, **__: None):
             return super()._get_activations(*args)
 
     def _infer_owl_layer_sparsity(self, *args: Any) -> list[float]:
-        """The sparsities that the profile finds for blocks, as a list of one for each target, which is read later."""
+        """Turn the profile's sparsities of blocks into a list with one for each target, as the base class wants it."""
         average: Any = self.sparsity
         blocks = super()._infer_owl_layer_sparsity(*args)
         return [
@@ -117,10 +117,10 @@ class SparseFWModifier(SparsityModifierBase):
         ]
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Watch the layers that are to be pruned."""
+        """Hook the layers to prune."""
         super().on_calibration_start(state, event, **kwargs)
         for module, name in list(self._module_names.items()):
-            # The base class puts a dot behind the name of a layer that is a target itself, and compares that to ignore.
+            # The base class appends a dot to the name of a layer that is a target, and compares that with ignore.
             self._module_names[module] = name.rstrip(".")
             dense = self._module_sparsities[module] == 0 and not self._prune_n
             if dense or match_targets(name.rstrip("."), module, self.ignore):

@@ -1,12 +1,12 @@
 """Fit all kept weights of a pruned model together, so that it predicts what the dense model does.
 
-All windows first go through the dense model, block by block. Then the pruned one is in memory. A step takes one window.
-Its loss is the divergence of the predictions, see `model.head`, and its gradients go through the whole model, to
-weights that move as in a reconstruction, see `solver.kept_weights`. Some windows are held out. What does no better on
-these is not written.
+First all windows go through the dense model, block by block. Then the pruned model is loaded whole. A step takes one
+window. Its loss is the divergence of the two models' predictions (`model.head`). Its gradients go through the whole
+model, and weights move as in a reconstruction (`solver.kept_weights`). Some windows are held out. If their loss does
+not fall, nothing is written.
 
-In memory are a model, the state of its kept weights, the gradient of one matrix and the activations of a window: see
-`estimate.gradients`. A step takes 6 flops a weight and token, and the dense model 2.
+Memory holds a model, the state of its kept weights, the gradient of one matrix and the activations of a window
+(`estimate.gradients`). A step takes 6 flops a weight and token; the dense model takes 2.
 """
 
 import math
@@ -47,29 +47,25 @@ from sparsefw.report.content import CalibrationText, Recovery, Report, report_of
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.kept_weights import KeptWeights
 
-# The first rate, see `solver.kept_weights`: less than that of a block, as all blocks move.
+# The first rate, see `solver.kept_weights`. It is lower than in a reconstruction of one block, because all blocks move.
 RATE = 0.03
 
-# Lines of the log.
+# Lines of the log about the steps.
 LINES = 10
-
-# Arguments of the run: what it has read, and the weights that it has kept.
-OF_RUN: dict[str, Any] = dict(model=str, dataset=tuple, nsamples=int, seqlen=int)
-CHOSEN: dict[str, Any] = dict(sparsity=str, include=tuple, ignore=tuple)
 
 
 def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[str], None]) -> Recovery:
     """Fit all kept weights of a pruned checkpoint together, and write it with its report.
 
     Args:
-        pruned: its folder, which `sparsefw run` wrote.
-        output: where to write, and the memory to take.
-        given: fields of Inputs; others are those of the run, with the next seed. "model" is what was pruned.
+        pruned: the checkpoint's folder, which `sparsefw run` wrote.
+        output: where to write, and the memory limits.
+        given: fields of Inputs. All others are the run's, with the next seed. "model" is the dense model.
         say: called with every line of the log.
 
     Raises:
-        InputError: there is no report of a run, the checkpoints do not belong together, memory is too little, or
-            nothing is gained on held-out windows.
+        InputError: there is no report of a run, the two checkpoints are of different models, a memory limit is too
+            low, or the loss of held-out windows does not fall.
     """
     report, source, job = _job(pruned, output, given, say)
     say_kernel(job.config, say)
@@ -93,7 +89,7 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
             arithmetic.rounded_products() if rounded else nullcontext(),
             student.outside(),
         ):
-            states = _behind_blocks(teacher, student, windows.ids)
+            states = _dense_outputs(teacher, student, windows.ids)
             with student.whole():
                 before, after, steps = _fit(student, states, report, job.config, windows.ids, say)
                 if not after < before:
@@ -118,7 +114,7 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
 def _job(
     pruned: Path, output: Output, given: dict[str, Any], say: Callable[[str], None]
 ) -> tuple[Report, Checkpoint, Job]:
-    """The report of the run that has pruned a checkpoint, the checkpoint, and what is asked for."""
+    """Read the report of a pruned checkpoint and the checkpoint, and make the job of its recovery."""
     report, source = report_of(pruned), inspect(pruned)
     if source.quantization:
         raise InputError(f"{pruned}: packed; sparsefw unpack makes it dense again")
@@ -131,8 +127,9 @@ def _job(
         raise
     if folder is None:
         raise InputError(missing)
-    of_run: dict[str, Any] = {name: report.argument(name, kind) for name, kind in OF_RUN.items()}
-    # The weights are fitted to the windows before, where little is left to gain.
+    kinds = dict(model=str, dataset=tuple, nsamples=int, seqlen=int)
+    of_run: dict[str, Any] = {name: report.argument(name, kind) for name, kind in kinds.items()}
+    # The weights are fitted to the windows of earlier seeds already, where little is left to gain.
     seed = (report.recoveries[-1].data.seed if report.recoveries else report.argument("seed", int)) + 1
     inputs = Inputs(**of_run | {"seed": seed, "evaluate": ()} | given)
     if any(text in VARIABLES for text in inputs.shares):
@@ -147,16 +144,16 @@ def _job(
             f"{output.folder}: an unfinished run of other input is there; {option('restart', True)} discards it, or "
             "choose another folder"
         )
-    # What an interrupted one has written goes: it may be of other bits, and takes space.
+    # Discard what an interrupted recovery has written: its bits may differ, and it takes space.
     with Writer(output.folder, 0, overwrite=output.overwrite, restart=True) as emptied:
         emptied.check_space(sum(x.stored_nbytes for x in source.tensors.values()))
-    chosen: dict[str, Any] = {name: report.argument(name, kind) for name, kind in CHOSEN.items()}
-    config = PruneConfig(**chosen).on(memory.this_device())
+    include, ignore = (report.argument(name, tuple) for name in ("include", "ignore"))
+    config = PruneConfig(report.argument("sparsity", str), include=include, ignore=ignore).on(memory.this_device())
     return report, source, Job(inputs, config, output, folder=folder, say=say)
 
 
 def _check_memory(job: Job, shape: ModelShape, seqlen: int, device: torch.device) -> dict[str, int]:
-    """Refuse memory limits that are too low. Returns the limits."""
+    """Refuse memory limits that are too low, and return the limits."""
     workload = workload_of(job, [job.inputs.nsamples], seqlen, device)
     limits, needs = limits_of(job, device), recovery_needs(shape, workload)
     for what, limit in limits.items():
@@ -166,13 +163,13 @@ def _check_memory(job: Job, shape: ModelShape, seqlen: int, device: torch.device
 
 
 def _check_models(folder: Path, teacher: StreamedModel, student: StreamedModel) -> None:
-    """Refuse models that do not belong together, or predict no tokens."""
+    """Refuse two checkpoints of different models, and models that predict no tokens."""
     if teacher.runs is not teacher.model or not teacher.logits_itemsize:
         raise InputError(f"{folder}: unsupported model: {type(teacher.model).__name__} predicts no tokens of a text")
     with teacher.outside(), student.outside():
         dense, pruned = (dict(model.model.named_parameters()) for model in (teacher, student))
         alike = dense.keys() == pruned.keys() and all(
-            # Those inside of the blocks have no data here. Outside of them nothing is pruned.
+            # Parameters inside the blocks have no data here. Those outside are not pruned, and must be equal.
             (x.shape, x.dtype) == (pruned[name].shape, pruned[name].dtype)
             and (x.is_meta or torch.equal(x, pruned[name]))
             for name, x in dense.items()
@@ -182,14 +179,14 @@ def _check_models(folder: Path, teacher: StreamedModel, student: StreamedModel) 
 
 
 def _recovered(student: StreamedModel) -> Callable[[str, Tensor], dict[str, Tensor]]:
-    """By the name of a tensor and what it was, what is written: a block at a time is on the host."""
+    """Make the `form` of `rewrite`: it takes recovered tensors from the student, one block at a time."""
     block_of = {name: i for i in student.unique_blocks for name in student.tensors_of(i)}
 
     @lru_cache(1)
     def tensors_of(i: int) -> dict[str, Tensor]:
         tensors = student.block_tensors(i)
         if student.device.type == "cuda":
-            # Copies to the host are on their way.
+            # Copies to the host are asynchronous.
             torch.cuda.current_stream(student.device).record_event().synchronize()
         return tensors
 
@@ -197,8 +194,8 @@ def _recovered(student: StreamedModel) -> Callable[[str, Tensor], dict[str, Tens
 
 
 @torch.no_grad()
-def _behind_blocks(teacher: StreamedModel, student: StreamedModel, ids: Tensor) -> HiddenStates:
-    """All windows behind the last block of the dense model, on the host: what follows is the same in both models."""
+def _dense_outputs(teacher: StreamedModel, student: StreamedModel, ids: Tensor) -> HiddenStates:
+    """Run all windows through the blocks of the dense model. The head after them is the same in both models."""
     states = embed(student, ids, 1, Store(student.device, "host"))
     for i, block in enumerate(teacher.blocks):
         teacher.open(i)
@@ -215,15 +212,18 @@ def _fit(
     ids: Tensor,
     say: Callable[[str], None],
 ) -> tuple[float, float, int]:
-    """Make a step of each window that is not held out. The losses before and after, and the number of steps.
+    """Make a step for each window that is not held out.
 
     Args:
         student: the pruned model, in memory.
-        states: the windows behind the blocks of the dense model.
-        report: of the run that has pruned it.
-        config: names the backend.
+        states: the windows after the last block of the dense model.
+        report: the report of the run that has pruned the student.
+        config: its backend moves the weights.
         ids: (windows, seqlen) tokens.
-        say: called with the loss of some of the steps.
+        say: called with the mean loss of every tenth of the steps.
+
+    Returns:
+        The loss of held-out windows before and after, and the number of steps.
     """
     layers = report.layers_of(report.method)
     matrices = []
@@ -259,9 +259,9 @@ def _fit(
 
 
 def _operation_that_varies(trial: Callable[[], object]) -> str:
-    """The operation that torch refuses in a step where the same bits are asked for; empty: none.
+    """Find an operation of a step that may give other bits in another run; empty if there is none.
 
-    A trial tells: in a step weights move while gradients are made, so that it could not be made again in another way.
+    A real step could not be repeated without that operation, because its weights move while gradients are computed.
     """
     try:
         with deterministic():
@@ -281,13 +281,13 @@ def _step(
     weights: KeptWeights | None = None,
     trial: bool = False,
 ) -> Tensor:
-    """The divergence of predictions in window j, mean over tokens, () fp32; weights move against its gradients.
+    """Compute the divergence of predictions in window j, mean over tokens, () fp32, and move weights against it.
 
     Args:
         student, states: as for `_fit`.
         windows: (1, seqlen) tokens of each window, on the device.
         j: number of the window.
-        weights: the weights that move; None: none do.
+        weights: the weights to move; None: no weight moves.
         trial: as for `KeptWeights.step`.
     """
     ids, total = windows[j], torch.zeros((), device=student.device)

@@ -43,20 +43,20 @@ LISTED = 10
 
 @dataclass
 class Check:
-    """One line of the verdict: what is checked, of how many things, and a line for each failure."""
+    """A check: its title, the number of things that were checked, and a line for each failure."""
 
     title: str
     count: int = 0
     failures: list[str] = field(default_factory=list)
 
     def add(self, name: str, why: str = "") -> None:
-        """Count a thing, and its failure if `why` is not empty."""
+        """Count a thing that was checked, and its failure if `why` is not empty."""
         self.count += 1
         self.failures += [f"{name}: {why}"] if why else []
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """Make an `InputError` inside the `with` block a failure, and go on after the block."""
+        """Turn an `InputError` inside the `with` block into a failure, and go on after the block."""
         try:
             yield
         except InputError as error:
@@ -68,10 +68,10 @@ class Verdict:
     """The findings of all checks.
 
     Attributes:
-        checks: by name, in the order in which they are printed.
-        digest: SHA-256 of SHA256SUMS; empty if there is none.
-        not_compared: why there is no source to compare with; empty if there is one.
-        weights, zeros: numbers in all pruned layers.
+        checks: the checks by name, in the order in which they are printed.
+        digest: SHA-256 of SHA256SUMS; empty without such a file.
+        not_compared: why there is no source to compare with; empty with a source.
+        weights, zeros: number of weights and of zeros in all pruned layers.
     """
 
     checks: dict[str, Check]
@@ -87,7 +87,7 @@ class Verdict:
 
 
 def lines(verdict: Verdict) -> Iterator[str]:
-    """The verdict in words: a row for each check with its failures, and a conclusion."""
+    """Yield the verdict in words: a row for each check with its failures, and a conclusion."""
     for name, check in verdict.checks.items():
         outcome = f"FAILED ({len(check.failures)})" if check.failures else "ok"
         yield f"{name:8} {check.title:56} {check.count:>7}  {outcome}"
@@ -110,11 +110,11 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
 
     Args:
         output: folder of the checkpoint.
-        against: the source, a folder or Hub id; None: the report's, if that is a folder here.
-        digest: SHA-256 of the output's SHA256SUMS, as the run has printed it; None: not compared.
+        against: the source, a folder or Hub id; None: the model that the report names, if it is a folder here.
+        digest: SHA-256 of the output's SHA256SUMS, as the run has printed it; None: it is not compared.
 
     Raises:
-        InputError: the output has no report of a run, the source cannot be used, or the digest is none.
+        InputError: the output has no report of a run, the source cannot be used, or `digest` is no digest.
     """
     if digest is not None and not DIGEST.fullmatch(digest):
         raise InputError(f"{option('digest', digest)}: expected 64 digits, 0 to 9 and a to f, as printed by the run")
@@ -164,7 +164,7 @@ def _changes_kept_weights(report: Report) -> bool:
 
 
 def _check_sums(check: Check, output: Path, digest: str | None) -> str:
-    """Compare every file of an output with its digest; returns the SHA-256 of SHA256SUMS, empty without one."""
+    """Compare every file of an output with its digest, and return the SHA-256 of SHA256SUMS, empty without it."""
     with check.failing():
         sums = read_sums(output / SUMS)
     if check.failures:
@@ -172,12 +172,12 @@ def _check_sums(check: Check, output: Path, digest: str | None) -> str:
     actual = file_digest(output / SUMS)
     if digest not in (None, actual):
         check.failures.append(f"{SUMS}: its SHA-256 is {actual}, not that of {option('digest')}")
-    # Links to folders are files of this walk, and not followed.
+    # This walk counts links to folders as files, and does not follow them.
     files = (path for path in output.rglob("*") if path.is_symlink() or not path.is_dir())
     for name in sorted({path.relative_to(output).as_posix() for path in files} - sums.keys() - {SUMS}):
         if not matches(name, FREE):
             check.failures.append(f"{name}: not in {SUMS}")
-    # Older versions had the card in it.
+    # Older versions listed the model card, which users may edit.
     for name in tqdm([name for name in sums if name != CARD], unit="file", disable=None):
         with check.failing():
             check_file(output / name, output)
@@ -186,13 +186,17 @@ def _check_sums(check: Check, output: Path, digest: str | None) -> str:
 
 
 def find_source(report: Report, output: Path, against: str | None, named: str = "against") -> tuple[Path | None, str]:
-    """The source's folder, or why there is none. Only a source that `against` names has to be there.
+    """Find the folder of the model that was pruned, or why there is none. A model that `against` names must exist.
 
-    Messages name it as the option `named`.
+    Args:
+        report: report of the run.
+        output: folder of the pruned checkpoint.
+        against: a folder or Hub id; None: the model that the report names.
+        named: the option that names `against`, for messages.
     """
     model = report.argument("model", str)
     if against is None and report.in_memory:
-        # The name that it has may be that of other weights: it may have been trained since it was loaded.
+        # The checkpoint of that name may have other weights: the model may have been trained after it was loaded.
         return None, f"the model was in memory; name a checkpoint of it with {option(named)}"
     if against is None and model != DEFAULT and not os.path.isdir(os.path.expanduser(model)):
         return None, f"{model or 'the report'}: no such folder here; name the source with {option(named)}"
@@ -203,27 +207,27 @@ def find_source(report: Report, output: Path, against: str | None, named: str = 
 
 
 class _Model:
-    """A checkpoint's model, whose parameters are read a group at a time: those of a block, or a single one.
+    """A checkpoint's model. Its parameters are read in groups: those of one block, or a single one outside the blocks.
 
     Args:
-        folder: of the checkpoint.
-        report: of the run that has pruned it or its copy.
+        folder: folder of the checkpoint.
+        report: report of the run that has pruned it or its copy.
 
     Attributes:
-        dtype: the floating dtype that most of it has.
-        groups: names of the tensors in the files, by block or, outside of the blocks, by parameter.
-        unused: names of the tensors that the model has no use for.
+        dtype: the floating dtype of most of its tensors.
+        groups: names of the tensors in the files, by block or, outside the blocks, by parameter.
+        unused: names of the tensors that the model does not use.
 
     Raises:
         InputError: the files are not sound, or transformers cannot load them.
     """
 
     def __init__(self, folder: Path, report: Report) -> None:
-        # A model in memory that was pruned on batches: whatever it reads, and by whatever library it was written.
+        # Batches prune any model in memory, also one of another library than transformers.
         batches = report.arguments["dataset"] == (BATCHES,)
         config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
         if batches and not has_class(config.get("architectures")):
-            # A model of another library, or of the user's own: tensors have the names that the files give them.
+            # Without a class of transformers, tensors have the names that the files give them.
             self._skeleton, self._tensors, self.dtype = None, tensors_in(folder), None
             parameter_of, self.unused = {name: name for name in self._tensors}, set[str]()
         else:
@@ -243,7 +247,7 @@ class _Model:
         return name in self.unused or without_index(name) in self._buffers
 
     def read(self, group: str) -> dict[str, Tensor]:
-        """The parameters of a group by their names in the model; tensors that it has no use for by their own."""
+        """Read the parameters of a group by their names in the model, and its unused tensors by those in the files."""
         tensors = read_tensors({name: self._tensors[name] for name in self.groups.get(group, [])})
         if self._skeleton is None:
             return {name: dequantized(tensor) for name, tensor in tensors.items()}
@@ -252,14 +256,22 @@ class _Model:
 
 
 def _check_weights(verdict: Verdict, report: Report, written: _Model, source: _Model | None, same_run: bool) -> None:
-    """Check all weights, a group at a time; of a source that the same run has written, the pruned layers, too."""
+    """Check all weights, one group at a time.
+
+    Args:
+        verdict: gets what is found.
+        report: report of the run.
+        written: the pruned model.
+        source: the model that was pruned; None: nothing is compared.
+        same_run: whether the source is the same pruned model, so that its pruned layers are equal, too.
+    """
     checks, layers = verdict.checks, {layer.name: layer for layer in report.layers_of(report.method)}
     unseen, all_read = dict(layers), True
     blocks = {block.name for block in report.blocks}
     sizes = {without_index(name): math.prod(layer.shape) for name, layer in layers.items()}
     for group in tqdm(list(dict.fromkeys([*written.groups, *(source.groups if source else [])])), disable=None):
         after = None
-        # Such as a mask that does not fit its values.
+        # A packed mask may not fit its values.
         with checks["model"].failing():
             after = _by_slices(written.read(group), layers, sizes)
         if after is None:
@@ -269,13 +281,13 @@ def _check_weights(verdict: Verdict, report: Report, written: _Model, source: _M
         for name, W in after.items():
             checks["model"].count += 1
             old, layer = before.pop(name, None), unseen.pop(name, None)
-            # A tensor that the model has no use for may be a mask, with infinity in it.
+            # An unused tensor may be a mask that holds infinity.
             if name not in written.unused:
                 with checks["model"].failing():
                     check_finite(name, W)
             if layer:
                 _check_layer(verdict, report, layer, W, old)
-            # A buffer, such as a table of experts by token, is no matrix.
+            # A buffer, such as a table of experts by token, is no matrix of weights.
             elif W.dim() >= 2 and group in blocks and not written.passes_over(name) and name not in report.kept_dense:
                 checks["report"].failures.append(f"{name}: neither pruned nor kept dense by the report")
             if source and (same_run or not layer):
@@ -286,7 +298,7 @@ def _check_weights(verdict: Verdict, report: Report, written: _Model, source: _M
 
 
 def _by_slices(state: dict[str, Tensor], layers: dict[str, LayerResult], sizes: dict[str, int]) -> dict[str, Tensor]:
-    """Tensors by name. Of a stacked parameter with a pruned slice, every slice is a tensor of its own."""
+    """Split stacked parameters with a pruned slice into their slices, by name; other tensors stay as they are."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         slices = slices_of(name, tensor, sizes.get(name))
@@ -299,7 +311,7 @@ def _by_slices(state: dict[str, Tensor], layers: dict[str, LayerResult], sizes: 
 
 
 def _check_layer(verdict: Verdict, report: Report, layer: LayerResult, after: Tensor, before: Tensor | None) -> None:
-    """Check a pruned layer; `before` is the source's, None without a source or such a tensor in it."""
+    """Check a pruned layer. `before` is the source's tensor; None: there is none."""
     checks, name = verdict.checks, layer.name
     stored = layer.shape[::-1] if layer.transposed else layer.shape
     if after.shape != stored:
@@ -327,13 +339,13 @@ def _check_layer(verdict: Verdict, report: Report, layer: LayerResult, after: Te
 
 
 def _over_budget(mask: Tensor, width: int, most: int) -> str:
-    """How many runs of `width` entries, which share a budget, have more than `most` set; empty if none has."""
+    """Say how many budgets of `width` entries have more than `most` set; empty if there are none."""
     over = mask.reshape(-1, width).sum(1) > most
     return f"{int(over.sum())} of {len(over)} budgets" if bool(over.any()) else ""
 
 
 def _other_form(after: Tensor, before: Tensor | None) -> str:
-    """How the shape or the dtype of a tensor differs from the source's, in words; empty if neither does."""
+    """Say how the shape or the dtype of a tensor differs from the source's; empty if it does not."""
     if before is None:
         return "not in the source"
     if after.shape == before.shape and after.dtype == before.dtype:
@@ -342,7 +354,7 @@ def _other_form(after: Tensor, before: Tensor | None) -> str:
 
 
 def _difference(after: Tensor, before: Tensor | None) -> str:
-    """How a tensor differs from the source's, in words; empty if it does not."""
+    """Say how a tensor differs from the source's; empty if it does not."""
     other = _other_form(after, before)
     if before is None or other:
         return other

@@ -1,7 +1,7 @@
 """Pack the matrices of a pruned checkpoint, so that its zeros take no space, and unpack them again.
 
-Both ways a shard is read and written at a time, into a hidden folder beside the output, and an interrupted command goes
-on after the last finished shard. What is unpacked has the bits that were packed.
+Both read and write one shard at a time, into a hidden folder next to the output. An interrupted command goes on after
+the last finished shard. Unpacked tensors have the bits that were packed.
 """
 
 import json
@@ -47,17 +47,17 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
     """Pack a checkpoint that `sparsefw run` has pruned.
 
     Args:
-        pruned: its folder.
+        pruned: the checkpoint's folder.
         packed: folder for the packed checkpoint.
-        overwrite: whether an older checkpoint may be replaced.
-        restart: whether to discard what an interrupted command left.
+        overwrite: whether an older checkpoint there may be replaced.
+        restart: whether to discard the shards that an interrupted command has finished.
 
     Returns:
-        Bytes of all tensors before and after.
+        Bytes of all tensors, before and after.
 
     Raises:
-        InputError: there is no report of a run, the checkpoint is packed already, its weights are not those of its
-            report, or no matrix would become smaller.
+        InputError: there is no report of a run, the checkpoint is packed already, a matrix has more weights than its
+            report says, or no matrix would become smaller.
     """
     report, checkpoint = report_of(pruned), inspect(pruned)
     if checkpoint.quantization:
@@ -66,7 +66,7 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
     skeleton = build(checkpoint, as_named=report.arguments["dataset"] == (BATCHES,))
     whole = not METHODS[report.method].rows_independent or pattern.scope == "layer"
     whole &= pattern.scope != "group"
-    kept = _kept(skeleton, report, pattern, whole)
+    kept = _budgets(skeleton, report, pattern, whole)
     if not kept:
         raise InputError(
             f"{pruned}: no matrix becomes smaller; those that keep nearly all, or are transposed, stay dense"
@@ -90,10 +90,10 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
 
 
 def unpack_folder(packed: Path, output: Path, *, overwrite: bool = False, restart: bool = False) -> tuple[int, int]:
-    """The checkpoint that was packed, with the same bits; see `pack_folder` for the arguments.
+    """Make a packed checkpoint dense again, with the same bits; arguments and result are as for `pack_folder`.
 
     Raises:
-        InputError: the checkpoint is not packed, or not sound.
+        InputError: the checkpoint is not packed, or is damaged.
     """
     checkpoint = inspect(packed)
     if checkpoint.quantization is None or checkpoint.quantization.method != "sparsefw":
@@ -104,8 +104,11 @@ def unpack_folder(packed: Path, output: Path, *, overwrite: bool = False, restar
     )
 
 
-def _kept(skeleton: Skeleton, report: Report, pattern: Pattern, whole: bool) -> dict[str, int]:
-    """Weights kept in each row, or in the whole, of each tensor that becomes smaller by it, by name."""
+def _budgets(skeleton: Skeleton, report: Report, pattern: Pattern, whole: bool) -> dict[str, int]:
+    """Find the tensors that packing makes smaller, by name, with their weights kept in each row.
+
+    With `whole` these are the weights kept in the whole matrix.
+    """
     sizes, inputs = Counter[str](), dict[str, int]()
     for layer in report.layers_of(report.method):
         if not layer.transposed:
@@ -121,7 +124,7 @@ def _kept(skeleton: Skeleton, report: Report, pattern: Pattern, whole: bool) -> 
             info = skeleton.checkpoint.tensors[name]
             rows, cols = info.shape[-2:]
             width, most = patterns.budget(pattern, rows, cols, not whole)
-            # A budget of a whole matrix says nothing of its parts.
+            # The budget of a whole matrix does not tell how many weights a part of it keeps.
             if cols != inputs[parameter] or cols % 8 or (whole and (len(names) > 1 or len(info.shape) > 2)):
                 continue
             if most / width + 1 / (8 * info.dtype.itemsize) < 1:
@@ -130,7 +133,7 @@ def _kept(skeleton: Skeleton, report: Report, pattern: Pattern, whole: bool) -> 
 
 
 def generalized(chosen: Iterable[str], parameters: Iterable[str]) -> list[str]:
-    """Names of parameters, where `*` stands for any number if all parameters of that form are chosen."""
+    """Shorten names of parameters: `*` stands for any number where all parameters of that form are chosen."""
     chosen, forms = set(chosen), defaultdict(set)
     for name in parameters:
         forms[form_of(name)].add(name)
@@ -147,15 +150,18 @@ def rewrite(
     restart: bool,
     texts: Mapping[str, str] = {},
 ) -> tuple[int, int]:
-    """Write a checkpoint whose tensors have another form; returns the bytes of all tensors before and after.
+    """Write a copy of a checkpoint whose tensors have another form.
 
     Args:
-        checkpoint: it.
-        output: folder for the result.
-        config: the content of its config.json.
-        form: by the name of a tensor and itself, what is written.
+        checkpoint: the checkpoint.
+        output: folder for the copy.
+        config: the content of the copy's config.json.
+        form: called with the name of a tensor and the tensor, dequantized; returns what is written, by name.
         overwrite, restart: as for `pack_folder`.
-        texts: contents of other files by name, in place of the checkpoint's report.
+        texts: contents of other files of the copy by name, such as a report in place of the checkpoint's.
+
+    Returns:
+        Bytes of all tensors, before and after.
     """
     folder = checkpoint.folder
     check_output(output, folder, overwrite)

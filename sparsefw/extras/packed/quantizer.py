@@ -1,8 +1,8 @@
-"""Packed checkpoints in transformers: `AutoModelForCausalLM.from_pretrained("packed/")` once sparsefw is imported.
+"""Packed checkpoints in transformers, which calls this a quantizer; `sparsefw.packed` registers it.
 
-Linear layers hold the packed tensors and multiply with them, experts are unpacked one at a time when they are used.
-`quantization_config=PackedConfig(dequantize=True)` gives the dense model. transformers calls this a quantizer, and its
-interface is that of 5.17 to 5.24.
+Linear layers hold the packed tensors and multiply with them. Experts are unpacked one at a time when they are used.
+`quantization_config=PackedConfig(dequantize=True)` gives the dense model. The interface is that of transformers 5.17 to
+5.24.
 """
 
 from typing import Any
@@ -48,16 +48,16 @@ class PackedConfig(QuantizationConfigMixin):
         self.format, self.dequantize = format, dequantize
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """The part that the argument of `from_pretrained` decides, and not the checkpoint."""
+        """Return the settings that the argument of `from_pretrained` decides, and not the checkpoint."""
         return {"dequantize": self.dequantize}
 
     def has(self, name: str) -> bool:
-        """Whether a parameter is packed. In another class of the same model its name may begin later."""
+        """Tell whether a parameter is packed. Classes of one model may differ in the first words of its name."""
         names = (name, form_of(name))
         return any(f".{p}".endswith(f".{own}") or f".{own}".endswith(f".{p}") for p in self.parameters for own in names)
 
     def shape(self, shape: torch.Size) -> tuple[int, ...]:
-        """The shape of the values of a packed parameter (..., rows, cols)."""
+        """Return the shape of the kept values of a parameter of shape (..., rows, cols)."""
         *lead, rows, cols = shape
         pattern = patterns.parse(self.sparsity)
         width, most = patterns.budget(pattern, rows, cols, self.budget == "row")
@@ -65,13 +65,13 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer whose `weight` are the kept values, beside `weight_mask`, see `checkpoint.packed`."""
+    """A linear layer whose `weight` holds the kept values, and `weight_mask` their places, see `checkpoint.packed`."""
 
     weight_mask: Tensor
     starts: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W^T + bias."""
+        """Return x W^T + bias."""
         if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, unpack(self.weight, self.weight_mask).to(x.dtype), self.bias)
         if self.weight.dim() == 1 and (self.starts is None or self.starts.device != self.weight.device):
@@ -83,7 +83,7 @@ class PackedLinear(nn.Linear):
 
 
 class PackedStack:
-    """A stacked parameter of a module whose tensors are packed: `stack[i]` is its i-th matrix, with its zeros."""
+    """A packed parameter of several matrices, such as experts: `stack[i]` unpacks the i-th matrix."""
 
     def __init__(self, values: Tensor, mask: Tensor) -> None:
         self._values, self._mask = values, mask
@@ -94,24 +94,24 @@ class PackedStack:
 
 
 class PackedQuantizer(HfQuantizer):
-    """Puts packed tensors into a model's modules."""
+    """Replaces parameters of a model by packed tensors, before transformers loads them."""
 
     quantization_config: PackedConfig
     # Converters of names and stacks take masks as they take weights.
     serialized_names = {"weight": ["weight", f"weight{MASK}"]}  # noqa: RUF012  # as its base class has it
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse later formats."""
+        """Refuse a format of a later version."""
         if self.quantization_config.format != FORMAT:
             raise InputError(f"the checkpoint is packed in format {self.quantization_config.format}: update sparsefw")
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The config without the entry that keeps other loaders out, and with experts that are used one at a time."""
+        """Remove the entry of the config that keeps other loaders out, and have experts used one at a time."""
         config.__dict__.pop(GUARD, None)
         config._experts_implementation = "eager"
         return config
 
-    # Which is called here before 5.22.
+    # transformers calls this one in its place before 5.22.
     update_tp_plan = update_attn_implementation
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -136,7 +136,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for path, module in model.named_modules():
             for name, (values, mask) in _packed_in(module).items():
-                # The hooks of accelerate read what is on the disk still.
+                # A tensor without data is on the disk, and hooks of accelerate read it later.
                 if not mask.is_meta:
                     check(f"{path}.{name}", values, mask)
                 if not isinstance(module, PackedLinear):
@@ -155,16 +155,16 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """`save_pretrained` writes a packed checkpoint."""
+        """Tell that `save_pretrained` may write the model: as a packed checkpoint."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Kept weights have no gradients."""
+        """Tell that the model cannot be trained: kept weights have no gradients."""
         return False
 
 
 def _packed_in(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Values and mask of the packed parameters of a module, by name."""
+    """Return kept values and mask of each packed parameter of a module, by name."""
     own = dict(module.named_parameters(recurse=False))
     return {name: (own[name], own[name + MASK]) for name in own if name + MASK in own}
