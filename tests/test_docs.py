@@ -132,7 +132,6 @@ def default_of(flag: str, condition: str, monkeypatch: pytest.MonkeyPatch) -> ob
         condition: the words after the value in the document: "with `--refit 0`", "for the built-in model", "on a GPU",
             "with fewer than 9 windows on a rank".
     """
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: condition == "on a GPU")
     offline = "with `HF_HUB_OFFLINE=1`"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", condition == offline)
     inputs = Inputs() if condition == "for the built-in model" else Inputs(model="another")
@@ -143,7 +142,8 @@ def default_of(flag: str, condition: str, monkeypatch: pytest.MonkeyPatch) -> ob
     if flag == "--model":
         inputs = Inputs()
     windows = int(few[1]) - 1 if few else inputs.nsamples
-    config = PruneConfig(**inputs.options | options).for_calibration(windows, inputs.seqlen)
+    device = torch.device("cuda" if condition == "on a GPU" else "cpu")
+    config = PruneConfig(**inputs.options | options).on(device).for_calibration(windows, inputs.seqlen)
     if few:
         enough = PruneConfig(**inputs.options | options).for_calibration(windows + 1, inputs.seqlen)
         assert getattr(enough, FIELDS[flag].name) == default_of(flag, "", monkeypatch)
