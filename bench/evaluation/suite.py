@@ -31,8 +31,7 @@ from sparsefw.checkpoint.source import Checkpoint, inspect
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows
 from sparsefw.extras.evaluation.harness import StreamedLM, Tasks
-from sparsefw.extras.evaluation.rows import request_of
-from sparsefw.extras.evaluation.streaming import scores_of
+from sparsefw.extras.evaluation.streaming import window_losses_of
 from sparsefw.inputs import locate
 
 # Tokens of a window, and items of a task.
@@ -84,8 +83,7 @@ def values_of(folder: Path, half: str, name: str, windows: int, items: int) -> V
 
 def _of_text(source: Checkpoint, path: Path, windows: int) -> list[float]:
     cut = evaluation_windows(load_tokenizer(source.folder), str(path), seqlen=SEQLEN, limit=windows)
-    requests = [request_of(ids[:1], ids[1:], SEQLEN) for ids in cut.ids.tolist()]
-    return [score.loglikelihood / (SEQLEN - 1) for score in scores_of(source, requests, progress=None)]
+    return [-loss for loss in window_losses_of(source, cut, progress=None)]
 
 
 def _of_task(source: Checkpoint, path: Path, items: int) -> list[float]:

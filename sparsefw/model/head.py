@@ -53,33 +53,52 @@ LOSSES |= {F.binary_cross_entropy, F.binary_cross_entropy_with_logits}
 LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
-@torch.no_grad()
 def perplexity(states: HiddenStates, samples: Windows | Batches, ranks: Ranks = ALONE) -> float:
-    """exp of the mean negative log-likelihood over all windows, or of the losses that the model itself returns.
+    """exp of the mean of `window_losses` over all ranks, each of which has some of the samples.
+
+    Raises:
+        InputError: as `window_losses`.
+    """
+    losses = window_losses(states, samples)
+    sums = ranks.gather((sum(map(sum, losses)), sum(map(len, losses))))
+    return exp(sum(total for total, _ in sums) / sum(count for _, count in sums))
+
+
+@torch.no_grad()
+def window_losses(states: HiddenStates, samples: Windows | Batches) -> list[list[float]]:
+    """By micro-batch, the mean negative log-likelihood per predicted token of each window.
 
     Args:
         states: the windows or batches after the last block.
-        samples: these windows; or these batches, with what the model makes a loss of. All count alike.
-        ranks: each has some of them.
+        samples: these windows; or these batches, each of which has the loss that the model itself returns.
 
     Raises:
         InputError: the model returns no loss for a batch.
     """
-    total, count, model = 0.0, 0, states.model
+    losses, model, first = list[list[float]](), states.model, 0
     with model.outside():
         for j, windows in enumerate(states.windows):
             hidden, others = states.hidden[j], states.behind_last(j)
             if isinstance(samples, Batches):
-                total += _own_loss(model, samples.batches[j], j, hidden, others).item()
-            elif states.flow.by_window and hidden.shape[:2] == (windows, samples.seqlen):
+                losses.append([_own_loss(model, samples.batches[j], j, hidden, others).item()])
+                continue
+            ids = samples.ids[first : first + windows]
+            first += windows
+            if states.flow.by_window and hidden.shape[:2] == ids.shape:
                 # One window at a time: logits over a large vocabulary are the largest tensor of a run.
-                ids = samples.ids[count : count + windows]
-                total += sum(loss(model, ids[n : n + 1], hidden[n : n + 1]) for n in range(windows))
+                losses.append(
+                    [loss for n in range(windows) for loss in _losses(model, ids[n : n + 1], hidden[n : n + 1])]
+                )
             else:
-                total += windows * loss(model, samples.ids[count : count + windows], hidden, others)
-            count += windows
-    sums = ranks.gather((total, count))
-    return exp(sum(total for total, _ in sums) / sum(count for _, count in sums))
+                losses.append(_losses(model, ids, hidden, others))
+    return losses
+
+
+def _losses(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> list[float]:
+    """Mean negative log-likelihood of all tokens but the first of each window; arguments as for `logits`."""
+    predictions = logits(model, ids, hidden, others)
+    targets = ids[:, 1:].to(model.device)
+    return [F.cross_entropy(x[:-1].float(), y).item() for x, y in zip(predictions, targets, strict=True)]
 
 
 def _in_fp32(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -100,7 +119,7 @@ def exp(x: float) -> float:
 
 @torch.no_grad()
 def check_losses(model: BlockModel, batches: Iterable[Batch]) -> None:
-    """Refuse batches for `perplexity_of_batches` before a run: at its end, all that it has made would be of no use.
+    """Refuse batches without a loss before a run, which would end without a perplexity.
 
     The model's own forward runs with stand-ins for what blocks return.
 
@@ -123,20 +142,6 @@ def _own_loss(model: BlockModel, batch: Batch, j: int, hidden: Tensor | None, ot
             "such as labels"
         )
     return value
-
-
-@torch.no_grad()
-def loss(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> float:
-    """Mean negative log-likelihood per predicted token.
-
-    Args:
-        model: the model.
-        ids: (batch, seqlen) tokens; all but the first of each window are predicted.
-        hidden, others: as for `logits`.
-    """
-    predictions = logits(model, ids, hidden, others)[:, :-1].float()
-    targets = ids[:, 1:].to(model.device)
-    return F.cross_entropy(predictions.flatten(0, 1), targets.flatten()).item()
 
 
 def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> Any:

@@ -24,7 +24,7 @@ def test_measure(tmp_path, capsys, monkeypatch):
     assert math.isclose(other["ratio"][0], other["perplexity"]["choose_prose"] / dense["perplexity"]["choose_prose"])
     assert set(other["accuracy"]) == {"choose_true_sentence"}
     assert f"| {models[1]} | " in capsys.readouterr().out
-    monkeypatch.setattr(suite, "scores_of", None)
+    monkeypatch.setattr(suite, "window_losses_of", None)
     suite.main(command)
 
 

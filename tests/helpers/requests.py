@@ -1,6 +1,7 @@
 """Requests that are drawn, and answers of whole models."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -8,13 +9,13 @@ from helpers.families import VOCABULARY
 from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.source import inspect
-from sparsefw.extras.evaluation.rows import request_of
+from sparsefw.extras.evaluation.batching import request_of
 from sparsefw.extras.evaluation.streaming import scores_of
 
 
-def some_requests(seed=0, longest=60):
+def _drawn():
     """Questions with several answers each, some of many tokens, one that others begin with, and equal ones."""
-    draw = random.Random(seed)
+    draw, longest = random.Random(0), 60
 
     def tokens(least, most):
         return [draw.randrange(2, VOCABULARY) for _ in range(draw.randint(least, most))]
@@ -29,14 +30,14 @@ def some_requests(seed=0, longest=60):
     return [*requests, request_of(tokens(70, 80), tokens(3, 3), longest), request_of([3], [4], longest)]
 
 
-REQUESTS = some_requests()
+REQUESTS = _drawn()
 
 
 def answers(folder, requests=REQUESTS, **options):
-    """The answers of a checkpoint, one block at a time, and what its rows have held in the end."""
+    """The answers of a checkpoint, one block at a time, and the number of rows that they were computed in."""
     lines = []
     scores = scores_of(inspect(folder), requests, say=lines.append, **options)
-    return scores, [line.rpartition(": ")[2] for line in lines if line.startswith("requests")][-1:]
+    return scores, int(re.findall(r"computed as (\d+) rows", "\n".join(lines))[-1])
 
 
 @torch.no_grad()

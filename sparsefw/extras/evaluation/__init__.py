@@ -1,7 +1,7 @@
-"""How likely a model finds texts: perplexity and tasks, for models of which one block is in memory at a time.
+"""Perplexity and tasks of checkpoints, with one block in memory at a time.
 
 lm-evaluation-harness knows the model "sparsefw" once this package is imported. The harness itself is imported only for
-what needs it.
+tasks.
 """
 
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ from sparsefw.extras.evaluation.run import evaluate
 __all__ = ["evaluate"]
 
 if find_spec("lm_eval"):
-    # Imports the harness's list of names, and no more.
+    # Imports only the harness's list of names.
     from lm_eval.api.registry import model_registry
 
     model_registry.register("sparsefw", target=f"{__name__}.harness:StreamedLM")

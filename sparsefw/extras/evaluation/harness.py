@@ -1,7 +1,7 @@
-"""lm-evaluation-harness: its tasks, and its model "sparsefw", of which one block is in memory at a time.
+"""lm-evaluation-harness: its tasks, and a model for it with one block in memory at a time.
 
 The harness asks for all continuations of all tasks at once, and then for all whole texts. So the blocks are read once
-for each of the two kinds of requests. Tasks, prompts, filters, metrics and their aggregation are the harness's own.
+for each of these two kinds of requests. Tasks, prompts, filters, metrics and aggregations are the harness's own.
 """
 
 import logging
@@ -13,6 +13,7 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import get_aggregation
 from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -21,7 +22,8 @@ from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.checkpoint.source import inspect
 from sparsefw.data.tokens import load_tokenizer, tokenize
 from sparsefw.errors import InputError, first_line, option, shown
-from sparsefw.extras.evaluation.rows import Request, request_of
+from sparsefw.extras.evaluation.batching import Request, request_of
+from sparsefw.extras.evaluation.metrics import DERIVATIVES
 from sparsefw.extras.evaluation.streaming import Score, scores_of
 from sparsefw.inputs import locate
 from sparsefw.model.skeleton import read_config
@@ -32,7 +34,7 @@ from sparsefw.ranks import joined_with
 # Effective Pruning Approach for Large Language Models", section 4.1.
 PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
-# Types of tasks that ask how likely texts are.
+# Types of tasks that ask for likelihoods.
 TYPES = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 
 
@@ -41,18 +43,18 @@ class StreamedLM(TemplateLM):
 
     Args:
         pretrained: folder or Hub id of a checkpoint in safetensors, or "default".
-        max_length: most tokens that the model reads at once; None: as its config says.
-        add_bos_token: whether texts get a start token; None: as the tokenizer's files say.
-        prefix_token_id: token before a text that has nothing before it; None: the start token, or else the end token.
-        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
-        batch_size, max_batch_size, device: the harness gives them; batches are made by tokens, as many as fit.
+        max_length: most tokens that the model reads at once; None: the length in its config.
+        add_bos_token: whether texts get a start token; None: the choice in the tokenizer's files.
+        prefix_token_id: token before a text without a context; None: the start token, or else the end token.
+        gpu_memory, host_memory: memory limits in GiB; None: the free memory less a tenth.
+        batch_size, max_batch_size, device: not used; the harness passes them. Memory decides on the size of batches.
         log: called with every line of the log.
-        progress: whether to show a progress bar; None: in a terminal alone.
+        progress: whether to show a progress bar; None: only in a terminal.
 
     Attributes:
         checkpoint: the checkpoint.
         tokenizer: its tokenizer.
-        failure: what has ended `scores`; None: nothing.
+        failure: the error that has ended `scores`; None: there was no error.
 
     Raises:
         InputError: there is no such checkpoint, or no such token.
@@ -92,25 +94,25 @@ class StreamedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text that has nothing before it.
+        """The token before a text without a context.
 
         Raises:
-            InputError: there is none.
+            InputError: the tokenizer has no such token.
         """
         if self._prefix is None:
             raise InputError(
-                f"{self.checkpoint.folder}: the tokenizer has neither a start token nor an end token, behind which the "
-                "first token of a text is predicted; name bos_token or eos_token in tokenizer_config.json"
+                f"{self.checkpoint.folder}: the tokenizer has neither a start token nor an end token, and the first "
+                "token of a text is predicted after one; name bos_token or eos_token in tokenizer_config.json"
             )
         return self._prefix
 
     @property
     def tokenizer_name(self) -> str:
-        """The tokenizer's name, by which the harness keeps prompts."""
+        """The tokenizer's name. The harness caches prompts under it."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The tokens of a text. One that begins with the text of the prefix is given no special tokens."""
+        """The tokens of a text. A text that begins with the text of the prefix token gets no special tokens."""
         if add_special_tokens is None:
             prefix = str(self.tokenizer.decode(self._prefix)) if self._prefix is not None else ""
             add_special_tokens = self._special and not (prefix and string.startswith(prefix))
@@ -119,21 +121,22 @@ class StreamedLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as a text."""
         options: dict[str, Any] = {"continue_final_message": not add_generation_prompt}
-        options["add_generation_prompt"] = add_generation_prompt
-        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            )
+        )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """How likely whole texts are: each token is predicted once, in windows of `max_length` tokens."""
-        of_texts = [
-            [
-                make_disjoint_window(window)
-                for window in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
-            ]
-            for (text,) in (request.args for request in requests)
-        ]
-        windows = [request_of(before, tokens, self.max_length) for of_text in of_texts for before, tokens in of_text]
-        scores = iter(self.scores(windows, disable_tqdm))
+        """The log-likelihoods of whole texts. Each token is predicted once, in windows of `max_length` tokens."""
+        of_texts = [self._rolling(*request.args) for request in requests]
+        scores = iter(self.scores([window for of_text in of_texts for window in of_text], disable_tqdm))
         return [sum(next(scores).loglikelihood for _ in of_text) for of_text in of_texts]
+
+    def _rolling(self, text: str) -> list[Request]:
+        """The requests for the windows of a text."""
+        windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+        return [request_of(before, tokens, self.max_length) for before, tokens in map(make_disjoint_window, windows)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> NoReturn:
         """Refuse to generate text.
@@ -141,7 +144,7 @@ class StreamedLM(TemplateLM):
         Raises:
             InputError: always; the message names the tasks.
         """
-        raise generates(sorted({str(request.task_name) for request in requests}))
+        raise generation_error(sorted({str(request.task_name) for request in requests}))
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_options: Any
@@ -153,12 +156,12 @@ class StreamedLM(TemplateLM):
                     f"{self.max_length} at once; leave the document out"
                 )
         made = [request_of(context, continuation, self.max_length) for _, context, continuation in requests]
-        return [(score.loglikelihood, score.greedy) for score in self.scores(made, disable_tqdm)]
+        return [*self.scores(made, disable_tqdm)]
 
     @settings_kept()
     @on_cpu_by_default()
     def scores(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[Score]:
-        """The answers to requests, in one pass through the blocks.
+        """The answers to requests, from one pass through the blocks.
 
         Raises:
             InputError: as `scores_of`.
@@ -175,6 +178,11 @@ class StreamedLM(TemplateLM):
 class Tasks(TaskManager):
     """Tasks of the harness that ask for likelihoods.
 
+    Args:
+        names: names of tasks, groups and tags, patterns of these, paths of YAML files; "paper" stands for PAPER.
+        include_path: a folder with more tasks.
+        include_defaults: whether the harness's own tasks are known.
+
     Attributes:
         names: the harness's names of the tasks, groups and tags.
 
@@ -183,41 +191,38 @@ class Tasks(TaskManager):
     """
 
     def __init__(self, names: Sequence[str], include_path: Path | None, include_defaults: bool = True) -> None:
-        """Look for tasks.
-
-        Args:
-            names: names of tasks, groups and tags, patterns of these, paths of YAML files; "paper": those of PAPER.
-            include_path: a folder with more tasks.
-            include_defaults: whether the harness's own tasks are known.
-        """
         if include_path is not None and not include_path.is_dir():
             raise InputError(f"{include_path}: no folder of tasks")
-        # Each of the harness's modules says what it does.
+        # The harness's modules log every step.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         super().__init__(include_path=include_path and str(include_path), include_defaults=include_defaults)
         self.names: list[str] = []
-        for name in [task for given in names for task in (PAPER if given == "paper" else [given])]:
-            found = [name] if Path(name).is_file() else self.match_tasks([name])
-            if not found:
-                raise InputError(f"task {shown(name)!r}: unknown; `lm_eval ls tasks` lists all names")
-            self.names += [task for task in found if task not in self.names]
+        for name in names:
+            for task in PAPER if name == "paper" else [name]:
+                found = [task] if Path(task).is_file() else self.match_tasks([task])
+                if not found:
+                    raise InputError(f"task {shown(task)!r}: unknown; `lm_eval ls tasks` lists all names")
+                self.names += [x for x in found if x not in self.names]
 
     def load(self, task_list: Any) -> Any:
-        """As that of the harness.
+        """Load tasks, as the harness does.
 
         Raises:
             InputError: a task generates text.
         """
         loaded = super().load(task_list)
-        if others := [name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE not in TYPES]:
-            raise generates(others)
+        self._loaded = loaded["tasks"]
+        if others := [name for name, task in self._loaded.items() if task.OUTPUT_TYPE not in TYPES]:
+            raise generation_error(others)
         return loaded
 
     def results(self, model: StreamedLM, limit: float | None, num_fewshot: int | None) -> Mapping[str, Any]:
-        """The harness's own results of a model, with the values of each document; empty on all ranks but the first.
+        """The harness's results for a model, with the values of each document; empty on all ranks but the first.
+
+        In addition, "aggregations" names the harness's aggregation of these values by task and metric.
 
         Raises:
-            InputError: tasks cannot be loaded, or the harness cannot make their prompts or metrics; or as `StreamedLM`.
+            InputError: tasks cannot be loaded, the harness cannot make their prompts or metrics, or as `StreamedLM`.
         """
         model.failure = None
         try:
@@ -225,16 +230,21 @@ class Tasks(TaskManager):
             found = simple_evaluate(
                 model, tasks=[*self.names], num_fewshot=num_fewshot, limit=limit, task_manager=self, bootstrap_iters=0
             )
-            return found or {}
-        # A task has the harness do anything with a document. The model is run in there, too: that ends as it does.
+        # Tasks hold code, which may raise anything. An error of the model, which runs in there, stays as it is.
         except Exception as error:
             if isinstance(error, InputError | MemoryError) or error is model.failure:
                 raise
             line = f"{type(error).__name__}: {first_line(error)}"
             tasks = option("tasks", ",".join(self.names))
             raise InputError(f"{tasks}: the harness cannot evaluate them: {line}") from error
+        names = {get_aggregation(name): name for name in DERIVATIVES}
+        aggregations = {
+            task: {metric: names.get(function) for metric, function in loaded.aggregation().items()}
+            for task, loaded in self._loaded.items()
+        }
+        return {**found, "aggregations": aggregations} if found else {}
 
 
-def generates(names: Sequence[str]) -> InputError:
-    """The error for tasks that generate text."""
+def generation_error(names: Sequence[str]) -> InputError:
+    """The refusal of tasks that generate text."""
     return InputError(f"task {', '.join(names)}: generates text, and only likelihoods are computed here; leave it out")

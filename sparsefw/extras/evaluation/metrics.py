@@ -1,4 +1,4 @@
-"""What was measured of models: metrics with standard errors, and differences of models.
+"""Metrics of models with standard errors, differences of models, and the table of an evaluation.
 
 A metric is, to first order, a constant and a sum over documents, drawn independently of each other (the delta method).
 Document i adds
@@ -7,8 +7,8 @@ Document i adds
     (l_i - R w_i) / W                       to a ratio R = L / W, where L and W are the sums of l and w,
     f'(R) times that                        to a function f of such a ratio,
 
-and the metric's variance is n / (n - 1) times the sum of their squares. Two models have answered the same documents. So
-their difference has the differences of these terms, document by document.
+and the metric's variance is n / (n - 1) times the sum of the squares of these terms. Two models have answered the same
+documents. So the terms of their difference are the differences of their terms, document by document.
 """
 
 import json
@@ -25,20 +25,20 @@ from sparsefw.errors import printable
 from sparsefw.model.head import exp
 from sparsefw.report.content import TextWindows, amount
 
-# Papers on pruning average the first of these that a task has.
+# Papers on pruning average the first of these metrics that a task has.
 MAIN = ("acc_norm", "acc")
 
-# `lm_eval.simple_evaluate` returns these.
+# Results of `lm_eval.simple_evaluate`, with the names of the tasks' aggregations, see `harness.Tasks.results`.
 Harness = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of a model from the one that it is compared with.
+    """The difference of a model from the model that it is compared with.
 
     Attributes:
-        value: the model's value less the other's.
-        stderr: standard error of the difference, the same documents compared in pairs; None: unknown.
+        value: the model's value less the other model's.
+        stderr: standard error of the difference, with the same documents in pairs; None: unknown.
     """
 
     value: float
@@ -50,10 +50,10 @@ class Measurement:
     """A metric of a model.
 
     Attributes:
-        value: the metric; NaN where the harness gives no number.
+        value: the metric; NaN if the harness returns no number.
         stderr: its standard error; None: unknown.
-        difference: its difference from the model that it is compared with; None for that model, without one, and for a
-            metric that is no sum over documents, of which the standard error cannot be told.
+        difference: the difference from the model that others are compared with; None for that model, without such a
+            model, and for a metric whose standard error is unknown.
     """
 
     value: float
@@ -68,12 +68,12 @@ class TaskRecord:
     Attributes:
         task: name of the task or group.
         metric: name of the metric.
-        filter: name of the filter that answers went through; "none" without one.
+        filter: name of the harness's filter of answers; "none" without a filter.
         documents: number of documents.
         shots: number of examples before each question.
-        version: version of the task; empty without one.
-        higher_is_better: whether more of it is better; None: unknown.
-        averaged: whether the average over tasks counts it.
+        version: version of the task; empty without a version.
+        higher_is_better: whether a higher value is better; None: unknown.
+        averaged: whether the average over tasks includes it.
         results: the metric by model.
     """
 
@@ -106,9 +106,8 @@ class Evaluation:
     """The results of several models, the content of evaluation.json.
 
     Attributes:
-        models: names of the models, in the order in which the user gave them; first the one that others are compared
-            with.
-        against: name of the model that others are compared with; None: none.
+        models: names of the models in the user's order; the model that others are compared with comes first.
+        against: name of the model that others are compared with; None: models are not compared.
         tasks: metrics of tasks and of groups of tasks.
         texts: perplexity on texts.
     """
@@ -120,9 +119,9 @@ class Evaluation:
 
     @property
     def average(self) -> dict[str, Measurement]:
-        """By model, the mean over tasks of acc_norm where a task has it, else of acc; empty for fewer than two tasks.
+        """By model, the mean over tasks of acc_norm, or of acc in tasks without it; empty for fewer than two tasks.
 
-        Its standard errors take tasks as independent.
+        Standard errors are those of independent tasks.
         """
         averaged = [task.results for task in self.tasks if task.averaged]
         average = {}
@@ -138,116 +137,78 @@ class Evaluation:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A metric.
-
-    Attributes:
-        value: the metric.
-        terms: what each document adds to the metric, to first order, float64 (documents,).
-    """
-
-    value: float
-    terms: np.ndarray
-
-    @property
-    def stderr(self) -> float | None:
-        """Its standard error; None for a single document, and if some term is infinite."""
-        n = len(self.terms)
-        if n < 2 or not np.isfinite(self.terms).all():
-            return None
-        return math.sqrt(n / (n - 1)) * float(np.linalg.norm(self.terms))
-
-    def minus(self, other: "Estimate") -> Difference:
-        """The difference from another model's metric of the same documents."""
-        with np.errstate(invalid="ignore"):
-            return Difference(self.value - other.value, Estimate(0.0, self.terms - other.terms).stderr)
-
-
-def _perplexity(ratio: float) -> tuple[float, float]:
-    return exp(-ratio), -exp(-ratio)
-
-
-# A metric is a function of a ratio R = L / W. It stands here with its derivative, and with whether the documents have a
-# W of their own: a number of tokens, words or bytes.
-FORMULAS: dict[str, tuple[Callable[[float], tuple[float, float]], bool]] = {
-    "mean": (lambda ratio: (ratio, 1.0), False),
-    "perplexity": (_perplexity, False),
-    "weighted_perplexity": (_perplexity, True),
-    "bits_per_byte": (lambda ratio: (-ratio / math.log(2), -1 / math.log(2)), True),
+# The derivative of a metric by R, by the harness's name of its aggregation.
+DERIVATIVES: dict[str, Callable[[float], float]] = {
+    "mean": lambda ratio: 1.0,
+    "perplexity": lambda ratio: -exp(-ratio),
+    "weighted_perplexity": lambda ratio: -exp(-ratio),
+    "bits_per_byte": lambda ratio: -1 / math.log(2),
 }
 
 
-def estimate(formula: str, values: Sequence[Any]) -> Estimate | None:
-    """A metric of the documents' values; None if they are not what the formula takes.
+@np.errstate(invalid="ignore", over="ignore")
+def terms_of(aggregation: str, values: Sequence[Any]) -> np.ndarray:
+    """The term that each document adds to a metric, float64 (documents,).
 
     Args:
-        formula: one of FORMULAS.
-        values: for each document a number, or a pair of numbers.
+        aggregation: one of DERIVATIVES.
+        values: for each document x, or the pair of l and w: w is a number of tokens, words or bytes.
     """
-    function, weighted = FORMULAS[formula]
-    pairs = values if weighted else [(value, 1) for value in values]
-    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
-        return None
-    if not all(isinstance(number, Real | np.bool_) for pair in pairs for number in pair):
-        return None
-    sums, weights = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-    total = float(weights.sum())
-    if not total > 0:
-        return None
-    ratio = float(sums.sum()) / total
-    value, derivative = function(ratio)
-    with np.errstate(invalid="ignore", over="ignore"):
-        return Estimate(value, derivative * ((sums - ratio * weights) / total))
+    numbers = np.array(values, dtype=np.float64)
+    sums, weights = numbers.T if numbers.ndim == 2 else (numbers, np.ones(len(numbers)))
+    ratio = float(sums.sum() / weights.sum())
+    return DERIVATIVES[aggregation](ratio) * (sums - ratio * weights) / weights.sum()
 
 
-def estimate_of(value: float, values: Sequence[Any]) -> Estimate | None:
-    """The estimate behind a metric of the harness; None if no formula gives the metric from the documents' values."""
-    found = (estimate(formula, values) for formula in FORMULAS)
-    return next((x for x in found if x and math.isclose(x.value, value, rel_tol=1e-9, abs_tol=1e-12)), None)
+def standard_error(terms: np.ndarray | None) -> float | None:
+    """The standard error of a metric; None for a single document, and for terms that are infinite or unknown."""
+    if terms is None or len(terms) < 2 or not np.isfinite(terms).all():
+        return None
+    return math.sqrt(len(terms) / (len(terms) - 1)) * float(np.linalg.norm(terms))
 
 
 def _mean_of(measured: Sequence[Measurement | Difference]) -> tuple[float, float | None]:
-    """The mean of independent values, and its standard error."""
+    """The mean of independent values, and the standard error of the mean."""
     stderrs = [one.stderr for one in measured if one.stderr is not None]
     stderr = math.hypot(*stderrs) / len(stderrs) if len(stderrs) == len(measured) else None
     return sum(one.value for one in measured) / len(measured), stderr
 
 
-def _compared(
-    values: Mapping[str, float], estimates: Mapping[str, Estimate | None], against: str | None
-) -> dict[str, Measurement]:
-    """A metric by model."""
+@np.errstate(invalid="ignore")
+def _compared(found: Mapping[str, tuple[float, np.ndarray | None]], against: str | None) -> dict[str, Measurement]:
+    """A metric by model, from its value and its terms by model; terms may be unknown."""
     results = {}
-    for name, value in values.items():
-        mine, other = estimates[name], None if against in (None, name) else estimates[str(against)]
-        difference = mine.minus(other) if mine and other and len(mine.terms) == len(other.terms) else None
-        results[name] = Measurement(value, mine.stderr if mine else None, difference)
+    for name, (value, terms) in found.items():
+        difference = None
+        if against is not None and name != against:
+            other, other_terms = found[against]
+            if terms is not None and other_terms is not None and len(terms) == len(other_terms):
+                difference = Difference(value - other, standard_error(terms - other_terms))
+        results[name] = Measurement(value, standard_error(terms), difference)
     return results
 
 
-def text_record(windows: Windows, likelihoods: Mapping[str, Sequence[float]], against: str | None) -> TextRecord:
+def text_record(windows: Windows, losses: Mapping[str, Sequence[float]], against: str | None) -> TextRecord:
     """Perplexity on a text.
 
     Args:
         windows: the windows.
-        likelihoods: by model, for each window the log-likelihood of all its tokens but the first.
+        losses: by model, for each window the mean negative log-likelihood of its predicted tokens.
         against: name of the model that others are compared with.
     """
-    predicted = windows.seqlen - 1
-    estimates = {
-        name: estimate("weighted_perplexity", [(x, predicted) for x in of]) for name, of in likelihoods.items()
+    found = {
+        name: (exp(sum(of_model) / windows.n), terms_of("perplexity", [-loss for loss in of_model]))
+        for name, of_model in losses.items()
     }
-    values = {name: found.value for name, found in estimates.items() if found is not None}
-    results = _compared(values, estimates, against)
-    return TextRecord(windows.source, windows.hash, windows.n, windows.seqlen, windows.n * predicted, results)
+    tokens = windows.n * (windows.seqlen - 1)
+    return TextRecord(windows.source, windows.hash, windows.n, windows.seqlen, tokens, _compared(found, against))
 
 
 def task_records(found: Mapping[str, Harness], against: str | None) -> list[TaskRecord]:
     """All metrics of all tasks and groups.
 
     Args:
-        found: by model, what the harness has returned, with samples; all of the same tasks.
+        found: by model, the results of `harness.Tasks`; all of the same tasks.
         against: name of the model that others are compared with.
     """
     first = next(iter(found.values()))
@@ -264,33 +225,34 @@ def task_records(found: Mapping[str, Harness], against: str | None) -> list[Task
 def _record(found: Mapping[str, Harness], task: str, key: str, against: str | None) -> TaskRecord:
     """A metric of a task, by the harness's key "metric,filter"."""
     metric, _, filter_name = key.partition(",")
-    values: dict[str, float] = {}
-    estimates: dict[str, Estimate | None] = {}
+    first = next(iter(found.values()))
+    aggregation = first["aggregations"].get(task, {}).get(metric)
+    measured: dict[str, tuple[float, np.ndarray | None]] = {}
     for name, harness in found.items():
         value = harness["results"][task].get(key)
-        values[name] = float(value) if isinstance(value, Real) else math.nan
-        samples = sorted(harness.get("samples", {}).get(task, []), key=lambda sample: sample["doc_id"])
+        samples = sorted(harness["samples"].get(task, []), key=lambda sample: sample["doc_id"])
         documents = [x[metric] for x in samples if x["filter"] == filter_name and metric in x]
-        estimates[name] = estimate_of(values[name], documents)
-    version = harness.get("versions", {}).get(task)
-    better = harness.get("higher_is_better", {}).get(task, {}).get(metric)
+        terms = terms_of(aggregation, documents) if documents and aggregation else None
+        measured[name] = float(value) if isinstance(value, Real) else math.nan, terms
+    version = first["versions"].get(task)
+    better = first["higher_is_better"].get(task, {}).get(metric)
     return TaskRecord(
         task=task,
         metric=metric,
         filter=filter_name,
-        documents=len(documents) or int(harness["results"][task].get("sample_len", 0)),
-        shots=int(harness.get("n-shot", {}).get(task) or 0),
+        documents=len(documents) or int(first["results"][task].get("sample_len", 0)),
+        shots=int(first["n-shot"].get(task) or 0),
         version="" if version in (None, "N/A") else str(version),
         higher_is_better=None if better is None else bool(better),
         averaged=False,
-        results=_compared(values, estimates, against),
+        results=_compared(measured, against),
     )
 
 
 def _averaged(records: Sequence[TaskRecord], children: Mapping[str, Sequence[str]]) -> set[int]:
-    """Numbers of the records that the average counts.
+    """Numbers of the records that the average includes.
 
-    A group with an accuracy of its own counts as one task, and the tasks in it do not.
+    A group with an accuracy of its own counts as one task, and the tasks in it do not count.
     """
     main: dict[str, int] = {}
     for metric in MAIN:
@@ -303,12 +265,12 @@ def _averaged(records: Sequence[TaskRecord], children: Mapping[str, Sequence[str
     return {n for task, n in main.items() if task not in inside}
 
 
-# Columns of the table of an evaluation, and their sides.
+# Columns of the table, and the side that their entries are aligned to.
 COLUMNS = dict(task="<", metric="<", n=">", shots=">", value=">", difference=">") | {"z-score": ">", "model": "<"}
 
 
 def lines(evaluation: Evaluation) -> Iterator[str]:
-    """The table of an evaluation: all texts, all metrics of tasks, and the average over tasks."""
+    """The lines of the table: all texts, all metrics of tasks, and the average over tasks."""
     rows = list[list[str]]()
     for text in evaluation.texts:
         rows += _rows([text.source, "perplexity", text.windows, 0], text.results)
@@ -334,7 +296,7 @@ def lines(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _rows(cells: list[object], results: Mapping[str, Measurement]) -> list[list[str]]:
-    """The rows of a metric, one for each model; zeros are left out, and what all models share stands in the first."""
+    """The rows of a metric, one for each model. Zeros are left out, and only the first row has `cells`."""
     rows, shared = [], [printable(str(cell or "")) for cell in cells]
     for name, measured in results.items():
         difference = measured.difference
@@ -352,7 +314,7 @@ def _number(measured: Measurement | Difference) -> str:
 
 
 def _digits(value: float) -> str:
-    """A value, with the digits that a standard error of some thousands of documents leaves."""
+    """A value, with the digits that are certain for some thousands of documents."""
     if abs(value) >= 1e6:
         return f"{value:.3e}"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.3f}"

@@ -13,9 +13,8 @@ from sparsefw.checkpoint.source import Checkpoint, inspect
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import Windows, evaluation_windows, window_length
 from sparsefw.errors import InputError, naming, option
-from sparsefw.extras.evaluation.metrics import Evaluation, lines, task_records, text_record
-from sparsefw.extras.evaluation.rows import request_of
-from sparsefw.extras.evaluation.streaming import scores_of
+from sparsefw.extras.evaluation.metrics import Evaluation, TaskRecord, lines, task_records, text_record
+from sparsefw.extras.evaluation.streaming import window_losses_of
 from sparsefw.fields import check_names
 from sparsefw.inputs import EvaluationInputs, locate
 from sparsefw.model.skeleton import max_seqlen, read_config
@@ -24,7 +23,7 @@ from sparsefw.ranks import Ranks, joined_with
 # The file in the output folder.
 RESULT = "evaluation.json"
 
-# Tokens in a window of a text, unless the user says.
+# Tokens in a window of a text by default.
 SEQLEN = 2048
 
 
@@ -38,69 +37,95 @@ def evaluate(
     progress: bool | None = True,
     **options: Any,
 ) -> Evaluation:
-    """Evaluate checkpoints, dense or pruned, of which one block is in memory at a time.
+    """Evaluate checkpoints, dense or pruned, with one block in memory at a time.
 
     Args:
         models: folders or Hub ids of checkpoints in safetensors.
         tasks: names of tasks, groups and tags of lm-evaluation-harness; "paper": the paper's seven zero-shot tasks.
-        log: called with every line of the log; by default they go to the logger "sparsefw", see `prune`.
-        progress: whether to show a progress bar; None: in a terminal alone.
+        log: called with every line of the log; by default, lines go to the logger "sparsefw", see `prune`.
+        progress: whether to show a progress bar; None: only in a terminal.
         options: other fields of `EvaluationInputs`, such as `texts`, `against` and `output`.
 
     Returns:
-        What was measured.
+        The metrics of all models.
 
     Raises:
-        InputError: an argument is wrong; the message is one line that names it.
+        InputError: an argument is wrong; the message is one line and names the argument.
     """
     check_names("evaluate", options, [f.name for f in fields(EvaluationInputs)])
     inputs = EvaluationInputs(models, tasks, **options)  # type: ignore[arg-type]
-    names, first = inputs.models, inputs.against
-    limits: dict[str, Any] = {"gpu_memory": inputs.gpu_memory, "host_memory": inputs.host_memory}
-    limits["progress"] = progress and bars_wanted()
-    result = None if inputs.output is None else inputs.output / RESULT
-    if result and check_writable(result.parent) and result.exists() and not inputs.overwrite:
-        raise InputError(f"{result}: is there already; give {option('overwrite', True)} to replace it")
+    _check_output(inputs)
     with joined_with(log) as (ranks, say):
-        ranks.agree({"models": names, "--against": first, "--tasks": inputs.tasks, "--texts": inputs.texts})
-        sources = {name: inspect(ranks.local_first(partial(locate, name))) for name in names}
-        if first is not None and len({source.folder.resolve() for source in sources.values()}) == 1:
-            raise InputError(f"{option('against', first)}: the model itself; name another one, or leave it out")
-        windows = _windows(sources, inputs, ranks)
-        found: dict[str, Mapping[str, Any]] = {}
-        if inputs.tasks:
-            check_installed()
-            from sparsefw.extras.evaluation.harness import StreamedLM, Tasks
-
-            tasks_found = Tasks(inputs.tasks, inputs.include_path)
-            for name, source in sources.items():
-                model = StreamedLM(source.folder, log=say, **limits)
-                found[name] = tasks_found.results(model, inputs.limit, inputs.num_fewshot)
-        records = ranks.broadcast_object(task_records(found, first) if found and ranks.first else [])
+        named = {"models": inputs.models, "--against": inputs.against, "--tasks": inputs.tasks, "--texts": inputs.texts}
+        ranks.agree(named)
+        sources = {name: inspect(ranks.local_first(partial(locate, name))) for name in inputs.models}
+        if inputs.against is not None and len({source.folder.resolve() for source in sources.values()}) == 1:
+            raise InputError(
+                f"{option('against', inputs.against)}: the model itself; name another one, or leave it out"
+            )
+        texts = _windows(sources, inputs, ranks)
+        limits: dict[str, Any] = {"gpu_memory": inputs.gpu_memory, "host_memory": inputs.host_memory}
+        limits["progress"] = progress and bars_wanted()
+        records = ranks.broadcast_object(_task_records(sources, inputs, log=say, **limits))
         of_texts = []
-        for of_text in windows:
-            # The last token of a window is predicted, and need not be read.
-            requests = [request_of(ids[:1], ids[1:], of_text.seqlen) for ids in of_text.ids.tolist()]
-            likelihoods = {
-                name: [score.loglikelihood for score in scores_of(source, requests, say=say, ranks=ranks, **limits)]
-                for name, source in sources.items()
+        for windows in texts:
+            losses = {
+                name: window_losses_of(source, windows, ranks, say=say, **limits) for name, source in sources.items()
             }
-            of_texts.append(text_record(of_text, likelihoods, first))
-        evaluation = Evaluation([*names], first, records, of_texts)
-        if result and ranks.first:
-            try:
-                with naming(result):
-                    result.parent.mkdir(parents=True, exist_ok=True)
-                durably(result, evaluation.to_json())
-            except OSError:
-                for line in lines(evaluation):
-                    say(line)
-                raise
+            of_texts.append(text_record(windows, losses, inputs.against))
+        evaluation = Evaluation([*inputs.models], inputs.against, records, of_texts)
+        if inputs.output and ranks.first:
+            _write(evaluation, inputs.output / RESULT, say)
     return evaluation
 
 
+def _check_output(inputs: EvaluationInputs) -> None:
+    """Refuse an output before models are evaluated.
+
+    Raises:
+        InputError: the folder cannot be written to, or holds an older result that may not be replaced.
+    """
+    if inputs.output is None:
+        return
+    check_writable(inputs.output)
+    result = inputs.output / RESULT
+    if result.exists() and not inputs.overwrite:
+        raise InputError(f"{result}: is there already; give {option('overwrite', True)} to replace it")
+
+
+def _write(evaluation: Evaluation, result: Path, say: Callable[[str], None]) -> None:
+    """Write evaluation.json. If that fails, log the table, so that no result is lost."""
+    try:
+        with naming(result):
+            result.parent.mkdir(parents=True, exist_ok=True)
+        durably(result, evaluation.to_json())
+    except OSError:
+        for line in lines(evaluation):
+            say(line)
+        raise
+
+
+def _task_records(sources: Mapping[str, Checkpoint], inputs: EvaluationInputs, **options: Any) -> list[TaskRecord]:
+    """The metrics of all tasks; empty on all ranks but the first.
+
+    Raises:
+        InputError: the harness is not installed, or as `harness.Tasks`.
+    """
+    if not inputs.tasks:
+        return []
+    check_installed()
+    from sparsefw.extras.evaluation.harness import StreamedLM, Tasks
+
+    tasks = Tasks(inputs.tasks, inputs.include_path)
+    found = {
+        name: tasks.results(StreamedLM(source.folder, **options), inputs.limit, inputs.num_fewshot)
+        for name, source in sources.items()
+    }
+    return task_records(found, inputs.against) if all(found.values()) else []
+
+
 def check_installed() -> None:
-    """Refuse to go on without the harness.
+    """Check that lm-evaluation-harness is there.
 
     Raises:
         InputError: it is not installed.
@@ -113,7 +138,7 @@ def _windows(sources: Mapping[str, Checkpoint], inputs: EvaluationInputs, ranks:
     """The windows of all texts.
 
     Raises:
-        InputError: models have other tokenizers, or read fewer tokens at once: perplexities cannot be compared.
+        InputError: models split a text into different windows, so that perplexities cannot be compared.
     """
 
     def of_model(source: Checkpoint) -> list[Windows]:
@@ -121,15 +146,15 @@ def _windows(sources: Mapping[str, Checkpoint], inputs: EvaluationInputs, ranks:
         tokenizer, limit = load_tokenizer(source.folder), inputs.eval_windows
         return [evaluation_windows(tokenizer, text, seqlen=length, limit=limit) for text in inputs.texts]
 
-    first, windows = "", list[Windows]()
-    for name, source in sources.items() if inputs.texts else ():
-        found = ranks.on_first(partial(of_model, source))
-        if not windows:
-            first, windows = name, found
-        for text, expected in zip(found, windows, strict=True):
-            if text.hash != expected.hash:
+    if not inputs.texts:
+        return []
+    by_model = {name: ranks.on_first(partial(of_model, source)) for name, source in sources.items()}
+    first, expected = next(iter(by_model.items()))
+    for name, found in by_model.items():
+        for text, of_first in zip(found, expected, strict=True):
+            if text.hash != of_first.hash:
                 raise InputError(
                     f"{name}: reads {text.source} as other tokens than {first}, so that perplexities cannot be "
                     f"compared; evaluate it by itself, or leave out {option('texts')}"
                 )
-    return windows
+    return expected

@@ -1,44 +1,46 @@
-"""Answer requests with a checkpoint of which one block is in memory at a time.
+"""Log-likelihoods by a checkpoint of which one block is in memory at a time.
 
-Every block is read once and all rows go through it. Then logits are computed where a token is predicted, and nowhere
-else: log p(target) = logit(target) - log(sum over the vocabulary of exp(logit)).
+Every block is read once, and all requests or windows go through it. Logits are computed after the last block.
 
-What rows may hold (`Sharing`) is found on the way. No architecture is named: some requests are computed by themselves,
-too, and their hidden states are compared behind every block. Where they differ, the pass begins anew with rows that
-hold less. Recurrent layers show behind the first block that they take no trees.
+A pass finds out by itself whether requests may share a tree. No architecture is named: two requests are also computed
+alone, and their hidden states are compared after every block. If these differ, or if the model takes no mask of a tree,
+the pass begins again without trees. In a recurrent model they differ after the first block.
 """
 
 import math
-import sys
 import time
 from array import array
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sparsefw import arithmetic, memory
 from sparsefw.caller import bar_of_blocks
 from sparsefw.checkpoint.source import Checkpoint
-from sparsefw.data.batches import token_batch
+from sparsefw.data.windows import Windows
 from sparsefw.errors import InputError, counted
 from sparsefw.estimate.memory import Workload
 from sparsefw.estimate.placement import memory_limits, place
-from sparsefw.extras.evaluation.rows import Group, Request, Row, Sharing, batch_of, groups_of, partition, rows_of
-from sparsefw.model import ModelShape, Placement, StreamedModel, shape_of
-from sparsefw.model.forward import check_token, embed_batches, run_behind_blocks
+from sparsefw.extras.evaluation.batching import Request, Tree, batch_of, ids_of, trees_of
+from sparsefw.model import HiddenStates, ModelShape, Placement, StreamedModel, embed, shape_of
+from sparsefw.model.forward import check_token, embed_batches
+from sparsefw.model.head import logits, window_losses
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report.log import block_row
 from sparsefw.solver.config import PruneConfig
 
-# Bytes of logits in fp32 that are computed at once.
-LOGITS = 64 * 2**20
-
-# Relative distance of hidden states that other shapes of products account for, by the bytes of a number.
+# Some models take a row of one token for a step of generation.
+MIN_LENGTH = 2
+# Relative distance of hidden states that is due to products of other shapes, by the bytes of a number.
 TOLERANCE = {4: 1e-3, 2: 0.05}
-# Positions at which they are compared, at most; and the tokens of a request of which half is compared, at least.
-COMPARED, LEAST = 8, 4
+# Hidden states of a request are compared at its last positions, at most this many.
+COMPARED = 8
 
 
 class Score(NamedTuple):
@@ -53,35 +55,162 @@ class Score(NamedTuple):
     greedy: bool
 
 
-def scores_of(
-    source: Checkpoint,
-    requests: Sequence[Request],
-    *,
-    gpu_memory: float | None = None,
-    host_memory: float | None = None,
-    say: Callable[[str], None] = lambda line: None,
-    progress: bool | None = False,
-    ranks: Ranks = ALONE,
-) -> list[Score]:
+def window_losses_of(source: Checkpoint, windows: Windows, ranks: Ranks = ALONE, **options: Any) -> list[float]:
+    """The mean negative log-likelihood per predicted token of each window.
+
+    Args:
+        source: the checkpoint.
+        windows: the windows.
+        ranks: the processes that share the windows; all of them get all losses.
+        options: as for `_opened`.
+
+    Raises:
+        InputError: the checkpoint cannot be read or run, memory is too little, or losses are NaN.
+    """
+    mine, losses = windows.shard(ranks.share(windows.n)), list[float]()
+    with _opened(source, ranks, **options) as opened:
+        if mine.n:
+            placement = opened.placement(mine.n, windows.seqlen)
+            states = embed(opened.model, mine.ids, placement.batch, placement.store(opened.model.device))
+            for _ in opened.blocks([states], placement):
+                pass
+            losses = [loss for of_batch in window_losses(states, mine) for loss in of_batch]
+    losses = [loss for of_rank in ranks.gather(losses) for loss in of_rank]
+    _check_numbers(source, losses, "windows")
+    return losses
+
+
+def scores_of(source: Checkpoint, requests: Sequence[Request], ranks: Ranks = ALONE, **options: Any) -> list[Score]:
     """The answers of a checkpoint to requests.
 
     Args:
         source: the checkpoint.
         requests: the requests.
-        gpu_memory, host_memory: memory limits in GiB; None: what is free, less a tenth.
-        say: called with every line of the log.
-        progress: whether to show a progress bar; None: in a terminal alone.
-        ranks: the processes that share the work; all of them have the same requests, and get all answers.
+        ranks: the processes that share the requests; all of them have the same requests, and get all answers.
+        options: as for `_opened`.
 
     Raises:
         InputError: the checkpoint cannot be read or run, memory is too little, or answers are NaN.
     """
-    # Otherwise what a model before has left counts as taken.
+    # Ranks take trees in turn, the longest first. So all ranks have about as many tokens.
+    trees = trees_of(dict(enumerate(requests)), True, MIN_LENGTH)
+    trees = sorted(trees, key=lambda tree: -len(tree.tokens))[ranks.number :: ranks.count]
+    mine = {n: requests[n] for tree in trees for n in tree.paths}
+    found: dict[int, Score] = {}
+    with _opened(source, ranks, **options) as opened:
+        if mine:
+            check_token(max(max(request.targets) for request in mine.values()), opened.model.vocabulary)
+        flow = opened.model.flow
+        # In other models, logits depend on the places of tokens in a row.
+        if flow.windows_first and not flow.batch_behind and any(tree.branched for tree in trees):
+            try:
+                found = _scores_of_trees(opened, mine, trees)
+            except InputError as error:
+                # Any other error comes again without trees.
+                opened.say(f"the model takes no trees of requests: {error}")
+        if mine and not found:
+            found = _scores_of_trees(opened, mine, trees_of(mine, False, MIN_LENGTH if flow.windows_first else 1))
+    answers: dict[int, Score] = {}
+    for of_rank in ranks.gather(found):
+        answers |= of_rank
+    _check_numbers(source, [score.loglikelihood for score in answers.values()], "requests")
+    return [answers[n] for n in range(len(requests))]
+
+
+def _check_numbers(source: Checkpoint, values: Sequence[float], what: str) -> None:
+    """Refuse log-likelihoods that are NaN. Comparisons of NaN would choose among answers.
+
+    Raises:
+        InputError: some are NaN.
+    """
+    if count := sum(map(math.isnan, values)):
+        raise InputError(
+            f"{source.folder}: the log-likelihoods of {count} of {len(values)} {what} are NaN, since numbers after the "
+            f"last block are too large for {source.dtype}; it is of no use"
+        )
+
+
+@dataclass
+class _OpenModel:
+    """A model whose blocks can be run, with memory limits and a log.
+
+    Attributes:
+        model: the model.
+        shape: its shape.
+        limits: memory limits in bytes.
+        say: called with every line of the log.
+        progress: whether to show a progress bar; None: only in a terminal.
+    """
+
+    model: StreamedModel
+    shape: ModelShape
+    limits: dict[str, int]
+    say: Callable[[str], None]
+    progress: bool | None
+
+    def placement(self, windows: int, seqlen: int) -> Placement:
+        """The placement of a run on these windows that prunes nothing.
+
+        Raises:
+            InputError: nothing fits; the message names the smallest limit that could.
+        """
+        device = self.model.device
+        workload = Workload(
+            windows=windows,
+            # Logits are computed.
+            evaluation=(0,),
+            seqlen=seqlen,
+            config=PruneConfig(method="magnitude", reconstruct=0),
+            gpu=device.type == "cuda",
+            process=memory.resident(),
+            held=memory.held_on_gpu(device),
+        )
+        placement, _ = place(self.shape.selected(lambda name: False), workload, self.limits, fixed={"solver": 0})
+        return placement
+
+    def blocks(self, several: Sequence[HiddenStates], placement: Placement) -> Iterator[str]:
+        """Run hidden states through all blocks. Yields the name of each block after it has run.
+
+        Raises:
+            InputError: an output holds NaN or Inf.
+        """
+        names, started = self.model.names, time.perf_counter()
+        with bar_of_blocks(len(names), self.progress) as bar:
+            for i, name in enumerate(names):
+                self.model.open(i, placement.ahead)
+                for states in several:
+                    states.advance(i)
+                self.model.close(i)
+                yield name
+                bar.update()
+                if self.progress is None and bar.disable:
+                    # A bar is no use there.
+                    left = (len(names) / (i + 1) - 1) * (time.perf_counter() - started)
+                    self.say(block_row(name, i + 1, len(names), left))
+
+
+@contextmanager
+def _opened(
+    source: Checkpoint,
+    ranks: Ranks,
+    gpu_memory: float | None = None,
+    host_memory: float | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: bool | None = False,
+) -> Iterator[_OpenModel]:
+    """Inside the `with` block, a checkpoint's model can be run.
+
+    Args:
+        source: the checkpoint.
+        ranks: the processes that share the work.
+        gpu_memory, host_memory: memory limits in GiB; None: the free memory less a tenth.
+        say: called with every line of the log.
+        progress: whether to show a progress bar; None: only in a terminal.
+    """
+    # Otherwise memory that an earlier model has left counts as taken.
     memory.trim_memory()
     device = memory.this_device()
     limits = memory_limits(gpu_memory, host_memory, memory.free_memory(device, ranks.here), ranks)
-    parts = partition(requests, ranks.count)
-    mine = [requests[n] for n in parts[ranks.number]]
     in_fp32 = ranks.on_first(lambda: arithmetic.computes_in_fp32(source.dtype, device))
     with (
         StreamedModel(source, device, in_fp32=in_fp32) as model,
@@ -91,189 +220,125 @@ def scores_of(
         say(f"model: {source.folder}, {counted(len(model.blocks), 'block')}, {source.dtype}")
         if in_fp32:
             say(f"note: {arithmetic.note(source.dtype)}")
-        check_token(max((max(*r.read, *r.targets) for r in mine), default=0), model.vocabulary)
-        shape = shape_of(source, in_fp32)
-        found = _answers(model, shape, mine, limits, say, progress if ranks.first else False) if mine else []
-    answers: dict[int, Score] = {}
-    for numbers, of_rank in zip(parts, ranks.gather(found), strict=True):
-        answers |= zip(numbers, of_rank, strict=True)
-    if none := sum(math.isnan(score.loglikelihood) for score in answers.values()):
-        raise InputError(
-            f"{source.folder}: the log-likelihoods of {none} of {len(requests)} requests are NaN, as behind the last "
-            f"block numbers are too large for {source.dtype}; it is of no use"
-        )
-    return [answers[n] for n in range(len(requests))]
+        yield _OpenModel(model, shape_of(source, in_fp32), limits, say, progress if ranks.first else False)
 
 
-def _answers(
-    model: StreamedModel,
-    shape: ModelShape,
-    requests: Sequence[Request],
-    limits: dict[str, int],
-    say: Callable[[str], None],
-    progress: bool | None,
-) -> list[Score]:
-    """The answers of one rank, in rows that hold as much as the model allows."""
-    for sharing in sorted(Sharing, reverse=True):
-        rows = rows_of(requests, sharing)
-        checks = _checks(rows) if sharing else []
-        if sharing and (not checks or (sharing == Sharing.BRANCHES and not any(row.branches for row in rows))):
-            continue
-        groups = groups_of(rows, sharing, model.max_seqlen or sys.maxsize) + [check.alone for check in checks]
-        placement = _placement(shape, model.device, groups, limits)
-        say(
-            f"requests: {len(requests)} with {sum(len(request.read) for request in requests)} tokens, computed as "
-            f"{len(rows)} rows with {sum(len(row.tokens) for row in rows)}; shared: {sharing.name.lower()}"
-        )
-        try:
-            if _pass(model, groups, checks, placement, say, progress):
-                with model.outside():
-                    return _scores(model, shape.by_window, requests, groups)
-        except InputError:
-            # Some models take no mask of a tree.
-            if sharing < Sharing.BRANCHES:
-                raise
-    raise AssertionError("without sharing nothing is checked")
+# Trees of one length, all of them branched or not one: the trees of each micro-batch, and the hidden states of all.
+_Group = tuple[list[list[Tree]], HiddenStates]
 
 
-class _Check(NamedTuple):
-    """A request that is computed by itself, too.
-
-    Attributes:
-        row: the row that holds it.
-        places: places there that are compared: the last ones, which no other request has.
-        alone: the request alone; the last places there are compared.
-    """
-
-    row: Row
-    places: list[int]
-    alone: Group
-
-
-def _checks(rows: Sequence[Row]) -> list[_Check]:
-    """Of the longest chain, the first half; of the deepest and of the largest tree, the last branch."""
-    picked = ((False, lambda row: row.depth), (True, lambda row: row.depth), (True, lambda row: len(row.tokens)))
-    found = [max((row for row in rows if row.branches == trees), key=key, default=None) for trees, key in picked]
-    checks = []
-    for row in dict.fromkeys(found):
-        if row is None or row.depth < LEAST:
-            continue
-        path = np.array([*row.paths.values()][-1]) if row.branches else np.arange(row.depth // 2)
-        # The last places that follow each other are those of the branch.
-        own = np.split(path, np.flatnonzero(np.diff(path) != 1) + 1)[-1]
-        alone = Row(array("i", [row.tokens[place] for place in path]), depth=len(path))
-        checks.append(_Check(row, own[-COMPARED:].tolist(), Group(len(path), [alone])))
-    return checks
-
-
-def _placement(shape: ModelShape, device: torch.device, groups: Sequence[Group], limits: dict[str, int]) -> Placement:
-    """What a pass holds at once: that of a run on as many tokens, in windows of the longest row, that prunes nothing.
+def _scores_of_trees(opened: _OpenModel, requests: Mapping[int, Request], trees: Sequence[Tree]) -> dict[int, Score]:
+    """The answers to requests by number, in one pass.
 
     Raises:
-        InputError: nothing fits; the message names the smallest limit that could.
+        InputError: the model takes no trees, or as `scores_of`.
     """
-    seqlen = max(group.length for group in groups)
-    # The mask of a tree has a number for each two of its tokens.
-    masks = [group.rows[0].branches * group.length // shape.hidden for group in groups]
-    tokens = sum(len(group.rows) * group.length * (1 + n) for group, n in zip(groups, masks, strict=True))
-    workload = Workload(
-        windows=-(-tokens // seqlen),
-        # Logits are computed.
-        evaluation=(0,),
-        seqlen=seqlen,
-        config=PruneConfig(method="magnitude", reconstruct=0),
-        gpu=device.type == "cuda",
-        process=memory.resident(),
-        held=memory.held_on_gpu(device),
+    opened.say(
+        f"requests: {len(requests)} with {sum(len(request.read) for request in requests.values())} tokens, computed as "
+        f"{len(trees)} rows with {sum(len(tree.tokens) for tree in trees)}"
     )
-    placement, _ = place(shape.selected(lambda name: False), workload, limits, fixed={"solver": 0})
-    return placement
+    probes = _probes(trees)
+    trees = [*trees, *(probe.alone for probe in probes)]
+    longest = max(tree.length for tree in trees)
+    # The mask of a tree has a number for each two of its tokens.
+    tokens = sum(tree.length * (1 + tree.branched * tree.length // opened.shape.hidden) for tree in trees)
+    placement = opened.placement(-(-tokens // longest), longest)
+    with opened.model.outside():
+        groups = list(_embedded(opened, trees, placement))
+    for block in opened.blocks([states for _, states in groups], placement):
+        for probe in probes:
+            probe.check(block, groups)
+    with opened.model.outside():
+        return dict(_scores(opened, requests, groups))
 
 
-def _pass(
-    model: StreamedModel,
-    groups: Sequence[Group],
-    checks: Sequence[_Check],
-    placement: Placement,
-    say: Callable[[str], None],
-    progress: bool | None,
-) -> bool:
-    """Run all rows through all blocks; False once a check has failed."""
-    store, tokens = placement.store(model.device), placement.batch * max(group.length for group in groups)
-    dtypes = (x.dtype for x in model.model.parameters() if x.is_floating_point())
-    dtype = torch.float32 if model.in_fp32 else next(dtypes)
-    with model.outside():
-        for group in groups:
-            size = max(1, tokens // group.length)
-            group.batches = [group.rows[first : first + size] for first in range(0, len(group.rows), size)]
-            batches = (batch_of(rows, group.length, dtype) for rows in group.batches)
-            group.states = embed_batches(model, batches, store)
-    count, started = len(model.blocks), time.perf_counter()
-    with bar_of_blocks(count, progress) as bar:
-        for i in range(count):
-            model.open(i, placement.ahead)
-            for group in groups:
-                group.states.advance(i)
-            model.close(i)
-            if not all(_alike(check, groups) for check in checks):
-                return False
-            bar.update()
-            if progress is None and bar.disable:
-                # A bar is no use there.
-                say(block_row(model.names[i], i + 1, count, (count / (i + 1) - 1) * (time.perf_counter() - started)))
-    return True
+def _embedded(opened: _OpenModel, trees: Sequence[Tree], placement: Placement) -> Iterator[_Group]:
+    """The groups of trees, with their hidden states before the first block."""
+
+    def form(tree: Tree) -> tuple[int, bool]:
+        return tree.length, tree.branched
+
+    dtype: Any = opened.model.model.dtype
+    store, tokens = placement.store(opened.model.device), placement.batch * max(tree.length for tree in trees)
+    for (length, _), alike in groupby(sorted(trees, key=form, reverse=True), form):
+        of_form, size = list(alike), tokens // length
+        batches = [of_form[first : first + size] for first in range(0, len(of_form), size)]
+        made = (batch_of(batch, dtype) for batch in batches)
+        yield batches, embed_batches(opened.model, made, store)
 
 
-def _alike(check: _Check, groups: Sequence[Group]) -> bool:
-    """Whether a request has the same hidden states by itself and with others, but for what products round.
+class _Probe(NamedTuple):
+    """A request that is computed in its tree and alone.
 
-    The median over positions counts: a router may send single tokens to other experts.
+    Attributes:
+        tree: the tree.
+        alone: a tree of this request alone.
+        places: the last places of the request in the tree; no request before it has them.
     """
-    alone = check.alone.states.hidden[0]
-    if alone.shape[:2] != (1, check.alone.length):
-        # The hidden states of tokens cannot be told from each other.
-        return False
-    group = next(group for group in groups if check.row in group.rows)
-    j, n = divmod(group.rows.index(check.row), len(group.batches[0]))
-    shared, own = group.states.hidden[j][n, check.places].float(), alone[0, -len(check.places) :].float()
-    distances = (shared - own).norm(dim=-1) / own.norm(dim=-1)
-    return float(distances.median()) <= TOLERANCE[alone.dtype.itemsize]
+
+    tree: Tree
+    alone: Tree
+    places: list[int]
+
+    def check(self, block: str, groups: Sequence[_Group]) -> None:
+        """Refuse a tree in which the request has other hidden states than alone, but for the rounding of products.
+
+        The median over positions counts: a router may send single tokens to other experts.
+
+        Raises:
+            InputError: it has others.
+        """
+        found = _hidden_of(groups, self.tree)[self.places].float()
+        expected = _hidden_of(groups, self.alone)[-len(self.places) :]
+        distances = (found - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+        if not float(distances.median()) <= TOLERANCE[expected.dtype.itemsize]:
+            raise InputError(f"{block} returns other hidden states for a request in a tree than for the request alone")
 
 
-def _scores(model: StreamedModel, by_window: bool, requests: Sequence[Request], groups: Sequence[Group]) -> list[Score]:
-    """The answers, from the hidden states behind the last block.
+def _hidden_of(groups: Sequence[_Group], tree: Tree) -> Tensor:
+    """The hidden states (length, d) of a tree."""
+    places = ((states, j, batch) for batches, states in groups for j, batch in enumerate(batches) if tree in batch)
+    states, j, batch = next(places)
+    return states.hidden[j][batch.index(tree)]
 
-    Args:
-        model: the model.
-        by_window: whether logits are made of the hidden states of single tokens.
-        requests: the requests.
-        groups: their rows.
+
+def _probes(trees: Sequence[Tree]) -> list[_Probe]:
+    """The longest request, and the last request of the largest tree.
+
+    Attention may be local by the positions of tokens, or by their places in a row.
     """
-    sums = torch.zeros(len(requests), dtype=torch.float64)
-    greedy = torch.ones(len(requests), dtype=torch.bool)
-    # The placement has room for logits of the longest row.
-    size = max(1, min(LOGITS // (4 * (model.vocabulary or 1)), max(group.length for group in groups)))
-    for group in groups:
-        for j, rows in enumerate(group.batches):
-            predicted = [
-                (n, place, number, target)
-                for n, row in enumerate(rows)
-                for number, path in row.paths.items()
-                for place, target in zip(path[-len(requests[number].targets) :], requests[number].targets, strict=True)
-            ]
-            hidden, whole = group.states.hidden[j], None
-            if not by_window:
-                batch = batch_of(rows, group.length, hidden.dtype)
-                whole = run_behind_blocks(model, batch, hidden, group.states.behind_last(j)).logits
-            for first in range(0, len(predicted), size):
-                n, place, numbers, targets = torch.tensor(predicted[first : first + size]).T
-                if whole is None:
-                    # The tokens make no difference behind the last block.
-                    batch = token_batch(torch.zeros(len(n), 1, dtype=torch.int64))
-                    logits = run_behind_blocks(model, batch, hidden[n, place][:, None], {}).logits[:, 0].float()
-                else:
-                    logits = whole[n, place].float()
-                logprobs = logits[torch.arange(len(targets)), targets].double() - logits.logsumexp(-1).double()
-                sums.index_add_(0, numbers, logprobs.cpu())
-                greedy[numbers[logits.argmax(-1).cpu() != targets]] = False
-    return [Score(*of) for of in zip(sums.tolist(), greedy.tolist(), strict=True)]
+    branches = [(tree, path) for tree in trees if tree.branched for path in tree.paths.values()]
+    probes = []
+    for key in (lambda branch: len(branch[1]), lambda branch: branch[1][-1]) if branches else ():
+        tree, path = max(branches, key=key)
+        # Places that follow each other at the end of a path are the request's own.
+        own = np.split(path, np.flatnonzero(np.diff(path) != 1) + 1)[-1]
+        alone = Tree(array("i", [tree.tokens[place] for place in path]))
+        probes.append(_Probe(tree, alone, own[-COMPARED:].tolist()))
+    return probes
+
+
+def _scores(
+    opened: _OpenModel, requests: Mapping[int, Request], groups: Sequence[_Group]
+) -> Iterator[tuple[int, Score]]:
+    """The number of each request with its answer, from the hidden states after the last block."""
+    for batches, states in groups:
+        for j, batch in enumerate(batches):
+            hidden, ids, whole = states.hidden[j], ids_of(batch), None
+            if not opened.shape.by_window:
+                whole = logits(opened.model, ids, hidden, states.behind_last(j))
+            for n, tree in enumerate(batch):
+                for number, path in tree.paths.items():
+                    targets = torch.tensor(requests[number].targets, device=hidden.device)
+                    at = n, list(path[-len(targets) :])
+                    predictions = (
+                        logits(opened.model, ids[at][None], hidden[at][None])[0] if whole is None else whole[at]
+                    )
+                    yield number, _score(predictions.float(), targets)
+
+
+def _score(predictions: Tensor, targets: Tensor) -> Score:
+    """The answer, from logits (targets, vocabulary) in fp32."""
+    logprobs = predictions.gather(1, targets[:, None])[:, 0].double() - predictions.logsumexp(-1).double()
+    greedy = predictions.argmax(-1) == targets
+    return Score(logprobs.sum().item(), bool(greedy.all()))

@@ -1,28 +1,32 @@
-"""Requests that stream through a model are answered as by the whole model."""
+"""Requests and windows that stream through a model are answered as by the whole model."""
 
 import re
 
 import pytest
 import torch
-from helpers.families import FAMILIES, HANDING_ON, OTHERS, first_is_fast, save_model
+from helpers.families import FAMILIES, HANDING_ON, OTHERS, TOKENS, first_is_fast, save_model
 from helpers.ranks import on_ranks
 from helpers.requests import REQUESTS, answers, answers_of_whole, check_same
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.source import inspect
+from sparsefw.data.windows import windows_of
 from sparsefw.errors import InputError
 from sparsefw.extras.evaluation import streaming
-from sparsefw.extras.evaluation.rows import Sharing, request_of, rows_of
+from sparsefw.extras.evaluation.batching import request_of
+from sparsefw.extras.evaluation.streaming import scores_of, window_losses_of
 from sparsefw.model import StreamedModel
 
-ALONE, CHAINS, TREES = "nothing", "beginnings", "branches"
-# Rows of families that take no trees hold position biases, states of recurrent layers, several streams.
-NO_TREES = dict.fromkeys(("bloom", "mamba", "qwen3_next", "rwkv", "openai-gpt"), CHAINS)
-NO_TREES |= dict.fromkeys(("xlnet", "gemma3n_text"), ALONE)
+# Rows of the drawn requests.
+TREES, ALONE = 5, 15
+# Families that take no trees: with position biases, recurrent layers, several streams, or local attention.
+NO_TREES = {"bloom", "mamba", "qwen3_next", "rwkv", "openai-gpt", "xlnet", "gemma3n_text"}
+NO_TREES |= {"qwen2", "mistral", "gemma2", "gemma3_text", "gemma4_text", "inkling2_text"}
 # With few heads, scores of the index are often zero, and torch may take any of those that are equal.
 CHANGES = {"glm_moe_dsa": {"index_n_heads": 32}}
 AS_LLAMA = {"llama with biases", "qwen3", "phi3", "gpt_neox", "cohere", "granite", "olmo2", "mixtral", "qwen2_moe"}
-LOCAL = {"qwen2", "mistral", "gemma2", "gemma3_text", "gemma4_text", "inkling2_text"}
+WINDOWS = windows_of(TOKENS[:5], "drawn")
 
 
 @pytest.fixture(scope="module")
@@ -35,44 +39,51 @@ def expected(llama):
     return answers(llama)[0]
 
 
-@pytest.mark.parametrize(
-    "family", first_is_fast(["llama", *sorted({*FAMILIES, *OTHERS, *HANDING_ON} - AS_LLAMA - {"llama"})])
-)
-def test_answers_are_those_of_the_whole_model(family, tmp_path):
-    save_model(tmp_path, family, **CHANGES.get(family, {}))
-    found, (shared,) = answers(tmp_path)
-    check_same(found, answers_of_whole(tmp_path, attention="eager" if family == "gemma2" else None))
-    assert shared == NO_TREES.get(family, CHAINS if family in LOCAL else TREES)
+FP32 = [(family, torch.float32) for family in sorted({*FAMILIES, *OTHERS, *HANDING_ON} - AS_LLAMA - {"llama"})]
+BF16 = [(family, torch.bfloat16) for family in ("llama", "qwen3_moe", "qwen3_next")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen3_next"])
-def test_half_precision_shares_the_same(family, tmp_path):
-    save_model(tmp_path, family, torch.bfloat16)
-    found, (shared,) = answers(tmp_path)
-    assert shared == NO_TREES.get(family, TREES)
-    expected = answers_of_whole(tmp_path, dtype=torch.bfloat16)
-    assert [x for x, _ in found] == pytest.approx([x for x, _ in expected], abs=0.1)
+@pytest.mark.parametrize(("family", "dtype"), first_is_fast([("llama", torch.float32), *FP32, *BF16]))
+def test_answers_are_those_of_the_whole_model(family, dtype, tmp_path):
+    save_model(tmp_path, family, dtype, **CHANGES.get(family, {}))
+    found, rows = answers(tmp_path)
+    assert rows == (ALONE if family in NO_TREES else TREES)
+    expected = answers_of_whole(tmp_path, attention="eager" if family == "gemma2" else None, dtype=dtype)
+    if dtype == torch.float32:
+        check_same(found, expected)
+    else:
+        assert [x for x, _ in found] == pytest.approx([x for x, _ in expected], abs=0.1)
 
 
-def test_the_deepest_and_the_largest_tree_are_checked():
-    """Attention may be local by the positions of tokens, or by their places in a row."""
-    deep = [request_of(range(2, 42), [n], 64) for n in (5, 6)] + [request_of([*range(2, 30), 7, 7], [8], 64)]
-    wide = [request_of([*range(100, 112), *[n] * 12], [n], 64) for n in range(3)]
-    rows = rows_of([*deep, *wide], Sharing.BRANCHES)
-    assert {len(row.tokens) for row in rows} == {42, 48}
-    assert [len(check.row.tokens) for check in streaming._checks(rows)] == [42, 48]
+@pytest.mark.parametrize("family", first_is_fast(["llama", "xlnet"]))
+def test_losses_are_those_of_the_whole_model(family, tmp_path):
+    save_model(tmp_path, family)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        logits = [model(ids[None]).logits[0, :-1] for ids in WINDOWS.ids]
+    expected = [torch.nn.functional.cross_entropy(x, ids[1:]) for x, ids in zip(logits, WINDOWS.ids, strict=True)]
+    assert window_losses_of(inspect(tmp_path), WINDOWS) == pytest.approx([*map(float, expected)], rel=1e-5)
 
 
-def test_local_attention_is_found(tmp_path):
+def test_attention_that_is_local_by_places_in_a_row_is_found(tmp_path):
     """The mask of a tree takes the place of the model's own, which knows of the window."""
     kinds = [[["global", "local", "global"], 1]]
     neo = {"model_type": "gpt_neo", "attention_types": kinds, "num_layers": 3, "num_heads": 4, "window_size": 16}
     # The trees have more than 64 tokens.
     save_model(tmp_path, "qwen3", **neo, max_position_embeddings=256)
-    found, (shared,) = answers(tmp_path)
-    assert shared == CHAINS
+    found, rows = answers(tmp_path)
+    assert rows == ALONE
     check_same(found, answers_of_whole(tmp_path))
+
+
+def test_attention_that_is_local_by_positions_is_found(tmp_path):
+    """Requests of the largest tree are shorter than the window, and those of another tree are longer."""
+    save_model(tmp_path, "mistral", sliding_window=30)
+    requests = [request_of(range(2, 42), [n, n], 64) for n in (50, 51)]
+    requests += [request_of([*range(100, 112), *[n] * 12], [n], 64) for n in (120, 121, 122)]
+    found, rows = answers(tmp_path, requests)
+    assert rows == len(requests)
+    check_same(found, answers_of_whole(tmp_path, requests))
 
 
 @pytest.mark.parametrize(("family", "expected"), [("llama", [0, 1, 2]), ("rwkv", [0, 0, 1, 2])])
@@ -91,11 +102,6 @@ def test_answers_do_not_depend_on_the_placement(changes, llama, expected, monkey
     check_same(answers(llama)[0], expected, 1e-4)
 
 
-def test_logits_come_in_pieces(llama, expected, monkeypatch):
-    monkeypatch.setattr(streaming, "LOGITS", 4 * 258 * 5)
-    check_same(answers(llama)[0], expected, 1e-4)
-
-
 def test_a_limit_that_is_too_low_names_one_that_is_enough(llama, expected):
     with pytest.raises(InputError, match=r"host_memory=0.01: this run needs at least ([\d.]+) GiB") as error:
         answers(llama, host_memory=0.01)
@@ -105,17 +111,11 @@ def test_a_limit_that_is_too_low_names_one_that_is_enough(llama, expected):
 
 
 def test_as_many_tokens_as_a_model_has_positions(tmp_path):
-    """A row of 37 tokens would be padded to 38, and there is no position for the last one."""
+    """A row that was padded would need a position that is not there."""
     save_model(tmp_path, "gpt2", n_positions=37, max_position_embeddings=None)
-    assert len(answers(tmp_path, [request_of(range(2, 39), [5], 37)])[0]) == 1
-
-
-@pytest.mark.slow
-def test_as_many_rows_as_tokens(tmp_path):
-    """Where hidden states have tokens first, their shape does not show it then."""
-    save_model(tmp_path, "xlnet")
-    requests = [request_of(range(n, n + 20), [n + 20], 64) for n in range(2, 23)]
-    check_same(answers(tmp_path, requests[:20])[0], answers(tmp_path, requests)[0][:20])
+    requests = [request_of([*range(2, 34), n], [5, 6, 7, 8, 9], 37) for n in range(40, 44)]
+    check_same(answers(tmp_path, requests)[0], answers_of_whole(tmp_path, requests))
+    assert len(answers(tmp_path, requests[:1])[0]) == 1
 
 
 def test_a_target_that_the_model_does_not_know_is_refused(llama):
@@ -131,13 +131,17 @@ def test_logits_that_overflow_are_refused(tmp_path):
     save_file(load_file(shard) | {"model.norm.weight": torch.full((32,), 3e38)}, shard, {"format": "pt"})
     with pytest.raises(InputError, match=r"the log-likelihoods of \d+ of 16 requests are NaN"):
         answers(tmp_path)
+    with pytest.raises(InputError, match=r"the log-likelihoods of \d+ of 5 windows are NaN"):
+        window_losses_of(inspect(tmp_path), WINDOWS)
 
 
-@pytest.mark.parametrize("requests", first_is_fast([REQUESTS, REQUESTS[:1]]), ids=["many", "fewer than ranks"])
-def test_ranks_share_the_requests(requests, llama):
-    for of_rank in on_ranks(2, answers_on, llama, requests):
-        check_same(of_rank, answers(llama, requests)[0], 1e-4)
+@pytest.mark.parametrize("count", first_is_fast([len(REQUESTS), 1]), ids=["many", "fewer than ranks"])
+def test_ranks_share_the_work(count, llama):
+    windows = WINDOWS.shard(slice(count))
+    for scores, losses in on_ranks(2, found_on, llama, REQUESTS[:count], windows):
+        check_same(scores, answers(llama, REQUESTS[:count])[0], 1e-4)
+        assert losses == pytest.approx(window_losses_of(inspect(llama), windows), rel=1e-5)
 
 
-def answers_on(ranks, folder, requests):
-    return streaming.scores_of(inspect(folder), requests, ranks=ranks)
+def found_on(ranks, folder, requests, windows):
+    return scores_of(inspect(folder), requests, ranks), window_losses_of(inspect(folder), windows, ranks)
