@@ -18,8 +18,8 @@ from sparsefw.model.measure import Captured
 from sparsefw.ranks import Handle, Ranks, balanced, shares
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.layer import LayerResult, relative
-from sparsefw.solver.refit import Cross
 from sparsefw.solver.stack import ROW_UNIT, places
+from sparsefw.solver.targets import Cross
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sparsefw.model.parts import INPUT, Point
 from sparsefw.model.recording import without_padding
 from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.watch import Selector, Watch, everything
-from sparsefw.solver.refit import Cross
+from sparsefw.solver.targets import Cross
 
 # Runs one micro-batch, by its number, through a block.
 Run = Callable[[int], Any]

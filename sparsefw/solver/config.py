@@ -34,7 +34,7 @@ class Method:
             Otherwise the rows of a layer share one budget.
         frank_wolfe: whether the method takes the fields of a config that are marked `frank_wolfe`.
         dense_target: whether the method takes a damped Gram matrix, and its layers may approximate the dense model's
-            outputs, see `refit`.
+            outputs, see `targets`.
         changes_weights: whether the method changes kept weights. Frank-Wolfe does so where `refit` is not 0.
     """
 

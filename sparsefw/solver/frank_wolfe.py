@@ -1,14 +1,15 @@
-"""SparseFW: mask selection for one layer by Frank-Wolfe on its convex relaxation (arXiv 2510.13713).
+"""Choose the mask of one layer by Frank-Wolfe on its convex relaxation: SparseFW (arXiv 2510.13713).
 
     minimise error(M) = ||W X - (M * W) X||_F^2 = sum(E * (E G)),  E = W * (1 - M),  G = X X^T
 
-over masks with a budget per row or group. The iterate M moves towards the vertex V that the linear
-minimization oracle returns; R = E G is carried along, so a step costs one product, of a binary mask. An integrality
-penalty, ramped up over the steps, drives M to a vertex, so that rounding loses little.
+The minimum is over masks M with entries in [0, 1] and a budget for each row or group. In every step the linear
+minimization oracle (LMO) returns a vertex V, and M moves towards it. R = E G is updated along with M, so a step costs
+one product, that of a binary mask. A penalty on entries between 0 and 1 grows over the steps: it drives M to a vertex,
+so that rounding loses little.
 
-Masks may be chosen on H, which is G with damping, so that what is chosen on one text holds on others. Errors and bounds
-are always on G. methods.py says what a run does with this, refit.py fits the kept weights, and paper.py has what the
-published algorithm does otherwise.
+A mask may be chosen on H, which is G with damping: such a mask holds better on other texts. Errors and bounds are
+always measured on G. `methods.py` calls these functions, `refit.py` fits the kept weights, and `paper.py` has the steps
+of the published algorithm that differ.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,39 +24,39 @@ from sparsefw.kernels.backend import TORCH, Backend, Terms
 from sparsefw.kernels.definitions import RowState
 from sparsefw.kernels.topk_torch import as_float, infinite
 
-# The penalty's weight grows over this share of the steps and stays constant after it.
+# The penalty's weight grows over this share of the steps, and is constant after them.
 RAMP = 0.8
 
-# Shares of the steps after which the lower bound is computed; each costs an LMO. Without penalty the last bound is the
-# largest. With penalty it peaks early (measured at 0.3), before the penalty pulls M away from the convex optimum.
+# The lower bound is computed after these shares of the steps, and each time costs an LMO. Without a penalty the last
+# bound is the largest. With a penalty the largest comes early (measured at 0.3), before the penalty pulls M away from
+# the convex optimum.
 CERTIFIED = (0.2, 0.3, 0.4, 1.0)
 
-# The attributes of a problem that have a row for each of its rows.
+# The attributes of a `Problem` whose first dimension is its rows.
 BY_ROW = ("W", "saliency", "k", "target_gap", "support", "fixed")
 
-# For each step the arguments of `row_step`: theta, next_theta and, if there is no line search, eta.
+# The arguments of `row_step` for each step: theta, next_theta and, without a line search, eta.
 Schedule = Sequence[tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Weights that read the same input, row by row, with what each row may keep.
+    """Rows of weights that read the same input, with the budget of each row.
 
     Attributes:
-        W: (rows, d) the weights: the layers' own or, with a refit, their targets; fp32, or on a GPU the checkpoint's
-            dtype.
-        G: (d, d) fp32 Gram matrix of the input, on which errors are.
-        H: (d, d) G with damping, on which masks and weights are chosen; G itself where nothing is damped. It is bf16
-            where only products that round it to bf16 read it.
-        saliency: (rows, d) fp32; the warm start keeps its highest entries, and it breaks ties when rounding.
-        k: kept weights per row, an int or an int64 tensor (rows,); with `group`, per group.
+        W: (rows, d) the weights: the layers' own or, with a refit, their targets. They are fp32, or on a GPU in the
+            checkpoint's dtype.
+        G: (d, d) fp32 Gram matrix of the input. Errors are measured on it.
+        H: (d, d) G with damping. Masks and weights are chosen on it. Without damping it is G itself. It is bf16 where
+            only products read it that would round it to bf16.
+        saliency: (rows, d) fp32. The warm start keeps its highest entries, and rounding breaks ties by it.
+        k: number of kept weights in a row or, with `group`, in a group; an int, or an int64 tensor (rows,).
         group: m of n:m, else 0.
-        exact: G as `Backend.exact_operand` gives it, made once for all rows.
+        exact: G from `Backend.exact_operand`, made once for all rows.
         dtype: the checkpoint's dtype, to which weights are rounded in the end.
-        target_gap: (rows, d) fp32, T - W if masked weights approximate a target T: the error is that of E = T - M * W.
-            None if T is W.
-        support: (rows, d) bool, weights that may be nonzero; None: all.
-        fixed: (rows, d) bool, entries that every mask keeps, or None.
+        target_gap: (rows, d) fp32 T - W, if masked weights approximate a target T: then E = T - M * W. None if T is W.
+        support: (rows, d) bool, True where a weight may be nonzero; None: everywhere.
+        fixed: (rows, d) bool, True for entries that every mask keeps; None: no entry.
     """
 
     W: Tensor
@@ -71,27 +72,28 @@ class Problem:
     fixed: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> "Problem":
-        """Select some of the rows."""
+        """Select a slice of the rows."""
         by_row: dict[str, Any] = {name: x[rows] for name in BY_ROW if isinstance(x := getattr(self, name), Tensor)}
         return replace(self, **by_row)
 
     @property
     def damping(self) -> Tensor | None:
-        """Damping: the diagonal of H - G, (d,) fp32; None where H is G."""
+        """Damping as the diagonal of H - G, (d,) fp32; None where H is G."""
         return None if self.H is self.G else self.H.diagonal() - self.G.diagonal()
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Mask and weights that a method chose, with errors (rows,) fp32 on the Gram matrix without damping.
+    """Mask and weights that a method has chosen, with their errors, (rows,) fp32 each, on G.
 
     Attributes:
         mask: (rows, d) bool, True keeps a weight.
-        weight: (rows, d) in the checkpoint's dtype, 0 outside the mask; None leaves the kept weights as they are.
+        weight: (rows, d) in the checkpoint's dtype, 0 outside the mask; None leaves the kept weights unchanged.
         error: error of the weights that are written.
         error_mask: error of the best mask found for unchanged weights; equals `error` without a refit.
         error_warm_start: error of the warm start's mask.
-        bound: no mask of unchanged weights that keeps the fixed entries has a lower error; None if not known.
+        bound: lower bound of the error of every mask that keeps the fixed entries and leaves weights unchanged; None if
+            no bound was computed.
     """
 
     mask: Tensor
@@ -105,12 +107,12 @@ class Choice:
 def mask_error(
     W: Tensor, mask: Tensor, G: Tensor | Terms, target_gap: Tensor | None = None, *, backend: Backend = TORCH
 ) -> Tensor:
-    """Error of a binary mask of unchanged weights, one number per row, (rows,) fp32; G as in `Backend.errors`."""
+    """Error of a binary mask of unchanged weights in each row, (rows,) fp32; G as for `Backend.errors`."""
     return backend.errors(backend.removed(W, mask, target_gap), G)
 
 
 def check_errors(errors: Tensor) -> None:
-    """Raise FloatingPointError unless all errors, of any shape, are finite."""
+    """Raise FloatingPointError unless all errors are finite."""
     if not errors.isfinite().all():
         raise FloatingPointError(
             "the layer's error is not finite: NaN or Inf in its weight or Gram matrix, or numbers too large for their "
@@ -119,29 +121,29 @@ def check_errors(errors: Tensor) -> None:
 
 
 def line_search(steps: int, penalty: float) -> Schedule:
-    """Make a schedule of steps with exact line search, per row, and a penalty that grows to its final weight."""
+    """Make the schedule of an exact line search in each row, with a penalty that grows to its final weight."""
     return list(pairwise([0.0] + [penalty * min(1.0, t / (RAMP * steps)) for t in range(1, steps + 1)]))
 
 
 def solve(problem: Problem, warm: Tensor, schedule: Schedule, *, swaps: int = 0, backend: Backend = TORCH) -> Choice:
-    """Choose a mask by Frank-Wolfe; in some rows the warm start's may be better, see `or_warm_start`.
+    """Choose a mask by Frank-Wolfe, whether or not it is better than the warm start's (see `or_warm_start`).
 
-    Everything is launched before the host waits for anything, so errors are checked at the end.
+    All work is launched before the host waits for a result, so errors are checked at the end.
 
     Args:
         problem: the rows.
         warm: (rows, d) bool, the warm start.
-        schedule: one entry a step. An empty one leaves the warm start, from which swaps may go on.
-        swaps: most 1-swaps per row, after rounding, see `kernels/swaps.py`.
-        backend: the operations; errors are from its exact products.
+        schedule: an entry for each step. Without an entry, swaps begin at the warm start.
+        swaps: the most 1-swaps of a row after rounding, see `kernels/swaps.py`.
+        backend: the operations; its exact products measure the errors.
 
     Raises:
-        FloatingPointError: W or G hold NaN or Inf, or the errors overflow fp32.
+        FloatingPointError: W or G holds NaN or Inf, or the errors overflow fp32.
     """
     E = backend.removed(problem.W, warm, problem.target_gap)
     product = backend.exact_product(E, problem.exact)
     error_warm_start = backend.row_errors(E, product)
-    # Without damping, the iteration starts from this very product.
+    # Without damping this product is also R at the warm start.
     R = product if problem.damping is None else None
     del E, product
     finite = [error_warm_start]
@@ -154,9 +156,9 @@ def solve(problem: Problem, warm: Tensor, schedule: Schedule, *, swaps: int = 0,
             if t in certified:
                 bound = torch.maximum(bound, lower_bound(problem, state, backend=backend))
         mask = backend.round_mask(state.M, problem.saliency, problem.k, group=problem.group)
-        # An entry that is not finite stays so until the last step.
+        # Checking the last step is enough: an entry that is not finite stays so.
         finite.append(state.error)
-        # Free its memory for the last products.
+        # Free the memory for the last products.
         del state, iterates
     del R
     if swaps:
@@ -169,7 +171,7 @@ def solve(problem: Problem, warm: Tensor, schedule: Schedule, *, swaps: int = 0,
 
 
 def or_warm_start(solution: Choice, warm: Tensor, *, backend: Backend = TORCH) -> Choice:
-    """Take the warm start's mask in the rows where the solution is no better; its mask is changed in place."""
+    """Take the warm start's mask in the rows where the solution is no better. The solution's mask changes in place."""
     better = solution.error < solution.error_warm_start
     backend.take_rows(solution.mask, warm, ~better)
     error = torch.where(better, solution.error, solution.error_warm_start)
@@ -179,18 +181,20 @@ def or_warm_start(solution: Choice, warm: Tensor, *, backend: Backend = TORCH) -
 def iterate(
     problem: Problem, warm: Tensor, schedule: Schedule, R: Tensor | None = None, *, backend: Backend = TORCH
 ) -> Iterator[RowState]:
-    """Make the Frank-Wolfe steps from the warm start; yields the same state, changed in place, after each.
+    """Make the Frank-Wolfe steps from the warm start, and yield the state after each of them.
+
+    The state is the same object after each step, changed in place.
 
     Args:
         problem, warm, schedule: as in `solve`.
-        R: (rows, d) fp32, the warm start's product with H, which becomes part of the state; made here when None.
+        R: (rows, d) fp32 product E H at the warm start, which becomes part of the state; None: it is computed here.
         backend: the operations.
     """
     terms = problem.exact if problem.H is problem.G and backend.precision == "bf16" else None
-    # The first of the terms is the operand, made once for all rows.
-    H = terms.high if isinstance(terms, Terms) else backend.operand(problem.H)
-    state = _start(problem, warm, R, H, backend)
-    multiply = backend.product_of_vertex(problem.W, H, problem.target_gap, V=state.V, E=state.E, out=state.U)
+    # The first of the terms is G in bf16, made once for all rows.
+    operand = terms.high if isinstance(terms, Terms) else backend.operand(problem.H)
+    state = _start(problem, warm, R, operand, backend)
+    multiply = backend.product_of_vertex(problem.W, operand, problem.target_gap, V=state.V, E=state.E, out=state.U)
 
     def step(theta: float | Tensor, next_theta: float | Tensor, eta: float | Tensor | None = None) -> None:
         multiply()
@@ -200,31 +204,31 @@ def iterate(
         yield state
 
 
-def _start(problem: Problem, warm: Tensor, R: Tensor | None, H: Tensor, backend: Backend) -> RowState:
-    """Make the warm start's state, with its product R and its first vertex. U is not the vertex's product yet."""
+def _start(problem: Problem, warm: Tensor, R: Tensor | None, operand: Tensor, backend: Backend) -> RowState:
+    """Make the state at the warm start, with R and the first vertex. Its U does not hold the vertex's product yet."""
     W, k, group, fixed = problem.W, problem.k, problem.group, problem.fixed
     dtype = W.dtype if problem.target_gap is None else torch.float32
     E = torch.empty_like(W, dtype=backend.operand_dtype(dtype))
     if R is None:
-        R = backend.product(backend.removed(W, warm, problem.target_gap, out=E), H)
-    # Half of the score without penalty. Its memory becomes U.
+        R = backend.product(backend.removed(W, warm, problem.target_gap, out=E), operand)
+    # Half of the score without the penalty. Its memory becomes U.
     score = W * R
     V = backend.lmo(score, k, group=group, fixed=fixed, positive=True, checked=False)
     backend.removed(W, V, problem.target_gap, out=E)
     eta, error = W.new_empty(2, len(W), dtype=torch.float32).unbind()
-    # The lowest score that was taken.
+    # The lowest score in the vertex.
     threshold = torch.maximum(score, infinite(~V)).amin(1).mul_(2)
     diag = problem.H.diagonal().float().contiguous()
     return RowState(W, diag, as_float(warm), R, score, V, E, k, eta, error, group, fixed, problem.target_gap, threshold)
 
 
 def lower_bound(problem: Problem, state: RowState, *, backend: Backend = TORCH) -> Tensor:
-    """Compute error(M) - <gradient, M - V>, V the vertex of the gradient without penalty: no mask has a lower error.
+    """Compute a lower bound of the error of every mask, in each row, (rows,) fp32.
 
-        = sum(target_gap * R) + sum(W * R * (1 + M - 2 V))        R = (target_gap + W * (1 - M)) G
+        error(M) - <gradient, M - V> = sum(target_gap * R) + sum(W * R * (1 + M - 2 V))
 
-    Convexity of the error gives it per row, (rows,) fp32. If the iteration used a damped matrix, the share of the
-    damping is first subtracted from R.
+    Here R = (target_gap + W * (1 - M)) G, and V is the best vertex for the gradient without the penalty. The bound
+    holds because the error is convex. If the steps used a damped matrix, the damping's part of R is subtracted first.
     """
     score, constant = backend.bound_scores(
         problem.W, state.R, state.M, target_gap=problem.target_gap, damping=problem.damping

@@ -1,15 +1,15 @@
-"""Kept weights of several matrices as the variables of one optimization by gradients.
+"""Optimize the kept weights of several matrices together, by gradients.
 
 Adam (Kingma and Ba, arXiv 1412.6980) moves every kept weight w with gradient g in step t, counted from 0:
 
     m <- 0.9 m + 0.1 g;   v <- 0.999 v + 0.001 g^2;   w <- w - rate(t) rms(w) / sqrt(d) m' / sqrt(v')
 
-m' and v' are m and v without the bias of their start. rms(w) is the root mean square of the kept weights of w's
-parameter before the first step, d its number of columns, and rate(t) = rate (1 + cos(pi t / steps)) / 2. If all weights
-of a row move together, its output changes by the share rate(t). So the rate depends neither on the scale of a model's
-weights nor on its width. Removed weights have no gradient: they stay exact zeros.
+m' and v' are m and v, corrected for their start at 0. rms(w) is the root mean square of the kept weights of w's
+parameter before the first step, d the parameter's number of columns, and rate(t) = rate (1 + cos(pi t / steps)) / 2. If
+all weights of a row move together, the row's output changes by the share rate(t). So one rate suits weights of any
+scale and models of any width. Removed weights have no gradient, and stay exact zeros.
 
-Weights in half precision are moved in fp32, and rounded after every step to the dtype that they are written in.
+Weights in half precision move in fp32. After every step they are rounded to the dtype in which they are written.
 """
 
 import math
@@ -23,15 +23,15 @@ from sparsefw.kernels.backend import TORCH, Backend
 
 
 class KeptWeights:
-    """Kept weights of matrices, and their optimization.
+    """Optimizer of kept weights.
 
     Args:
-        matrices: (parameter, views): each parameter with the matrices in it, whose zeros are the removed weights. All
-            else in it stays as it is.
+        matrices: (parameter, views) of each parameter. A view is a pruned matrix in the parameter, and its zeros are
+            the removed weights. Other entries of the parameter never move.
         steps: number of steps that will be made.
-        rate: the first rate, see above.
+        rate: rate of the first step, see the module.
         backend: the operations.
-        undo: whether to keep a copy of the weights, for `put_back`.
+        undo: whether to keep a copy of the weights for `put_back`.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class KeptWeights:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters. They ask for gradients until `close`."""
+        """Return the parameters. They require gradients until `close`."""
         return [variable.parameter for variable in self._variables]
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients that were accumulated since the last step, zeros for a parameter without one.
+        """Return the gradients that were accumulated since the last step; zeros for a parameter without a gradient.
 
-        Their memory has no gaps, since other ranks add to them: NCCL takes no tensor whose entries lie in another order
-        than that of its dimensions.
+        Ranks add them up, and NCCL takes only contiguous tensors. So the dimensions of each are permuted to the order
+        of its memory.
         """
         gradients = []
         for parameter in self.parameters:
@@ -72,19 +72,19 @@ class KeptWeights:
         """Move the weights against the gradients, and drop the gradients.
 
         Args:
-            backward: makes missing gradients. Each parameter moves as soon as its gradient is complete, so that few
-                gradients are in memory. Parameters with gradients of parts, see `SliceGradients`, and parameters that
-                share memory move at the end.
-            trial: nothing moves, and no step is counted. It shows whether `backward` raises an error.
+            backward: computes missing gradients. A parameter moves as soon as its gradient is complete, so that few
+                gradients are in memory. Parameters that share memory, and those whose gradients come in slices (see
+                `SliceGradients`), move at the end.
+            trial: only call `backward`, to see whether it raises an error. Nothing moves, and no step is counted.
         """
-        # Half a period of a cosine, from the first rate to 0.
+        # The rate falls to 0 along half a period of a cosine.
         rate = self._rate * (1 + math.cos(math.pi * self._done / self._steps)) / 2
         self._done += not trial
         moves = {
             id(x.parameter): x.forget if trial else partial(x.step, rate, self._done, self._backend)
             for x in self._variables
         }
-        # torch refuses gradients by what has been changed, and counts changes of all that shares its memory.
+        # torch refuses to use a tensor for gradients after a change, and a change counts for all that share its memory.
         awaited = [x for x in self.parameters if x.grad is None and x.untyped_storage().nbytes() == x.nbytes]
         hooks = [x.register_post_accumulate_grad_hook(lambda x: moves.pop(id(x))()) for x in awaited]
         try:
@@ -108,7 +108,7 @@ class KeptWeights:
             variable.put_back()
 
     def close(self) -> None:
-        """Drop the state. The parameters ask for no gradients any more."""
+        """Drop the state. The parameters require no gradients any more."""
         self.forget()
         for parameter in self.parameters:
             parameter.requires_grad_(False)
@@ -116,7 +116,7 @@ class KeptWeights:
 
 
 class _Variable:
-    """Kept weights of one parameter. Parameters move one by one, so that few gradients are copied at once."""
+    """Kept weights of one parameter, with their state. Each parameter moves alone, so that few gradients are copied."""
 
     def __init__(self, parameter: nn.Parameter, views: list[Tensor], undo: bool) -> None:
         self.parameter = parameter
@@ -131,7 +131,7 @@ class _Variable:
 
     @torch.no_grad()
     def step(self, rate: float, step: int, backend: Backend) -> None:
-        """Move the kept entries against their gradients, which are zeros without a gradient."""
+        """Move the kept weights against their gradient; a missing gradient counts as zeros."""
         gradient = self.parameter.grad
         if gradient is None:
             gradient = torch.zeros_like(self.parameter)
@@ -152,12 +152,12 @@ class _Variable:
 
 
 def bytes_of_state(weights: int, kept: int, itemsize: int, undo: bool = True) -> int:
-    """Count the bytes of the state of a parameter, without the parameter itself and its gradient.
+    """Count the bytes of a parameter's state, without the parameter itself and its gradient.
 
-    The state of a kept weight is its place, its first value, its value in fp32, m and v.
+    The state of a kept weight is its index, its first value, its value in fp32, m and v.
 
     Args:
-        weights: number of weights, kept or not.
+        weights: number of weights, kept or removed.
         kept: number of kept weights.
         itemsize: bytes of a weight.
         undo: as for `KeptWeights`.
@@ -166,21 +166,21 @@ def bytes_of_state(weights: int, kept: int, itemsize: int, undo: bool = True) ->
 
 
 def index_dtype(entries: int) -> torch.dtype:
-    """Choose the dtype of places in this number of entries."""
+    """Choose the dtype of indices into this number of entries."""
     return torch.int32 if entries < 2**31 else torch.int64
 
 
 def _in_memory(tensor: Tensor, like: Tensor) -> Tensor:
-    """Permute a tensor: read row by row, its entries have the order of the entries of `like` in memory."""
+    """Permute the dimensions of a tensor to the order in which those of `like` lie in memory."""
     return tensor.permute(sorted(range(like.ndim), key=like.stride, reverse=True))
 
 
 def kept_entries(parameter: Tensor, views: Iterable[Tensor]) -> Tensor:
-    """Find the entries of a parameter that are kept weights, a bool tensor of its shape.
+    """Find the kept weights of a parameter, as a bool tensor of its shape.
 
     Args:
-        parameter: the parameter, in memory without gaps.
-        views: the pruned matrices in it, whose zeros are the removed weights.
+        parameter: the parameter; its memory has no gaps.
+        views: the pruned matrices in it. Their zeros are the removed weights.
     """
     kept = torch.zeros_like(parameter, dtype=torch.bool)
     for view in views:

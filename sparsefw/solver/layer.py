@@ -1,7 +1,7 @@
-"""Prune the layers that share an input, and report their errors.
+"""Prune the layers that read the same input, and report their errors.
 
-Rows of one dtype are stacked. Where they are independent they are solved in chunks that fit a memory limit, on a CPU
-several at once, and neither stacks nor chunks change the result.
+The layers are stacked and, where rows are independent, solved in chunks that fit a memory limit, on a CPU several at
+the same time. Neither stacks nor chunks change a result.
 """
 
 import math
@@ -19,8 +19,8 @@ from sparsefw.kernels.topk_torch import masked
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.methods import CHOOSE, Choice
-from sparsefw.solver.refit import Cross
 from sparsefw.solver.stack import Stack, in_chunks, places, stack_rows
+from sparsefw.solver.targets import Cross
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,24 @@ class LayerResult:
     Attributes:
         name: the weight's name in the checkpoint's model.
         shape: (out, in).
-        pattern: sparsity pattern, as the user wrote it.
-        kept: weights that the mask keeps; fewer than the pattern allows only where zeros stay zero (`keep_zeros`).
-        method: how the mask was chosen.
+        pattern: pattern of sparsity, as the user wrote it.
+        kept: number of weights that the mask keeps. Only with `keep_zeros` may it be fewer than the pattern allows.
+        method: the method that chose the mask.
         warm_start: saliency of the warm start.
-        alpha: fraction of kept entries fixed by saliency; None where nothing is fixed.
+        alpha: fraction of kept entries that are fixed by saliency; None for a method without fixed entries.
         steps: Frank-Wolfe steps of the first solve.
-        target: "dense" or "layer", see `PruneConfig`. Below, T is the target weight under "dense", and the layer's own
-            weight W under "layer".
-        error_warm_start: ||T X - (M * W) X||_F^2 of the warm start's mask, over all calibration tokens; with a refit,
-            which starts from T, ||T X - (M * T) X||_F^2.
-        error_mask: the same of the best mask found before any refit.
-        error: ||T X - Z X||_F^2 of the weights written.
-        relative_mask, relative_error: error_mask and error / error_warm_start; 1 where both are 0, and inf where only
-            error_warm_start is 0.
-        gap: error_mask minus the largest lower bound; no mask of unchanged weights that keeps as many in each row, and
-            the fixed entries, is better by more. None where no step was taken.
-        seconds: time of choosing mask and weights, without the calibration; a stack's time is split by rows.
-        transposed: whether the checkpoint's model stores the weight as (in, out).
+        target: "dense" or "layer", see `PruneConfig`. In the errors below T is the target under "dense", and the
+            layer's own weight W under "layer".
+        error_warm_start: ||T X - (M * W) X||_F^2 of the warm start's mask, over all calibration tokens. With a refit,
+            which starts from T, it is ||T X - (M * T) X||_F^2.
+        error_mask: the same error of the best mask found before any refit.
+        error: ||T X - Z X||_F^2 of the weights that are written.
+        relative_mask, relative_error: error_mask and error, divided by error_warm_start; 1 where both are 0, and inf
+            where only error_warm_start is 0.
+        gap: error_mask minus the largest lower bound. The error of any mask with the same budget in each row, with the
+            fixed entries and with unchanged weights, is lower by no more than this. None where no step was made.
+        seconds: seconds of choosing mask and weights, without the calibration. Those of a stack are split by rows.
+        transposed: whether the checkpoint stores the weight as (in, out).
     """
 
     name: str
@@ -76,26 +76,26 @@ def solve_layer(
 ) -> tuple[Tensor, Tensor, LayerResult]:
     """Prune one layer, for callers with a loop of their own.
 
-    Products of fp32 are as exact as `torch.set_float32_matmul_precision` says.
+    `torch.set_float32_matmul_precision` decides how exact products in fp32 are.
 
     Args:
-        W: (rows, d) weight, fp32 / bf16 / fp16; left as it is.
-        G: (d, d) fp32 Gram matrix (Hessian) X X^T of its inputs X (d, tokens).
-        config: how to prune; None is the default. Its fields about a whole model (compare, target,
-            include, ignore) play no part, and no reconstruction follows. Where it names no kernel and no precision,
-            the device of W decides them.
+        W: (rows, d) weight, fp32 / bf16 / fp16; it is not changed.
+        G: (d, d) fp32 Gram matrix (Hessian) X X^T of the layer's inputs X (d, tokens).
+        config: how to prune; None is the default. Fields about a whole model (compare, target, include, ignore) are
+            not used, and no reconstruction follows. If it names no kernel and no precision, they follow from the device
+            of W.
         name: the layer's name, for messages.
         B: (rows, d) fp32 cross matrix D X^T, where D (rows, tokens) is the wanted output minus W X. With it the layer's
-            target is pruned in place of W, see `refit`.
+            target is pruned in place of W, see `targets`.
 
     Returns:
-        mask (rows, d) bool, True keeps a weight; the pruned weight (rows, d) in the dtype of W; and its errors.
+        The mask (rows, d) bool, True keeps a weight; the pruned weight (rows, d) in the dtype of W; and the errors.
 
     Raises:
-        TypeError: no tensor or one of another dtype, or a config that is no PruneConfig.
-        ValueError: shapes do not go together.
+        TypeError: an argument is no tensor or has another dtype, or the config is no PruneConfig.
+        ValueError: a shape is wrong.
         InputError: d does not divide into the pattern's groups.
-        FloatingPointError: W, G or B hold NaN or Inf, or numbers too large for the errors.
+        FloatingPointError: W, G or B holds NaN or Inf, or numbers too large for the errors.
     """
     _check_matrix("W", W, None, torch.float32, torch.bfloat16, torch.float16)
     _check_matrix("G", G, (W.shape[1], W.shape[1]), torch.float32)
@@ -103,11 +103,11 @@ def solve_layer(
         _check_matrix("B", B, W.shape, torch.float32)
     if config is not None and not isinstance(config, PruneConfig):
         raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
-    # No reconstruction makes up for fewer steps here.
+    # The default makes fewer steps where a reconstruction follows; here none does.
     config = (config or PruneConfig()).replace(reconstruct=0).on(W.device)
     pruned = W.detach().clone()
     masks: list[Tensor] = []
-    # Threads that solve chunks of rows would record gradients.
+    # `no_grad` holds for this thread only: those that solve chunks would record gradients.
     G, cross = G.detach(), None if B is None else Cross("outputs", B.detach())
     (result,) = prune_layers([(name, pruned)], G, config.method, config, config.backend, crosses=[cross], masks=masks)
     return torch.cat(masks)[: len(W)], pruned, result
@@ -132,34 +132,34 @@ def prune_layers(
     crosses: list[Cross | None] | None = None,
     masks: list[Tensor] | None = None,
 ) -> list[LayerResult]:
-    """Choose masks and weights of layers that read the same input, and write them in place.
+    """Choose masks and weights of layers that read the same input, and write the weights in place.
 
     Args:
-        layers: (name, weight) with weight a (out, in) view into the block, fp32 / bf16 / fp16, any strides. Several are
-            of one dtype, and stacked: only where `PruneConfig.rows_independent`. Where `PruneConfig.rows_shared`, the
-            weight may be some rows of a layer.
+        layers: (name, weight) of each layer. The weight is an (out, in) view into the block, fp32 / bf16 / fp16, of any
+            strides. Several layers need one dtype and a method with `PruneConfig.rows_independent`. With
+            `PruneConfig.rows_shared` a weight may be a slice of a layer's rows.
         G: (in, in) fp32 Gram matrix of their input.
         method: one of METHODS.
         config: the config of the run.
         backend: the operations.
-        memory: bytes that the state of one solve may take; longer stacks are solved in chunks of rows.
-        crosses: what was measured of each layer's difference to the dense model, or None. With it, the layer's target
-            is pruned in place of its weight, see `refit`.
-        masks: a list to which the masks of the stacked rows, (rows, in) bool, are appended chunk by chunk; rows that
+        memory: bytes that the state of a solve may take. Longer stacks are solved in chunks of rows.
+        crosses: cross matrix of each layer, or None. A layer with one is pruned to approximate its target in place of
+            its weight, see `targets`.
+        masks: a list to which the masks of the stacked rows, (rows, in) bool, are appended chunk by chunk. Rows that
             pad a stack come last.
 
     Returns:
         A result for each layer.
 
     Raises:
-        InputError: the rows do not divide into the pattern's groups, or the memory is too little for any chunk.
-        ValueError: there is a cross matrix, and the method approximates only the layer itself.
-        FloatingPointError: an error is not finite, or G is not positive definite for a method that needs it; the
-            message names the layer.
+        InputError: the rows do not divide into the pattern's groups, or the memory is too small for the smallest chunk.
+        ValueError: a layer has a cross matrix, and the method knows no targets.
+        FloatingPointError: an error is not finite, or G is not positive definite for a method that needs it. The
+            message names the layers.
     """
     crosses = crosses or [None] * len(layers)
     if any(crosses) and not METHODS[method].dense_target:
-        raise ValueError(f"crosses: {method} approximates what the layers themselves put out")
+        raise ValueError(f"crosses: {method} approximates the layers' own outputs")
     for name, weight in layers:
         patterns.check_width(config.pattern, weight.shape[1], name)
     targets = ["dense" if cross else "layer" for cross in crosses]
@@ -167,7 +167,7 @@ def prune_layers(
     weights = [weight for _, weight in layers]
     chunk_memory = memory if config.rows_independent(method) else None
     stack = Stack(names, weights, [*crosses], G, METHODS[method], config, backend, chunk_memory)
-    # Cross matrices may be as large as the weights: only the stack may keep them.
+    # Cross matrices may be as large as the weights. So only the stack holds them, and it frees them early.
     del crosses
     started = time.perf_counter()
     measured = [torch.zeros(5, 0, dtype=torch.float64, device=G.device)]
@@ -183,7 +183,7 @@ def prune_layers(
     except FloatingPointError as error:
         raise FloatingPointError(f"{', '.join(names)}: {error}") from error
     lengths = [len(weight) for weight in weights]
-    # The padding below the last layer is cut off.
+    # The rows after the last layer are padding.
     by_layer = torch.cat(measured, 1)[:, : sum(lengths)].split(lengths, 1)
     sums = torch.stack([part.sum(1) for part in by_layer]).cpu()
     seconds = (time.perf_counter() - started) / max(1, sum(lengths))
@@ -194,7 +194,7 @@ def prune_layers(
 
 
 def _write(stack: Stack, chunk: slice, choice: Choice) -> None:
-    """Write the weights of a chunk of a stack into its layers."""
+    """Write the weights that were chosen for a chunk of the stack into the layers."""
     for weight, (rows, place) in zip(stack.weights, places(stack.weights, chunk), strict=True):
         if choice.weight is None:
             weight[rows] = masked(weight[rows], choice.mask[place])
@@ -203,10 +203,9 @@ def _write(stack: Stack, chunk: slice, choice: Choice) -> None:
 
 
 def _measures(choice: Choice) -> Tensor:
-    """Collect the numbers of each row that a layer's result sums, (5, rows) fp64.
+    """Collect the measures of each row that are summed for a layer's result, (5, rows) fp64.
 
-    They are the errors of the warm start, of the mask and of the weights, the bound, which is NaN if it is not known,
-    and the number of kept weights.
+    These are error_warm_start, error_mask, error, the bound (NaN without one), and the number of kept weights.
     """
     bound = torch.full_like(choice.error, math.nan) if choice.bound is None else choice.bound
     measures = choice.error_warm_start, choice.error_mask, choice.error, bound, choice.mask.sum(1)
@@ -216,7 +215,7 @@ def _measures(choice: Choice) -> Tensor:
 def _result(
     layer: tuple[str, Tensor], target: str, sums: list[float], seconds: float, method: str, config: PruneConfig
 ) -> LayerResult:
-    """Make the result of a layer from the sums of its `_measures`."""
+    """Make the result of a layer from the sums of its rows' measures."""
     name, weight = layer
     warm, mask, error, bound, kept = sums
     takes_steps = METHODS[method].frank_wolfe
@@ -241,8 +240,8 @@ def _result(
 
 
 def relative(error: float, warm: float) -> float:
-    """Relative error: error / error of the warm start's mask; 1 where both are 0."""
+    """Divide an error by that of the warm start's mask; 1 where both are 0."""
     if warm:
         return error / warm
-    # Rounding can leave the error of an exact fit just below 0.
+    # Rounding may leave the error of an exact fit just below 0.
     return math.inf if error > 0 else 1.0

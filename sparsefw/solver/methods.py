@@ -1,8 +1,8 @@
-"""Choose masks by the methods of the table, and weights if a method changes them.
+"""Choose masks, and weights where a method changes them: a function for each of METHODS.
 
-Saliencies say how much a weight matters by itself. They are methods of their own, choose the warm start and the fixed
-entries of Frank-Wolfe, and break its ties. SparseGPT decides mask and weights of one layer in one sweep over its inputs
-(Frantar & Alistarh 2023, arXiv 2301.00774). Frank-Wolfe is in `frank_wolfe`, its refits are in `refit`.
+A saliency scores how much a weight matters by itself. Each saliency is a method of its own. Frank-Wolfe takes one for
+its warm start, for fixed entries and for ties. SparseGPT chooses mask and weights of one layer in one sweep over its
+inputs (Frantar & Alistarh 2023, arXiv 2301.00774). Frank-Wolfe itself is in `frank_wolfe`, refits are in `refit`.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def wanda(W: Tensor, diag: Tensor) -> Tensor:
 def ria(W: Tensor, diag: Tensor) -> Tensor:
     """Saliency |W_ij| (1 / sum_k |W_ik| + 1 / sum_k |W_kj|) ||X_j||_2^0.5 (Zhang et al., ICLR 2024).
 
-    The entries of a row or column of zeros are 0.
+    A row or column of zeros has saliency 0.
     """
     A = W.float().abs()
     tiny = torch.finfo(torch.float32).tiny
@@ -45,25 +45,25 @@ def ria(W: Tensor, diag: Tensor) -> Tensor:
     return relative * diag.sqrt().pow(RIA_POWER)
 
 
-# Each takes W (rows, d) and diag (d,), the diagonal of the Gram matrix, and gives (rows, d) fp32, at least 0.
+# A saliency takes W (rows, d) and diag (d,), the diagonal of the Gram matrix, and returns (rows, d) fp32, at least 0.
 SALIENCIES = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
 
 
 def choose_frank_wolfe(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
     """Choose masks by Frank-Wolfe and, with `config.refit`, weights as well."""
     if not config.steps:
-        # The errors of steps depend on all weights, that of the warm start's mask only on removed ones.
+        # A step's error depends on all weights. That of the warm start's mask misses a kept weight that is not finite.
         check_finite(problem)
     if config.whole_matrix:
         problem, backend = paper.as_one_row(problem, backend)
-    # NaN shows in the errors of the solution.
+    # NaN is found in the errors, at the end of `solve`.
     warm = backend.lmo(problem.saliency, problem.k, group=problem.group, checked=False)
     if config.alpha:
         problem = replace(problem, fixed=paper.fixed_entries(problem, warm, config.alpha, backend))
     schedule = frank_wolfe.line_search(config.steps, config.penalty)
     if config.step_rule == "open-loop":
         schedule = paper.open_loop(schedule)
-    # Damping made no difference to a mask that a refit starts from and chooses again.
+    # Where the mask is chosen again after a refit, choosing the first one on H made no difference.
     first = replace(problem, H=problem.G) if config.refit else problem
     choice = frank_wolfe.solve(first, warm, schedule, swaps=config.swaps, backend=backend)
     if config.preset != "paper":
@@ -81,7 +81,7 @@ def choose_frank_wolfe(problem: Problem, config: PruneConfig, backend: Backend) 
     )
     written = fit.Z.to(problem.dtype)
     error = backend.errors(problem.W.float() - written.float(), problem.exact)
-    # Compared row by row, with the weights as they are written: no refit makes a row worse.
+    # Errors are those of the weights as they are written, and compared row by row: no refit makes a row worse.
     better = error < choice.error
     backend.take_rows(choice.mask, fit.mask, better)
     backend.take_rows(written, masked(problem.W.to(problem.dtype), choice.mask), ~better)
@@ -89,7 +89,7 @@ def choose_frank_wolfe(problem: Problem, config: PruneConfig, backend: Backend) 
 
 
 def choose_saliency(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
-    """Choose the warm start's mask."""
+    """Choose the weights of the highest saliency."""
     check_finite(problem)
     mask = backend.lmo(problem.saliency, problem.k, group=problem.group)
     error = mask_error(problem.W, mask, problem.exact, backend=backend)
@@ -105,8 +105,8 @@ def choose_sparsegpt(problem: Problem, config: PruneConfig, backend: Backend) ->
 
 
 def choice_of(problem: Problem, mask: Tensor, Z: Tensor, backend: Backend) -> Choice:
-    """Measure the errors of mask and weights, (rows, d) each, that a method gives at once."""
-    # Only its error is reported.
+    """Make the choice of a method that returns its mask and weights Z, (rows, d) each: measure their errors."""
+    # The warm start plays no part but for its error, which is reported.
     warm = backend.lmo(problem.saliency, problem.k, group=problem.group)
     written = Z.to(problem.dtype)
     error = backend.errors(problem.W.float() - written.float(), problem.exact)
@@ -134,28 +134,28 @@ def sparsegpt(
 
         minimise ||(W - Z) X||_F^2 = sum((W - Z) * ((W - Z) G)),  G = X X^T,  Z = 0 where the mask is False
 
-    Columns are decided from left to right. The upper Cholesky factor C of the inverse, G^-1 = C^T C, gives the cost of
-    removing W_ij once the columns before j are settled, and the best update of the weights after it:
+    The sweep goes through the columns from left to right. C is the upper Cholesky factor of the inverse, G^-1 = C^T C.
+    It tells the cost of removing W_ij once the columns before j are final, and the best update of the columns after j:
 
         cost   = W_ij^2 / C_jj^2
         update   W_i,j: -= W_ij / C_jj * C_j,j:
 
-    As published: the mask of a block of columns is chosen once, when the sweep reaches the block, under one budget over
-    all its rows, so the scopes `row` and `layer` are the same here and rows differ in what they keep. Under n:m every
-    group is chosen when the sweep reaches it, and a block is the largest multiple of m that fits (at least one group).
-    Unlike the published code, ties never prune more: the blocks' budgets add up to the layer's exactly.
+    As published, a block of columns gets its mask when the sweep reaches the block, with one budget for all its rows.
+    So the scopes `row` and `layer` are the same here, and rows keep different numbers of weights. Under n:m a group
+    gets its mask when the sweep reaches the group. A block is then the largest multiple of m that fits, at least one
+    group. Unlike in the published code, ties never prune more: the budgets of the blocks add up to the layer's exactly.
 
     Args:
         W: (rows, d) weight, fp32 / bf16 / fp16.
-        G: (d, d) fp32 Gram matrix. Inputs whose diagonal entry is 0 are dead: their weights become 0.
-        pattern: what is kept; d is a multiple of its group.
-        support: (rows, d) bool, weights that may be nonzero; None: all.
+        G: (d, d) fp32 Gram matrix. An input with a diagonal entry of 0 is dead, and its weights become 0.
+        pattern: the pattern of sparsity; d is a multiple of its group.
+        support: (rows, d) bool, True where a weight may be nonzero; None: everywhere.
         damp: addition to the diagonal of G, as a fraction of its mean.
-        blocksize: columns of a block.
+        blocksize: number of columns of a block.
 
     Returns:
-        mask (rows, d) bool, True keeps a weight, and Z (rows, d) fp32, the weights, exactly 0 outside the mask. If
-        numbers overflow on the way, Z is not finite.
+        The mask (rows, d) bool, True keeps a weight, and the weights Z (rows, d) fp32, exactly 0 outside the mask. If
+        numbers overflow, Z is not finite.
 
     Raises:
         FloatingPointError: G is not positive definite.
@@ -183,11 +183,11 @@ def sparsegpt(
 def inverse_factor(G: Tensor, damp: float) -> Tensor:
     """Factor the damped inverse by its upper Cholesky factor C, C^T C = (G + damp mean(diag G) I)^-1, (d, d) fp32.
 
-    With rows and columns reversed, the lower factor of a matrix is an upper one: G = P P^T, hence C = P^-1. This takes
-    one decomposition; the published code decomposes, inverts and decomposes again.
+    With rows and columns reversed, the lower factor of a matrix becomes an upper one: G = P P^T, hence C = P^-1. This
+    needs one decomposition. The published code decomposes, inverts and decomposes again.
 
     Args:
-        G: (d, d) fp32; a diagonal entry of 0 counts as 1.
+        G: (d, d) fp32 Gram matrix; a diagonal entry of 0 counts as 1.
         damp: addition to the diagonal, as a fraction of its mean.
 
     Raises:
@@ -203,24 +203,24 @@ def inverse_factor(G: Tensor, damp: float) -> Tensor:
     del backwards, diagonal
     identity = torch.eye(len(G), dtype=G.dtype, device=G.device)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    # No more than three matrices of this size at once, besides G.
+    # So that besides G no more than three matrices of this size exist at the same time.
     del lower, identity
     return inverse.flip((0, 1))
 
 
 def _sweep(Z: Tensor, mask: Tensor, factor: Tensor, pattern: Pattern, allowed: Tensor | None) -> Tensor:
-    """Settle the columns of one block, in place.
+    """Make the columns of one block final, in place.
 
     Args:
-        Z: (rows, width) fp32; zeroed outside the mask, updated inside.
-        mask: (rows, width) bool, from `_costliest`; under n:m it is chosen here.
-        factor: (width, width) fp32, the block's part of the Cholesky factor.
-        pattern: what is kept.
-        allowed: (rows, width) bool, weights that may be nonzero; None: all.
+        Z: (rows, width) fp32 weights. Those in the mask are updated, all others become 0.
+        mask: (rows, width) bool, from `_costliest`; under n:m it is filled here, group by group.
+        factor: (width, width) fp32 part of the Cholesky factor that belongs to the block.
+        pattern: the pattern of sparsity.
+        allowed: (rows, width) bool, True where a weight may be nonzero; None: everywhere.
 
     Returns:
-        errors (rows, width) fp32: the removed weights of each column over C_jj. The columns after the block move by
-        -errors C.
+        Removed weights divided by the C_jj of their column, (rows, width) fp32. The columns after the block move by
+        minus their product with C.
     """
     errors = torch.empty_like(Z)
     group = pattern.group
@@ -237,8 +237,8 @@ def _sweep(Z: Tensor, mask: Tensor, factor: Tensor, pattern: Pattern, allowed: T
 
 
 def _costliest(Z: Tensor, factor: Tensor, k: int, group: int, allowed: Tensor | None) -> Tensor:
-    """Keep the weights whose removal costs most: k of all, or of every group; only `allowed` ones."""
-    # The square root of the cost has the same order and does not overflow.
+    """Choose the k weights, of all or of every group, whose removal costs most; `allowed` says which may be chosen."""
+    # The square root of the cost has the same order, and does not overflow.
     cost = (Z / factor.diagonal()).abs_()
     if allowed is not None:
         cost.masked_fill_(~allowed, -1)
@@ -247,7 +247,7 @@ def _costliest(Z: Tensor, factor: Tensor, k: int, group: int, allowed: Tensor | 
     return mask if allowed is None else mask & allowed
 
 
-# The function of each of METHODS.
+# The function of each method.
 CHOOSE: dict[str, Callable[[Problem, PruneConfig, Backend], Choice]] = {
     "sparsefw": choose_frank_wolfe,
     "sparsegpt": choose_sparsegpt,

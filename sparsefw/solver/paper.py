@@ -1,10 +1,10 @@
-"""Follow the published algorithm (arXiv 2510.13713) where it differs: `--preset paper` and the flags that it sets.
+"""Change what `frank_wolfe` does into the published algorithm (arXiv 2510.13713), for `--preset paper`.
 
-- Fixed entries (alpha-fixing): a share of the warm start's entries, the most salient ones, is in every mask.
-- Open loop: step sizes of 2 / (t + 2) in place of a line search.
-- `layer:` patterns: one budget, one LMO and one step size over the whole matrix, the paper's C_k.
+- Fixed entries (alpha-fixing): every mask keeps a share of the warm start's entries, those of the highest saliency.
+- Open loop: the step sizes are 2 / (t + 2), in place of a line search.
+- `layer:` patterns: the whole matrix has one budget, one LMO and one step size, as the paper's C_k.
 
-Its last iterate is rounded, and taken where the warm start is better, too: `frank_wolfe.or_warm_start` is left out.
+The published algorithm always takes its last iterate, rounded. So `frank_wolfe.or_warm_start` is not called.
 """
 
 from dataclasses import replace
@@ -19,12 +19,12 @@ from sparsefw.solver.frank_wolfe import Problem, Schedule
 
 
 def fixed_entries(problem: Problem, warm: Tensor, alpha: float, backend: Backend) -> Tensor:
-    """Fix the floor(alpha k) entries of the warm start with the highest saliency in every row, (rows, d) bool.
+    """Find the entries to fix: in every row the floor(alpha k) most salient ones of the warm start, (rows, d) bool.
 
-    With groups, k is what a whole row keeps, so that groups of high saliency have more fixed entries.
+    With groups, k counts the kept weights of the whole row, so groups of high saliency get more fixed entries.
     """
     k = problem.k * (problem.W.shape[1] // problem.group) if problem.group else problem.k
-    # The excess makes up for rounding, which may end just below a whole number: 0.29 * 100 = 28.999999999999996.
+    # 1e-9 makes up for rounding, which may end just below a whole number: 0.29 * 100 = 28.999999999999996.
     count = (k.double() * alpha + 1e-9).long() if isinstance(k, Tensor) else int(k * alpha + 1e-9)
     fixed: Tensor = backend.lmo(problem.saliency.masked_fill(~warm, -1.0), count, checked=False)
     return fixed
@@ -36,24 +36,24 @@ def open_loop(schedule: Schedule) -> Schedule:
 
 
 def as_one_row(problem: Problem, backend: Backend) -> tuple[Problem, Backend]:
-    """Give all rows one budget, the sum of theirs. Returns the problem, and the operations that solve it."""
+    """Give all rows one budget, the sum of theirs, and return the problem with the operations that solve it."""
     assert isinstance(problem.k, Tensor)
     return replace(problem, k=int(problem.k.sum())), WholeMatrix(backend.operations, backend.precision)
 
 
 class WholeMatrix(Backend):
-    """Choose from the whole matrix as if it was one row, in plain torch: no GPU program can hold it.
+    """Operations that choose from the whole matrix as if it was one row, in plain torch: no GPU program can hold it.
 
-    A problem's k is what the matrix keeps in all. Products and errors are per row as ever; the step size and the error
-    of an iterate are the matrix's in every row. A problem has no penalty, no swaps and no groups.
+    k counts the kept weights of the whole matrix. Products and errors are those of each row, but the step size and the
+    error of an iterate are those of the matrix, repeated for every row. There is no penalty, no swap and no group.
     """
 
     def lmo(self, score: Tensor, k: int, *, fixed: Tensor | None = None, group: int = 0, **options: Any) -> Tensor:
-        """Vertex that keeps the k best scores of the matrix."""
+        """Choose the vertex that keeps the k best scores of the matrix."""
         return cpu.lmo(score.reshape(1, -1), k, fixed=_one_row(fixed), **options).view(score.shape)
 
     def round_mask(self, M: Tensor, saliency: Tensor, k: int, *, group: int = 0) -> Tensor:
-        """Mask of the k highest M of the matrix."""
+        """Choose the mask of the k highest M of the matrix."""
         return cpu.round_mask(M.reshape(1, -1), saliency.reshape(1, -1), k).view(M.shape)
 
     def row_step(self, state: RowState, **numbers: Any) -> None:
@@ -66,11 +66,11 @@ class WholeMatrix(Backend):
             of_rows[1:] = of_rows[0]
 
     def repeat(self, *args: Any) -> Any:
-        """Go step by step, since a step waits for the GPU."""
+        """Run the steps one by one: a step waits for the GPU, so that it cannot be a CUDA graph."""
         return cpu.repeat(*args)
 
     def bound_scores(self, *args: Tensor, **options: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute the scores, and for every row an equal share of the matrix's constant."""
+        """Compute the scores, and give every row an equal share of the matrix's constant."""
         score, constant = self.operations.bound_scores(*args, **options)
         return score, _share(constant)
 

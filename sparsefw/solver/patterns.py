@@ -1,8 +1,8 @@
-"""Read the user's pattern of sparsity, `--sparsity`.
+"""Parse the pattern of sparsity, `--sparsity`.
 
-0.6          every row keeps the same number of weights
-layer:0.6    one budget for the whole matrix, split over its rows by the warm start
-2:4          n kept out of every m consecutive weights of a row
+0.6          60 % of the weights of every row are removed
+layer:0.6    60 % of the weights of the matrix are removed; the warm start splits the budget over the rows
+2:4          2 of every 4 consecutive weights of a row are kept
 """
 
 import re
@@ -16,12 +16,12 @@ LARGEST_GROUP = 32
 
 @dataclass(frozen=True)
 class Pattern:
-    """Sparsity pattern, parsed.
+    """Pattern of sparsity.
 
     Attributes:
-        text: as the user wrote it.
-        sparsity: fraction of the weights removed, in (0, 1).
-        scope: what one budget covers: "row", "layer" or "group".
+        text: the pattern as the user wrote it.
+        sparsity: fraction of the weights that are removed, in (0, 1).
+        scope: whether a "row", a "layer" or a "group" has one budget.
         group: m of n:m, else 0.
     """
 
@@ -31,15 +31,15 @@ class Pattern:
     group: int = 0
 
     def kept(self, weights: int) -> int:
-        """Count the kept weights of a number of weights that share one budget, exact for n:m."""
+        """Return how many of the weights that share one budget are kept; exact for n:m."""
         return weights - int(self.sparsity * weights)
 
 
 def parse(text: str) -> Pattern:
-    """Read a `--sparsity` value.
+    """Parse a value of `--sparsity`.
 
     Raises:
-        InputError: not one of the three forms, a sparsity outside (0, 1), n >= m, or m > 32.
+        InputError: the value has none of the three forms, its sparsity lies outside (0, 1), n >= m, or m > 32.
     """
     if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text):
         n, m = int(match[1]), int(match[2])
@@ -57,16 +57,16 @@ def parse(text: str) -> Pattern:
 
 
 def check_width(pattern: Pattern, d: int, name: str) -> None:
-    """Raise InputError unless rows of d weights divide into the groups of the pattern."""
+    """Raise InputError unless rows of d weights divide into the pattern's groups."""
     if pattern.group and d % pattern.group:
         of = option("sparsity", pattern.text)
         raise InputError(f"{name}: {d} inputs do not divide into groups of {pattern.group} ({of})")
 
 
 def budget(pattern: Pattern, rows: int, d: int, rows_independent: bool) -> tuple[int, int]:
-    """Count the weights that share a budget in a (rows, d) matrix, and the kept ones among them.
+    """Return how many weights of a (rows, d) matrix share one budget, and how many of these are kept.
 
-    Weights that share a budget follow each other. Rows that depend on each other share one budget.
+    Weights that share a budget follow each other. Where rows depend on each other, all rows share one budget.
     """
     by_row = pattern.scope == "row" and rows_independent
     width = pattern.group or (d if by_row else rows * d)

@@ -1,65 +1,42 @@
-"""Fit weights on the Gram matrix by conjugate gradients: refits, with masks chosen again for them, and targets.
+"""Refit the kept weights of a mask, and choose masks again for refitted weights.
 
-A refit lets the kept weights of a mask make up for the removed ones, by conjugate gradients on the Gram matrix:
+In a refit the kept weights make up for the removed ones:
 
     minimise ||(W - Z) X||_F^2 = sum((W - Z) * ((W - Z) G)) over Z, zero outside the mask
 
-Rows are independent least-squares problems. A step costs one product; the preconditioner is the diagonal of G. Callers
-damp G, see `stack.damped`: damping draws Z towards W, and stops weights whose inputs are nearly the same from
-growing with opposite signs.
+Each row is a least-squares problem of its own, which conjugate gradients solve with the diagonal of G as the
+preconditioner. A step costs one product. Callers pass H, which is G with damping (`targets.damped`), in place of G.
+Damping draws Z towards W, and stops weights whose inputs are nearly the same from growing with opposite signs.
 
-The best mask of unchanged weights is not the best one once the kept weights make up for the removed ones. So the
-choice is repeated with refitted weights in place of W (`reselect`):
+The best mask for unchanged weights is not the best one for refitted weights. So `reselect` chooses again:
 
-1. Frank-Wolfe on W, as `frank_wolfe.solve` does, then a refit.
-2. Frank-Wolfe on the candidates T = Z + R / diag(G): kept weights as they are, removed ones where an exact step along
-   their own coordinate puts them. It minimises ||(W - M * T) X||_F^2; then a refit.
-3. Rounds of re-selection: the k largest |T_j| sqrt(G_jj), then a refit, accepted in the rows whose error falls. In the
-   other rows too much was exchanged at once: in the next round they replace kept entries only by entries that are
-   better by a margin.
-
-Targets are the weights with which a layer would make up for the pruning of the layers before it.
-
-Earlier layers are pruned, so a layer outputs Y = W X for its input X, and the same layer of the dense model outputs
-Y + D. The target makes up for the difference D as far as the input allows:
-
-    T minimises ||D - (T - W) X||_F^2,    so that    (T - W) G = B,    G = X X^T,  B = D X^T
-
-Pruning then approximates T instead of W, so that each layer repairs the errors of the layers before it. The output of a
-layer that writes to the residual stream includes that stream.
-
-B comes from one of three matrices, whichever calibration has measured. X_dense is the layer's input in the dense model,
-S the stream after the layer in the dense model, h the stream before it plus the bias:
-
-    "inputs":   C^T = X (X_dense - X)^T, and B = W C, where the layer's output is its product: D = W X_dense - W X
-    "streams":  (S - h) X^T, and B = (S - h) X^T - W G, where it adds its product to the stream: D = S - (h + W X)
-    "outputs":  B itself, from outputs of both models
-
-The first two subtract no outputs, which are rounded in bf16 and nearly the same. The first is one matrix for all layers
-that read X, whatever their rows.
+1. Frank-Wolfe on W has chosen a mask (`frank_wolfe.solve`). Refit it.
+2. Run Frank-Wolfe on the candidates T = Z + R / diag(H). A kept weight stays as it is; a removed one goes where an
+   exact step along its own coordinate puts it. This minimises ||(W - M * T) X||_F^2. Refit the mask.
+3. In rounds, take the k largest |T_j| sqrt(H_jj) and refit them. A row accepts a round that lowers its error. In other
+   rows the round has exchanged too many weights: in the next one, an entry must beat a kept entry by a margin.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from sparsefw.kernels.backend import TORCH, Backend, Terms
+from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.kernels.topk_torch import as_float
 from sparsefw.solver import frank_wolfe
 from sparsefw.solver.frank_wolfe import Problem, Schedule
 
-# Steps of the second Frank-Wolfe per step of the first. Of splits of 40 steps, 30 + 10 left the lowest error.
+# Steps of the second Frank-Wolfe for each step of the first. Of all splits of 40 steps, 30 + 10 left the lowest error.
 RESTART = 1 / 3
 
-# The margin of a row after a rejected round, 2 margin + 0.1, and after an accepted one, 0.7 margin.
+# The margin of a row becomes 2 margin + 0.1 after a rejected round, and 0.7 margin after an accepted one.
 WIDEN, FIRST, NARROW = 2.0, 0.1, 0.7
 
 
 @dataclass
 class RowFit:
-    """Weights under a mask, and their error.
+    """Refitted weights of a mask, with their error.
 
     Attributes:
         mask: (rows, d) bool, True keeps a weight.
@@ -74,7 +51,7 @@ class RowFit:
     error: Tensor
 
     def take_better(self, other: "RowFit", backend: Backend = TORCH) -> Tensor:
-        """Replace the rows in which the other's error is lower, in place; returns them, (rows,) bool."""
+        """Replace in place the rows in which the other fit has a lower error; return which these are, (rows,) bool."""
         better = other.error < self.error
         for name in ("mask", "Z", "R"):
             backend.take_rows(getattr(self, name), getattr(other, name), better)
@@ -83,53 +60,54 @@ class RowFit:
 
 
 def inverse_diagonal(G: Tensor) -> Tensor:
-    """Invert diag(G), (d,) fp32; 0 for dead inputs, and where the inverse overflows."""
+    """Invert the diagonal of a Gram matrix, (d,) fp32. The result is 0 for dead inputs, and where it would overflow."""
     diagonal = G.diagonal().float()
     return torch.where(diagonal >= torch.finfo(diagonal.dtype).tiny, 1 / diagonal, 0)
 
 
-def refit(W: Tensor, G: Tensor, mask: Tensor, start: Tensor, steps: int, *, backend: Backend = TORCH) -> RowFit:
-    """Fit the kept weights by `descend`.
+def refit(W: Tensor, H: Tensor, mask: Tensor, start: Tensor, steps: int, *, backend: Backend = TORCH) -> RowFit:
+    """Refit the kept weights of a mask by `descend`.
 
-    Kept weights of dead inputs stay as they start, and rows without weights stay empty.
+    Kept weights of dead inputs stay at their start.
 
     Args:
-        W: (rows, d) the layer's weight, fp32 / bf16 / fp16.
-        G: (d, d) Gram matrix, already damped; fp32, or from `Backend.operand`.
-        mask: (rows, d) bool.
-        start: (rows, d) fp32, where Z starts; entries outside the mask are ignored.
-        steps: at least 0. Each is one product, and so is the start.
+        W: (rows, d) weights to approximate, fp32 / bf16 / fp16.
+        H: (d, d) damped Gram matrix; fp32, or from `Backend.operand`.
+        mask: (rows, d) bool, True keeps a weight.
+        start: (rows, d) fp32 start of Z; entries outside the mask are ignored.
+        steps: number of steps, of one product each. The start costs one product more.
         backend: the operations.
     """
     Z, E = backend.begin_fit(W, start, mask)
-    R = backend.product(E, backend.operand(G))
-    # Free its memory for the steps.
+    R = backend.product(E, backend.operand(H))
+    # Free the memory for the steps.
     del E
-    descend(Z, R, G, mask, steps, backend=backend)
+    descend(Z, R, H, mask, steps, backend=backend)
     return RowFit(mask, Z, R, backend.row_errors(W, R, Z))
 
 
-def descend(Z: Tensor, R: Tensor, G: Tensor, mask: Tensor | None, steps: int, *, backend: Backend = TORCH) -> None:
-    """Descend by preconditioned conjugate gradients on `sum(Z * (Z G)) / 2 - sum(Z * B)` for R = B - Z G, in place.
+def descend(Z: Tensor, R: Tensor, H: Tensor, mask: Tensor | None, steps: int, *, backend: Backend = TORCH) -> None:
+    """Minimise sum(Z * (Z H)) / 2 - sum(Z * B) over Z in place, by preconditioned conjugate gradients.
 
-    A step is one product, P G, and what `conjugate_step` does with it. In fp32 none raises the objective.
+    A step is the product P H followed by `conjugate_step`. In fp32 no step raises the objective.
 
     Args:
-        Z, R: (rows, d) fp32, the weights and their residual; both are moved.
-        G: (d, d), as in `refit`.
-        mask: (rows, d) bool, the weights that move; None moves all.
+        Z: (rows, d) fp32 weights, which move.
+        R: (rows, d) fp32 residual B - Z H, which moves with them.
+        H: (d, d), as in `refit`.
+        mask: (rows, d) bool, True where a weight moves; None: everywhere.
         steps, backend: as in `refit`.
     """
     if not steps:
         return
-    G_operand, U = backend.operand(G), torch.empty_like(Z)
-    # Z moves along the P that the product reads, rounded or not, so that R stays the residual of Z.
-    P = torch.empty_like(Z, dtype=G_operand.dtype)
+    operand, U = backend.operand(H), torch.empty_like(Z)
+    # Z moves along P as the product reads it, rounded or not, so that R stays the residual of Z.
+    P = torch.empty_like(Z, dtype=operand.dtype)
     rz, enough = Z.new_empty(2, len(Z))
-    state = (Z, R, P, U, rz, enough, inverse_diagonal(G))
+    state = (Z, R, P, U, rz, enough, inverse_diagonal(H))
     backend.conjugate_step(*state, mask=mask, first=True)
     for step in range(1, steps + 1):
-        backend.product(P, G_operand, out=U)
+        backend.product(P, operand, out=U)
         backend.conjugate_step(*state, mask=mask, last=step == steps)
 
 
@@ -143,35 +121,35 @@ def reselect(
     rounds: int,
     backend: Backend = TORCH,
 ) -> RowFit:
-    """Refit a mask's weights, choose masks for refitted weights, and keep the best of every row.
+    """Refit a mask, choose masks again for the refitted weights, and keep the best fit of every row.
 
     Args:
-        problem: the rows; weights are fitted on its H, a damped matrix. Fixed entries may be given up.
+        problem: the rows. Weights are fitted on its H. New masks need not keep the fixed entries.
         mask: (rows, d) bool, from `frank_wolfe.solve`.
-        steps, penalty: of the first Frank-Wolfe.
+        steps, penalty: steps and final penalty of the first Frank-Wolfe.
         refit_steps: conjugate-gradient steps of each refit.
-        rounds: rounds of re-selection; 0 keeps the mask, without a second Frank-Wolfe.
+        rounds: number of rounds; with 0 there is no second Frank-Wolfe either, and the mask stays.
         backend: the operations.
 
     Returns:
-        The fit of the lowest error, on the damped Gram matrix, in every row. An error that is not finite is never
-        lower. So no check is needed that would make the host wait for a GPU.
+        In every row the fit with the lowest error on H. An error that is not finite is never lower, so no check is
+        needed that would make the host wait for a GPU.
     """
     W, support = problem.W, problem.support
-    # Converted once, for all refits.
-    H = backend.operand(problem.H)
+    # Converted once for all refits.
+    operand = backend.operand(problem.H)
     inverse, root = inverse_diagonal(problem.H), problem.H.diagonal().float().sqrt()
 
     def fit(mask: Tensor, start: Tensor) -> RowFit:
         if support is not None:
             mask = mask & support
-        return refit(W, H, mask, start, refit_steps, backend=backend)
+        return refit(W, operand, mask, start, refit_steps, backend=backend)
 
     def candidates(margin: Tensor | None = None) -> tuple[Tensor, Tensor]:
         T, score = backend.candidates(best.Z, best.R, best.mask, inverse, root, margin=margin, support=support)
         return T, score
 
-    # A copy: the best fit is replaced row by row, in place.
+    # A copy, since rows of the best fit are replaced in place.
     best = fit(mask.clone(), W)
     if rounds == 0:
         return best
@@ -182,7 +160,7 @@ def reselect(
     for _ in range(rounds):
         T, score = candidates(margin)
         chosen = backend.lmo(score, problem.k, group=problem.group, checked=False)
-        # Free its memory for the fit.
+        # Free the memory for the refit.
         del score
         better = best.take_better(fit(chosen, T), backend)
         margin = torch.where(better, NARROW * margin, WIDEN * margin + FIRST)
@@ -190,7 +168,7 @@ def reselect(
 
 
 def _restart(problem: Problem, T: Tensor, score: Tensor, schedule: Schedule, backend: Backend) -> Tensor:
-    """Choose a mask by Frank-Wolfe for the candidates T with these scores, (rows, d) bool."""
+    """Choose a mask for the candidates T by Frank-Wolfe, (rows, d) bool; `score` is their saliency."""
     candidates = replace(problem, W=T, saliency=score, target_gap=problem.W - T, fixed=None)
     warm = backend.lmo(score, problem.k, group=problem.group, checked=False)
     M = as_float(warm)
@@ -198,72 +176,3 @@ def _restart(problem: Problem, T: Tensor, score: Tensor, schedule: Schedule, bac
         M = state.M
     mask: Tensor = backend.round_mask(M, score, problem.k, group=problem.group)
     return mask
-
-
-@dataclass(frozen=True)
-class Cross:
-    """Measure of the difference between the dense model's outputs and a layer's own, see the module.
-
-    Attributes:
-        of: "inputs", "streams" or "outputs".
-        matrix: (d, d) fp32 of inputs; else (rows, d) fp32.
-    """
-
-    of: str
-    matrix: Tensor
-
-
-def cross_rows(
-    crosses: Sequence[Cross | None],
-    places: Sequence[tuple[slice, slice]],
-    W: Tensor,
-    G: Tensor | Terms,
-    *,
-    backend: Backend = TORCH,
-) -> Tensor:
-    """Compute rows of B for stacked layers that read one input, (rows, d) fp32.
-
-    Args:
-        crosses: what was measured of each layer; None: the layer is to be approximated itself.
-        places: for each layer the rows of it that are wanted, and their place in W.
-        W: (rows, d) weights. Rows in no place are padding.
-        G: (d, d) Gram matrix, not damped, from `Backend.exact_operand`.
-        backend: the operations.
-    """
-    B = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
-    of = {cross.of: cross.matrix for cross in crosses if cross}
-    # All rows are multiplied at once, so that a row's result does not depend on other layers.
-    if "inputs" in of:
-        from_inputs = backend.product_transposed(backend.operand(W), backend.operand(of["inputs"]))
-    if "streams" in of:
-        own = backend.exact_product(W, G)
-    for cross, (rows, place) in zip(crosses, places, strict=True):
-        if cross is None:
-            continue
-        if cross.of == "inputs":
-            B[place] = from_inputs[place]
-        elif cross.of == "streams":
-            torch.sub(cross.matrix[rows], own[place], out=B[place])
-        else:
-            B[place] = cross.matrix[rows]
-    return B
-
-
-def find_target(
-    W: Tensor, G: Tensor, B: Tensor, steps: int, *, support: Tensor | None = None, backend: Backend = TORCH
-) -> Tensor:
-    """Find the target T by conjugate gradients from W; (rows, d) fp32.
-
-    Few steps on a damped G leave T close to W in directions in which the input hardly varies and says little about D.
-
-    Args:
-        W: (rows, d) the layer's weight, fp32 / bf16 / fp16.
-        G: (d, d) Gram matrix, already damped; fp32, or from `Backend.operand`.
-        B: (rows, d) fp32 cross matrix; overwritten.
-        steps: number of conjugate-gradient steps; each is one product.
-        support: (rows, d) bool, weights that may change; None: all.
-        backend: the operations.
-    """
-    T = W.to(B.dtype, copy=True)
-    descend(T, B, G, support, steps, backend=backend)
-    return T

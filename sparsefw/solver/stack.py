@@ -1,7 +1,6 @@
-"""Stack layers that read the same input, and cut the stack into chunks of rows.
+"""Stack layers that read the same input into one problem, and cut the problem into chunks of rows.
 
-A stack has the layers' rows one below the other, with their targets, saliencies and budgets. It is solved in chunks
-whose state fits the memory, and on a CPU the caches too.
+A chunk is so small that the state of its solve fits the memory, and on a CPU the caches as well.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,42 +19,35 @@ from sparsefw.solver.config import Method, PruneConfig
 from sparsefw.solver.frank_wolfe import Problem
 from sparsefw.solver.methods import SALIENCIES
 from sparsefw.solver.patterns import Pattern
-from sparsefw.solver.refit import Cross, cross_rows, find_target
+from sparsefw.solver.targets import TARGET_STEPS, Cross, cross_rows, damped, find_target
 
-# The rows of stacks and chunks are multiples of this. A matrix product handles a remainder of rows in another order of
-# summation. Without a remainder, a row's result does not depend on other rows.
+# The number of rows of a stack or chunk is a multiple of this. A matrix product sums a remainder of rows in another
+# order. Without a remainder the result of a row does not depend on other rows.
 ROW_UNIT = 64
 
-# The longest chunk on a CPU, in rows, or in entries if that is more rows. A longer chunk does not fit the caches. A
-# smaller one leaves too little work between two calls from Python, for which threads wait for each other.
+# The longest chunk on a CPU, in rows, or in entries if that allows more rows. A longer chunk does not fit the caches.
+# In a shorter one the work between two calls from Python is too little: threads wait for each other at the calls.
 CPU_ROWS, CPU_ENTRIES = 384, 1 << 19
 
-# Memory of a solve per entry of a chunk at its peak, as measured on a CPU (88 with the stack's W and saliency): fp32 W,
-# T, the gap between them, M, R, U, E, the fit's Z and R, temporaries of the row step, and bool masks.
+# Bytes of a solve for each entry of a chunk at the peak, as measured on a CPU (88 with the stack's W and saliency):
+# fp32 W, T, the target gap, M, R, U, E, the refit's Z and R, temporaries of the row step, and bool masks.
 BYTES_PER_ENTRY = 80
-
-# Conjugate-gradient steps from a layer's weight to its target.
-TARGET_STEPS = 4
-
-# The damping of an input counts its diagonal entry as at least this share of the median entry of inputs that are not
-# dead. Without it, the weights of a nearly dead input could become huge and ruin the first text in which it is alive.
-FLOOR = 0.01
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Weights of layers that are solved together, one below the other.
+    """Layers that are solved as one problem, with their rows one below the other.
 
     Attributes:
-        names: the layers' names.
+        names: name of each layer.
         weights: (out, in) weight of each layer.
-        crosses: cross matrix of each layer or None, see `refit`. The list is emptied when the targets are computed.
+        crosses: cross matrix of each layer or None, see `targets`. The list is emptied once the targets are computed.
         G: (in, in) fp32 Gram matrix of their input.
-        method: what the method needs.
+        method: properties of the method.
         config: the config of the run.
         backend: the operations.
-        memory: bytes for the state of the chunks. Unless it is None, rows of zeros pad the stack to a multiple of
-            ROW_UNIT; if it is, all rows are solved at once.
+        memory: bytes for the state of the chunks that are solved at the same time. Rows of zeros pad the stack to a
+            multiple of ROW_UNIT. None: all rows are solved at once, without padding.
     """
 
     names: list[str]
@@ -69,17 +61,20 @@ class Stack:
 
     @property
     def height(self) -> int:
-        """Count the rows, with padding."""
+        """Count the rows, the padding included."""
         rows = sum(map(len, self.weights))
         return rows if self.memory is None else -(-rows // ROW_UNIT) * ROW_UNIT
 
 
 def places(weights: Iterable[Tensor], part: slice) -> list[tuple[slice, slice]]:
-    """Find the rows of each layer that lie in a part of the stack, and their place in the part; both may be empty.
+    """Find which rows of each layer lie in a part of the stack, and where they lie in the part.
 
     Args:
         weights: (out, in) weight of each layer of the stack.
-        part: rows of the stack.
+        part: a slice of the stack's rows.
+
+    Returns:
+        For each layer a slice of its own rows and a slice of the part's; both may be empty.
     """
     found, start = [], 0
     for weight in weights:
@@ -91,10 +86,10 @@ def places(weights: Iterable[Tensor], part: slice) -> list[tuple[slice, slice]]:
 
 
 def stack_rows(stack: Stack) -> Problem:
-    """Make the problem of a stack, whose layers lose their cross matrices. Rows that pad the stack are zero."""
+    """Make the problem of a stack. This empties `stack.crosses`, and the rows of the padding are zero."""
     G, config, backend = stack.G, stack.config, stack.backend
     own = stack.weights[0].dtype
-    # bf16 and fp16 arithmetic is slow on a CPU; fp32 holds the same weights.
+    # A CPU is slow in bf16 and fp16, and fp32 holds the same weights.
     dtype = torch.float32 if G.device.type == "cpu" else own
     W = torch.zeros(stack.height, len(G), dtype=dtype, device=G.device)
     layers = [place for _, place in places(stack.weights, slice(0, stack.height))]
@@ -103,9 +98,9 @@ def stack_rows(stack: Stack) -> Problem:
     support = W != 0 if config.keep_zeros else None
     exact, H = backend.exact_operand(G, own), G
     if stack.method.dense_target:
-        # Refits and targets only multiply with the damped matrix. Swaps of masks need it exactly.
-        of_products = config.refit and backend.precision == "bf16"
-        H = damped(G, config.damp, torch.bfloat16 if of_products else torch.float32)
+        # Swaps need H exactly. Refits and targets only multiply by it.
+        only_products = config.refit and backend.precision == "bf16"
+        H = damped(G, config.damp, torch.bfloat16 if only_products else torch.float32)
     target_gap = _to_targets(stack, W, exact, H, support)
     saliency = SALIENCIES[stack.method.saliency or config.warm_start]
     S = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
@@ -116,14 +111,15 @@ def stack_rows(stack: Stack) -> Problem:
 
 
 def kept(saliency: Tensor, layers: list[slice], pattern: Pattern) -> int | Tensor:
-    """Count what stacked rows keep, see `Problem.k`.
+    """Count the kept weights of stacked rows or their groups, as in `Problem.k`.
 
-    A `layer:` budget goes to the highest saliencies of a whole matrix, and each row keeps the number that it got.
+    A `layer:` budget selects the highest saliencies of a whole matrix. A row keeps as many weights as are selected in
+    it.
 
     Args:
         saliency: (rows, d) fp32.
-        layers: the rows of each layer.
-        pattern: what is kept.
+        layers: slice of the rows of each layer.
+        pattern: the pattern of sparsity.
     """
     rows, d = saliency.shape
     if pattern.scope != "layer":
@@ -131,48 +127,26 @@ def kept(saliency: Tensor, layers: list[slice], pattern: Pattern) -> int | Tenso
     k = torch.zeros(rows, dtype=torch.int64, device=saliency.device)
     for layer in layers:
         matrix = saliency[layer].reshape(1, -1)
-        # A NaN shows in the errors, which name the layer.
+        # NaN is found later, in the errors, where the message names the layer.
         highest = cpu.lmo(matrix, pattern.kept(matrix.numel()), checked=False)
         k[layer] = highest.view(-1, d).sum(1)
     return k
 
 
-def damped(G: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Damp a copy of G (d, d): add damp max(diag G, FLOOR m) to its diagonal, m the median of its positive entries.
-
-    Damping treats every input as slightly more independent of the others. It draws refitted weights towards the layer's
-    own, and masks towards the weights that matter most by themselves.
-
-    Args:
-        G: (d, d) fp32.
-        damp: share of the diagonal that is added.
-        dtype: dtype of the result. In fp32 and without damping it is G itself.
-    """
-    if not damp:
-        return G.to(dtype)
-    diagonal = G.diagonal()
-    H = G.to(dtype, copy=True)
-    # NaN, if all inputs are dead.
-    median = diagonal.where(diagonal > 0, torch.nan).nanmedian().item()
-    H.diagonal().copy_(diagonal + diagonal.clamp(min=FLOOR * median if median > 0 else 0.0) * damp)
-    return H
-
-
 def _to_targets(stack: Stack, W: Tensor, G: Tensor | Terms, H: Tensor, support: Tensor | None) -> Tensor | None:
-    """Replace the rows W of a stack by their targets, chunk by chunk.
+    """Compute the targets of a stack chunk by chunk: with a refit they replace W in place, else the gap is returned.
 
-    The target of a layer without a cross matrix is its weight, and that of the padding is zero. Targets are rounded to
-    the dtype that will be written: rows whose mask stays as it is keep the target's own weights.
+    The target of a layer without a cross matrix is its own weight, and that of the padding is zero. Targets that
+    replace W are rounded to the dtype that is written, since a row may be written with the target's own weights.
 
     Args:
-        stack: the stack; its layers lose their cross matrices.
+        stack: the stack; its `crosses` are emptied.
         W, support: (rows, d) as in the `Problem`.
-        G: from `Backend.exact_operand`.
-        H: the damped matrix.
+        G: Gram matrix from `Backend.exact_operand`.
+        H: damped Gram matrix.
 
     Returns:
-        Without a refit only the mask can be chosen for a target. Then W stays, and this is the target minus W, (rows,
-        d) fp32. Otherwise, and if no layer has a cross matrix, None.
+        Target gap T - W, (rows, d) fp32, where there is no refit. None with a refit, and without any cross matrix.
     """
     crosses = [*stack.crosses]
     stack.crosses.clear()
@@ -198,7 +172,7 @@ def _to_targets(stack: Stack, W: Tensor, G: Tensor | Terms, H: Tensor, support: 
 
 
 def cpu_rows(d: int) -> int:
-    """Limit the rows of d entries that a thread solves at a time on a CPU."""
+    """Return the most rows of d entries that one thread of a CPU solves at a time."""
     return max(CPU_ROWS, CPU_ENTRIES // d // ROW_UNIT * ROW_UNIT)
 
 
@@ -206,14 +180,14 @@ def cpu_rows(d: int) -> int:
 def in_chunks(stack: Stack) -> Iterator[tuple[list[slice], Callable[..., Iterator[Any]]]]:
     """Cut a stack into chunks of rows whose state fits the memory.
 
-    On a CPU as many chunks are solved at once as torch has threads, each on one thread. The operations on a chunk are
-    too short to be split over threads, and numpy's selection uses one thread only.
+    On a CPU each of torch's threads solves a chunk of its own at the same time. The operations on a chunk are too short
+    to be split over threads, and numpy's selection uses one thread only.
 
     Yields:
-        The chunks, and a `map` that solves them.
+        The chunks as slices of rows, and a function like `map` that solves them.
 
     Raises:
-        InputError: no chunk fits the memory.
+        InputError: the smallest chunk does not fit the memory.
     """
     if stack.memory is None:
         yield [slice(0, stack.height)], map
@@ -230,7 +204,7 @@ def in_chunks(stack: Stack) -> Iterator[tuple[list[slice], Callable[..., Iterato
     threads = min(before, units) if threaded else 1
     if on_cpu:
         units = min(units // threads, cpu_rows(d) // ROW_UNIT)
-    # All threads get the same number of chunks, and chunks are alike.
+    # All threads get the same number of chunks, and chunks have nearly the same height.
     rows = max(1, stack.height)
     turns = -(-rows // (threads * units * ROW_UNIT))
     height = -(-rows // (threads * turns * ROW_UNIT)) * ROW_UNIT

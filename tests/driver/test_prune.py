@@ -18,8 +18,7 @@ from sparsefw.model import HiddenStates
 from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.report.content import read_report
 from sparsefw.run import main
-from sparsefw.solver.refit import find_target
-from sparsefw.solver.stack import damped
+from sparsefw.solver.targets import damped, find_target
 
 TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
 

@@ -13,7 +13,7 @@ from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.frank_wolfe import Problem
 from sparsefw.solver.layer import prune_layers
 from sparsefw.solver.methods import SALIENCIES
-from sparsefw.solver.refit import Cross
+from sparsefw.solver.targets import Cross
 
 TRITON = Backend(triton_ops)
 

@@ -14,7 +14,7 @@ from sparsefw.model.activations import Store
 from sparsefw.model.measure import measure
 from sparsefw.model.parts import INPUT
 from sparsefw.model.stand_ins import hidden_of
-from sparsefw.solver.refit import cross_rows
+from sparsefw.solver.targets import cross_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -14,7 +14,7 @@ from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.solver import frank_wolfe, paper
 from sparsefw.solver.frank_wolfe import line_search, mask_error, or_warm_start
 from sparsefw.solver.methods import SALIENCIES
-from sparsefw.solver.stack import damped
+from sparsefw.solver.targets import damped
 
 PATTERNS = ("0.6", "layer:0.6", "2:4", "3:5")
 

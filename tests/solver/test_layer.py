@@ -27,8 +27,7 @@ from sparsefw.solver import methods, patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.layer import prune_layers, solve_layer
 from sparsefw.solver.methods import SALIENCIES
-from sparsefw.solver.refit import Cross, find_target
-from sparsefw.solver.stack import TARGET_STEPS, damped
+from sparsefw.solver.targets import TARGET_STEPS, Cross, damped, find_target
 
 ALL = pytest.mark.parametrize("text", PATTERNS)
 
@@ -263,7 +262,7 @@ class TestSolveLayer:
             (
                 dict(config=PruneConfig(method="wanda"), B=torch.ones(2, 4)),
                 ValueError,
-                "crosses: wanda approximates what the layers themselves put out",
+                "crosses: wanda approximates the layers' own outputs",
             ),
         ],
     )

@@ -5,8 +5,8 @@ import torch
 from helpers.kernel_inputs import DEVICE, gram, normal, uniform
 
 from sparsefw.solver.methods import SALIENCIES
-from sparsefw.solver.refit import find_target, refit
-from sparsefw.solver.stack import damped
+from sparsefw.solver.refit import refit
+from sparsefw.solver.targets import damped, find_target
 
 ROWS, D = 13, 40
 

@@ -10,8 +10,8 @@ from sparsefw.errors import InputError
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.solver.methods import CHOOSE
-from sparsefw.solver.refit import Cross, cross_rows
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT, places
+from sparsefw.solver.targets import Cross, cross_rows
 
 UNIT = BYTES_PER_ENTRY * D * ROW_UNIT
 FORMS = ("inputs", "streams", "outputs")
