@@ -1,8 +1,9 @@
-"""Quantized checkpoints: which are read, and which tensors in their files make one tensor of the model.
+"""Quantized checkpoints: which formats are read, and how the tensors in the files make the tensors of the model.
 
-FP8 as DeepSeek-V3 and Qwen3 ship it, MXFP4 as gpt-oss does, and packed ones, whose matrices lack their zeros (see
-`packed`). Their tensors are dequantized where they are used (see `tensors`), and what is written is not quantized. All
-other methods are refused.
+A quantized tensor is two tensors in the files: its values, and scales that multiply them. Read are FP8 as in
+DeepSeek-V3 and Qwen3, MXFP4 as in gpt-oss, and packed matrices, which store a mask in place of scales (see `packed`).
+All other methods are refused. A tensor is dequantized where it is used (see `tensors`), and what a run writes is not
+quantized.
 """
 
 import copy
@@ -14,107 +15,257 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from sparsefw.checkpoint import packed
 from sparsefw.checkpoint.packed import MASK
-from sparsefw.checkpoint.tensors import EXPONENT, QuantizedInfo, TensorInfo
+from sparsefw.checkpoint.tensors import EXPONENT, Quantization, QuantizedInfo, TensorInfo
 from sparsefw.errors import InputError, shown
 
 KEY = "quantization_config"
-METHODS = ("fp8", "mxfp4", "sparsefw")
-# transformers' own key for the name of the weights' file. What is no name of one keeps it from loading packed matrices.
+# transformers reads the name of the weights' file under this key. A value that names no file keeps it from loading
+# packed matrices.
 GUARD = "transformers_weights"
-# transformers takes blocks of this size where a config does not say. null means one scale for a matrix.
+# transformers takes blocks of this size where a config names none. null means one scale for a matrix.
 DEFAULT_BLOCK = (128, 128)
-# The way out where a checkpoint is not read.
+# The remedy where a checkpoint is not read.
 ORIGINAL = "give the unquantized checkpoint that it was made from"
 
 FP8 = torch.float8_e4m3fn
-# dtypes in the files of an FP8 checkpoint beside those of others, by their names there.
+# Names in the files of the dtypes that only quantized checkpoints have.
 FP8_DTYPES = {"F8_E4M3": FP8, "F8_E8M0": EXPONENT}
 SCALE_DTYPES = {torch.float32, torch.bfloat16, torch.float16, EXPONENT}
-# Values (E2M1) that share an exponent in MXFP4, as bytes.
+# Ends of the names of an FP8 weight's scale; the first one may follow the name of any tensor.
+SCALE, OTHER_SCALES = "_scale_inv", (".scale", ".qscale_weight")
+ACTIVATION_SCALE = "activation_scale"
+
+# Values of a 4-bit float with one mantissa bit (E2M1), by its bits.
+FP4_VALUES = [sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
+# Bytes of a group of 4-bit floats that share an exponent.
 GROUP_BYTES = 16
+# Ends of the names of values and scales in MXFP4.
+BLOCKS, SCALES = "_blocks", "_scales"
 
 # dtypes that a quantized model may be written in, the most usual first, and the entries of a config that name one.
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
-# Ends of the names of an FP8 weight's scale; the first one may follow the name of any tensor.
-SCALE, OTHER_SCALES = "_scale_inv", (".scale", ".qscale_weight")
-# Ends of the names of values and scales in MXFP4.
-BLOCKS, SCALES = "_blocks", "_scales"
-ACTIVATION_SCALE = "activation_scale"
-
-# A tensor of the model by its name there.
-Joint = tuple[str, QuantizedInfo]
+# Most entries that are dequantized at once, by type of device, and the bytes that each of them takes meanwhile. On a
+# GPU every chunk costs some launches.
+CHUNK = {"cpu": 2**20, "cuda": 2**24}
+BYTES_OF_CHUNK = 12
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """How a checkpoint is quantized.
+class Fp8(Quantization):
+    """Values in FP8, with a scale for each block of a matrix.
 
     Attributes:
-        method: one of METHODS.
-        block: (rows, columns) that share a scale in FP8; None: all of a matrix.
-        kept: fraction of the weights that a packed matrix keeps.
+        block: (rows, columns) of a block; None: a matrix has one scale.
     """
 
-    method: str
     block: tuple[int, int] | None = None
-    kept: float = 0.0
-
-    @property
-    def words(self) -> tuple[str, str]:
-        """Two words for messages: its tensors are the first, and a run makes them the second."""
-        packed = self.method == "sparsefw"
-        return ("packed", "unpacked") if packed else (f"quantized ({self.method})", "dequantized")
+    method = "fp8"
+    words = ("quantized (fp8)", "dequantized")
 
     def share(self, dtype: torch.dtype) -> float:
-        """Bytes of a quantized tensor as it is stored, for each byte of it in another dtype."""
-        if self.method == "mxfp4":
-            return (GROUP_BYTES + 1) / (2 * GROUP_BYTES * dtype.itemsize)
-        if self.method == "sparsefw":
-            return self.kept + 1 / (8 * dtype.itemsize)
+        """See `Quantization`."""
         return (1 + (4 / math.prod(self.block) if self.block else 0)) / dtype.itemsize
+
+    def join(self, stored: dict[str, TensorInfo], name: str) -> tuple[str, QuantizedInfo] | None:
+        """See `Quantization`."""
+        values, stem = stored[name], name.removesuffix(".weight")
+        names = [f"{name}{SCALE}", *(f"{stem}{other}" for other in OTHER_SCALES if stem != name)]
+        scale = next((other for other in names if other in stored), None)
+        if values.dtype != FP8:
+            if scale == f"{name}{SCALE}":
+                raise InputError(
+                    f"{values.file}: tensor {name} has a scale, {scale}, but is not in FP8 ({values.dtype})"
+                )
+            return None
+        if scale is None:
+            raise InputError(
+                f"{values.file}: tensor {name} is in FP8, and its scale {name}{SCALE} is missing; {ORIGINAL}"
+            )
+        scales, shape = stored[scale], values.shape
+        *lead, rows, columns = shape if len(shape) >= 2 and all(shape) else (0, 0)
+        height, width = self.block or (rows, columns)
+        grid = (*lead, -(-rows // height), -(-columns // width)) if rows else ()
+        # One scale for a matrix may have fewer dimensions.
+        fewer = {(1,), ()} if not lead else {tuple(lead)}
+        fits = scales.shape == grid or (self.block is None and scales.shape in fewer)
+        if not rows or not fits or scales.dtype not in SCALE_DTYPES:
+            raise InputError(
+                f"{scales.file}: tensor {scale} of shape {scales.shape} and dtype {scales.dtype} does not fit {name} "
+                f"of shape {shape} in blocks of {height} x {width}, which needs {grid} in floating point"
+            )
+        return name, QuantizedInfo(values.file, MODEL_DTYPES[0], shape, self, {name: values, scale: scales})
+
+    def dequantize(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Multiply every block of values by its scale in fp32, and round once.
+
+        transformers does the same, but takes the size of a block to be that of the matrix over the number of scales.
+        That is wrong where the last blocks are smaller, as in DeepSeek-V3.
+
+        Args:
+            values: (..., rows, columns) in FP8.
+            scales: (..., blocks of rows, blocks of columns), or one for each matrix; any floating dtype.
+            dtype: dtype of the result.
+        """
+        rows, columns = values.shape[-2:]
+        height, width = self.block or (rows, columns)
+        matrices = values.reshape(-1, rows, columns)
+        grids = scales.float().reshape(len(matrices), -(-rows // height), -(-columns // width))
+        out = torch.empty(matrices.shape, dtype=dtype, device=values.device)
+        step = max(1, CHUNK[values.device.type] // columns)
+        # A block may be far larger than the matrix.
+        row_blocks, width = torch.arange(rows, device=values.device) // height, min(width, columns)
+        for matrix, grid, result in zip(matrices, grids, out, strict=True):
+            for first in range(0, rows, step):
+                chunk = matrix[first : first + step].float()
+                factors = grid[row_blocks[first : first + step]].repeat_interleave(width, 1)[:, :columns]
+                result[first : first + step] = chunk.mul_(factors)
+        return out.reshape(values.shape)
+
+
+@dataclass(frozen=True)
+class Mxfp4(Quantization):
+    """4-bit floats, with an exponent for each group of 32. A tensor holds the matrices of all experts."""
+
+    method = "mxfp4"
+    words = ("quantized (mxfp4)", "dequantized")
+
+    def share(self, dtype: torch.dtype) -> float:
+        """See `Quantization`."""
+        return (GROUP_BYTES + 1) / (2 * GROUP_BYTES * dtype.itemsize)
+
+    def join(self, stored: dict[str, TensorInfo], name: str) -> tuple[str, QuantizedInfo] | None:
+        """See `Quantization`."""
+        values = stored[name]
+        if values.dtype != torch.uint8 or not name.endswith(BLOCKS):
+            return None
+        joint = name.removesuffix(BLOCKS)
+        scale = f"{joint}{SCALES}"
+        if scale not in stored:
+            raise InputError(f"{values.file}: tensor {name} is in MXFP4, and {scale} is missing; {ORIGINAL}")
+        scales = stored[scale]
+        sound = len(values.shape) == 4 and values.shape[-1] == GROUP_BYTES and all(values.shape)
+        if not sound or (scales.dtype, scales.shape) != (torch.uint8, values.shape[:-1]):
+            raise InputError(
+                f"{scales.file}: tensor {scale} of shape {scales.shape} and dtype {scales.dtype} does not fit "
+                f"{name} of shape {values.shape}; MXFP4 has (experts, rows, groups, {GROUP_BYTES}) and a byte a group"
+            )
+        experts, rows, groups, width = values.shape
+        shape = (experts, groups * 2 * width, rows)
+        return joint, QuantizedInfo(values.file, MODEL_DTYPES[0], shape, self, {name: values, scale: scales})
+
+    def dequantize(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Multiply every group of floats by its power of two, and transpose the matrices as the model needs them.
+
+        Args:
+            values: (experts, rows, groups, bytes of a group) uint8. A byte holds two floats, the first in the lower
+                bits.
+            scales: (experts, rows, groups) uint8 exponents.
+            dtype: dtype of the result.
+
+        Returns:
+            (experts, columns, rows), contiguous.
+        """
+        experts, rows, groups, width = values.shape
+        table = torch.tensor(FP4_VALUES, device=values.device)
+        out = torch.empty((experts, groups * 2 * width, rows), dtype=dtype, device=values.device)
+        step = max(1, CHUNK[values.device.type] // (groups * 2 * width))
+        for stored, exponents, result in zip(values, scales, out, strict=True):
+            for first in range(0, rows, step):
+                chunk = stored[first : first + step]
+                floats = table[torch.stack([chunk & 0xF, chunk >> 4], -1).int()]
+                powers = exponents[first : first + step].view(EXPONENT).float()
+                floats = floats.reshape(len(chunk), groups, 2 * width) * powers.unsqueeze(-1)
+                result[:, first : first + step] = floats.reshape(len(chunk), -1).T
+        return out
+
+
+@dataclass(frozen=True)
+class Packed(Quantization):
+    """Matrices without their zeros, with a mask in place of scales, see `packed`.
+
+    Attributes:
+        kept: fraction of the weights that a matrix keeps.
+    """
+
+    kept: float = 0.0
+    method = "sparsefw"
+    words = ("packed", "unpacked")
+    has_dtype = True
+
+    def share(self, dtype: torch.dtype) -> float:
+        """See `Quantization`."""
+        return self.kept + 1 / (8 * dtype.itemsize)
+
+    def join(self, stored: dict[str, TensorInfo], name: str) -> tuple[str, QuantizedInfo] | None:
+        """See `Quantization`."""
+        values, mask = stored[name], stored.get(name + MASK)
+        if mask is None:
+            return None
+        kept = (*mask.shape[:-1], values.shape[-1]) if values.shape else ()
+        sound = mask.dtype == torch.uint8 and len(mask.shape) > 1 and values.shape in (kept, kept[-1:])
+        if not sound or not values.dtype.is_floating_point:
+            raise InputError(
+                f"{mask.file}: tensor {name}{MASK} of shape {mask.shape} and dtype {mask.dtype} does not fit {name} of "
+                f"shape {values.shape}; a mask has a row for each row, and a byte for 8 columns"
+            )
+        shape = (*mask.shape[:-1], 8 * mask.shape[-1])
+        return name, QuantizedInfo(values.file, values.dtype, shape, self, {name: values, name + MASK: mask})
+
+    def dequantize(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Quantization`."""
+        return packed.unpack(values, scales).to(dtype)
+
+    def check(self, info: QuantizedInfo, values: Tensor, scales: Tensor) -> None:
+        """See `Quantization`."""
+        name, _ = info.parts
+        packed.check(name, values, scales)
 
 
 def quantization_of(config: dict[str, Any], path: Path) -> Quantization | None:
-    """How a checkpoint with this config is quantized; None if it is not.
+    """Read from a config how its checkpoint is quantized; None if it is not.
 
     Args:
         config: the content of config.json.
         path: the file's path, for the message.
 
     Raises:
-        InputError: the method is not one that is read.
+        InputError: checkpoints of this method are not read.
     """
-    content = next((section[KEY] for section in _configs(config) if section.get(KEY) is not None), None)
+    content = next((section[KEY] for section in _sections(config) if section.get(KEY) is not None), None)
     if content is None:
         return None
     method = content.get("quant_method", "an unnamed method") if isinstance(content, dict) else content
-    if method not in METHODS:
-        raise InputError(f"{path}: the model is quantized by {shown(method)}, which is not read; {ORIGINAL} ({KEY})")
-    if method == "sparsefw":
-        return Quantization(method, kept=float(content["kept"]))
-    block = content.get("weight_block_size", DEFAULT_BLOCK)
-    return Quantization(method, tuple(block) if block and method == "fp8" else None)
+    if method == Fp8.method:
+        block = content.get("weight_block_size", DEFAULT_BLOCK)
+        return Fp8(tuple(block) if block else None)
+    if method == Mxfp4.method:
+        return Mxfp4()
+    if method == Packed.method:
+        return Packed(float(content["kept"]))
+    raise InputError(f"{path}: the model is quantized by {shown(method)}, which is not read; {ORIGINAL} ({KEY})")
 
 
-def _configs(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where transformers looks for a quantization config."""
+def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """List the parts of a config in which transformers looks for a quantization config."""
     text_config = config.get("text_config")
     return [config, text_config] if isinstance(text_config, dict) else [config]
 
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """A config as that of a model which is not quantized."""
-    if not any(section.get(KEY) is not None for section in _configs(config)):
+    """Return the config of the same model without quantization."""
+    if not any(section.get(KEY) is not None for section in _sections(config)):
         return config
     config = copy.deepcopy(config)
     config.pop(GUARD, None)
     named = dtype_in(config)
-    for section in _configs(config):
-        # Only a quantized model has another dtype: transformers would cast the weights to it.
+    for section in _sections(config):
+        # A dtype that only quantized models have goes as well: transformers would cast the weights to it.
         for key in (KEY, *(() if named else DTYPE_KEYS)):
             section.pop(key, None)
     return config
@@ -123,42 +274,41 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
 def joined(
     stored: dict[str, TensorInfo], quantization: Quantization, config: dict[str, Any], path: Path
 ) -> tuple[dict[str, TensorInfo], torch.dtype]:
-    """The tensors of a quantized checkpoint as the model has them.
+    """Join the tensors in the files of a quantized checkpoint to the tensors of the model.
 
     Args:
-        stored: the tensors in the files. Scales of activations are left out.
-        quantization: how they are quantized.
-        config: the content of config.json, which may name the dtype of the result. Else it is the one that most bytes
-            have which are not quantized.
+        stored: the tensors in the files. Scales of activations are dropped.
+        quantization: the format.
+        config: the content of config.json. If it names a dtype, the dequantized tensors have it. Otherwise they have
+            the dtype of most bytes that are not quantized.
         path: the file's path, for messages.
 
     Returns:
-        The tensors by name, and the dtype of the result.
+        The tensors by name, and the dtype of the model.
 
     Raises:
-        InputError: scales are missing, or scales or values have a dtype or shape that does not fit.
+        InputError: no tensor is quantized, scales are missing, or scales or values have a wrong dtype or shape.
     """
-    join = {"fp8": _join_fp8, "mxfp4": _join_mxfp4, "sparsefw": _join_packed}[quantization.method]
-    quantized = dict(found for name in stored if (found := join(stored, name, quantization)))
+    quantized = dict(found for name in stored if (found := quantization.join(stored, name)))
     if not quantized:
         raise InputError(f"{path}: {KEY} says {quantization.method}, but no tensor is quantized; remove the entry")
     used = {part for info in quantized.values() for part in info.parts}
     used |= {name for name in stored if _scales_activations(name, stored)}
     others = {name: info for name, info in stored.items() if name not in used}
-    if quantization.method == "sparsefw":
+    if quantization.has_dtype:
         return quantized | others, most_bytes([*quantized.values(), *others.values()]) or MODEL_DTYPES[0]
     dtype = dtype_in(config) or most_bytes(others.values()) or MODEL_DTYPES[0]
     return {name: replace(info, dtype=dtype) for name, info in quantized.items()} | others, dtype
 
 
 def dtype_in(config: dict[str, Any]) -> torch.dtype | None:
-    """The dtype that a config names for the weights; None if it names none that can be pruned."""
-    named = [section.get(key) for section in _configs(config) for key in DTYPE_KEYS]
+    """Read the dtype that a config names for the weights; None if it names none of MODEL_DTYPES."""
+    named = [section.get(key) for section in _sections(config) for key in DTYPE_KEYS]
     return next((dtype for name in named for dtype in MODEL_DTYPES if f"torch.{name}" == str(dtype)), None)
 
 
 def most_bytes(tensors: Iterable[TensorInfo]) -> torch.dtype | None:
-    """The floating dtype that most bytes have; None without any."""
+    """Find the floating dtype of the most bytes; None if there is none."""
     bytes_of: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         if tensor.dtype.is_floating_point:
@@ -167,7 +317,7 @@ def most_bytes(tensors: Iterable[TensorInfo]) -> torch.dtype | None:
 
 
 def note(used: Iterable[TensorInfo], quantization: Quantization | None) -> str:
-    """A line about the tensors of a model that are dequantized; empty if none is."""
+    """Describe the dequantized tensors of a model in one line; empty if there is none."""
     infos = list(used)
     quantized = [info for info in infos if isinstance(info, QuantizedInfo)]
     if not quantized or quantization is None:
@@ -182,70 +332,7 @@ def note(used: Iterable[TensorInfo], quantization: Quantization | None) -> str:
 
 
 def _scales_activations(name: str, stored: dict[str, TensorInfo]) -> bool:
-    """Whether a tensor is the scale of an FP8 weight's input: nothing is multiplied with it once the weight is not."""
+    """Tell whether a tensor is the scale of an FP8 weight's input, which a dequantized weight does not need."""
     stem = name.removesuffix(ACTIVATION_SCALE)
     weights = [stored[other] for other in (f"{stem}weight", stem.removesuffix("_")) if other in stored]
     return stem != name and any(weight.dtype == FP8 for weight in weights)
-
-
-def _join_fp8(stored: dict[str, TensorInfo], name: str, quantization: Quantization) -> Joint | None:
-    """The name of the tensor whose values are called `name`, and the tensor; None if that is none in FP8."""
-    values, stem = stored[name], name.removesuffix(".weight")
-    names = [f"{name}{SCALE}", *(f"{stem}{other}" for other in OTHER_SCALES if stem != name)]
-    scale = next((other for other in names if other in stored), None)
-    if values.dtype != FP8:
-        if scale == f"{name}{SCALE}":
-            raise InputError(f"{values.file}: tensor {name} has a scale, {scale}, but is not in FP8 ({values.dtype})")
-        return None
-    if scale is None:
-        raise InputError(f"{values.file}: tensor {name} is in FP8, and its scale {name}{SCALE} is missing; {ORIGINAL}")
-    scales, shape = stored[scale], values.shape
-    *lead, rows, columns = shape if len(shape) >= 2 and all(shape) else (0, 0)
-    height, width = quantization.block or (rows, columns)
-    grid = (*lead, -(-rows // height), -(-columns // width)) if rows else ()
-    # One scale for a matrix may have fewer dimensions.
-    fewer = {(1,), ()} if not lead else {tuple(lead)}
-    fits = scales.shape == grid or (quantization.block is None and scales.shape in fewer)
-    if not rows or not fits or scales.dtype not in SCALE_DTYPES:
-        raise InputError(
-            f"{scales.file}: tensor {scale} of shape {scales.shape} and dtype {scales.dtype} does not fit {name} of "
-            f"shape {shape} in blocks of {height} x {width}, which needs {grid} in floating point"
-        )
-    parts = {name: values, scale: scales}
-    return name, QuantizedInfo(values.file, MODEL_DTYPES[0], shape, "fp8", parts, (height, width))
-
-
-def _join_mxfp4(stored: dict[str, TensorInfo], name: str, quantization: Quantization) -> Joint | None:
-    """The name of the tensor whose values are called `name`, and the tensor; None if that is none in MXFP4."""
-    if stored[name].dtype != torch.uint8 or not name.endswith(BLOCKS):
-        return None
-    joint = name.removesuffix(BLOCKS)
-    scale = f"{joint}{SCALES}"
-    if scale not in stored:
-        raise InputError(f"{stored[name].file}: tensor {name} is in MXFP4, and {scale} is missing; {ORIGINAL}")
-    values, scales = stored[name], stored[scale]
-    sound = len(values.shape) == 4 and values.shape[-1] == GROUP_BYTES and all(values.shape)
-    if not sound or (scales.dtype, scales.shape) != (torch.uint8, values.shape[:-1]):
-        raise InputError(
-            f"{scales.file}: tensor {scale} of shape {scales.shape} and dtype {scales.dtype} does not fit "
-            f"{name} of shape {values.shape}; MXFP4 has (experts, rows, groups, {GROUP_BYTES}) and a byte a group"
-        )
-    experts, rows, groups, width = values.shape
-    shape = (experts, groups * 2 * width, rows)
-    return joint, QuantizedInfo(values.file, MODEL_DTYPES[0], shape, "mxfp4", {name: values, scale: scales})
-
-
-def _join_packed(stored: dict[str, TensorInfo], name: str, quantization: Quantization) -> Joint | None:
-    """The tensor whose values are called `name`, and that name; None if it is not packed."""
-    values, mask = stored[name], stored.get(name + MASK)
-    if mask is None:
-        return None
-    kept = (*mask.shape[:-1], values.shape[-1]) if values.shape else ()
-    sound = mask.dtype == torch.uint8 and len(mask.shape) > 1 and values.shape in (kept, kept[-1:])
-    if not sound or not values.dtype.is_floating_point:
-        raise InputError(
-            f"{mask.file}: tensor {name}{MASK} of shape {mask.shape} and dtype {mask.dtype} does not fit {name} of "
-            f"shape {values.shape}; a mask has a row for each row, and a byte for 8 columns"
-        )
-    shape = (*mask.shape[:-1], 8 * mask.shape[-1])
-    return name, QuantizedInfo(values.file, values.dtype, shape, "sparsefw", {name: values, name + MASK: mask})

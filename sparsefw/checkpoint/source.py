@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from sparsefw.checkpoint import files
 from sparsefw.checkpoint.files import CONFIG, parse_object, read_bounded, roots_of
-from sparsefw.checkpoint.quantization import FP8_DTYPES, Quantization, joined, most_bytes, quantization_of
-from sparsefw.checkpoint.tensors import TensorInfo, stamp_of
+from sparsefw.checkpoint.quantization import FP8_DTYPES, joined, most_bytes, quantization_of
+from sparsefw.checkpoint.tensors import Quantization, TensorInfo, stamp_of
 from sparsefw.errors import InputError, errors_in_one_line, first_line, shown
 
 SINGLE = "model.safetensors"

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from sparsefw.checkpoint.tensors import BYTES_OF_CHUNK, CHUNK
+from sparsefw.checkpoint.quantization import BYTES_OF_CHUNK, CHUNK
 from sparsefw.data.text import takes_library
 from sparsefw.data.windows import reading_bytes, window_bytes
 from sparsefw.estimate.gradients import forward_bytes, reconstruction_bytes, recovery_bytes

@@ -7,8 +7,8 @@ from helpers.quantized import fp8, mxfp4
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from sparsefw.checkpoint import tensors
-from sparsefw.checkpoint.tensors import BYTES_OF_CHUNK, dequantize_fp8, dequantize_mxfp4
+from sparsefw.checkpoint import quantization
+from sparsefw.checkpoint.quantization import BYTES_OF_CHUNK, Fp8, Mxfp4
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -27,23 +27,23 @@ CHUNKS = pytest.mark.parametrize("chunk", [1, 200, 2**20])
 @DTYPES
 @CHUNKS
 def test_fp8_is_what_transformers_makes_of_it(dtype, chunk, monkeypatch):
-    monkeypatch.setitem(tensors.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(quantization.CHUNK, "cpu", chunk)
     for shape, block in [((48, 32), (16, 16)), ((48, 32), (24, 8)), ((37, 131), (37, 131))]:
         values, scales = fp8(random(*shape), block)
         expected = Fp8Dequantize(None)._dequantize_one(values, scales, dtype)
-        assert torch.equal(bits(dequantize_fp8(values, scales, block, dtype)), bits(expected))
+        assert torch.equal(bits(Fp8(block).dequantize(values, scales, dtype)), bits(expected))
     values, scales = fp8(random(37, 131), None)
     expected = Fp8Dequantize(None)._dequantize_one(values, scales, dtype)
-    assert torch.equal(bits(dequantize_fp8(values, scales, (37, 131), dtype)), bits(expected))
+    assert torch.equal(bits(Fp8((37, 131)).dequantize(values, scales, dtype)), bits(expected))
 
 
 @CHUNKS
 def test_blocks_of_fp8_that_are_smaller_at_the_ends(chunk, monkeypatch):
-    monkeypatch.setitem(tensors.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(quantization.CHUNK, "cpu", chunk)
     x = random(37, 131)
     values, scales = fp8(x, (16, 48))
     assert scales.shape == (3, 3)
-    result = dequantize_fp8(values, scales, (16, 48), torch.float32)
+    result = Fp8((16, 48)).dequantize(values, scales, torch.float32)
     for i in range(37):
         for j in range(131):
             assert result[i, j] == values[i, j].float() * scales[i // 16, j // 48]
@@ -54,22 +54,22 @@ def test_stacked_fp8_and_scales_that_are_exponents():
     stacked = [fp8(x, (16, 16)) for x in random(3, 48, 32)]
     values, scales = (torch.stack(part) for part in zip(*stacked, strict=True))
     scales = scales.to(torch.float8_e8m0fnu)
-    result = dequantize_fp8(values, scales, (16, 16), torch.bfloat16)
+    result = Fp8((16, 16)).dequantize(values, scales, torch.bfloat16)
     assert result.shape == (3, 48, 32)
     expected = Fp8Dequantize(None)._dequantize_one(values, scales, torch.bfloat16)
     assert torch.equal(bits(result), bits(expected))
-    one = dequantize_fp8(values, torch.tensor([1.0, 2.0, 4.0]), (48, 32), torch.float32)
+    one = Fp8((48, 32)).dequantize(values, torch.tensor([1.0, 2.0, 4.0]), torch.float32)
     assert torch.equal(one, values.float() * torch.tensor([1.0, 2.0, 4.0])[:, None, None])
 
 
 @DTYPES
 @CHUNKS
 def test_mxfp4_is_what_transformers_makes_of_it(dtype, chunk, monkeypatch):
-    monkeypatch.setitem(tensors.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(quantization.CHUNK, "cpu", chunk)
     x = random(3, 96, 37)
     values, scales = mxfp4(x)
     assert values.shape == (3, 37, 3, 16)
-    result = dequantize_mxfp4(values, scales, dtype)
+    result = Mxfp4().dequantize(values, scales, dtype)
     assert result.shape == x.shape
     assert result.is_contiguous()
     assert torch.equal(bits(result), bits(convert_moe_packed_tensors(values, scales, dtype=dtype)))
@@ -78,13 +78,13 @@ def test_mxfp4_is_what_transformers_makes_of_it(dtype, chunk, monkeypatch):
     values = torch.arange(256).to(torch.uint8).view(1, 4, 4, 16)
     scales = torch.tensor([0, 1, 100, 127, 128, 139, 140, 251] * 2, dtype=torch.uint8).view(1, 4, 4)
     expected = convert_moe_packed_tensors(values, scales, dtype=dtype)
-    assert torch.equal(bits(dequantize_mxfp4(values, scales, dtype)), bits(expected))
+    assert torch.equal(bits(Mxfp4().dequantize(values, scales, dtype)), bits(expected))
 
 
 def of_method(method, values, scales):
     if method == "mxfp4":
-        return dequantize_mxfp4(values, scales, torch.bfloat16)
-    return dequantize_fp8(values, scales, (16, 16), torch.bfloat16)
+        return Mxfp4().dequantize(values, scales, torch.bfloat16)
+    return Fp8((16, 16)).dequantize(values, scales, torch.bfloat16)
 
 
 def on_gpu(method, values, scales):
@@ -104,7 +104,7 @@ def test_a_gpu_makes_a_matrix_at_once(method, monkeypatch):
     x = random(2, 128, 64)
     stored = mxfp4(x) if method == "mxfp4" else fp8(x.reshape(256, 64), (16, 16))
     whole, calls, peak = on_gpu(method, *stored)
-    monkeypatch.setattr(tensors, "CHUNK", dict.fromkeys(tensors.CHUNK, 1024))
+    monkeypatch.setattr(quantization, "CHUNK", dict.fromkeys(quantization.CHUNK, 1024))
     pieces, more_calls, _ = on_gpu(method, *stored)
     assert more_calls > 3 * calls
     assert torch.equal(bits(whole), bits(pieces))

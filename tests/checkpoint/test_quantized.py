@@ -9,9 +9,9 @@ from helpers.checkpoints import TENSORS, refused
 from helpers.quantized import change_stored, save_fp8, save_mxfp4
 from safetensors.torch import load_file, save_file
 
-from sparsefw.checkpoint.quantization import Quantization, quantization_of, without_quantization
+from sparsefw.checkpoint.quantization import Fp8, Mxfp4, quantization_of, without_quantization
 from sparsefw.checkpoint.source import CONFIG, SINGLE, inspect
-from sparsefw.checkpoint.tensors import QuantizedTensor, dequantize_fp8, read_tensors
+from sparsefw.checkpoint.tensors import QuantizedTensor, read_tensors
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 Q_SCALE = f"{Q}_scale_inv"
@@ -24,10 +24,10 @@ class TestConfigs:
     @pytest.mark.parametrize(
         ("content", "expected"),
         [
-            ({"quant_method": "fp8", "weight_block_size": [64, 32], "fmt": "e4m3"}, Quantization("fp8", (64, 32))),
-            ({"quant_method": "fp8", "modules_to_not_convert": None}, Quantization("fp8", (128, 128))),
-            ({"quant_method": "fp8", "weight_block_size": None}, Quantization("fp8")),
-            ({"quant_method": "mxfp4"}, Quantization("mxfp4")),
+            ({"quant_method": "fp8", "weight_block_size": [64, 32], "fmt": "e4m3"}, Fp8((64, 32))),
+            ({"quant_method": "fp8", "modules_to_not_convert": None}, Fp8((128, 128))),
+            ({"quant_method": "fp8", "weight_block_size": None}, Fp8()),
+            ({"quant_method": "mxfp4"}, Mxfp4()),
             (None, None),
         ],
     )
@@ -57,9 +57,9 @@ def test_the_small_form_is_read(tmp_path):
     read = read_tensors(inspected.tensors)
     assert isinstance(read[Q], QuantizedTensor)
     assert (read[Q].shape, read[Q].dtype) == (stored[Q].shape, torch.bfloat16)
-    assert torch.equal(read[Q].to("cpu"), dequantize_fp8(stored[Q], stored[Q_SCALE], (16, 16), torch.bfloat16))
+    assert torch.equal(read[Q].to("cpu"), Fp8((16, 16)).dequantize(stored[Q], stored[Q_SCALE], torch.bfloat16))
     # A parameter that is kept in fp32 is not rounded to bf16 before.
-    exact = dequantize_fp8(stored[Q], stored[Q_SCALE], (16, 16), torch.float32)
+    exact = Fp8((16, 16)).dequantize(stored[Q], stored[Q_SCALE], torch.float32)
     assert torch.equal(read[Q].to("cpu", torch.float32), exact)
     assert not torch.equal(exact.bfloat16().float(), exact)
 

@@ -11,8 +11,8 @@ from helpers.verifying import change_tensor, flip_bit, only_failure, put, verdic
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sparsefw.checkpoint.quantization import Fp8
 from sparsefw.checkpoint.source import CONFIG, SINGLE, inspect
-from sparsefw.checkpoint.tensors import dequantize_fp8
 from sparsefw.estimate.plan import describe
 from sparsefw.model import shape_of
 
@@ -119,7 +119,7 @@ def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, capsys):
     written = tensors_of(tmp_path / "out")
     assert not {f"{embeddings}_scale_inv", scale} & written.keys()
     for name in (embeddings, unused):
-        expected = dequantize_fp8(stored[name], stored[f"{name}_scale_inv"], (16, 16), torch.bfloat16)
+        expected = Fp8((16, 16)).dequantize(stored[name], stored[f"{name}_scale_inv"], torch.bfloat16)
         assert torch.equal(written[name], expected)
     change_tensor(tmp_path / "out", unused, put((5, 5), flip_bit))
     assert unused in only_failure(capsys, tmp_path / "out", "others")
