@@ -1,4 +1,4 @@
-"""Small files, read with a bounded size and written whole or not at all; the folder that an output may take."""
+"""Read small files of a bounded size, write files whole or not at all, and check the folder of an output."""
 
 import hashlib
 import json
@@ -17,25 +17,25 @@ T = TypeVar("T")
 
 CONFIG = "config.json"
 
-# Files of which an older output has one. A model in memory may have no config; its report shows that it was pruned.
+# An older output has one of these files. A model in memory may have no config, but its output has a report.
 MARKS = (CONFIG, "report.json")
 
-# Real configs have less than 100 KB, tokenizer configs 2 MB, the indices of models with 10^12 weights 20 MB.
+# Real configs have less than 100 KB, tokenizer configs 2 MB, and the index of a model with 10^12 weights 20 MB.
 MAX_JSON_BYTES = 32 * 2**20
 
-# The digest of every file of an output but its model card, in the form that `sha256sum --check` reads.
-SUMS = "SHA256SUMS"
-
-# The model card, which users edit.
+# The model card. Users edit it, so it has no digest.
 CARD = "README.md"
+
+# Digests of the other files of an output, as `sha256sum --check` reads them.
+SUMS = "SHA256SUMS"
 DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The content of a file of at most `limit` bytes.
+    """Read a file of at most `limit` bytes.
 
     Raises:
-        InputError: it is missing, larger, or no file: a pipe would block for ever.
+        InputError: the file is missing or larger, or the path is no file (a pipe would block for ever).
     """
     if not path.is_file():
         raise InputError(f"{path}: missing, or not a file")
@@ -54,7 +54,7 @@ def parse_object(content: bytes, path: Path) -> dict[str, Any]:
         path: the file's path, for the message.
 
     Raises:
-        InputError: it is not JSON in UTF-8, no object, or is nested too deeply.
+        InputError: the content is not JSON in UTF-8, no object, or nested too deeply.
     """
     try:
         parsed = json.loads(content.decode("utf-8"))
@@ -66,15 +66,15 @@ def parse_object(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def convert(kind: type[T], value: Any, where: str) -> T:
-    """Parsed JSON as a dataclass. Fields with a default may be missing, and entries that are no fields are passed over.
+    """Make a dataclass of parsed JSON. Fields with a default may be missing, and entries without a field are ignored.
 
     Args:
         kind: the dataclass.
-        value: as `json.loads` gives it.
-        where: text before the message of an error.
+        value: result of `json.loads`.
+        where: beginning of the message of an error.
 
     Raises:
-        InputError: a field is missing or of another type; the message says where.
+        InputError: a field is missing or has another type. The message says where.
     """
     try:
         return msgspec.convert(value, kind)
@@ -83,16 +83,16 @@ def convert(kind: type[T], value: Any, where: str) -> T:
 
 
 def parse(kind: type[T], content: bytes, path: Path) -> T:
-    """The content of a file, a JSON object, as a dataclass; see `parse_object` and `convert`."""
+    """Make a dataclass of a file that holds a JSON object, see `parse_object` and `convert`."""
     return convert(kind, parse_object(content, path), f"{path}: ")
 
 
 def durably(path: Path, write: Callable[[Path], object] | str) -> None:
-    """Write a file that is there whole or not at all, and that survives a power cut once this has returned.
+    """Write a file whole or not at all. Once this returns, the file survives a power cut.
 
     Args:
-        path: the file; replaced if it is there.
-        write: writes the file to the path that it is called with; or the file's text.
+        path: the file, which is replaced if it exists.
+        write: function that writes the file to a path, or the file's text.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with naming(path):
@@ -118,16 +118,16 @@ def _sync(path: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Compute the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """The digests of SHA256SUMS by the files' names; a file in a folder is called `folder/name`.
+    """Read the digests of SHA256SUMS by the files' names; the name of a file in a folder is `folder/name`.
 
     Raises:
-        InputError: it is missing, no file, too large, or not what a run writes.
+        InputError: the file is missing, no file, too large, or not as a run writes it.
     """
     digests: dict[str, str] = {}
     for line in read_bounded(path, MAX_JSON_BYTES).decode("utf-8", "replace").splitlines():
@@ -139,39 +139,39 @@ def read_sums(path: Path) -> dict[str, str]:
 
 
 def roots_of(folder: Path) -> tuple[Path, Path]:
-    """The folders that the files of a checkpoint may lie in: its own, and the Hub's cache, whose files are links."""
+    """Return the folders in which the files of a checkpoint may lie: its own, and the Hub's cache, which has links."""
     return folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()
 
 
 def check_output(output: Path, source: Path, overwrite: bool, texts: Iterable[Path] = ()) -> None:
-    """Refuse an output folder that would harm something.
+    """Refuse an output folder that would damage what the run reads, or other files.
 
     Args:
         output: folder for the pruned checkpoint.
         source: folder of the checkpoint that is read.
         overwrite: whether an older checkpoint may be replaced.
-        texts: what else is read, if it is here.
+        texts: paths of texts that are read, where they exist.
 
     Raises:
-        InputError: output and source are one folder or one lies in the other; a text lies in the output; or as
-            `check_free`.
+        InputError: output and source are the same folder or one lies in the other, a text lies in the output, or
+            `check_free` refuses the output.
     """
     target, (root, cache) = output.resolve(), roots_of(source)
     if cache in root.parents:
-        # All that the Hub's library has of the model.
+        # The folder of the Hub's cache with all files of the model.
         root = cache / root.relative_to(cache).parts[0]
     if target.is_relative_to(root) or root.is_relative_to(target):
         raise InputError(f"{output}: is, holds or lies in {source}, which is read; choose another folder")
-    # os.path: what is too long for a path does not exist.
+    # os.path.exists returns False for a text that is too long for a path, where Path.exists would raise.
     for text in filter(os.path.exists, texts):
-        # The text itself may be a link in the output.
+        # The text's own path counts too: it may be a link in the output.
         if any(path.is_relative_to(target) for path in (Path(os.path.abspath(text)), text.resolve())):
             raise InputError(f"{output}: {text} lies in it, and would be deleted with it; choose another folder")
     check_free(output, overwrite)
 
 
 def check_writable(folder: Path) -> Path:
-    """Refuse a folder that cannot be made or written to; returns it, or what is there of the folders that it lies in.
+    """Refuse a folder that cannot be made or written to, and return the folder or its nearest parent that exists.
 
     Raises:
         InputError: no file can be written there.
@@ -183,14 +183,14 @@ def check_writable(folder: Path) -> Path:
 
 
 def check_free(output: Path, overwrite: bool) -> None:
-    """Refuse an output folder that is no folder, or has something in it that may not be replaced.
+    """Refuse an output that is no folder, or that holds files which may not be replaced.
 
     Args:
         output: the folder.
         overwrite: whether an older output may be replaced.
 
     Raises:
-        InputError: it is one of these.
+        InputError: the output is refused.
     """
     target = output.resolve()
     if target.is_mount():

@@ -1,7 +1,8 @@
-"""Find a checkpoint, and check all that can be checked without loading a tensor.
+"""Find a checkpoint, and check it without loading a tensor.
 
-Only safetensors is read: no pickle, and no code from the checkpoint. Nothing is opened outside of its folder and the
-Hub's cache. `inspect` reads the headers, and has checked everything that it returns about files and tensors.
+Only safetensors is read: no pickle, and no code of a checkpoint. No file outside of the checkpoint's folder and the
+Hub's cache is opened. `inspect` reads the headers, and everything that it returns about files and tensors has been
+checked.
 """
 
 import hashlib
@@ -31,18 +32,19 @@ ADAPTER = "adapter_config.json"
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 FILE_DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
 FILE_DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
-# Others that models in memory may have, in schedules of diffusion, say. No layer of a language model has them.
+# dtypes that only models in memory may have, in schedules of diffusion for example. No layer of a language model has
+# one.
 OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
 
 AGAIN = "download or copy it again"
 
-# timm downloads and opens what a name with such a beginning leads to.
+# timm downloads and opens the files that a name with such a beginning leads to.
 TIMM = ("local-dir:", "hf-hub:", "hf_hub:")
 
-# transformers reads the files of this folder with the tokenizer.
+# transformers reads the files of this folder along with the tokenizer.
 TEMPLATES = "additional_chat_templates"
 
-# Files that make a model's inputs, by patterns of their names in lower case: of tokenizers; of images, sound, video.
+# Patterns of the names, in lower case, of the files that make a model's inputs: of tokens; of images, sound and video.
 TOKENIZERS = (
     *("tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "vocab-*.json", "*_vocab.json", "merges.txt", "dict.txt", "bpe.codes"),
@@ -52,26 +54,26 @@ TOKENIZERS = (
 )
 PROCESSORS = ("*processor_config.json", "audio_tokenizer_config.json")
 
-# Files of a source that are copied to the output, by patterns of their names in lower case. Folders of checkpoints hold
-# whatever somebody has left there: so this is a list of what belongs to a model.
+# Patterns of the files, in lower case, that are copied from a source to the output. A folder may hold any other file
+# besides those of its checkpoint, so this lists the files that belong to a model.
 COPIED = (
     *("config.json", "generation_config.json"),
     *(*PROCESSORS, *TOKENIZERS),
     *("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja"),
-    # sentence-transformers' steps before and behind the model: pooling, or a dense layer with its weights.
+    # sentence-transformers' steps before and after the model: pooling, or a dense layer with its weights.
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("[0-9]_*/*.json", "[0-9]_*/model.safetensors"),
     # Terms of use.
     *("licen[cs]e", "licen[cs]e*.md", "licen[cs]e*.txt", "notice", "notice.md", "notice.txt", "use_policy.md"),
 )
-# Endings of what a run writes itself, or writes anew.
+# Ends of the names, in lower case, of the files that a run writes itself.
 RUN_FILES = (
     *(".safetensors", ".safetensors.index.json", "sha256sums"),
     *("report.json", "report.html", "readme.md", "calibration.jsonl"),
 )
 
-# Files that are downloaded from the Hub, whose patterns tell capitals. Other folders, but that of templates, and
-# consolidated.safetensors hold the same weights in other formats.
+# Patterns, with capitals, of the files that are downloaded from the Hub. All folders but that of templates, and
+# consolidated.safetensors, hold the same weights in other formats.
 SMALL_FILES = [*COPIED, "LICEN[CS]E*", "NOTICE*", "*.md"]
 WANTED = [*SMALL_FILES, "*.safetensors", INDEX, ADAPTER]
 UNWANTED = ["[!a0-9]*/*", "[0-9][!_]*/*", "consolidated*"]
@@ -79,14 +81,15 @@ UNWANTED = ["[!a0-9]*/*", "[0-9][!_]*/*", "consolidated*"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint.
+    """Checkpoint that has been checked.
 
     Attributes:
-        folder: the folder of its files.
-        config: the content of config.json.
-        tensors: every tensor, by its name in the files. A quantized one is called as if it were not.
-        dtype: the floating dtype that most bytes have; that of a quantized model once it is dequantized.
-        quantization: how some of the tensors are quantized; None if none is.
+        folder: folder of its files.
+        config: content of config.json.
+        tensors: its tensors by their names in the files. A quantized tensor has the name that it has in a checkpoint
+            without quantization.
+        dtype: floating dtype of the most bytes, those of quantized tensors counted after they are dequantized.
+        quantization: format of its quantized tensors; None without any.
     """
 
     folder: Path
@@ -97,14 +100,14 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors, in the memory of a model."""
+        """Bytes of all tensors in a model."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 of the config, and of names, dtypes and shapes of all tensors, in hex.
+    """Compute the SHA-256, in hex, of the config and of the names, dtypes and shapes of all tensors.
 
-    It depends neither on where the files are nor on how tensors are spread over them.
+    It depends neither on where the files are nor on how the tensors are spread over them.
     """
     stored = {part: info for name, x in checkpoint.tensors.items() for part, info in x.stored(name).items()}
     tensors = sorted((name, str(info.dtype), info.shape) for name, info in stored.items())
@@ -112,13 +115,13 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def stamps(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """Size and time of every file of tensors, by name: what tells the same checkpoint from one that was changed."""
+    """Return size and time of every file of tensors by name, which tell whether a checkpoint has changed."""
     infos = (info for name, x in checkpoint.tensors.items() for info in x.stored(name).values())
     return {info.file.name: info.stamp for info in infos}
 
 
 def locate(model: str, wanted: list[str] = WANTED) -> Path:
-    """The folder of a checkpoint, downloaded if it has to be.
+    """Return the folder of a checkpoint, and download it if it is on the Hub.
 
     Args:
         model: a local folder, or a Hub id such as "org/name". A name that starts with `.`, `/` or `~`, or that
@@ -126,7 +129,7 @@ def locate(model: str, wanted: list[str] = WANTED) -> Path:
         wanted: patterns of the files to download.
 
     Raises:
-        InputError: there is no such folder, no such id, or no network and no cached copy.
+        InputError: the folder or the id does not exist, or there is neither a network nor a cached copy.
     """
     # Path.expanduser fails where there is no such user.
     path = Path(os.path.expanduser(model))
@@ -139,7 +142,7 @@ def locate(model: str, wanted: list[str] = WANTED) -> Path:
 
 
 def from_hub(model: str) -> AbstractContextManager[None]:
-    """Turn a failed download inside into an error of one line."""
+    """Turn a failed download inside the `with` block into an error of one line."""
     return errors_in_one_line(
         f"{model}: no such folder, and it could not be downloaded from the Hub",
         "check the name, log in with `hf auth login` if the model is gated, or give the path of a local checkpoint",
@@ -149,15 +152,15 @@ def from_hub(model: str) -> AbstractContextManager[None]:
 def inspect(folder: Path) -> Checkpoint:
     """Read and check the headers of a checkpoint: one model.safetensors, or shards with an index.
 
-    If both are there, model.safetensors counts, as in transformers.
+    If both exist, model.safetensors is read, as in transformers.
 
     Args:
         folder: a local folder, such as a snapshot in the Hub's cache.
 
     Raises:
-        InputError: files are missing, damaged, disagree, or lie outside of the folder; only pickle is there; a
-            tensor's dtype cannot be pruned; the model is quantized by a method that is not read, or its scales do not
-            fit; a config leads elsewhere (see `check_config`).
+        InputError: files are missing, damaged, contradict each other, or lie outside of the folder; the weights are
+            only there as pickle; a tensor has a dtype that cannot be pruned; the model is quantized by a method that is
+            not read, or its scales do not fit; a config is refused by `check_config`.
     """
     if os.path.lexists(folder / ADAPTER):
         raise InputError(
@@ -182,14 +185,14 @@ def inspect(folder: Path) -> Checkpoint:
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
-    """Refuse a config with which transformers would run code, or open files outside of the checkpoint.
+    """Refuse a config for which transformers would run code, or open files outside of the checkpoint.
 
     Args:
         config: the content of config.json or tokenizer_config.json.
         path: the file's path.
 
     Raises:
-        InputError: an entry does so, or transformers has no class for the model.
+        InputError: an entry would cause that, or transformers has no class for the model.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -202,9 +205,9 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         )
     for key, value in _entries(config):
         text = str(value)
-        # An attention may be the name of a kernel on the Hub.
+        # The implementation of an attention may be a kernel on the Hub.
         elsewhere = (key.endswith("_implementation") and "/" in text) or text.startswith(TIMM)
-        # Configs hold paths of the machine that they were saved on. The file beside the config takes the place.
+        # A path may be that of the machine on which the config was saved. Then the file next to the config is read.
         if key.endswith("_file") and "/" in text and os.path.isfile(text):
             elsewhere = not (path.parent / os.path.basename(text)).exists()
         if elsewhere:
@@ -212,7 +215,7 @@ def check_config(config: dict[str, Any], path: Path) -> None:
 
 
 def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """All entries of a JSON value and of what is nested in it; elements of a list come under the list's key."""
+    """Yield key and value of all entries of a JSON value, nested ones included. List elements have the list's key."""
     for inner_key, inner in value.items() if isinstance(value, dict) else ((key, element) for element in value):
         yield inner_key, inner
         if isinstance(inner, dict | list):
@@ -220,14 +223,15 @@ def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_file(path: Path, folder: Path | None = None) -> None:
-    """Refuse a path that is missing, a link out of its checkpoint, or no file: a pipe would block for ever.
+    """Refuse a path that is missing, that is no file (a pipe would block for ever), or that leads out of its
+    checkpoint.
 
     Args:
         path: the file.
         folder: the folder of the checkpoint; None: the folder of the file.
 
     Raises:
-        InputError: it is one of these.
+        InputError: the path is refused.
     """
     if not path.is_file():
         raise InputError(f"{path}: missing, or not a file; {AGAIN}")
@@ -243,14 +247,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a file of a checkpoint that holds a JSON object.
 
     Raises:
-        InputError: it is missing, too large, no JSON object, or lies outside of its folder.
+        InputError: the file is missing, too large, no JSON object, or lies outside of its folder.
     """
     check_file(path)
     return parse_object(read_bounded(path, files.MAX_JSON_BYTES), path)
 
 
 def _read_headers(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
-    """All tensors in the files of a folder; `dtypes` are those that a tensor may have, by their names in the files."""
+    """Read the headers of all tensors of a checkpoint. `dtypes` are those allowed, by their names in the files."""
     if os.path.lexists(folder / SINGLE):
         return _merged(folder, [SINGLE], dtypes)
     if not os.path.lexists(folder / INDEX):
@@ -269,10 +273,10 @@ def _read_headers(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, Ten
 
 
 def tensors_in(folder: Path) -> dict[str, TensorInfo]:
-    """All tensors of all safetensors files in a folder, whatever the files' names, without a config or an index.
+    """Read the headers of all safetensors files in a folder, without a config or an index.
 
     Raises:
-        InputError: there is no such file, one is damaged, or two of them have a tensor of the same name.
+        InputError: there is no such file, a file is damaged, or two files have a tensor of the same name.
     """
     tensors = _merged(folder, sorted(path.name for path in folder.glob("*.safetensors")), FILE_DTYPES | OTHER_DTYPES)
     if not tensors:
@@ -281,7 +285,7 @@ def tensors_in(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _merged(folder: Path, names: Iterable[str], dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
-    """The tensors of several files, each of which is in one of them."""
+    """Read the headers of several files. A tensor in more than one of them is refused."""
     tensors: dict[str, TensorInfo] = {}
     for path in (folder / name for name in names):
         check_file(path, folder)
@@ -298,7 +302,8 @@ def _read_header(path: Path, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor
         with path.open("rb") as content:
             stamp = stamp_of(os.fstat(content.fileno()))
             offset = 8 + int.from_bytes(content.read(8), "little")
-        # The library compares offsets, shapes, dtypes and sizes. The tensors fill the rest of the file, in this order.
+        # safetensors has checked offsets, shapes, dtypes and sizes: the tensors fill the rest of the file, in this
+        # order.
         with safe_open(path, framework="pt") as file:
             for name in file.offset_keys():
                 entry = file.get_slice(name)
@@ -315,10 +320,10 @@ def _read_header(path: Path, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor
 
 
 def companions(folder: Path) -> list[Path]:
-    """The small files of a checkpoint that are copied to the output: config, tokenizer, chat templates, license.
+    """List the small files of a checkpoint that are copied to the output: config, tokenizer, chat templates, license.
 
     Raises:
-        InputError: one of these is a link out of the checkpoint, a pipe or a device.
+        InputError: a file is a link out of the checkpoint, a pipe or a device.
     """
     paths = {
         path.relative_to(folder).as_posix().lower(): path for path in (*folder.iterdir(), *folder.glob("[a0-9]*/*"))
@@ -330,12 +335,12 @@ def companions(folder: Path) -> list[Path]:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name, in lower case, is one of those that patterns stand for."""
+    """Tell whether one of the patterns matches a name in lower case."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def note_of_others(folder: Path) -> list[str]:
-    """A line that names what is not copied from a source's folder, but weights and hidden files; none without any."""
+    """Name, in a line, the files of a source's folder that are not copied. Weights and hidden files are not named."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.lower().endswith((*RUN_FILES, TEMPLATES)))
     copied = {path.relative_to(folder).parts[0] for path in companions(folder)}
     others = [name for name in names if not (name.startswith(".") or name in copied)]

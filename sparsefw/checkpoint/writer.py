@@ -1,11 +1,11 @@
-"""Write a checkpoint shard by shard, so that an interrupted run goes on after the last finished shard.
+"""Write a checkpoint shard by shard, so that an interrupted run can resume after the last finished shard.
 
-.NAME.partial/          beside the output NAME
-    lock                held by the process at work; a process that ends in any way lets go of it
-    identity.json       what makes the run the same: arguments, model, data, versions
-    records/00001.json  one for each finished shard, with digests, written once its files are on disk
+.NAME.partial/          hidden folder next to the output NAME
+    lock                locked by the process that writes; the lock ends with the process
+    identity.json       identity of the run: arguments, model, data, versions; and its choices
+    records/00001.json  record of a finished shard with digests, written once the shard's files are on disk
     new/                the new output, until it is complete
-    kept/               shards that are no part of the output, and are needed until the run is finished
+    kept/               shards that are not part of the output, and needed until the run is finished
     old/                an older output, while the new one takes its place
 """
 
@@ -45,13 +45,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Record:
-    """A finished shard.
+    """Record of a finished shard.
 
     Attributes:
         names: names of its tensors.
-        bytes, parameters: their sizes in all.
-        digests: SHA-256 of the shard's files, by their paths in the hidden folder; the shard itself comes first.
-        note: what a later run has to know of it, as JSON values.
+        bytes: bytes of its tensors.
+        parameters: number of the entries of its tensors.
+        digests: SHA-256 of its files by their paths in the hidden folder. The shard itself comes first, then those of
+            compared methods.
+        note: JSON values that a run needs to resume after the shard.
     """
 
     names: list[str]
@@ -62,28 +64,28 @@ class Record:
 
 
 class Writer:
-    """Writes a checkpoint shard by shard; use it in a `with` statement.
+    """Writer of a checkpoint, for a `with` statement.
 
-    Everything goes into a hidden folder beside `output`, whose content `finish` moves into place. Until then an older
-    output stays as it was. Finished shards survive whatever ends the `with` block, and a writer of the same identity
-    goes on after them. If no shard is finished, the hidden folder is deleted.
+    All files go into a hidden folder next to `output`. `finish` moves them into place, and until then an older output
+    stays unchanged. If the `with` block ends before, finished shards stay, and a writer of the same identity resumes
+    after them. If no shard is finished, the hidden folder is deleted.
 
     Args:
         output: folder for the checkpoint.
-        shards: number of shards, one for each call of `write`.
-        identity: what makes a run the same, by names for messages. Only a run of the same identity goes on.
-        chosen: what the run has chosen by itself. The run that began an output decides.
+        shards: number of shards, each written by a call of `write`.
+        identity: JSON values that must be the same for a run to resume, by names for messages.
+        chosen: values that the run has chosen itself. A run that resumes takes those of the run that began the output.
         source: folder of the checkpoint that is read, whose other files are copied. None: the model is in memory, and
-            the output is what `finish` is given to save it, without the shards.
+            the output holds no shards but the files that `finish` saves.
         overwrite: whether an older checkpoint may be replaced.
-        restart: whether to discard what an unfinished run left.
-        ranks: the processes that write, each its own shards. Rank 0 opens the folder and finishes it.
+        restart: whether to discard the shards of an unfinished run.
+        ranks: the ranks that write, each its own shards. Rank 0 opens the folder and finishes it.
 
     Attributes:
-        output: folder for the checkpoint, links resolved.
-        folder: where the checkpoint is until `finish`. A file put here moves with it, in place of the source's.
-        records: the finished shards by their numbers; those of other ranks as of the beginning.
-        chosen: as the run that began this output has chosen.
+        output: folder for the checkpoint, with links resolved.
+        folder: folder of the checkpoint until `finish`. A file that is put here is not copied from the source.
+        records: records of the finished shards by number; of other ranks only those from before this writer.
+        chosen: choices of the run that began the output.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class Writer:
         ranks: Ranks = ALONE,
     ) -> None:
         self.output, self.shards, self.chosen = output.resolve(), shards, chosen or {}
-        # As JSON has it: a tuple is a list there.
+        # As it is read back from JSON, where a tuple becomes a list.
         self._identity: dict[str, Any] = json.loads(json.dumps(identity or {}))
         self._source, self._overwrite, self._restart, self._ranks = source, overwrite, restart, ranks
         self._partial = self.output.with_name(f".{self.output.name}.partial")
@@ -128,7 +130,7 @@ class Writer:
         return self
 
     def _open(self) -> None:
-        """Load what an unfinished run of the same identity has finished, or begin anew."""
+        """Load the records of an unfinished run of the same identity, or begin anew."""
         self._restore_old()
         check_free(self.output, self._overwrite)
         if not (before := self.begun()):
@@ -145,37 +147,37 @@ class Writer:
                     "choose another folder"
                 )
         self.chosen = before["chosen"]
-        # Ranks finish shards in any order: those behind a gap are made again.
+        # Ranks finish shards in any order. Shards after a gap are made again.
         for n in takewhile(lambda n: self._record(n).exists(), count()):
             self.records[n] = self._read(self._record(n), Record)
         known = {self._partial / name for record in self.records.values() for name in record.digests}
         known |= {*map(self._record, self.records)}
-        # A kill may have left others beside them.
+        # A kill may have left other files.
         for path in self._partial.glob("*/*"):
             if path not in known and path.parent != self._old:
                 _delete(path)
 
     def begun(self) -> dict[str, dict[str, Any]]:
-        """Identity and choices of the unfinished run with which this one goes on; empty: there is none.
+        """Read identity and choices of the unfinished run that this one resumes; empty if there is none.
 
         Raises:
-            InputError: its record is damaged.
+            InputError: the identity file is damaged.
         """
         if self._restart or not self._goes_on():
             return {}
         return self._read(self._identity_file, dict[str, dict[str, Any]])
 
     def _restore_old(self) -> None:
-        """Put an older output back if a run has ended while it was being replaced."""
+        """Put an older output back if a run was killed while it replaced the output."""
         if self._old.exists() and not self.output.exists():
             self._old.rename(self.output)
 
     def _goes_on(self) -> bool:
-        """Whether there are finished shards, damaged or not, with which a run may go on."""
+        """Tell whether there are finished shards, damaged or not, after which a run may resume."""
         return all(path.exists() for path in (self._identity_file, self.folder, self._record(0)))
 
     def _clear(self) -> None:
-        # Without it nothing goes on with what a kill leaves of the rest.
+        # First, so that no run resumes with the files that a kill leaves of the others.
         self._identity_file.unlink(missing_ok=True)
         for path in self._partial.iterdir():
             if path.name != "lock":
@@ -195,16 +197,16 @@ class Writer:
 
     @property
     def finished(self) -> list[Any]:
-        """The notes that `write` was given with the finished shards."""
+        """Return the notes of the finished shards, in order."""
         return [self.records[n].note for n in sorted(self.records)]
 
     @property
     def written(self) -> int:
-        """Bytes of the tensors in the shards that are finished."""
+        """Count the bytes of the tensors in finished shards."""
         return sum(record.bytes for record in self.records.values())
 
     def choose(self, chosen: dict[str, int]) -> None:
-        """Record that the run has chosen other values by itself: one that goes on with it takes these."""
+        """Replace the choices of the run, for a run that resumes it."""
         self.chosen = chosen
         self._write_identity()
 
@@ -212,7 +214,7 @@ class Writer:
         durably(self._identity_file, json.dumps({"identity": self._identity, "chosen": self.chosen}))
 
     def check_space(self, size: int) -> None:
-        """Refuse to begin a run that the disk has too little space for; `size` bytes are still to be written."""
+        """Refuse a run for which the disk has too little space; `size` bytes are still to be written."""
         free = shutil.disk_usage(check_writable(self._partial.parent)).free
         if size > free:
             raise InputError(
@@ -221,13 +223,13 @@ class Writer:
             )
 
     def path(self, n: int, method: str | None = None) -> Path:
-        """Path of the n-th shard, from 0, until `finish`; or of the file that a compared method has in its place."""
+        """Return the path of shard n until `finish`, as the run or as a compared method has pruned it; n begins at 0."""
         if method is None and self._source is not None:
             return self.folder / f"model-{n + 1:05d}-of-{self.shards:05d}.safetensors"
         return self._partial / "kept" / f"{method or 'model'}-{n + 1:05d}.safetensors"
 
     def writes(self, n: int) -> bool:
-        """Whether it is for this rank to write the n-th shard."""
+        """Tell whether this rank writes shard n."""
         return n % self._ranks.count == self._ranks.number
 
     def write(
@@ -237,16 +239,16 @@ class Writer:
         note: Any = None,
         compared: dict[str, dict[str, Tensor]] | None = None,
     ) -> None:
-        """Write a shard; once this returns it is on disk.
+        """Write a shard. Once this returns, it is on disk.
 
         Args:
-            n: its number, from 0.
-            tensors: by name, on any device.
-            note: what a later run has to know of the shard, as JSON values.
-            compared: the tensors as other methods have pruned them, by method. They are there until `finish`.
+            n: the number of the shard, from 0.
+            tensors: the tensors by name, on any device.
+            note: JSON values that a run needs to resume after the shard.
+            compared: by method, the tensors as compared methods have pruned them. Their files are kept until `finish`.
 
         Raises:
-            OSError, SafetensorError: the disk is full or failed.
+            OSError, SafetensorError: the disk is full or fails.
         """
         files = {self.path(n): tensors}
         files |= {self.path(n, method): others for method, others in (compared or {}).items()}
@@ -258,23 +260,23 @@ class Writer:
         self.records[n] = record
 
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> str:
-        """Write a file of tensors; returns its digest."""
+        """Write a file of tensors, and return its digest."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         durably(path, partial(save_file, tensors, metadata={"format": "pt"}))
-        # It is still in the system's memory.
+        # The system still has the file in memory.
         return file_digest(path)
 
     def finish(
         self, save: Callable[[Path], None] | None = None, describe: Callable[[Path], None] | None = None
     ) -> None:
-        """Complete the output, write SHA256SUMS, and move all of it to `output`.
+        """Complete the output, write SHA256SUMS, and move the output into place.
 
         Args:
             save: writes a model in memory into a folder.
             describe: writes pages about a complete model into its folder. SHA256SUMS leaves the model card out.
 
         Raises:
-            InputError: something else came to lie at `output` meanwhile.
+            InputError: `output` has been taken by other files meanwhile.
         """
         self.records = {n: r for records in self._ranks.gather(self.records) for n, r in records.items()}
         if self._ranks.first:
@@ -301,7 +303,7 @@ class Writer:
         self._ranks.barrier()
 
     def _complete(self, source: Path) -> None:
-        """Write the index, and copy the config, the tokenizer and what else `companions` finds in the source."""
+        """Write the index, and copy the source's `companions`: config, tokenizer and others."""
         records = [self.records[n] for n in range(self.shards)]
         index = {
             "metadata": {
@@ -318,7 +320,7 @@ class Writer:
     ) -> None:
         finished = self._leave() if self._ranks.first else len(self.records)
         if isinstance(error, SafetensorError):
-            # It names no file, as of a full disk.
+            # The message names no file, for example where the disk is full.
             error.add_note(f"in {self.output}")
         if error and self._done:
             error.add_note(f"{self.output} is complete")
@@ -327,7 +329,7 @@ class Writer:
             error.add_note(f"{finished} of {self.shards} shards are finished{goes_on}")
 
     def _leave(self) -> int:
-        """Keep the finished shards of an unfinished run, remove everything else; returns the number of shards."""
+        """Keep the finished shards of an unfinished run, delete all else, and return the number of the shards."""
         if not self._lock.is_locked:
             return 0
         self._restore_old()
@@ -340,31 +342,31 @@ class Writer:
 
 
 def copy_companions(source: Path, folder: Path, ignored: Iterable[str] = ()) -> None:
-    """Copy a source's `companions`, as `rewritten` has them; not those of `ignored` patterns. Files there stay."""
+    """Copy a source's `companions`, changed as `rewritten` says. Existing files and `ignored` patterns are left out."""
     texts = rewritten(source)
     for path in companions(source):
         target = folder / path.relative_to(source)
         if not matches(path.name.lower(), ignored) and not target.exists():
             target.parent.mkdir(exist_ok=True)
-            # Content only: the source's files may be read-only or links.
+            # Only the content is copied, since the source's files may be read-only or links.
             durably(target, texts.get(str(target.relative_to(folder))) or partial(shutil.copyfile, path))
 
 
 def rewritten(folder: Path) -> dict[str, str]:
-    """The content of the files that are written in place of the source's, by name.
+    """Make the configs that are written in place of the source's, by file name.
 
-    A checkpoint's code is never copied, so `auto_map`, which names it, goes. What is written is not quantized, so the
-    quantization config goes, too. All other files are copied as they are.
+    The code of a checkpoint is never copied, so `auto_map`, which names it, is removed. Outputs are not quantized, so
+    the quantization config is removed as well. Other files are copied unchanged.
 
     Args:
-        folder: folder of the source, which `inspect` has found sound.
+        folder: folder of the source, which `inspect` has checked.
     """
     texts = {}
     for name in (CONFIG, TOKENIZER_CONFIG):
         if (folder / name).is_file():
             content = read_json(folder / name)
             changed = without_quantization(content) if name == CONFIG else content
-            # NaN, which a config may hold, does not equal itself. As text it does.
+            # Texts are compared, since a config may hold NaN, which does not equal itself.
             plain = json.loads(json.dumps(changed), object_hook=lambda x: {k: x[k] for k in x if k != "auto_map"})
             text = json.dumps(plain, indent=2) + "\n"
             if text != json.dumps(content, indent=2) + "\n":
@@ -373,7 +375,7 @@ def rewritten(folder: Path) -> dict[str, str]:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file, a link, or a folder with all that is in it."""
+    """Delete a file, a link, or a folder with its content."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
