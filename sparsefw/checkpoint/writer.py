@@ -223,7 +223,7 @@ class Writer:
             )
 
     def path(self, n: int, method: str | None = None) -> Path:
-        """Return the path of shard n until `finish`, as the run or as a compared method has pruned it; n begins at 0."""
+        """Return the path of shard n (from 0) until `finish`; with a method, that of its shard of a compared method."""
         if method is None and self._source is not None:
             return self.folder / f"model-{n + 1:05d}-of-{self.shards:05d}.safetensors"
         return self._partial / "kept" / f"{method or 'model'}-{n + 1:05d}.safetensors"

@@ -1,4 +1,4 @@
-"""Batches: the arguments of a model's own forward, for models that read something else than tokens."""
+"""Batches: arguments of a model's own forward, for models whose inputs are not tokens."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,12 +15,12 @@ from sparsefw.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The arguments of one call of a model's forward.
+    """Arguments of one call of a model's forward.
 
     Attributes:
-        args, kwargs: the arguments, with tensors inside.
-        windows: number of windows of tokens in it; 1 if it is none of them.
-        name: its name for messages, as "calibration[3]"; "" for windows.
+        args, kwargs: the arguments, which contain tensors.
+        windows: number of windows of tokens in the batch; 1 if its arguments are a caller's.
+        name: name of a caller's batch for messages, such as "calibration[3]"; "" for windows.
     """
 
     args: tuple[Any, ...] = ()
@@ -30,31 +30,31 @@ class Batch:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors among the arguments."""
+        """Return the tensors among the arguments."""
         return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
 
     def to(self, device: torch.device, in_fp32: bool = False) -> "Batch":
-        """The same batch with its tensors on a device, and those of half precision in fp32 if `in_fp32`."""
+        """Return the batch with its tensors on a device, and with `in_fp32` those of half precision in fp32."""
         return self.map(lambda x: computed(x.to(device), in_fp32))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same batch with other tensors, each made of the one in its place."""
+        """Return the batch with each of its tensors changed by a function."""
         args, kwargs = tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
         return Batch(args, kwargs, self.windows, self.name)
 
 
-# The name of a caller's batches, where a text has its own.
+# Name of a caller's batches in place of a text's name.
 BATCHES = "batches given in Python"
 
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Batches that a caller gives. Each is a micro-batch of its own.
+    """Batches of a caller. Each is a micro-batch of its own.
 
     Attributes:
         batches: the batches.
-        hash: SHA-256 of them, in hex.
-        source: name of them, for the report.
+        hash: SHA-256 of the batches, in hex.
+        source: name of the batches, for the report.
     """
 
     batches: list[Batch]
@@ -67,28 +67,28 @@ class Batches:
         return len(self.batches)
 
     def shard(self, share: slice) -> "Batches":
-        """Some of the batches; the hash stays that of all."""
+        """Select some of the batches. The hash stays that of all batches."""
         return replace(self, batches=self.batches[share])
 
     def split(self, size: int) -> Iterator[Batch]:
-        """The batches as they are, whatever the size."""
+        """Return the batches one by one; the size plays no part."""
         return iter(self.batches)
 
 
 def token_batch(ids: Tensor) -> Batch:
-    """Windows of tokens (windows, seqlen) as a batch of a language model."""
+    """Make a batch for a language model of windows of tokens (windows, seqlen)."""
     return Batch((), {"input_ids": ids, "use_cache": False}, len(ids))
 
 
 def batches_of(items: Iterable[Any], argument: str) -> Batches:
-    """A caller's batches.
+    """Make batches of a caller's items.
 
     Args:
-        items: for each batch a mapping of keyword arguments, a tuple or list of positional ones, or a single tensor.
+        items: for each batch a mapping of keyword arguments, a tuple or list of positional arguments, or one tensor.
         argument: name of the caller's argument, for messages.
 
     Raises:
-        InputError: there is none, one is something else or has no tensor or empty ones only, or a tensor holds NaN.
+        InputError: there is no item, an item is of another type or has no tensor with entries, or a tensor holds NaN.
     """
     if isinstance(items, str | bytes | Mapping | Tensor) or not isinstance(items, Iterable):
         raise InputError(
@@ -121,8 +121,8 @@ def _batch_of(item: Any, name: str) -> Batch:
     if not any(x.numel() for x in batch.tensors):
         held = ", ".join(dict.fromkeys(type(x).__name__ for x in (*batch.args, *batch.kwargs.values()))) or "nothing"
         raise InputError(f"{name}: holds {held}, and no tensor with entries; a DataLoader makes batches of tensors")
-    # Infinity is all right: masks have it.
+    # Infinity is allowed, since attention masks have it.
     if any(x.is_floating_point() and bool(x.isnan().any()) for x in batch.tensors):
         raise InputError(f"{name}: holds NaN")
-    # Tensors that were made in inference mode do not tell when they are written to.
+    # Tensors from inference mode have no version counter, which shows later whether they were written to.
     return batch.map(lambda x: x.clone() if x.is_inference() else x)

@@ -1,7 +1,4 @@
-"""Texts: documents of the built-in text, a file, a dataset of the Hub, or a list.
-
-`default` is the built-in text; `c4` and `wikitext` are datasets of the Hub.
-"""
+"""Read texts as documents: the built-in text (`default`), a file, a dataset of the Hub, or a list."""
 
 import gzip
 import itertools
@@ -15,51 +12,51 @@ from typing import Any, Literal
 
 from sparsefw.errors import InputError, errors_in_one_line, option, shown
 
-# Which half of a dataset: what models are calibrated on, or what they are evaluated on.
+# Part of a dataset: for calibration, or for evaluation.
 Split = Literal["train", "test"]
 
-# Texts with a short name: a dataset of the Hub, one of its files or configurations, and a split.
+# Datasets of the Hub with a short name: id, file or configuration, and split.
 NAMED: dict[tuple[str, Split], tuple[str, str, str]] = {
     ("c4", "train"): ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "train"),
     ("c4", "test"): ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz", "validation"),
     ("wikitext", "train"): ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
     ("wikitext", "test"): ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
 }
-# Splits of other datasets, the first that there is.
+# Splits of other datasets; the first one that exists is read.
 SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "train")}
 
-# A mixture with a short name: web text, instructions with answers, and code, none of which needs a log-in.
+# Mixture with a short name: web text, instructions with answers, and code. No part of it needs a log-in.
 GENERAL = "general"
 MIXTURE = ("c4", "neuralmagic/LLM_compression_calibration", "codeparrot/codeparrot-clean-valid")
 
-# Where records have their text, in the order in which it is looked for; of messages the tokenizer's template makes one.
+# Columns of a record that may hold its text; the first one that exists is read. The tokenizer's chat template makes a
+# text of messages.
 TEXT_COLUMNS = ("text", "messages", "content")
 
-# The name of the text that the dense model writes itself, to be calibrated on; it is made where the model is.
+# Name of the calibration text that the dense model writes itself.
 SELF = "self"
-# The file with that text, beside the report: a record for each window, with its text and its tokens.
+# File with that text, next to the report: a record for each window, with its text and its tokens.
 OWN_TEXT = "calibration.jsonl"
 
-# Short names of calibration texts. The last two are none of evaluation texts.
+# Short names of calibration texts. The last two cannot be evaluated on.
 NAMES = ("default", "c4", "wikitext", GENERAL, SELF)
 
 FILES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
-# Names of calibration data given as documents, and as token ids.
+# Names, in messages, of calibration data that a caller passes as documents and as token ids.
 TEXTS, TOKENS = "texts", "token ids"
 
-# Characters of a file, and rows of a parquet file, that are read at once.
+# Characters of a file, and rows of a parquet file, that are read at a time.
 CHARACTERS, ROWS = 2**16, 64
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Documents, each read only once, when it is reached.
+    """Text whose documents are read one after the other, when they are asked for, and only once.
 
     Attributes:
         source: name of the text, for the report and for messages.
-        documents: the documents, each in strings that follow each other. A document is read to its end before the
-            next one.
+        documents: the documents, each as consecutive strings. A document must be read to its end before the next one.
     """
 
     source: str
@@ -70,14 +67,14 @@ def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], 
     """Open a text.
 
     Args:
-        dataset: "default", "c4", "wikitext", the path of a .txt (one document), .jsonl, .json (also .gz) or
-            .parquet file (one document per record, in one of TEXT_COLUMNS), or a Hub id ORG/NAME of a dataset with
+        dataset: "default", "c4" or "wikitext"; the path of a .txt file (one document), or of a .jsonl, .json (also .gz)
+            or .parquet file (one document in each record, in one of TEXT_COLUMNS); a Hub id ORG/NAME of a dataset with
             such records; or the documents or records themselves.
-        split: the split of a named dataset. A file is read from its start for both.
+        split: the split of a dataset with a name. A file is read from its start for both splits.
         chat: makes a text of the messages of a record, by the tokenizer's chat template.
 
     Raises:
-        InputError: there is no such text; while the documents are read: it cannot be read.
+        InputError: there is no such text. Reading the documents raises it if they cannot be read.
     """
     if not isinstance(dataset, str):
         return Text(TEXTS, _documents(dataset, TEXTS, chat))
@@ -88,7 +85,7 @@ def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], 
         return _local(dataset, path, chat)
     if dataset.startswith((".", "/", "~")) or dataset.lower().endswith(FILES):
         raise InputError(f"{dataset}: no such file; check the path")
-    # A bare word never reaches `datasets`, which would take "text" or "json" for all such files of this folder.
+    # A single word never reaches `datasets`: it would read "text" or "json" as all such files of the current folder.
     if (dataset, split) not in NAMED and not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
         names = ", ".join(NAMES if split == "train" else NAMES[:-2])
         raise InputError(f"{shown(repr(dataset), 60)}: unknown dataset; give {names}, a file or a Hub id ORG/NAME")
@@ -96,12 +93,12 @@ def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], 
 
 
 def takes_library(dataset: str) -> bool:
-    """Whether a library that takes much memory reads a text: one of the Hub, or a parquet file."""
+    """Tell whether a text is read by a library that takes much memory: a dataset of the Hub, or a parquet file."""
     return dataset not in ("default", SELF) and not dataset.lower().endswith(tuple(x for x in FILES if x != ".parquet"))
 
 
 def _read(items: Iterable[Any], source: str) -> Iterator[Any]:
-    """What a reader of a file or of the Hub yields."""
+    """Yield the items of a file or of the Hub, and turn errors of their reader into one line."""
     items, end = iter(items), object()
     for number in itertools.count():
         with errors_in_one_line(f"{source}: cannot be read beyond record {number}"):
@@ -112,10 +109,10 @@ def _read(items: Iterable[Any], source: str) -> Iterator[Any]:
 
 
 def _documents(records: Iterable[Any], source: str, chat: Callable[[Any], Any] | None) -> Iterator[list[str]]:
-    """The texts of records: strings, or objects with one of TEXT_COLUMNS; several of a record that is a batch.
+    """Yield the texts of records, which are strings, or mappings with one of TEXT_COLUMNS, or batches of either.
 
     Raises:
-        InputError: a record has none, or the tokenizer has no template for messages.
+        InputError: a record has no text, or the tokenizer has no chat template for messages.
     """
     for number, record in enumerate(records, 1):
         texts = record
@@ -155,15 +152,15 @@ def _local(dataset: str, path: Path, chat: Callable[[Any], Any] | None) -> Text:
 
 
 def _strings(path: Path) -> Iterator[str]:
-    """The content of a text file, a piece at a time."""
-    # The -sig variant leaves out a byte order mark.
+    """Read a text file a part at a time."""
+    # utf-8-sig drops a byte order mark.
     with path.open(encoding="utf-8-sig") as file:
         while string := file.read(CHARACTERS):
             yield string
 
 
 def _values(path: Path) -> Iterator[Any]:
-    """The values of a file of JSON: those of a list, or one in each line."""
+    """Read the values of a JSON file, which is a list or has a value in each line."""
     unpacked = gzip.open if path.suffix.lower() == ".gz" else open
     with unpacked(path, "rt", encoding="utf-8-sig") as file:
         lines = (line for line in file if not line.isspace())
@@ -175,10 +172,10 @@ def _values(path: Path) -> Iterator[Any]:
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    """The rows of a parquet file, with the first of TEXT_COLUMNS alone if there is one."""
+    """Read the rows of a parquet file, with only the first of TEXT_COLUMNS that it has."""
     from pyarrow.parquet import ParquetFile
 
-    # With a buffer, a column is not read whole.
+    # Without a buffer a column would be read whole.
     with ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
         columns = next(([name] for name in TEXT_COLUMNS if name in file.schema_arrow.names), None)
         for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
@@ -192,7 +189,7 @@ def _from_hub(dataset: str, split: Split, chat: Callable[[Any], Any] | None) -> 
     if detail.endswith(".gz"):
         options: dict[str, Any] = {"data_files": {part: detail}, "streaming": True}
     else:
-        # A configuration is small enough to be kept in the cache of `datasets`, where it is found without a network.
+        # A configuration is so small that `datasets` may cache it, for later runs without a network.
         options = {"name": detail} if detail else {"streaming": True}
     own = f"; {option('dataset', SELF)} needs no network" if split == "train" else ""
     with errors_in_one_line(

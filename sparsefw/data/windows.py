@@ -1,7 +1,7 @@
-"""Windows of tokens, and how they are cut from a text for calibration and evaluation.
+"""Cut windows of tokens from texts, for calibration and evaluation.
 
-Documents are separated by an empty line. The only special token is the one that the tokenizer itself puts at the start
-of a text, once, before the first document.
+An empty line separates the documents of a text. The only special token is a start token, if the tokenizer itself puts
+one before a text; it stands once, before the first document.
 """
 
 import hashlib
@@ -24,17 +24,18 @@ from sparsefw.errors import InputError, errors_in_one_line, option
 
 SEPARATOR = "\n\n"
 
-# Tokens in the shortest window in which one can be predicted.
+# Tokens of the shortest window in which a token can be predicted.
 MIN_SEQLEN = 2
 
 # Calibration windows are drawn from the first `nsamples * seqlen` times this many tokens of a text.
 TOKENS_READ = 16
 
-# A calibration window has up to this many pieces of a text, each from another place, of at least so many tokens. Text
-# of one place is much alike: as many tokens of more places tell more of what a layer is given.
+# A calibration window is made of up to PIECES pieces of a text, each from another place and of at least MIN_PIECE
+# tokens. Text from one place is much alike, so the same number of tokens from more places says more about a layer's
+# inputs.
 PIECES, MIN_PIECE = 8, 128
 
-# Bytes of a token: int32 as it is read, and int64 in a window. Bytes that reading takes beside them, as measured.
+# Bytes of a token while it is read (int32) and in a window (int64), and bytes that reading needs besides, as measured.
 BYTES_READ, BYTES_IN_WINDOW, READING = 4, 8, 64 * 2**20
 
 
@@ -43,10 +44,10 @@ class Windows:
     """Windows of tokens.
 
     Attributes:
-        ids: (n, seqlen) int64.
+        ids: (n, seqlen) int64 tokens.
         source: name of the text.
         hash: SHA-256 of the bytes of all `ids`, in hex.
-        own: those that the model has written itself, as a file holds them.
+        own: content of the file OWN_TEXT, if the model has written some of the windows itself; else empty.
     """
 
     ids: Tensor
@@ -65,60 +66,61 @@ class Windows:
         return self.ids.shape[1]
 
     def shard(self, share: slice) -> "Windows":
-        """Some of the windows; the hash stays that of all."""
+        """Select some of the windows. The hash stays that of all windows."""
         return replace(self, ids=self.ids[share])
 
     def split(self, size: int) -> Iterator[Batch]:
-        """Micro-batches of this many windows; the last one may have fewer."""
+        """Split the windows into micro-batches of `size` windows; the last one may have fewer."""
         return map(token_batch, self.ids.split(size)) if self.n else iter(())
 
 
-# Has a model write calibration windows, with its tokenizer, of a length, and of this number.
+# Has the model write calibration windows itself. Its arguments are the tokenizer, the tokens of a window, and the
+# number of windows.
 Generate = Callable[[Tokenizer, int, int], Windows] | None
 
 
 def window_length(model: object, seqlen: int, longest: int | None) -> int:
-    """Tokens in a window of a text.
+    """Return the number of tokens of a window.
 
     Args:
         model: name of the model, for the message.
         seqlen: the user's number of tokens.
-        longest: most tokens that the model takes; None: any number.
+        longest: the most tokens that the model takes; None: any number.
 
     Raises:
-        InputError: the model takes so few that none can be predicted.
+        InputError: the model takes too few tokens to predict one.
     """
     seqlen = min(seqlen, longest or seqlen)
     if seqlen < MIN_SEQLEN:
-        raise InputError(f"{model}: reads {seqlen} token at once, so that none of a text can be predicted")
+        raise InputError(f"{model}: reads {seqlen} token at a time, so it cannot predict a token of a text")
     return seqlen
 
 
 def reading_bytes(windows: int, evaluation: Sequence[int], seqlen: int) -> int:
-    """Bytes at the peak while texts are read, beside the windows.
+    """Count the bytes at the peak while texts are read, without those of the windows.
 
     Args:
         windows: number of calibration windows.
         evaluation: number of windows of each evaluation text.
-        seqlen: tokens in a window.
+        seqlen: tokens of a window.
     """
     return READING + BYTES_READ * seqlen * max(TOKENS_READ * windows, *evaluation, 0)
 
 
 def window_bytes(windows: int, evaluation: Sequence[int], seqlen: int) -> int:
-    """Bytes of all windows, which are held during the run; arguments as of `reading_bytes`."""
+    """Count the bytes of all windows, which are in memory during the run; arguments as for `reading_bytes`."""
     return BYTES_IN_WINDOW * seqlen * (windows + sum(evaluation))
 
 
 def windows_of(ids: Tensor, source: str) -> Windows:
-    """Windows of given tokens.
+    """Make windows of a tensor of tokens.
 
     Args:
         ids: (windows, seqlen) tokens, of any integer dtype.
         source: name of the tokens, for the report and for messages.
 
     Raises:
-        InputError: `ids` is no such tensor, or has no token to predict.
+        InputError: `ids` is no such tensor, a token is negative, or a window has no token to predict.
     """
     integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     if not integers or ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < MIN_SEQLEN:
@@ -137,16 +139,16 @@ def calibration_windows(
 ) -> Windows:
     """Draw disjoint windows at random.
 
-    Documents are tokenized one by one and concatenated until there are `TOKENS_READ` times the tokens that the windows
-    take, or no more. From a random offset on, the tokens are cut into pieces, see `PIECES`. As many of these as are
-    needed, in an order at random, make the windows.
+    Documents are tokenized one by one and concatenated until there are `TOKENS_READ` times as many tokens as the
+    windows need, or until the text ends. The tokens after a random offset are cut into pieces, see `PIECES`. Pieces
+    drawn at random make the windows.
 
     Args:
         tokenizer: the model's tokenizer.
         dataset: the text, see `read_text`.
         nsamples: number of windows.
-        seqlen: tokens in a window.
-        seed: seed of the draw, which depends on the seed and the text only.
+        seqlen: tokens of a window.
+        seed: seed of the draw. The windows depend only on it and on the text.
 
     Raises:
         InputError: the text cannot be read, or is too short.
@@ -157,7 +159,7 @@ def calibration_windows(
 
 
 def _drawn(ids: "array[int]", source: str, nsamples: int, seqlen: int, seed: int) -> Tensor:
-    """Windows cut from tokens and drawn, see `calibration_windows`: (nsamples, seqlen) int64."""
+    """Cut windows from tokens and draw some of them, see `calibration_windows`: (nsamples, seqlen) int64."""
     needed, piece = nsamples * seqlen, seqlen // max(1, min(PIECES, seqlen // MIN_PIECE))
     if len(ids) < needed:
         fits = [("nsamples", len(ids) // seqlen), ("seqlen", len(ids) // nsamples)]
@@ -169,28 +171,32 @@ def _drawn(ids: "array[int]", source: str, nsamples: int, seqlen: int, seed: int
     generator = torch.Generator().manual_seed(seed)
     offset = int(torch.randint(min(piece - 1, len(ids) - needed) + 1, (1,), generator=generator))
     pieces = _cut(ids, piece, offset)
-    # Where no whole number of pieces makes a window, windows go on within a piece, and may need the rest of the text.
-    some = pieces[torch.randperm(len(pieces), generator=generator)[: math.ceil(needed / piece)]]
+    drawn = pieces[torch.randperm(len(pieces), generator=generator)[: math.ceil(needed / piece)]]
+    # If a window is no whole number of pieces, it may begin inside a piece, and the last one may need the rest of the
+    # text.
     rest = torch.frombuffer(ids, dtype=torch.int32)[offset + pieces.numel() :]
-    return torch.cat([some.flatten(), rest])[:needed].long().view(nsamples, seqlen)
+    return torch.cat([drawn.flatten(), rest])[:needed].long().view(nsamples, seqlen)
 
 
 def windows_of_records(records: Iterable[Any], source: str, *, nsamples: int, seqlen: int | None, seed: int) -> Tensor:
-    """Windows of tokenized records: the records, if they are of one length, else cut from them as from a text.
+    """Make windows of tokenized records.
+
+    If all records have `seqlen` tokens, the windows are up to `nsamples` of the records. Otherwise windows are cut from
+    the records' tokens as from those of a text.
 
     Args:
-        records: rows of tokens, or mappings with them in `input_ids`, or batches of either. What an `attention_mask`
-            hides is left out. They are read as far as `calibration_windows` reads a text.
+        records: rows of tokens, mappings with rows of tokens in `input_ids`, or batches of either. Tokens that an
+            `attention_mask` hides are dropped. As many tokens are read as `calibration_windows` reads of a text.
         source: name of the records, for messages.
-        nsamples: number of windows; of records of one length, at most.
-        seqlen: tokens in a window; None: those of the longest record.
+        nsamples: number of windows.
+        seqlen: tokens of a window; None: those of the longest record.
         seed: seed of the draw.
 
     Returns:
         (windows, seqlen) int64.
 
     Raises:
-        InputError: a record holds no tokens, or there are too few.
+        InputError: a record holds no tokens, or the records hold too few.
     """
     rows, ids = list[Tensor](), array("i")
     for number, record in enumerate(records, 1):
@@ -208,7 +214,7 @@ def windows_of_records(records: Iterable[Any], source: str, *, nsamples: int, se
 
 
 def _rows(ids: Any, mask: Any = None) -> Iterator[Tensor]:
-    """The rows of tokens of a record, or of a batch of records."""
+    """Yield the rows of tokens of a record, or of a batch of records."""
     if isinstance(ids, Mapping):
         yield from _rows(ids["input_ids"], ids.get("attention_mask"))
     elif np.ndim(ids[0]):
@@ -222,18 +228,18 @@ def _rows(ids: Any, mask: Any = None) -> Iterator[Tensor]:
 def evaluation_windows(
     tokenizer: Tokenizer, dataset: str | Iterable[Any], *, seqlen: int, limit: int | None = None
 ) -> Windows:
-    """Cut a text into consecutive windows from its start, as it is done for the perplexity on WikiText-2.
+    """Cut a text into consecutive windows from its start, as is usual for the perplexity on WikiText-2.
 
-    The documents are joined by an empty line and tokenized as one; an incomplete last window is dropped.
+    The documents are joined by empty lines and tokenized as one text. An incomplete last window is dropped.
 
     Args:
         tokenizer: the model's tokenizer.
         dataset: the text, see `read_text`.
-        seqlen: tokens in a window.
-        limit: most windows; no more text is read than they take. None: all windows.
+        seqlen: tokens of a window.
+        limit: the most windows, and no more text is read than they need; None: all windows.
 
     Raises:
-        InputError: the text cannot be read, or holds no window.
+        InputError: the text cannot be read, or is shorter than a window.
     """
     text = read_text(dataset, "test", partial(tokenizer.apply_chat_template, tokenize=False))
     joined = itertools.chain.from_iterable(_separated(text.documents))
@@ -249,16 +255,17 @@ def evaluation_windows(
 def mixed_windows(
     tokenizer: Tokenizer, shares: Mapping[str, float], write: Generate = None, *, nsamples: int, seqlen: int, seed: int
 ) -> Windows:
-    """Draw windows of several texts, in an order at random. Those of one text are as `calibration_windows` draws them.
+    """Draw windows of several texts by `calibration_windows`, and mix them in a random order.
 
     Args:
         tokenizer: the model's tokenizer.
-        shares: how many of the windows each text has, against the others; texts by name, see `read_text`.
+        shares: weight of each text, by its name (see `read_text`). A text gets windows in proportion to its weight.
         write: has the model write the text SELF; None: there is no such text.
-        nsamples, seqlen, seed: as for `calibration_windows`; `nsamples` windows in all.
+        nsamples: number of windows of all texts together.
+        seqlen, seed: as for `calibration_windows`.
 
     Raises:
-        InputError: as `calibration_windows`; or the share of a text is no window.
+        InputError: a text cannot be read or is too short, or its share is less than a window.
     """
 
     def drawn(name: str, n: int) -> Windows:
@@ -269,14 +276,14 @@ def mixed_windows(
     if len(shares) == 1:
         return drawn(next(iter(shares)), nsamples)
     ids = torch.empty(nsamples, seqlen, dtype=torch.int64)
-    # Some of the windows are held out, and all are learned from in turn: each part has some of every text.
+    # In a random order: some windows are held out, and the others take turns. Each such part needs some of every text.
     order = torch.randperm(nsamples, generator=torch.Generator().manual_seed(seed)).argsort()
     numbers = dict(zip(shares, counts(nsamples, list(shares.values())), strict=True))
     for name, n in numbers.items():
         if not n:
             share_of = f"{option('dataset', name)}: its share, {shares[name]:g}"
             raise InputError(f"{share_of}, is none of {nsamples} windows; give a larger share, or more windows")
-    # To write a text takes longest, and the others may be missing. So it is the last.
+    # The text that the model writes is last: it takes longest, and another text may turn out to be missing.
     windows = {name: drawn(name, numbers[name]) for name in sorted(shares, key=lambda name: name == SELF)}
     for name, rows in zip(shares, order.split([*numbers.values()]), strict=True):
         ids[rows] = windows[name].ids
@@ -286,8 +293,12 @@ def mixed_windows(
 
 
 def counts(n: int, shares: Sequence[float]) -> list[int]:
-    """n windows by share: each count is rounded down, and one more where that cuts most off; of equals the first."""
-    # Relative to the largest: the sum of the shares themselves may be infinite.
+    """Divide n windows in proportion to shares.
+
+    Counts are rounded down. The windows that are left go, one each, to the counts that rounding lowered most; of equal
+    ones to the first.
+    """
+    # Shares are divided by the largest, since their own sum may be infinite.
     relative = [share / max(shares) for share in shares]
     exact = [n * share / sum(relative) for share in relative]
     found = [math.floor(count) for count in exact]
@@ -297,24 +308,27 @@ def counts(n: int, shares: Sequence[float]) -> list[int]:
 
 
 def _windows(ids: Tensor, source: str) -> Windows:
-    """Windows of these tokens, (n, seqlen) int64 in memory without gaps, with their hash."""
+    """Make windows of tokens (n, seqlen), contiguous int64, and hash them."""
     return Windows(ids, source, hashlib.sha256(ids.numpy().data).hexdigest())
 
 
 def _cut(ids: "array[int]", seqlen: int, offset: int = 0) -> Tensor:
-    """All windows from an offset on, (n, seqlen) int32, as a view of `ids`."""
+    """Cut the tokens after an offset into windows, (n, seqlen) int32, as a view of `ids`."""
     n = (len(ids) - offset) // seqlen
     return torch.frombuffer(ids, dtype=torch.int32)[offset : offset + n * seqlen].view(n, seqlen)
 
 
 def _separated(documents: Iterable[Iterable[str]]) -> Iterator[Iterable[str]]:
-    """Documents with the separator before them, where most tokenizers give it the tokens of the joined text."""
+    """Put the separator at the beginning of each document but the first.
+
+    Most tokenizers make the same tokens of it there as in the joined text.
+    """
     for n, document in enumerate(documents):
         yield itertools.chain([SEPARATOR], document) if n else document
 
 
 def _leading_tokens(tokenizer: Tokenizer, documents: Iterable[Iterable[str]], wanted: int | None) -> "array[int]":
-    """The first `wanted` tokens (None: all), in 4 bytes each."""
+    """Return the first `wanted` tokens of documents, 4 bytes each; None: all tokens."""
     ids = array("i", start_tokens(tokenizer))
     for tokens in tokens_of(tokenizer, documents):
         ids.extend(tokens)
