@@ -1,4 +1,4 @@
-"""Fields of the dataclasses that users fill in, with what their command-line flags and their checks need."""
+"""Define fields of dataclasses that are also command-line flags, and check their values."""
 
 import numbers
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsefw.errors import InputError, option
 
-# Marks a default that depends on other fields; `__post_init__` replaces it by the value.
+# Marks a default that depends on other fields. `__post_init__` replaces it by the value.
 DEPENDS: Any = None
 
 
@@ -25,22 +25,22 @@ def flag(
     several: bool = False,
     **others: Any,
 ) -> Any:
-    """A field of a dataclass that is also a command-line flag.
+    """Define a field of a dataclass that is also a command-line flag.
 
     Args:
-        help: text for --help. It names the default in brackets where that depends on other fields.
-        default: the field's default.
+        help: text for --help. It names a default that depends on other fields in brackets.
+        default: default of the field.
         metavar: placeholder for the value in --help.
         choices: the allowed values.
         least, most: the allowed range, both ends included.
-        several: whether the flag may be repeated; the field is then a tuple.
+        several: whether the flag may be repeated. Then the field is a tuple.
         others: further metadata.
     """
     known = dict(help=help, metavar=metavar, choices=choices, least=least, most=most, several=several)
     return field(default=default, metadata=known | others)
 
 
-# Arguments of other libraries by what they are here; "": they are nothing here.
+# Names of arguments in other libraries, and their names here; "" for arguments that do not exist here.
 ELSEWHERE = {
     "block_size": "", "blocksize": "", "dampening_frac": "damp", "percdamp": "damp", "targets": "include",
     "max_seq_length": "seqlen", "num_calibration_samples": "nsamples", "output_dir": "output", "verbose": "progress",
@@ -51,7 +51,7 @@ ELSEWHERE = {
 
 
 def check_names(call: str, names: Iterable[str], known: Collection[str]) -> None:
-    """Refuse arguments that a call does not have, and name those that may be meant.
+    """Refuse arguments that a call does not have, and suggest a name that it has.
 
     Raises:
         TypeError: a name is unknown.
@@ -64,18 +64,18 @@ def check_names(call: str, names: Iterable[str], known: Collection[str]) -> None
 
 
 def set_field(settings: Any, name: str, value: Any) -> None:
-    """Set a field of a frozen dataclass. Only its `__post_init__` may do so."""
+    """Set a field of a frozen dataclass, in its `__post_init__`."""
     object.__setattr__(settings, name, value)
 
 
 def check_fields(settings: Any) -> None:
-    """Check types, choices and ranges, and store numbers as Python's own, paths as text where a field is one.
+    """Check types, choices and ranges of all fields, and convert their values.
 
-    A field of several values may be given as a list or as one value, and becomes a tuple. One whose default depends on
-    others may still be `DEPENDS`.
+    Numbers become Python's own, and paths become text in a field of text. A field of several values takes a list or one
+    value, and becomes a tuple. A field may still be `DEPENDS` if that is its default.
 
     Raises:
-        InputError: a value has the wrong type, is none of the choices, or is out of its range.
+        InputError: a value has the wrong type, is not among the choices, or is out of its range.
     """
     for f in fields(settings):
         value = getattr(settings, f.name)
@@ -101,15 +101,15 @@ def check_fields(settings: Any) -> None:
 
 
 def check_needs(name: str, given: bool, **settings: Any) -> None:
-    """Refuse settings that need something that a run does not have: they would do nothing.
+    """Refuse settings that would do nothing, because a field that they need is not set.
 
     Args:
-        name: name of the field that gives it.
-        given: whether it is given.
-        settings: the settings by name; None: not given.
+        name: name of the field that the settings need.
+        given: whether that field is set.
+        settings: values of the settings by name; None: not set.
 
     Raises:
-        InputError: a setting is given, and what it is a setting of is not.
+        InputError: a setting is set, and the field that it needs is not.
     """
     for setting, value in settings.items():
         if value is not None and not given:
@@ -125,10 +125,10 @@ def _check_text(f: Field, text: Any) -> None:
 
 
 def checked_number(name: str, value: Any, least: float, most: float | None, *, whole: bool = False) -> Any:
-    """The value as an int or a float of Python's own, which report.json can hold.
+    """Convert a number to Python's int or float, which JSON can hold.
 
     Raises:
-        InputError: it is no number, no whole one where that is needed, or not within its range; NaN never is.
+        InputError: the value is no number, not whole where it has to be, out of its range, or NaN.
     """
     integral = isinstance(value, numbers.Integral)
     if isinstance(value, bool) or not (integral or (isinstance(value, numbers.Real) and not whole)):
@@ -141,10 +141,10 @@ def checked_number(name: str, value: Any, least: float, most: float | None, *, w
 
 
 def checked_path(name: str, value: str | Path) -> Path:
-    """The value as a path, in which `~` at the beginning is the user's own folder.
+    """Convert a text or path to a path, and expand `~` at its beginning.
 
     Raises:
-        TypeError: it is neither a text nor a path.
+        TypeError: the value is neither a text nor a path.
     """
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{option(name)}: expected a path, got {type(value).__name__}")

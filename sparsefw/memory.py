@@ -1,4 +1,4 @@
-"""The memory that this process has taken, and that it may take."""
+"""Measure the memory that this process has taken, and the memory that it may take."""
 
 import ctypes
 from collections.abc import Iterator
@@ -10,33 +10,34 @@ import torch
 
 from sparsefw.errors import option
 
-# Number of this option of mallopt in glibc's malloc.h.
+# Number of the option in glibc's malloc.h.
 M_ARENA_MAX = -8
 
-# The share of free memory that a run leaves to others.
+# Share of free memory that a run leaves to other processes.
 MARGIN = 0.1
 
 
 def this_device() -> torch.device:
-    """The GPU of this process; without one the CPU.
+    """Return the GPU of this process, or the CPU without one.
 
-    The GPU has its number: to threads that libraries begin, a GPU without a number is the first one.
+    The device has the GPU's number. In threads of libraries, "cuda" without a number would mean the first GPU.
     """
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def on_gpu(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which a GPU is the current one: limits, peaks of memory, and waits are those of the current GPU."""
+    """Make a GPU the current one in a `with` block: memory limits, peaks and waits are those of the current GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak bytes of this process, by name.
+    """Return the peak bytes of this process, by name.
 
-    "host_bytes" are resident on the host, file-backed pages counted. "gpu_bytes" are those of tensors on the GPU;
-    "gpu_reserved_bytes" are those that torch has taken from the GPU for them. The latter count against a memory limit.
+    "host_bytes" are the resident bytes on the host, file-backed pages included. "gpu_bytes" are the bytes of tensors on
+    the GPU. "gpu_reserved_bytes" are the bytes that torch has taken from the GPU for tensors; memory limits count
+    these.
     """
-    # getrusage would count the process that started this one, too.
+    # getrusage would also count the process that started this one.
     lines = Path("/proc/self/status").read_text().splitlines()
     host = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     here = torch.cuda.is_available()
@@ -49,15 +50,15 @@ def peak_memory() -> dict[str, int]:
 
 @contextmanager
 def gpu_limited(limit: int | None, asked: bool) -> Iterator[None]:
-    """Inside the `with` block, torch takes at most `limit` bytes of the current GPU; None: there is no GPU.
+    """Limit the bytes that torch takes of the current GPU in the `with` block.
 
     Args:
-        limit: the limit that the work is planned for, in bytes.
-        asked: whether the user has set it. Otherwise it is what was free, less `MARGIN`, and torch may take half of
-            that margin, too: what its kernels take for themselves is in no plan.
+        limit: the limit in bytes for which the work was planned; None: there is no GPU.
+        asked: whether the user has set the limit. Otherwise it is the free memory less `MARGIN`, and torch may also
+            take half of the margin, since no plan counts the memory that kernels take for themselves.
 
     Raises:
-        OutOfMemoryError: more was needed; the message is one line.
+        OutOfMemoryError: the limit was too low; the message is one line.
     """
     if limit is None:
         yield
@@ -79,30 +80,30 @@ def gpu_limited(limit: int | None, asked: bool) -> Iterator[None]:
 
 
 def gib(size: int) -> str:
-    """Bytes in GiB: two digits behind the point, or as many as show it."""
+    """Write bytes in GiB, with two digits after the point, or with one significant digit below 0.1 GiB."""
     return f"{size / 2**30:.2f}" if size >= 2**30 / 10 else f"{size / 2**30:.1g}"
 
 
 def share_freed() -> None:
-    """Have all threads allocate from one heap; in heaps of their own they keep up to 64 MiB of freed memory each."""
+    """Make all threads allocate from one heap: in a heap of its own, each would keep up to 64 MiB of freed memory."""
     ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def trim_memory() -> None:
-    """Return freed memory to the system. The C library keeps it otherwise; texts and tokens leave many small pieces."""
+    """Return freed memory to the system, which the C library would keep: texts and tokens leave many small pieces."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def pinned_bytes(nbytes: int) -> int:
-    """Bytes that torch takes for a tensor of `nbytes` in pinned host memory: the next power of two."""
+    """Count the bytes that torch takes for `nbytes` in pinned host memory: the next power of two."""
     return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
 def to_host(x: torch.Tensor) -> torch.Tensor:
-    """A tensor on the host, without gaps: itself if it is one.
+    """Return a contiguous copy of a tensor on the host, or the tensor itself if it is one.
 
-    One on a GPU is copied to pinned memory while the host goes on. It is there when the GPU gets to an event that is
-    recorded on the current stream afterwards. Later work of this stream may overwrite x.
+    A tensor on a GPU is copied to pinned memory while the host goes on. An event that is recorded on the current stream
+    after this call tells when the copy is complete. Later work of this stream may overwrite x.
     """
     if x.device.type != "cuda":
         return x.cpu().contiguous()
@@ -110,23 +111,23 @@ def to_host(x: torch.Tensor) -> torch.Tensor:
 
 
 def release_pinned() -> None:
-    """Return freed pinned memory to the system. torch keeps it otherwise, for tensors of the same size.
+    """Return freed pinned memory to the system, which torch would keep for tensors of the same size.
 
-    The GPU must have finished all copies from it. Locking pages takes about as long as reading them from a disk. So
+    The GPU must have finished all copies from it. Pinning memory takes about as long as reading it from a disk, so
     memory that is soon needed again is better kept.
     """
     if torch.cuda.is_available():
-        # Newer versions of torch have a public name for it.
+        # Newer versions of torch have a public function.
         public = getattr(torch.accelerator, "empty_host_cache", None)
         (public or torch._C._host_emptyCache)()
 
 
 def free_memory(device: torch.device, sharing: int = 1) -> dict[str, int]:
-    """Bytes that this process may take in all, with those that it has: "host", and with a GPU "gpu".
+    """Return the bytes that this process may take, those that it has included: "host", and with a GPU "gpu".
 
     Args:
-        device: device that it works on.
-        sharing: number of processes that share what is free on the host.
+        device: device of this process.
+        sharing: number of processes that share the host's free memory.
     """
     free = {"host": min([psutil.virtual_memory().available, *left_by_groups()]) // sharing + resident()}
     if device.type == "cuda":
@@ -135,37 +136,37 @@ def free_memory(device: torch.device, sharing: int = 1) -> dict[str, int]:
 
 
 def held_on_gpu(device: torch.device) -> int:
-    """Bytes that tensors of this process take of a GPU; 0 for the CPU."""
+    """Return the bytes of this process's tensors on a GPU; 0 for the CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def resident() -> int:
-    """Bytes of this process that are resident on the host now, file-backed pages counted."""
+    """Return the resident bytes of this process on the host, file-backed pages included."""
     return psutil.Process().memory_info().rss
 
 
 def left_by_groups(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Bytes that control groups leave to this process: a job's limit, as of SLURM or systemd, or a container's.
+    """Yield the bytes that each control group leaves to this process: limits of SLURM, systemd or a container.
 
-    A group's limit holds for all groups below it, too. File cache is not counted as taken: the system drops it. A
-    container may see its own group as the root.
+    The limit of a group holds for all groups below it as well. File cache does not count as taken, since the system
+    drops it. A container may see its own group as the root.
 
     Args:
-        groups: the file with the groups of this process: of version 2, and of each controller of version 1.
-        mounted: where they are mounted.
+        groups: file with the groups of this process, of version 2 or of each controller of version 1.
+        mounted: folder where the groups are mounted.
     """
     for line in groups.read_text().splitlines() if groups.exists() else ():
         number, controllers, path = line.split(":", 2)
         if number == "0":
             root, limit, taken = mounted, "memory.max", "anon"
         elif "memory" in controllers.split(","):
-            # Its numbers of the groups below are the totals.
+            # In version 1, sums over the groups below have names that begin with total_.
             root, limit, taken = mounted / "memory", "memory.limit_in_bytes", "total_rss"
         else:
             continue
         group = PurePosixPath(path.lstrip("/"))
         for folder in (root / group, *(root / above for above in group.parents)):
-            # A group without a limit has no such file, or "max" in it.
+            # Without a limit the file is missing or contains "max".
             try:
                 allowed = int((folder / limit).read_text())
                 sizes = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

@@ -1,8 +1,8 @@
-"""Ranks: the processes of one run, each with a GPU of its own, which `torchrun` starts.
+"""Ranks: the processes of one run, which `torchrun` starts, each with a GPU of its own.
 
-Transfers are made by torch.distributed: NCCL between GPUs, gloo between CPUs. Every rank makes the same calls in the
-same order. A sum has the same bits on all ranks, and in every run of as many ranks. A rank that fails ends: the
-launcher, torchrun or another one, then ends the others.
+torch.distributed transfers between them: NCCL between GPUs, gloo between CPUs. Every rank makes the same calls in the
+same order. A sum has the same bits on all ranks, and in every run with this number of ranks. A rank that fails ends,
+and the launcher then ends the others.
 """
 
 import os
@@ -20,29 +20,29 @@ from torch import Tensor
 
 from sparsefw.errors import InputError, errors_in_one_line, first_line, invocation, printable, shown, worded
 
-# The triangle of a symmetric matrix is summed in this number of panels of rows. One of them is in a buffer at a time.
+# The triangle of a symmetric matrix is summed in this number of panels of rows, with a buffer for one panel.
 PANELS = 16
 
-# How long a transfer may wait for the slowest rank. One rank reads a Hub model or the texts for all, which may take
-# hours. A rank that has ended is noticed at once all the same.
+# A transfer waits this long for the slowest rank: while one rank downloads a model or texts for all, the others may
+# wait for hours. The end of a rank is noticed at once all the same.
 TIMEOUT = timedelta(hours=12)
 
 Value = TypeVar("Value")
 
 
 class LostRankError(RuntimeError):
-    """A transfer failed, since another rank has ended."""
+    """A transfer has failed because another rank has ended."""
 
 
 @dataclass(eq=False)
 class Ranks:
-    """The ranks of a run, as one of them sees them.
+    """Ranks of a run, as seen from one of them.
 
     Attributes:
-        number: of this rank, from 0.
-        count: number of the ranks.
-        here: number of the ranks on this machine.
-        local: number of this rank among them.
+        number: index of this rank, from 0.
+        count: how many ranks there are.
+        here: how many of them are on this machine.
+        local: index of this rank on its machine, from 0.
         waited: seconds that the host has waited for transfers.
     """
 
@@ -54,22 +54,22 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other rank."""
+        """Tell whether there is no other rank."""
         return self.count == 1
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which prints for all."""
+        """Tell whether this is rank 0, which prints for all."""
         return not self.number
 
     def share(self, total: int, unit: int = 1) -> slice:
-        """This rank's share of a row of items, see `shares`."""
+        """Return the slice of a list of `total` items that belongs to this rank, see `shares`."""
         return shares(total, self.count, unit)[self.number]
 
     def all_reduce(self, tensor: Tensor) -> "Handle":
         """Begin to sum a tensor over all ranks, in place.
 
-        Each rank sends 2 (n - 1) / n of it.
+        Each of n ranks sends 2 (n - 1) / n of the tensor.
         """
         if self.alone:
             return DONE
@@ -77,9 +77,9 @@ class Ranks:
             return Handle(self, dist.all_reduce(tensor, async_op=True))
 
     def reduce(self, owner: int, tensor: Tensor) -> "Handle":
-        """Begin to sum a tensor over all ranks, in place on one of them. On the others its values are undefined then.
+        """Begin to sum a tensor over all ranks, in place on its owner. On the other ranks its values become undefined.
 
-        Each rank sends (n - 1) / n of it, and all but the owner 1 / n more.
+        Each of n ranks sends (n - 1) / n of the tensor, and all but the owner 1 / n more.
         """
         if self.alone or not tensor.numel():
             return DONE
@@ -91,7 +91,7 @@ class Ranks:
 
         Args:
             G: the matrix.
-            owner: the rank that needs it, see `reduce`; None: all do.
+            owner: the rank that needs the sum, see `reduce`; None: all ranks.
         """
         if self.alone:
             return
@@ -110,7 +110,7 @@ class Ranks:
             return Handle(self, dist.broadcast(tensor, owner, async_op=True))
 
     def broadcast_object(self, value: Value) -> Value:
-        """The value that rank 0 has. It is pickled, and should be small."""
+        """Return rank 0's value on all ranks. It is pickled, and should be small."""
         if self.alone:
             return value
         values: list[Any] = [value]
@@ -119,11 +119,11 @@ class Ranks:
         return values[0]
 
     def on_first(self, do: Callable[[], Value]) -> Value:
-        """Call a function on rank 0; returns what it returns on all ranks, as `broadcast_object`."""
+        """Call a function on rank 0, and return its result on all ranks by `broadcast_object`."""
         return self.broadcast_object(do() if self.first else cast(Value, None))
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all ranks, in their order. They are pickled, and should be small."""
+        """Return the values of all ranks, in the order of the ranks. They are pickled, and should be small."""
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.count
@@ -132,11 +132,11 @@ class Ranks:
         return values
 
     def barrier(self) -> None:
-        """Wait until all ranks have come here."""
+        """Wait until all ranks have made this call."""
         self.gather(None)
 
     def local_first(self, do: Callable[[], Value]) -> Value:
-        """Call a function on one rank of each machine, then on the others: what it leaves on the disk is there then."""
+        """Call a function on one rank of each machine, then on the others, which find the files that it has written."""
         if self.local:
             self.barrier()
         result = do()
@@ -145,10 +145,13 @@ class Ranks:
         return result
 
     def agree(self, values: dict[str, Any]) -> None:
-        """Refuse to go on where ranks have different values, by their names in the message.
+        """Refuse different values on different ranks.
+
+        Args:
+            values: this rank's values, by their names in the message.
 
         Raises:
-            InputError: on all ranks; the message names the first one that differs from rank 0.
+            InputError: on all ranks, naming the first rank and value that differ from rank 0.
         """
         first, *others = self.gather(values)
         for number, other in enumerate(others, 1):
@@ -161,10 +164,10 @@ class Ranks:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the seconds of a transfer, and tell its errors from those of this rank's own GPU.
+        """Count the seconds of a transfer in the `with` block, and turn its failure into a LostRankError.
 
         Raises:
-            LostRankError: the transfer has failed.
+            LostRankError: the transfer has failed. Errors of this rank's own GPU stay what they are.
         """
         start = time.perf_counter()
         try:
@@ -178,18 +181,18 @@ class Ranks:
 
 
 class Handle:
-    """Transfers that have begun. Wait for them before their tensors are used.
+    """Handle of transfers that have begun. Wait for it before you use their tensors.
 
     Args:
-        ranks: between which they are.
-        works: torch's handles of them.
+        ranks: the ranks of the transfers.
+        works: torch's handles of the transfers.
     """
 
     def __init__(self, ranks: Ranks, *works: Any) -> None:
         self._ranks, self._works = ranks, works
 
     def wait(self) -> None:
-        """On a CPU, wait for the end of the transfers. On a GPU, have what is launched later wait for it."""
+        """Wait for the end of the transfers. On a GPU only the kernels that are launched later wait for it."""
         works, self._works = self._works, ()
         if works:
             with self._ranks.waiting():
@@ -198,7 +201,7 @@ class Handle:
 
     @classmethod
     def of_all(cls, handles: "Iterable[Handle]") -> "Handle":
-        """One handle for several."""
+        """Make one handle of several."""
         listed = list(handles)
         return cls(listed[0]._ranks, *(work for handle in listed for work in handle._works))
 
@@ -209,12 +212,12 @@ DONE = Handle(ALONE)
 
 
 def shares(total: int, count: int, unit: int = 1) -> list[slice]:
-    """Equal shares of a row of items, as slices in the order of the ranks.
+    """Divide a list of items into a slice for each rank, as equal as possible.
 
     Args:
-        total: number of the items.
-        count: number of the ranks.
-        unit: shares begin at multiples of this. They differ by one unit at most, and the last one may end within it.
+        total: number of items.
+        count: number of ranks.
+        unit: slices begin at multiples of this. Their lengths differ by at most one unit.
     """
     units = -(-total // unit)
     ends = [min(total, unit * (units * n // count)) for n in range(count + 1)]
@@ -222,13 +225,13 @@ def shares(total: int, count: int, unit: int = 1) -> list[slice]:
 
 
 def balanced(costs: Sequence[float], count: int) -> list[int]:
-    """The rank of each item that is not divided: the dearest go first, each to the rank with the least work.
+    """Assign a rank to each item: the most expensive items first, each to the rank with the least work.
 
-    No rank has more than 4/3 of the work of the best possible distribution (Graham 1969).
+    No rank gets more than 4/3 of the work that it has in the best possible assignment (Graham 1969).
 
     Args:
-        costs: the cost of each item.
-        count: number of the ranks.
+        costs: cost of each item.
+        count: number of ranks.
     """
     work, owners = [0.0] * count, [0] * len(costs)
     for n in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
@@ -239,18 +242,18 @@ def balanced(costs: Sequence[float], count: int) -> list[int]:
 
 @contextmanager
 def joined_with(log: Callable[[str], None]) -> Iterator[tuple[Ranks, Callable[[str], None]]]:
-    """Inside the `with` block, the process is one of the ranks that a launcher has started. Without one it is alone.
+    """Join the ranks that a launcher has started for the `with` block. Without a launcher the process is alone.
 
-    A process group that the caller has made is used. Each rank takes a GPU, where there are any.
+    A process group that the caller has made is used. If the machine has GPUs, each rank takes one.
 
     Args:
-        log: called with every line. Names in it come from files, so what does not print is spelled out.
+        log: prints a line. Names in lines come from files, so characters that do not print are escaped before.
 
     Yields:
-        The ranks, and a function that logs a line on rank 0 alone.
+        The ranks, and a function that logs a line on rank 0 only.
 
     Raises:
-        InputError: the ranks do not reach each other, or not every rank has a GPU of its own.
+        InputError: the ranks cannot reach each other, or not every rank has a GPU of its own.
     """
     ranks = ALONE
 
@@ -266,7 +269,7 @@ def joined_with(log: Callable[[str], None]) -> Iterator[tuple[Ranks, Callable[[s
     here, local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     has_gpu = torch.cuda.is_available()
     if has_gpu:
-        # A rank sees all GPUs of its machine, or its own alone.
+        # A rank sees all GPUs of its machine, or only its own.
         torch.cuda.set_device(local % torch.cuda.device_count())
     if made:
         with errors_in_one_line("the other ranks cannot be reached", "start with torchrun"):
@@ -274,17 +277,17 @@ def joined_with(log: Callable[[str], None]) -> Iterator[tuple[Ranks, Callable[[s
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), here, local)
     _check_gpus(ranks, has_gpu)
     yield ranks, say
-    # Not after an error: to leave a group in which a rank is lost may never end.
+    # Not after an error: leaving a group may wait for ever for a lost rank.
     if made:
         dist.destroy_process_group()
 
 
 def _check_gpus(ranks: Ranks, has_gpu: bool) -> None:
-    """Refuse ranks of which some have a GPU and others none, and two on one, which NCCL refuses in its own words."""
+    """Refuse ranks of which only some have a GPU, and two ranks on one GPU, where NCCL's message is hard to read."""
     gpus = ranks.gather(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if has_gpu else "")
     for number, gpu in enumerate(gpus):
         if any(gpus) and (not gpu or gpu in gpus[:number]):
             raise InputError(
                 f"rank {number} of {len(gpus)} has no GPU of its own: start one rank for each GPU, which sees all of "
-                "its machine or its own alone (CUDA_VISIBLE_DEVICES)"
+                "its machine or only its own (CUDA_VISIBLE_DEVICES)"
             )

@@ -1,7 +1,7 @@
-r"""Select layers by their names: `--include` and `--ignore`.
+r"""Select layers by patterns of their names: `--include` and `--ignore`.
 
-down_proj, layers.0, model.layers.3.mlp    layers that have it as whole parts of their dotted name
-re:.*layers\.(0|1)\.                       layers whose name the regular expression matches from its start
+down_proj, layers.0, model.layers.3.mlp    a name: layers whose dotted name contains it as whole parts
+re:.*layers\.(0|1)\.                       a regular expression: layers whose name it matches from the start
 """
 
 import re
@@ -17,12 +17,13 @@ _INDEX = re.compile(r"\[\d+\]$")
 
 
 def matches(pattern: str, layer: str) -> bool:
-    """Tell whether a pattern stands for a layer.
+    """Tell whether a pattern matches a layer.
 
     Args:
-        pattern: a name or re:PATTERN, see above.
-        layer: the layer's name, in which `.weight` at the end does not count. An expert that is a slice of a stacked
-            parameter has its index at the end, `experts.down_proj[3]`; plain names match with it and without it.
+        pattern: a name or re:PATTERN, see the module.
+        layer: the layer's name; `.weight` at its end is ignored. The name of an expert that is a slice of a stacked
+            parameter ends with its index, as in `experts.down_proj[3]`. A pattern that is a name matches with the index
+            and without it.
     """
     name = layer.removesuffix(".weight")
     if pattern.startswith(REGEX):
@@ -32,26 +33,26 @@ def matches(pattern: str, layer: str) -> bool:
 
 
 def without_index(layer: str) -> str:
-    """Name the parameter that a layer is, or is a slice of."""
+    """Return the name of the parameter that holds a layer: the layer's name without the index of an expert."""
     return _INDEX.sub("", layer)
 
 
 def selected(layer: str, include: Iterable[str], ignore: Iterable[str]) -> bool:
-    """Tell whether a layer is pruned: one of `include`, where that names any, and not one of `ignore`."""
+    """Tell whether a layer is pruned: if `include` is empty or matches it, and `ignore` does not match it."""
     include = tuple(include)
     included = not include or any(matches(pattern, layer) for pattern in include)
     return included and not any(matches(pattern, layer) for pattern in ignore)
 
 
 def check_patterns(name: str, patterns: Iterable[str]) -> None:
-    """Raise InputError if a pattern is empty or no regular expression."""
+    """Raise InputError if a pattern is empty or not a valid regular expression."""
     for pattern in patterns:
         if not pattern.removeprefix(REGEX):
             raise InputError(f"{option(name)}: empty; give the name of a layer or block, or {REGEX}PATTERN")
         if pattern.startswith(REGEX):
             try:
                 re.compile(pattern.removeprefix(REGEX))
-            # The last two: more repetitions or nesting than Python can compile.
+            # The last two are raised by more repetitions or nesting than Python can compile.
             except (re.error, OverflowError, RecursionError) as error:
                 raise InputError(f"{option(name, pattern)}: not a regular expression ({first_line(error)})") from error
 
@@ -63,8 +64,8 @@ def check_used(
 
     Args:
         layers: names of all prunable layers of the model.
-        include, ignore: patterns of layers, see above.
-        modules: names of all modules of the model. What is never pruned, such as a head, may be ignored by name.
+        include, ignore: patterns, see the module.
+        modules: names of all modules of the model. `ignore` may also name a module that is never pruned, as the head.
 
     Raises:
         InputError: a pattern matches no layer, or no layer is selected.
@@ -81,7 +82,7 @@ def check_used(
 
 
 def _example(pattern: str, layers: list[str]) -> str:
-    """Suggest names like a pattern that matches no layer, for its error; else any layer."""
+    """Suggest, for a message, names that are similar to a pattern, or else the name of any layer."""
     plain = re.sub(rf"^{REGEX}|[^\w.]", "", pattern).strip(".")
     names, length = [name.removesuffix(".weight").split(".") for name in layers], plain.count(".") + 1
     parts = sorted({".".join(name[i : i + length]) for name in names for i in range(len(name) - length + 1)})

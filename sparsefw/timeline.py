@@ -1,4 +1,4 @@
-"""Spans of time of a run: on the main thread, and on the threads that read the next block and write the last one."""
+"""Measure the phases of a run, on the main thread and on the threads that read and write blocks."""
 
 import threading
 import time
@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# Lanes: the main thread, and the threads that read and write beside it.
+# Lanes: the main thread, the thread that reads the next block, and the thread that writes the last one.
 MAIN, READ, WRITE = "main", "read", "write"
 
-# Phases of the main lane that launch nothing but copies out. The thread that writes these waits for them.
+# Phases of the main lane that launch only copies from the GPU, for which the writing thread waits.
 OF_HOST = ("wait", "write")
 
 
 @dataclass(frozen=True)
 class Span:
-    """A phase of a block, or of the whole model (block None), in seconds since the model was found."""
+    """Phase of a block, or of the whole model (block None), with start and end in seconds since the timeline began."""
 
     block: int | None
     lane: str
@@ -28,12 +28,12 @@ class Span:
 
 
 def of_rank(spans: Iterable[Span], number: int) -> list[Span]:
-    """The main lane of another rank, under its own name."""
+    """Select the main lane of another rank's spans, and name the lane after the rank."""
     return [replace(span, lane=f"rank {number}") for span in spans if span.lane == MAIN]
 
 
 class Timeline:
-    """Collects spans; safe to use from several threads."""
+    """Collection of spans, which several threads may use."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -42,7 +42,7 @@ class Timeline:
 
     @contextmanager
     def span(self, phase: str, block: int | None = None, lane: str = MAIN) -> Iterator[None]:
-        """Time the work inside. On the main lane that includes what it launches on a GPU, but for copies out."""
+        """Time the work in a `with` block. The main lane also waits for the work that it has launched on a GPU."""
         start = time.perf_counter()
         try:
             yield
@@ -54,7 +54,7 @@ class Timeline:
                 self.spans.append(Span(block, lane, phase, start - self._started, end - self._started))
 
     def seconds(self, block: int | None = None, lane: str = MAIN) -> dict[str, float]:
-        """Seconds by phase of one lane, of one block or (None) of all blocks."""
+        """Sum the seconds of one lane by phase, for one block or (None) for all blocks."""
         sums: dict[str, float] = defaultdict(float)
         for span in list(self.spans):
             if span.lane == lane and block in (None, span.block):

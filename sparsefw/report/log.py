@@ -1,6 +1,7 @@
-"""Lines that a run prints: sparsity and memory, a fixed-width row for each layer, the table at the end.
+"""Make the lines that a run prints: sparsity and memory, a fixed-width row for each layer, and the table at the end.
 
-Layers are of a type by their name inside their block, the same for all blocks and all experts.
+The type of a layer is its name inside its block, with `*` for the number of an expert. So all blocks and all experts
+have the same types.
 """
 
 import math
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
     from sparsefw.estimate.memory import MemoryNeeds
     from sparsefw.model import ModelShape
 
-# A slice of a stacked parameter, or the position in a list of modules.
+# Number of an expert: the index of a slice of a stacked parameter, or of a module in a list.
 _EXPERT = re.compile(r"(?<![^.\[])\d+(?![^.\]])")
 
-# Name with its unit, layout in the log (none: on the page alone), and text of each column.
+# Name with unit, layout in the log ("" for columns that only the page has), and text of each column.
 _COLUMNS: tuple[tuple[str, str, Callable[[LayerResult], str]], ...] = (
     ("layer", "<40", lambda layer: layer.name),
     ("shape", ">12", lambda layer: "x".join(map(str, layer.shape))),
@@ -48,12 +49,13 @@ LAYER_COLUMNS = tuple(name for name, *_ in _COLUMNS)
 
 @dataclass(frozen=True)
 class Progress:
-    """A block that is finished, for whoever shows the progress of a run.
+    """Progress of a run after a block.
 
     Attributes:
-        done, total: number of finished blocks, with this one, and of all.
-        block: its name, seconds and memory.
-        layers: a result for each of its layers and methods.
+        done: number of finished blocks, this one included.
+        total: number of all blocks.
+        block: name, seconds and memory of the block.
+        layers: a result for each layer of the block and each method.
     """
 
     done: int
@@ -66,11 +68,11 @@ class Progress:
 def progress_of(
     blocks: int, progress: bool | Callable[[Progress], None] | None
 ) -> Iterator[Callable[[BlockRecord, list[LayerResult]], None]]:
-    """Inside the `with` block, progress is shown; yields what is called with every finished block.
+    """Show progress during the `with` block; yields a function to call with each finished block.
 
     Args:
-        blocks: number of the blocks.
-        progress: what is called with the progress, or whether a bar is shown, see `bar_of_blocks`.
+        blocks: number of blocks.
+        progress: a function that is called with the progress, or whether a bar is shown, see `bar_of_blocks`.
     """
     if callable(progress):
         done = count(1)
@@ -87,32 +89,33 @@ def progress_of(
 
 
 def percent(share: float) -> str:
-    """A relative error in %."""
+    """Write a relative error in %."""
     return f"{100 * share:.2f}"
 
 
 def layer_cells(layer: LayerResult) -> list[str]:
-    """One layer's result, a text for each of LAYER_COLUMNS."""
+    """Write a layer's result as a text for each of LAYER_COLUMNS."""
     return [text(layer) for *_, text in _COLUMNS]
 
 
 def layer_header() -> str:
-    """Column names of the rows of `layer_row`. The last one is the peak of memory so far, which only the run knows."""
+    """Write the column names above the rows of `layer_row`. The last column is the peak of memory so far."""
     return _row(LAYER_COLUMNS, "GiB")
 
 
 def layer_row(layer: LayerResult, block: str) -> str:
-    """One layer's result, in no more than 100 columns; the peak is the GPU's where there is one, else the host's.
+    """Write a layer's result as a row of at most 100 characters, with the peak of memory of the GPU or else the host.
 
     Args:
         layer: the result.
-        block: name of its block; where the row is too long, its last two words are shown, as in layers.0.
+        block: name of the layer's block. If the layer's name is too long, all but the last two parts of this are
+            dropped from its beginning: layers.0 stays.
     """
     peak = peak_memory()
     name = layer.name.removesuffix(".weight").removeprefix("model.")
     if len(name) > 40:
         name = layer.name.removesuffix(".weight")[len(".".join(block.split(".")[:-2])) :].removeprefix(".")
-    # Its ends tell most of it.
+    # Beginning and end say most about a layer.
     name = name if len(name) <= 40 else f"{name[:12]}..{name[-26:]}"
     return _row([name, *layer_cells(layer)[1:]], f"{(peak['gpu_bytes'] or peak['host_bytes']) / 2**30:.2f}")
 
@@ -123,20 +126,21 @@ def _row(cells: Sequence[str], peak: str) -> str:
 
 
 def block_row(name: str, number: int, count: int, left: float = 0.0, found: Reconstruction | None = None) -> str:
-    """The end of a block.
+    """Write the line at the end of a block.
 
     Args:
-        name: its name.
-        number, count: which one it is, from 1, and of how many.
-        left: seconds that the blocks behind it are expected to take; 0: none, or not known.
-        found: how it was reconstructed; None: it was not.
+        name: name of the block.
+        number: number of the block, from 1.
+        count: number of all blocks.
+        left: seconds that the later blocks are expected to take; 0: there is no later block, or it is unknown.
+        found: the block's reconstruction; None: it had none.
     """
     time = f", {tqdm.format_interval(left)} left" if left else ""
     return f"block {number}/{count}{time}: {reconstruction_row(name, found) if found else name}"
 
 
 def reconstruction_row(block: str, found: Reconstruction) -> str:
-    """A block's reconstruction."""
+    """Write a block's reconstruction in one line."""
     notes = "; put back" if found.put_back else ""
     notes += f"; another run may give other bits: {found.varies}" if found.varies else ""
     loss = "loss" if found.loss == HIDDEN else f"loss of {found.loss}"
@@ -145,14 +149,14 @@ def reconstruction_row(block: str, found: Reconstruction) -> str:
 
 
 def result_columns(report: Report) -> list[str]:
-    """The names of the columns of `result_rows`."""
+    """Return the names of the columns of `result_rows`."""
     several = len(report.evaluation) > 1
     texts = [f"perplexity {n}" if several else "perplexity" for n, _ in enumerate(report.evaluation, 1)]
     return [*texts, "mask only, %", "error, %"]
 
 
 def result_notes(report: Report) -> Iterator[str]:
-    """The meaning of the columns, a line each."""
+    """Explain the columns of `result_rows`, a line for each."""
     for name, text in zip(result_columns(report), report.evaluation, strict=False):
         yield f"{name}: {amount(text.source, text.windows, text.seqlen)} of {text.source}"
     yield "error: relative to that of the warm start's mask, mean of layers; mask only: before weight updates"
@@ -162,17 +166,20 @@ def result_notes(report: Report) -> Iterator[str]:
 
 
 def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
-    """The dense model and every method: perplexity on each text, mean errors in % of the mask and in the end."""
+    """Yield the dense model and every method, each with its perplexities and its mean errors in %.
+
+    The errors are those of the mask and those of the written weights.
+    """
     for name in ([DENSE] if report.evaluation else []) + report.methods:
         layers = report.layers_of(name)
         errors = ([layer.relative_mask for layer in layers], [layer.relative_error for layer in layers])
-        # The dense model has none.
+        # The dense model has no errors.
         cells = [percent(fmean(of_layers)) if of_layers else "" for of_layers in errors]
         yield name, [f"{text.perplexity[name]:.3f}" for text in report.evaluation] + cells
 
 
 def summary(report: Report) -> Iterator[str]:
-    """The table at the end of a run: perplexity, and mean relative errors by method; peak memory, seconds."""
+    """Write the table at the end of a run, with notes on its columns, peaks of memory, and seconds."""
     yield "".join(f"{name:>14}" for name in ("", *result_columns(report)))
     for name, cells in result_rows(report):
         yield f"{name:14}{''.join(f'{cell:>14}' for cell in cells)}".rstrip()
@@ -184,7 +191,7 @@ def summary(report: Report) -> Iterator[str]:
 
 
 def reconstruction_line(report: Report) -> str:
-    """The gain of the reconstruction on held-out windows; empty if no block was reconstructed."""
+    """Write the gain of the reconstruction on held-out windows; empty if no block was reconstructed."""
     found = [block.reconstruction for block in report.blocks if block.reconstruction]
     if not found:
         return ""
@@ -197,7 +204,7 @@ def reconstruction_line(report: Report) -> str:
 
 
 def recovery_lines(report: Report) -> Iterator[str]:
-    """What each recovery has gained."""
+    """Write the gain of each recovery."""
     for one in report.recoveries:
         yield (
             f"recovered on {amount(one.data.source, one.data.windows, one.data.seqlen)} of {one.data.source}: "
@@ -208,7 +215,7 @@ def recovery_lines(report: Report) -> Iterator[str]:
 
 
 def rank_line(rank: RankRecord) -> str:
-    """The work, the waits and the memory of one of several processes."""
+    """Write the windows, the waits, the memory and the seconds of a rank."""
     return (
         f"{counted(rank.windows, 'window')}; {rank.waited:.1f} s waited for others; "
         f"{rank.peak_memory['host_bytes'] / 2**30:.2f} GiB (host); seconds: {_seconds(rank.seconds)}; "
@@ -221,7 +228,7 @@ def _seconds(by_phase: dict[str, float]) -> str:
 
 
 def _peaks(report: Report) -> str:
-    """The measured peaks beside their limits. Memory that torch has reserved counts against a GPU's limit."""
+    """Write the measured peaks and their limits. On a GPU the limit is compared with the memory torch has reserved."""
     peak, limits = ({name: n / 2**30 for name, n in of.items()} for of in (report.peak_memory, report.memory.limits))
     text = f"{peak['host_bytes']:.2f} of {limits['host']:.2f} GiB (host)"
     if "gpu" in limits:
@@ -230,7 +237,7 @@ def _peaks(report: Report) -> str:
 
 
 def kept_dense_line(report: Report) -> str:
-    """The matrices inside the blocks that were not pruned, by type; empty if all were."""
+    """Write which matrices of blocks stayed dense, by type; empty if all were pruned."""
     kinds = [
         f"{count} x {kind} (block{'' if blocks.isdecimal() else 's'} {blocks})"
         for kind, count, blocks in kept_dense(report)
@@ -239,7 +246,7 @@ def kept_dense_line(report: Report) -> str:
 
 
 def kept_line(report: Report) -> str:
-    """The number of kept weights, of layers, and of matrices kept dense."""
+    """Write the number of kept weights, of layers, and of matrices that stayed dense."""
     layers = report.layers_of(report.method)
     kept, size = sum(layer.kept for layer in layers), sum(math.prod(layer.shape) for layer in layers)
     dense = f"; {len(report.kept_dense):,} matrices kept dense" if report.kept_dense else ""
@@ -250,13 +257,13 @@ def kept_line(report: Report) -> str:
 
 
 def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str, int], of_batches: bool = False) -> str:
-    """The memory that a run expects to take.
+    """Write the memory that a run is expected to take.
 
     Args:
-        placement: what is held at once, and where.
+        placement: sizes of micro-batches and solves, and the place of activations.
         needs: bytes expected at the peak, by place.
         limits: memory limits in bytes, by place.
-        of_batches: whether a caller's batches run through the model, and not windows.
+        of_batches: whether a caller's batches run through the model in place of windows.
     """
     held = "a batch" if of_batches else counted(placement.batch, "window")
     peaks = [f"{getattr(needs, what) / 2**30:.2f} of {n / 2**30:.2f} GiB ({what})" for what, n in limits.items()]
@@ -271,22 +278,23 @@ def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str,
 
 
 def sparsity_line(config: PruneConfig, shape: "ModelShape", whole: "ModelShape") -> str:
-    """The share of the weights that is removed, which may differ a little from --sparsity.
+    """Write the share of the weights that is removed, which may differ a little from --sparsity.
 
-    Every row, group or matrix loses a whole number of weights. Compared methods are named if they remove another share.
+    A row, a group or a matrix loses a whole number of weights. A compared method is named if it removes another share.
 
     Args:
         config: pattern, methods and selection of layers.
         shape: shape of the model with the layers that are pruned.
-        whole: the same with all prunable layers.
+        whole: shape of the model with all prunable layers.
     """
-    total, prunable = (sum(rows * d * n for (rows, d), n in _sizes(of).items()) for of in (shape, whole))
+    weights = _weights(shape)
+    total, prunable = (sum(counts.values()) for counts in (weights, _weights(whole)))
     removed = {}
     for method in config.methods:
         kept = 0
-        for (rows, d), n in _sizes(shape).items():
+        for (rows, d), n in weights.items():
             size, kept_of_size = patterns.budget(config.pattern, rows, d, METHODS[method].rows_independent)
-            kept += n * rows * d // size * kept_of_size
+            kept += n // size * kept_of_size
         removed[method] = f"{1 - kept / total:.2%}"
     own = removed[config.method]
     line = f"sparsity: {own} of {total:,} weights"
@@ -296,27 +304,29 @@ def sparsity_line(config: PruneConfig, shape: "ModelShape", whole: "ModelShape")
     return line
 
 
-def _sizes(shape: "ModelShape") -> dict[tuple[int, int], int]:
-    """How many matrices of each shape (rows, d) there are."""
-    return Counter(
-        (layer.rows, layer.d) for block in shape.blocks for layer in block.layers for _ in range(layer.experts or 1)
-    )
+def _weights(shape: "ModelShape") -> Counter[tuple[int, int]]:
+    """Count the weights of a model's layers by the shape (rows, d) of their matrices."""
+    counts = Counter[tuple[int, int]]()
+    for block in shape.blocks:
+        for layer in block.layers:
+            counts[layer.rows, layer.d] += layer.rows * layer.d * (layer.experts or 1)
+    return counts
 
 
 def positions_of(report: Report) -> dict[str, int]:
-    """The position of every block by its name."""
+    """Return the position of every block by its name."""
     return {block.name: i for i, block in enumerate(report.blocks)}
 
 
 def locate(name: str, positions: dict[str, int]) -> tuple[int, str]:
-    """The position of a tensor's block, and the tensor's type: its name inside the block, `*` for an expert's number.
+    """Find the position of a tensor's block, and the tensor's type.
 
     Args:
         name: name of the tensor.
         positions: positions of the blocks, see `positions_of`.
 
     Raises:
-        ValueError: the tensor lies in none of the blocks.
+        ValueError: the tensor is in no block.
     """
     for dot in re.finditer(r"\.", name):
         if (prefix := name[: dot.start()]) in positions:
@@ -325,9 +335,9 @@ def locate(name: str, positions: dict[str, int]) -> tuple[int, str]:
 
 
 def kept_dense(report: Report) -> list[tuple[str, str, str]]:
-    """The types of the matrices that were not pruned: type, how many, and in which blocks.
+    """List the types of matrices that stayed dense: type, number, and blocks.
 
-    Those in blocks that text does not run through are types of their own, named in full.
+    A matrix in a block that text does not run through has a type of its own, its full name.
     """
     numbers: dict[str, list[int]] = defaultdict(list)
     positions, idle = positions_of(report), Counter[str]()
@@ -343,8 +353,8 @@ def kept_dense(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Whole numbers in ascending order, with runs of three or more abridged: "0 to 3, 7, 8"."""
-    # In a run, numbers go up as their positions do.
+    """Write whole numbers in ascending order, with runs of three or more abridged: "0 to 3, 7, 8"."""
+    # In a run, numbers rise by the same steps as their positions.
     by_run = groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0])
     runs = [[number for _, number in run] for _, run in by_run]
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
