@@ -5,10 +5,10 @@
     flops = 2 tokens rows d                                (triangle: tokens d (d + 1))
     bytes = 2 tokens (rows + d) + 8 rows d                 (triangle: 2 tokens d + 4 d (d + 1))
 
-The kernel runs on sm_90 and later. As many programs as multiprocessors walk the tiles. Bulk copies through tensor
-descriptors load both operands, and tensor cores read them transposed from shared memory, so no thread computes an
-address or moves an operand. A tile is added to S by bulk copies, too: the memory adds, and the sums so far never come
-to a register. The loads of the next tile start before.
+The kernel runs on sm_90 and later. It launches a program for each multiprocessor, and the programs walk the tiles. Bulk
+copies through tensor descriptors load both operands, and tensor cores read them transposed from shared memory, so no
+thread computes an address or moves an operand. Bulk copies also add a tile to S: the memory adds, and no sum of S is
+loaded to a register. Meanwhile the loads of the next tile run.
 
 Each entry belongs to one program and is added once, so every run gives the same bits. Products are exact, and sums are
 accumulated in fp32. Tiles on the diagonal also add to entries above it, which are undefined until they are mirrored.
@@ -28,33 +28,33 @@ from .device import INTERPRET, dot, grouped_tile, quarters, triangle_tile
 from .launch import describable, multiprocessors, platform, triangle_tiles
 from .product import DESCRIPTORS, TRITON_DTYPES
 
-# Tensor cores read 16-bit operands transposed from shared memory, and no others.
+# The dtypes that tensor cores can read transposed from shared memory.
 TRANSPOSABLE = (torch.bfloat16, torch.float16)
 
-# The launch options there are, and the time that a tile is expected to take beside a tile of the others. Small tiles
-# win where large ones leave the last round of programs almost empty.
+# Launch options, each with the expected time of a tile in relation to the others. Small tiles win where large ones
+# leave the last round of programs almost empty.
 TILES = (
     (8, dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=16, num_warps=8, num_stages=4)),
     (5, dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=16, num_warps=8, num_stages=6)),
 )
 
-# With fewer tiles of 128 x 128 than this, a GPU is better filled by the smaller tiles of the other kernels.
+# With fewer tiles of 128 x 128 than this, the smaller tiles of the other kernels fill a GPU better.
 ENOUGH = 128
 
 
 def tile_count(rows: int, d: int, triangle: bool, block_m: int, block_n: int) -> int:
-    """Number of tiles of a (rows, d) matrix, or of its lower triangle."""
+    """Count the tiles of a (rows, d) matrix, or of its lower triangle."""
     return triangle_tiles(d, block_m, block_n) if triangle else triton.cdiv(rows, block_m) * triton.cdiv(d, block_n)
 
 
 def suits(S: Tensor, D: Tensor, X: Tensor, *, triangle: bool) -> bool:
-    """Whether this kernel can add D^T X to S, and has enough tiles to fill a GPU."""
+    """Tell whether this kernel can add D^T X to S, with enough tiles to fill a GPU."""
     able = platform() in DESCRIPTORS and X.dtype in TRANSPOSABLE and all(map(describable, (S, D, X)))
     return able and tile_count(S.shape[0], S.shape[1], triangle, 128, 128) >= ENOUGH
 
 
 def configuration(rows: int, d: int, triangle: bool, programs: int) -> dict[str, int]:
-    """The launch options that take the least time: rounds of `programs` tiles, times the time of a tile."""
+    """Choose the launch options of the least time: rounds of `programs` tiles, times the time of a tile."""
 
     def seconds(entry: tuple[int, dict[str, int]]) -> int:
         cost, options = entry
@@ -67,7 +67,8 @@ def configuration(rows: int, d: int, triangle: bool, programs: int) -> dict[str,
 @triton.jit
 def _add(S, first_m, first_n, tile):
     if INTERPRET:
-        # It has no bulk copies that add, and runs one program after another.
+        # The interpreter has no bulk copies that add. It runs one program after the other, so a load and a store will
+        # do.
         S.store([first_m, first_n], S.load([first_m, first_n]) + tile)
     else:
         S.atomic_add([first_m, first_n], tile)
@@ -79,8 +80,8 @@ def _accumulate_kernel(
     TRIANGLE: tl.constexpr, DTYPE: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # In a flattened loop the loads of the next tile start while this one is added. For sm_100 Triton 3.6 would give
-    # each quarter of a tile shared memory of its own there, more than there is.
+    # In a flattened loop the loads of the next tile start while this one is added. For sm_100 the loop stays as it is:
+    # Triton 3.6 would give each quarter of a tile its own shared memory, more than there is.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not cuda_capability_geq(10)):
         if TRIANGLE:
             first_m, first_n = triangle_tile(tile, d, GROUP_M, BLOCK_M, BLOCK_N)
@@ -102,13 +103,14 @@ def _accumulate_kernel(
 
 
 def accumulate(S: Tensor, D: Tensor, X: Tensor, *, triangle: bool) -> None:
-    """S += D^T X in place, on the current device. The caller has checked the arguments, and that they `suits`.
+    """Add D^T X to S in place, on the current device. The caller has checked the arguments, and that this kernel
+    `suits`.
 
     Args:
         S: (rows, d) fp32.
         D: (tokens, rows), bf16 or fp16.
         X: (tokens, d), dtype of D.
-        triangle: add to the lower triangle of S only; rows = d. What stands above is undefined afterwards.
+        triangle: whether to add only to the lower triangle of S; rows = d. Entries above it become undefined.
     """
     (tokens, d), rows, programs = X.shape, D.shape[1], multiprocessors(X.device)
     config = configuration(rows, d, triangle, programs)

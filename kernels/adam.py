@@ -1,4 +1,4 @@
-"""adam_step: a step of Adam of the kept entries of a parameter, in place, in one pass.
+"""adam_step: move the kept entries of a parameter by a step of Adam, in place, in one pass.
 
     g = gradient[index];   m += 0.1 (g - m);   v += 0.001 (g^2 - v)
     weight -= rate m' / (sqrt(v') + epsilon);   W[index] = weight, rounded
@@ -9,9 +9,9 @@
     flops = 12 kept
     bytes = kept (size(index) + 24) + n (size(gradient) + 2 size(W))
 
-The floor is the bytes' time. Where two of five entries are kept, nearly all sectors of the gradient are read, and those
-of W are read and written, since a part of each is kept. As separate operations of torch the same step moves 2.4 times
-the bytes: entries are gathered, widened, narrowed and scattered by passes of their own, with an index in int64.
+The step takes at least the time of its bytes. If two of five entries are kept, nearly every sector of memory has a kept
+entry: so all of the gradient is read, and all of W is read and written. As separate operations of torch the same step
+moves 2.4 times the bytes: passes of their own gather, widen, narrow and scatter the entries, with an index in int64.
 """
 
 import torch
@@ -46,19 +46,20 @@ def _adam_kernel(
 def adam_step(
     W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor, m: Tensor, v: Tensor, *, rate: float, step: int
 ) -> None:
-    """Move the kept entries of W against their gradient. No tensor has gaps.
+    """Move the kept entries of W against their gradient. All tensors are contiguous.
 
     Args:
         W: (n,), fp32 / bf16 / fp16 / fp64, written at `index`.
         gradient: (n,), in the dtype of W.
-        index: (kept,) int32 or int64, places of the kept entries, each at most once.
-        weight: (kept,) fp32, or fp64 if W is: the kept entries as they are moved; changed.
-        m, v: (kept,), in the dtype of `weight`: the means of the gradient and of its square, 0 at first; changed.
-        rate: the length of a step whose gradients are equal.
+        index: (kept,) int32 or int64 positions of the kept entries, each at most once.
+        weight: (kept,) fp32, or fp64 if W is: unrounded kept entries; changed.
+        m, v: (kept,), in the dtype of `weight`: means of the gradient and of its square, 0 before the first step;
+            changed.
+        rate: length of a step, if all gradients so far were equal.
         step: number of the step, from 1.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     wide = torch.promote_types(W.dtype, torch.float32)
     check("W", W, (W.numel(),), (*FLOATS, torch.float64), W)

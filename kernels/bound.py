@@ -1,4 +1,6 @@
-"""bound_scores and bound_sums: the lower bound of the error, before and after its vertex is chosen. In one pass each.
+"""bound_scores and bound_sums: compute the lower bound of the error, before and after its vertex is chosen.
+
+Each is one pass.
 
     r        = R - (target_gap + W * (1 - M)) damping
     score    = W r
@@ -10,7 +12,7 @@
     bound_scores    flops = 7 rows d    bytes = rows d (size(W) + 4 + 4, + 4 with damping (M), + 4 with target_gap)
     bound_sums      flops = 5 rows d    bytes = rows d (4 + 4 + 1)
 
-The floor is the bytes' time.
+Each takes at least the time of its bytes.
 """
 
 import torch
@@ -71,20 +73,20 @@ def _bound_sums_kernel(
 def bound_scores(
     W: Tensor, R: Tensor, M: Tensor, *, target_gap: Tensor | None = None, damping: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scores of the bound's vertex, and the bound's constant.
+    """Compute the scores of the bound's vertex, and the bound's constant.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous.
-        R: (rows, d) fp32, (target_gap + W * (1 - M)) G, on G with `damping` added to its diagonal.
+        R: (rows, d) fp32, (target_gap + W * (1 - M)) (G + damping).
         M: (rows, d) fp32, the relaxed mask.
-        target_gap: (rows, d) fp32, the target minus W; None if they are the same.
-        damping: (d,) fp32, contiguous; None: 0.
+        target_gap: (rows, d) fp32, target minus W; None if both are the same.
+        damping: (d,) fp32, contiguous, the damping of G's diagonal; None: 0.
 
     Returns:
         score (rows, d) fp32, and constant (rows,) fp32.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     rows, d = check_matrix("W", W, FLOATS)
     FP32 = (torch.float32,)
@@ -106,7 +108,7 @@ def bound_scores(
 
 
 def bound_sums(score: Tensor, M: Tensor, V: Tensor) -> Tensor:
-    """sum(score * (1 + M - 2 V)) of every row, (rows,) fp32.
+    """Compute sum(score * (1 + M - 2 V)) of every row, (rows,) fp32.
 
     Args:
         score: (rows, d) fp32, from `bound_scores`. The rows of every matrix are contiguous.
@@ -114,7 +116,7 @@ def bound_sums(score: Tensor, M: Tensor, V: Tensor) -> Tensor:
         V: (rows, d) bool, the vertex of the score.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     FP32 = (torch.float32,)
     rows, d = check_matrix("score", score, FP32)

@@ -1,4 +1,4 @@
-"""candidates: weights among which a refitted mask is chosen again, and the scores of the choice, in one pass.
+"""candidates: compute the weights from which a refitted mask is chosen again, and their scores, in one pass.
 
     T     = Z at kept weights and outside the support,  Z + R inverse at the other removed weights
     score = |T| root (1 + margin mask)
@@ -8,7 +8,7 @@
     flops = 6 rows d
     bytes = rows d (8 + 1 + 8, + 1 with support)      (Z R mask in, T score out)
 
-The floor is the bytes' time.
+It takes at least the time of its bytes.
 """
 
 import torch
@@ -60,22 +60,22 @@ def candidates(
     margin: Tensor | None = None,
     support: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Candidates and their scores.
+    """Compute the candidates and their scores.
 
     Args:
         Z: (rows, d) fp32, refitted weights, 0 outside the mask. The rows of every matrix are contiguous.
         R: (rows, d) fp32, (W - Z) G.
-        mask: (rows, d) bool, the weights that are kept.
+        mask: (rows, d) bool, True keeps a weight.
         inverse: (d,) fp32, contiguous, 1 / diag(G).
         root: (d,) fp32, contiguous, the square roots of diag(G).
-        margin: (rows,) fp32, contiguous, by which a removed weight has to be better than a kept one; None: 0.
-        support: (rows, d) bool, weights that may be nonzero; None: all.
+        margin: (rows,) fp32, contiguous: a removed weight must beat a kept one by this share; None: 0.
+        support: (rows, d) bool, True where a weight may be nonzero; None: everywhere.
 
     Returns:
         T and score, (rows, d) fp32 each.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     FP32, BOOL = (torch.float32,), (torch.bool,)
     rows, d = check_matrix("Z", Z, FP32)
@@ -84,7 +84,7 @@ def candidates(
     check_vector("root", root, d, Z)
     if margin is not None:
         check_vector("margin", margin, rows, Z)
-    # Two allocations: the score is freed long before T.
+    # Two allocations, since the score is freed long before T.
     T, score = (torch.empty(rows, d, dtype=torch.float32, device=Z.device) for _ in range(2))
     if Z.numel() == 0:
         return T, score

@@ -1,4 +1,4 @@
-"""conjugate_step: a step of conjugate gradients except for the product, in place. A program works on a few rows.
+"""conjugate_step: make a step of conjugate gradients but for its product, in place. A program works on a few rows.
 
     a  = rz / <P, U>                             0 where a row is done, rz <= enough
     Z += a P                                     R -= a U
@@ -12,9 +12,9 @@
     bytes = rows d (12 + 1 + 8 + 2 size(P))      (P U Z R and mask in, Z R P out)
             the first step reads R and mask and writes P; the last step neither reads mask nor writes P
 
-A row that fits one chunk stays in registers from the first load to the last store. A longer row takes passes over its
-chunks, which come from the cache as far as they fit there: A adds up <P, U>, B moves Z and R and adds up rz', C writes
-the next P. Every pass begins where the last one ended, since the chunks that were read last are surely in the cache.
+A row that fits one chunk stays in registers from the first load to the last store. A longer row needs passes over its
+chunks, which are read from the cache as far as they fit: A sums <P, U>, B moves Z and R and sums rz', C writes the next
+P. Every pass begins where the last one ended, since the cache surely holds the chunks that were read last.
 """
 
 import torch
@@ -28,29 +28,29 @@ from .launch import check_matrix, check_rows, check_vector, interpreter_tile, on
 
 
 def configuration(rows: int, d: int) -> dict[str, int]:
-    """Tile sizes and launch options: chunks of up to 8192 columns."""
+    """Choose tile sizes and launch options, with chunks of up to 8192 columns."""
     width = triton.next_power_of_2(d)
     if platform() == "interpreter":
         return interpreter_tile(rows, width)
     if width <= 2048:
-        # 4 entries of each matrix a thread: with 8 or 16 of them some versions of Triton spill a few registers.
+        # A thread has 4 entries of each matrix. With 8 or 16 some versions of Triton spill a few registers.
         return dict(BLOCK_R=max(1, 1024 // width), BLOCK_D=width, num_warps=warps(max(8, width // 128)))
     if width <= 8192:
-        # 16 entries of each matrix a thread.
+        # A thread has 16 entries of each matrix.
         return dict(BLOCK_R=1, BLOCK_D=width, num_warps=warps(width // 512))
-    # A multiprocessor has one long row at a time: the fewer rows are under way, the more of each the cache holds.
+    # A multiprocessor works on one long row at a time: with fewer rows at work, the cache holds more of each.
     return dict(BLOCK_R=1, BLOCK_D=8192, num_warps=warps(32))
 
 
 @triton.jit
 def _ratio(numerator, denominator):
-    """The ratio, or 0 where the denominator is not positive: nothing is left to gain in that row."""
+    """Divide, with 0 where the denominator is not positive, since such a row has nothing left to gain."""
     return tl.where(denominator > 0, numerator / tl.where(denominator > 0, denominator, 1.0), 0.0)
 
 
 @triton.jit
 def _move(Z, R, column, valid, p, u, a):
-    """Move one chunk of Z and R along p; returns the new R."""
+    """Move one chunk of Z and R along p, and return the new R."""
     z = tl.load(Z + column[None, :], mask=valid, other=0.0)
     r = tl.load(R + column[None, :], mask=valid, other=0.0)
     r -= a[:, None] * u
@@ -61,7 +61,7 @@ def _move(Z, R, column, valid, p, u, a):
 
 @triton.jit
 def _preconditioned(INVERSE, MASK, r, column, valid, valid_d):
-    """The masked r, and z: r times the preconditioner."""
+    """Mask r, and multiply it by the preconditioner."""
     if MASK is not None:
         r = tl.where(tl.load(MASK + column[None, :], mask=valid, other=0).to(tl.int1), r, 0.0)
     return r, r * tl.load(INVERSE + column, mask=valid_d, other=0.0)[None, :]
@@ -165,7 +165,7 @@ def conjugate_step(
     first: bool = False,
     last: bool = False,
 ) -> None:
-    """A step of conjugate gradients, in place.
+    """Make a step of conjugate gradients but for its product, in place.
 
     Args:
         Z, R, U: (rows, d) fp32 with contiguous rows (column stride 1).
@@ -173,11 +173,12 @@ def conjugate_step(
         rz, enough: (rows,) fp32, contiguous.
         inverse: (d,) fp32, contiguous.
         mask: (rows, d) bool with contiguous rows, or None.
-        first: before the first move. P, rz and enough are only written, Z and R stay, U is not read.
-        last: after the last product. Z and R move; P, rz and enough stay.
+        first: whether this is the call before the first product. P, rz and enough are written, Z and R stay, and U is
+            not read.
+        last: whether this is the call after the last product. Z and R move; P, rz and enough stay.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     FP32, DIRECTION = (torch.float32,), (torch.float32, torch.bfloat16)
     rows, d = check_matrix("Z", Z, FP32)

@@ -1,10 +1,10 @@
-"""The operations in torch, for a CPU: what `--kernel torch` runs.
+"""Operations in plain torch, arranged for a CPU: `--kernel torch` runs them.
 
-Formulas and arguments of each operation stand with the Triton kernel of its name; tests compare both with a plain
-specification. Here every operation is arranged for a CPU: in place, in blocks of rows that stay in the cache, without
-operations on bool tensors (topk_torch.py says why), and with few temporaries, since one as large as a chunk of rows
-costs more than the arithmetic on it when the system has to hand out its memory. It runs on a GPU too, but is not tuned
-for one. Results do not depend on the size of the blocks.
+The Triton kernel of the same name documents an operation's formula and arguments, and tests compare both with a plain
+specification. The operations work in place, in blocks of rows that stay in the cache, and without arithmetic on bool
+tensors (`topk_torch.py` says why). They make few temporaries: if the system has to allocate one of the size of a chunk,
+that takes longer than the arithmetic on it. They also run on a GPU, but are not tuned for one. Results do not depend on
+the size of the blocks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +17,16 @@ from torch.optim.adam import adam
 from .definitions import ADAM_EPSILON, CONVERGED, DECAYS, LEAST_GAIN, RowState, check_budget, check_precision
 from .topk_torch import as_float, at_least, infinite, masked, row_blocks, select
 
-# Rows of a panel of a Gram matrix: 0.6 to 0.7 of the time of the whole square, where its flops are half.
+# Rows of a panel of a Gram matrix. In panels the lower triangle takes 0.6 to 0.7 of the time of the square, for half of
+# its flops.
 PANEL = 192
 
-# Rows that are mirrored at once, so that no second G is allocated.
+# Rows that are mirrored at a time, so that no second G is allocated.
 MIRRORED = 512
 
 
 def round_operand(X: Tensor, precision: str) -> Tensor:
-    """X in fp32, rounded to what tensor cores read at `precision`."""
+    """Convert X to fp32, rounded as tensor cores round it at `precision`."""
     check_precision(precision)
     X = X.float()
     if precision == "ieee":
@@ -36,13 +37,13 @@ def round_operand(X: Tensor, precision: str) -> Tensor:
     if precision == "bf16":
         return X.bfloat16().float()
     bits = X.view(torch.int32)
-    # Round to nearest even at bit 13, as an integer: the carry into the exponent is the right one.
+    # Round to nearest even at bit 13, as an integer. A carry into the exponent gives the right number.
     even = (bits >> 13).bitwise_and_(1)
     return even.add_(bits).add_(0xFFF).bitwise_and_(~0x1FFF).view(torch.float32)
 
 
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
-    """E G."""
+    """Multiply E G."""
     if add:
         assert out is not None
         return out.addmm_(round_operand(E, precision), round_operand(G, precision))
@@ -50,12 +51,12 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
 
 
 def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
-    """E C^T."""
+    """Multiply E C^T."""
     return product(E, C.T, precision=precision)
 
 
 def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """Lower triangle of G += X^T X in place, in panels of rows."""
+    """Add X^T X to the lower triangle of G in place, in panels of rows."""
     X = round_operand(X, precision)
     for start in range(0, len(G), PANEL):
         stop = start + PANEL
@@ -74,7 +75,7 @@ def mirror_lower(G: Tensor) -> Tensor:
 
 
 def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """B += D^T X in place."""
+    """Add D^T X to B in place."""
     return B.addmm_(round_operand(D, precision).T, round_operand(X, precision))
 
 
@@ -88,7 +89,7 @@ def lmo(
     checked: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The vertex that keeps the k best scores of every row; topk_torch.py selects."""
+    """Choose the vertex that keeps the k best scores of every row, by `topk_torch.select`."""
     check_budget(score.shape, k, group)
     # A row with a NaN has a NaN as its maximum.
     if checked and score.numel() and score.amax(1).isnan().any():
@@ -104,9 +105,9 @@ def row_step(
     theta: float | Tensor = 0.0,
     next_theta: float | Tensor = 0.0,
 ) -> None:
-    """One Frank-Wolfe step of every row, in place, in blocks of rows that stay in the cache.
+    """Make a Frank-Wolfe step of every row, in place, in blocks of rows that stay in the cache.
 
-    The next scores overwrite U. The selection needs no threshold to start from.
+    The next scores overwrite U. The state's threshold is not used.
     """
     W, k, fixed, target_gap = state.W, state.k, state.fixed, state.target_gap
     theta, next_theta = float(theta), float(next_theta)
@@ -132,9 +133,9 @@ def row_step(
 
 
 def _line_search(w: Tensor, q: Tensor | None, m: Tensor, r: Tensor, D: Tensor, B: Tensor, theta: float) -> Tensor:
-    """The step sizes (rows,) of a line search, with D = V - M and B = U - R."""
+    """Compute the step sizes (rows,) of a line search, with D = V - M and B = U - R."""
     wD = w * D
-    # Half of -lin, in few calls: a call on one number per row takes as long as arithmetic on whole rows.
+    # Half of -lin, in few calls: a call on one number a row takes as long as one on whole rows.
     half, quad = (wD * r).sum(1), wD.mul_(B).sum(1).neg_()
     if q is not None and theta:
         qD = torch.mul(q, D, out=wD)
@@ -144,7 +145,7 @@ def _line_search(w: Tensor, q: Tensor | None, m: Tensor, r: Tensor, D: Tensor, B
 
 
 def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:
-    """Run step(*row) for every row of `numbers`, whatever tensors it is `like`; yields after each. See repeat.py."""
+    """Run step(*row) for every row of `numbers`, and yield after each; see `repeat.py`. `like` is not used."""
     for row in numbers:
         step(*row)
         yield
@@ -166,7 +167,7 @@ def row_swaps(
         i, p, change = _best_swap(W, a, b, blocks)
         go = change < least
         if not go.all():
-            # Rows without a swap are done and leave the search.
+            # Rows without a swap are done, and leave the search.
             R[rows], V[rows] = r, v
             W, q, least, rows, r, v, i, p = (x[go] for x in (W, q, least, rows, r, v, i, p))
             fixed_rows = fixed_rows if fixed is None else fixed_rows[go]
@@ -179,13 +180,13 @@ def row_swaps(
 
 
 def _diagonal_blocks(G: Tensor, m: int) -> Tensor:
-    """The blocks of G that belong to groups of m columns, (d / m, m, m)."""
+    """Return the diagonal blocks of G for groups of m columns, (d / m, m, m)."""
     groups = len(G) // m if m else 1
     return G.view(groups, m, groups, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _best_swap(W: Tensor, a: Tensor, b: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best swap (i, p) of every row, and its change of the error; a and b (rows, d) are inf where impossible."""
+    """Find the best swap (i, p) of every row and its change of the error; a, b (rows, d) are inf where impossible."""
     groups, m, _ = blocks.shape
     shape = (len(W), groups, m)
     w, a, b = W.view(shape), a.view(shape), b.view(shape)
@@ -208,7 +209,7 @@ def _best_swap(W: Tensor, a: Tensor, b: Tensor, blocks: Tensor) -> tuple[Tensor,
 
 
 def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """target_gap + W * (1 - mask)."""
+    """Compute target_gap + W * (1 - mask)."""
     E = masked(W, ~mask)
     if target_gap is not None:
         # In place where the sum has the dtype of W.
@@ -217,21 +218,21 @@ def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None = None, *, out: T
 
 
 def begin_fit(W: Tensor, start: Tensor, mask: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Z = mask * start, and W - Z."""
+    """Compute Z = mask * start, and W - Z."""
     Z = masked(start.float(), mask)
     return Z, torch.sub(W, Z).to(dtype)
 
 
 def row_errors(W: Tensor, R: Tensor, Z: Tensor | None = None) -> Tensor:
-    """sum((W - Z) * R) of every row."""
+    """Compute sum((W - Z) * R) of every row."""
     E = W * R if Z is None else W.float().sub(Z).mul_(R)
     return E.sum(1)
 
 
 def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
-    """X[taken] = Y[taken]."""
+    """Set X[taken] = Y[taken]."""
     if X.device.type != "cpu":
-        # Without a list of the rows, for which the host would wait.
+        # Indexing by a bool tensor would make the host wait for the list of rows.
         X.copy_(torch.where(taken[:, None], Y, X))
         return
     rows = torch.from_numpy(np.flatnonzero(taken.numpy()))
@@ -249,7 +250,7 @@ def candidates(
     margin: Tensor | None = None,
     support: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Candidates and their scores."""
+    """Compute the candidates and their scores."""
     T = masked(R * inverse, ~mask if support is None else ~mask & support).add_(Z)
     score = torch.abs(T).mul_(root)
     return T, score if margin is None else score.mul_(as_float(mask).mul_(margin[:, None]).add_(1))
@@ -258,7 +259,7 @@ def candidates(
 def bound_scores(
     W: Tensor, R: Tensor, M: Tensor, *, target_gap: Tensor | None = None, damping: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """W * R without the share of the damping, and its constant."""
+    """Compute the scores of the bound's vertex, and the bound's constant."""
     if damping is not None:
         E = (1 - M).mul_(W)
         E = E if target_gap is None else E.add_(target_gap)
@@ -267,15 +268,15 @@ def bound_scores(
 
 
 def bound_sums(score: Tensor, M: Tensor, V: Tensor) -> Tensor:
-    """sum(score * (1 + M - 2 V))."""
+    """Compute sum(score * (1 + M - 2 V)) of every row."""
     return as_float(V).mul_(-2).add_(M).add_(1).mul_(score).sum(1)
 
 
 def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
-    """The mask of the k highest M, ties by saliency.
+    """Choose the mask of the k highest M, with ties by saliency.
 
-    A row (or group) with exactly k entries of at least 1/2 keeps these. After a penalty nearly all rows are such, and
-    numpy takes several times as long to partition entries that are all 0 or 1.
+    A row (or group) with exactly k entries of at least 1/2 keeps these. After a penalty that holds for nearly all rows,
+    and numpy needs several times as long to partition entries that are all 0 or 1.
     """
     check_budget(M.shape, k, group)
     shape, width = M.shape, group or M.shape[1]
@@ -307,7 +308,7 @@ def conjugate_step(
     first: bool = False,
     last: bool = False,
 ) -> None:
-    """One step of conjugate gradients of every row, in place, in blocks of rows."""
+    """Make a step of conjugate gradients of every row but for the product, in place, in blocks of rows."""
     for rows in row_blocks(Z):
         r, p = R[rows], P[rows].float()
         if not first:
@@ -333,8 +334,8 @@ def conjugate_step(
 def adam_step(
     W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor, m: Tensor, v: Tensor, *, rate: float, step: int
 ) -> None:
-    """A step of Adam of the entries of W at `index`."""
-    # torch counts the step before it makes it.
+    """Make a step of Adam of the entries of W at `index`."""
+    # torch adds 1 before it makes the step.
     done = torch.full((), step - 1.0, dtype=torch.float32, device=W.device)
     g = gradient.index_select(0, index).to(weight.dtype)
     adam(
@@ -345,5 +346,5 @@ def adam_step(
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 0 where the denominator is not positive: nothing is left to gain there."""
+    """Divide, with 0 where the denominator is not positive, since such a row has nothing left to gain."""
     return torch.where(denominator > 0, numerator / denominator, 0)

@@ -1,4 +1,4 @@
-"""cross_accumulate: B += D^T X in place.
+"""cross_accumulate: add D^T X to B in place.
 
     D (tokens, rows), X (tokens, d) fp32 / bf16 / fp16, of the same dtype     B (rows, d) fp32
 
@@ -21,20 +21,20 @@ from .product import TRITON_DTYPES
 
 
 def configuration(rows: int, d: int, size: int, vectors: bool) -> dict[str, int]:
-    """Tile sizes and launch options for (rows, d) and inputs of `size` bytes; `vectors`: see `launch.vectorized`."""
+    """Choose tile sizes and launch options for inputs of `size` bytes; for `vectors` see `launch.vectorized`."""
     where = platform()
     if where == "interpreter":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8)
     BLOCK_K, stages = 128 // size, dict(hip=2, sm_80=3, sm_90=4)[where]
     if triton.cdiv(rows, 128) * triton.cdiv(d, 128) < 128 or not vectors:
-        # Too few large tiles to fill a GPU; or large tiles spill, since each entry is loaded by itself. On sm_80 small
-        # ones spill, too, unless 8 warps share the addresses.
+        # There are too few large tiles to fill a GPU, or large tiles spill, since each entry has a load of its own. On
+        # sm_80 small tiles spill as well, unless 8 warps share the addresses.
         num_warps = 4 if vectors else 8
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=num_warps, num_stages=stages)
     if where == "sm_80" and size == 4:
-        # Steps of 128 bytes take 245 registers on sm_80 and spill on sm_120, where these take 158 and 150.
+        # Steps of 128 bytes need 245 registers on sm_80, and spill on sm_120. These need 158 and 150.
         BLOCK_K, stages = BLOCK_K // 2, stages + 1
-    # Larger tiles spill in the epilogue, where a tile of B lies beside the sums.
+    # Larger tiles spill in the epilogue, where registers hold a tile of B and the sums.
     if where == "hip":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=4, num_stages=stages)
     return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=stages)
@@ -73,7 +73,7 @@ def _cross_kernel(
 
 
 def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """B += D^T X in place.
+    """Add D^T X to B in place.
 
     Args:
         B: (rows, d) fp32, any strides.
@@ -85,7 +85,7 @@ def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee"
         B.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     tokens, d = check_matrix("X", X, FLOATS)
     rows = check_matrix("D", D, (X.dtype,))[1]

@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels: rounding, dot product, order of tiles, columns of a chunk, step formulas.
+"""Device functions that several kernels call: rounding, dot product, order of tiles, columns of a chunk, step formulas.
 
 Kernels load and store bfloat16 and multiply it in `dot`, but convert it to fp32 before any other arithmetic: the
 interpreter would compute with the bit patterns.
@@ -12,9 +12,9 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
-    """x in DTYPE, rounded to nearest even."""
+    """Convert x to DTYPE, rounded to nearest even."""
     if INTERPRET and tl.bfloat16 == DTYPE and x.dtype != tl.bfloat16:
-        # The interpreter truncates. After this rounding it has no bits left to cut.
+        # The interpreter truncates. This rounds first, so that no bits are left to truncate.
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
@@ -22,7 +22,7 @@ def cast(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a b with operands in DTYPE, accumulated in fp32; fp32 operands are read in PRECISION ("ieee", "tf32")."""
+    """Compute acc + a b in fp32, with operands in DTYPE. PRECISION ("ieee", "tf32") is that of fp32 operands."""
     a = cast(a, DTYPE)
     b = cast(b, DTYPE)
     if INTERPRET:
@@ -34,13 +34,13 @@ def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of a tile."""
+    """Split a tile into its left and its right half."""
     return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def quarters(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The quarters of a tile's columns, from left to right."""
+    """Split a tile by its columns into quarters, from left to right."""
     left, right = halves(x, BLOCK_M, BLOCK_N)
     first, second = halves(left, BLOCK_M, BLOCK_N // 2)
     third, fourth = halves(right, BLOCK_M, BLOCK_N // 2)
@@ -49,10 +49,10 @@ def quarters(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def grouped_tile(tile, rows, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First row and first column of a tile of a (rows, d) product.
+    """Find the first row and the first column of a tile of a (rows, d) product.
 
-    Tiles come in groups of GROUP_M rows of tiles, so that programs that run together share rows of the left operand and
-    columns of the right one in the cache.
+    Tiles are ordered in groups of GROUP_M rows of tiles, so that programs that run at the same time share rows of the
+    left operand and columns of the right one in the cache.
     """
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(d, BLOCK_N)
@@ -64,10 +64,10 @@ def grouped_tile(tile, rows, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BL
 
 @triton.jit
 def triangle_tile(tile, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First row and first column of a tile of the lower triangle of a (d, d) matrix; `launch.triangle_tiles` of them.
+    """Find the first row and the first column of one of `launch.triangle_tiles` tiles of a (d, d) lower triangle.
 
-    The triangle, diagonal included, consists of squares. Those of the right half, turned by 180 degrees, complete those
-    of the left half to a rectangle, whose tiles come in the order of `grouped_tile`:
+    The triangle, diagonal included, consists of squares. The squares of the right half, turned by 180 degrees, complete
+    those of the left half to a rectangle, whose tiles are ordered by `grouped_tile`:
 
         0              3' 2'                   0  2'
         0 1            0  2'    4 squares      0  1    3 squares
@@ -88,19 +88,19 @@ def triangle_tile(tile, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N
     column_of_square = tl.where(turned, squares - 1 + odd - column, column)
     first_m = row_of_square * SIDE + first_m % SIDE
     first_n = column_of_square * SIDE + first_n % SIDE
-    # Triton 3.6 does not see it by itself, and then loads entries one by one.
+    # Triton 3.6 does not find these multiples itself, and would load entries one by one.
     return tl.multiple_of(first_m, BLOCK_M), tl.multiple_of(first_n, BLOCK_N)
 
 
 @triton.jit
 def columns(start, d, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr = 4):
-    """Columns of one chunk, and whether each of them exists.
+    """Compute the columns of one chunk, and which of them exist.
 
-    Groups whose size is not a power of two are laid out PADDED apart, so that a chunk reshapes into whole groups. A
+    Groups whose size is not a power of two begin PADDED columns apart, so that a chunk reshapes into whole groups. A
     thread has at most TOGETHER adjacent columns.
     """
-    # With 4 columns a thread, entries of 1, 2 and 4 bytes have the same layout in registers. With 16 bytes a thread the
-    # layouts would differ, and entries would pass through shared memory from thread to thread.
+    # With 4 columns in a thread, entries of 1, 2 and 4 bytes have the same layout in registers. With 16 bytes in a
+    # thread the layouts would differ, and entries would pass through shared memory from thread to thread.
     index = start + tl.max_contiguous(tl.arange(0, BLOCK_D), TOGETHER)
     if GROUP == PADDED:
         column = index
@@ -113,13 +113,13 @@ def columns(start, d, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.con
 
 @triton.jit
 def move(x, target, eta):
-    """x + eta (target - x)."""
+    """Compute x + eta (target - x)."""
     return x + eta * (target - x)
 
 
 @triton.jit
 def line_terms(w, q, m, r, u, v, theta):
-    """The terms of lin and quad, entry by entry; see step.py."""
+    """Compute the terms of lin and quad of each entry, see `step.py`."""
     D = v - m
     WD = w * D
     qD = theta * q * D
@@ -128,12 +128,12 @@ def line_terms(w, q, m, r, u, v, theta):
 
 @triton.jit
 def line_search(lin, quad):
-    """The step size in [0, 1] that minimizes lin eta + quad eta^2: the better end where quad <= 0."""
+    """Find the step size eta in [0, 1] that minimizes lin eta + quad eta^2; where quad <= 0 it is the better end."""
     inner = tl.minimum(tl.maximum(-lin / (2 * tl.where(quad > 0, quad, 1.0)), 0.0), 1.0)
     return tl.where(quad > 0, inner, tl.where(lin + quad < 0, 1.0, 0.0))
 
 
 @triton.jit
 def vertex_score(w, q, m, r, theta):
-    """The negative gradient; see step.py."""
+    """Compute the negative gradient, see `step.py`."""
     return 2 * w * r - theta * q * (1 - 2 * m)

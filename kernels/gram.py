@@ -1,12 +1,12 @@
-"""gram_accumulate: lower triangle of G += X^T X, the Gram matrix (the Hessian of SparseGPT and GPTQ), in place.
+"""gram_accumulate: add X^T X to the lower triangle of a Gram matrix (the Hessian of SparseGPT and GPTQ), in place.
 
     X (tokens, d) fp32 / bf16 / fp16     G (d, d) fp32
 
     flops = tokens d (d + 1)                       (half of the full square)
     bytes = tokens d size(X) + 4 d (d + 1)         (X once; one triangle of G read and written)
 
-The entries above the diagonal are undefined until mirror.py completes G: the sum goes over many calls, and a copy of
-the triangle after each would double the bytes of G.
+Entries above the diagonal are undefined until `mirror.py` completes G. A sum needs many calls, and a copy of the
+triangle after each call would double the bytes of G.
 
 Each entry belongs to one program, so every run gives the same bits. Products of bf16 and fp16 inputs are exact; fp32
 inputs are rounded to `precision`. Sums are accumulated in fp32.
@@ -24,19 +24,19 @@ from .product import TRITON_DTYPES
 
 
 def configuration(d: int, size: int, vectors: bool) -> dict[str, int]:
-    """Tile sizes and launch options for (d, d) and inputs of `size` bytes; `vectors`: see `launch.vectorized`."""
+    """Choose tile sizes and launch options for inputs of `size` bytes; for `vectors` see `launch.vectorized`."""
     where = platform()
     if where == "interpreter":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8)
     BLOCK_K = 128 // size
-    # Large tiles spill if each entry is loaded by itself. With entries of 4 bytes, steps of 128 bytes do so on sm_89.
+    # Large tiles spill if each entry has a load of its own. On sm_89 steps of 128 bytes spill with entries of 4 bytes.
     if d <= 1024 or not vectors:
         BLOCK_K = BLOCK_K if vectors or size == 2 else BLOCK_K // 2
         stages = 2 if where == "hip" else 4
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=4, num_stages=stages)
     if where == "hip":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=4, num_stages=2)
-    # Larger tiles spill in the epilogue, where a tile of G lies beside the sums.
+    # Larger tiles spill in the epilogue, where registers hold a tile of G and the sums.
     if where == "sm_90":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=4)
     return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=3)
@@ -76,10 +76,10 @@ def _gram_kernel(
 
 
 def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """Lower triangle of G += X^T X in place.
+    """Add X^T X to the lower triangle of G in place.
 
     Args:
-        G: (d, d) fp32, any strides. What stands above its diagonal is undefined afterwards; see `mirror_lower`.
+        G: (d, d) fp32, any strides. Entries above its diagonal become undefined, see `mirror_lower`.
         X: (tokens, d), fp32 / bf16 / fp16, any strides.
         precision: rounding of fp32 inputs, "ieee" or "tf32".
 
@@ -87,7 +87,7 @@ def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
         G.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     tokens, d = check_matrix("X", X, FLOATS)
     check("G", G, (d, d), (torch.float32,), X)

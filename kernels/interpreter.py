@@ -1,11 +1,11 @@
-"""A repair of Triton's interpreter, which runs the kernels where there is no GPU.
+"""Repair Triton's interpreter, which runs the kernels on a machine without a GPU.
 
-The interpreter holds a number as an array of one element. Python's `range` asks it for an int, and Triton before 3.7
-calls `int(array)`, which numpy 2.4 refuses: "only 0-dimensional arrays can be converted to Python scalars". Triton 3.7
-takes the element out first, and so does this. No requirement can say which pairs of versions work: CUDA builds of torch
-2.10 and 2.11 pin triton 3.6, and compiled kernels do not need numpy at all.
+The interpreter holds a number as an array of one element. Python's `range` needs an int, for which Triton before 3.7
+calls `int(array)`. numpy 2.4 refuses that: "only 0-dimensional arrays can be converted to Python scalars". Triton 3.7
+takes the element out of the array first, and this does the same. A requirement on versions cannot replace it: CUDA
+builds of torch 2.10 and 2.11 pin triton 3.6, and compiled kernels do not need numpy at all.
 
-Remove it when setup.py asks for triton>=3.7.
+Remove this file when setup.py asks for triton>=3.7.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import triton
 
 
 def repair_range() -> None:
-    """Let a range in an interpreted kernel end at a number that is known at run time only."""
+    """Allow a range in an interpreted kernel to end at a number that is only known at run time."""
     if not triton.knobs.runtime.interpret or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
         return
     from triton.runtime import interpreter

@@ -1,4 +1,4 @@
-"""Host functions shared by the launchers: checks of arguments, the current device, the target of compilation."""
+"""Host functions that several launchers call: checks of arguments, the current device, the target of compilation."""
 
 import contextlib
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def platform() -> str:
-    """Target of the next launch: "interpreter", "hip", "sm_80" (and earlier) or "sm_90" (and later).
+    """Return the target of the next launch: "interpreter", "hip", "sm_80" (and earlier) or "sm_90" (and later).
 
-    sm_120 counts as sm_80: it multiplies with the same instructions, and has 99 KiB of shared memory a program.
+    sm_120 counts as sm_80: it multiplies by the same instructions, and a program has 99 KiB of shared memory.
     """
     if INTERPRET:
         return "interpreter"
@@ -28,14 +28,14 @@ def platform() -> str:
 
 
 def warps(n: int) -> int:
-    """Number of warps for n x 32 threads: half of n on AMD, where a warp has 64 threads."""
+    """Return the number of warps for n x 32 threads: half of n on AMD, where a warp has 64 threads."""
     return max(1, n // 2) if platform() == "hip" else n
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Number of programs that a persistent kernel launches: one a multiprocessor, or 2 in the interpreter.
+    """Return how many programs a persistent kernel launches: one on each multiprocessor, or 2 in the interpreter.
 
-    Tensors on the meta device are only compiled for. They count as on an H100.
+    For tensors on the meta device, with which kernels are only compiled, it is the number of an H100.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
@@ -43,25 +43,25 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def triangle_tiles(d: int, block_m: int, block_n: int) -> int:
-    """Number of tiles that cover the lower triangle of a (d, d) matrix; see `device.triangle_tile`."""
+    """Count the tiles that cover the lower triangle of a (d, d) matrix, see `device.triangle_tile`."""
     side = max(block_m, block_n)
     squares = triton.cdiv(d, side)
     return squares * (squares + 1) // 2 * (side // block_m) * (side // block_n)
 
 
 def describable(matrix: Tensor) -> bool:
-    """Whether a tensor descriptor can describe the matrix: contiguous rows that start at multiples of 16 bytes."""
+    """Tell whether a tensor descriptor can describe a matrix: contiguous rows that start at multiples of 16 bytes."""
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
     return aligned and matrix.stride(1) == 1
 
 
 def vectorized(matrix: Tensor) -> bool:
-    """Whether a kernel loads several entries at once: Triton looks for multiples of 16 entries and of 16 bytes."""
+    """Tell whether a kernel loads several entries at once: Triton looks for multiples of 16 entries and of 16 bytes."""
     return matrix.data_ptr() % 16 == 0 and matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0
 
 
 def interpreter_tile(rows: int, width: int) -> dict[str, int]:
-    """A large tile for a row-wise kernel in the interpreter, whose cost is per program and step, hardly per entry."""
+    """Choose a large tile for a row-wise kernel in the interpreter, where programs and steps cost more than entries."""
     BLOCK_D = min(triton.next_power_of_2(width), 65536)
     return dict(BLOCK_R=max(1, min(triton.next_power_of_2(rows), 262144 // BLOCK_D)), BLOCK_D=BLOCK_D)
 
@@ -84,7 +84,7 @@ def check(name: str, tensor: object, shape: tuple[int, ...], dtypes: tuple[torch
 
 
 def check_matrix(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> tuple[int, int]:
-    """The shape of `tensor`. Raise unless it is a matrix of one of these dtypes."""
+    """Return the shape of `tensor`. Raise unless it is a matrix of one of these dtypes."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.ndim != 2:
@@ -94,22 +94,22 @@ def check_matrix(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> 
 
 
 def check_fp32_precision(precision: str) -> None:
-    """Raise unless `precision` is "ieee" or "tf32", in which tensor cores read fp32 inputs as they are."""
+    """Raise unless `precision` is "ieee" or "tf32": these read fp32 inputs without splitting or converting them."""
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision: expected ieee or tf32, got {precision!r}")
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context in which the tensor's GPU is the current one: Triton launches there."""
+    """Make the tensor's GPU the current one in a `with` block: Triton launches on the current GPU."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
 def row_tile(rows: int, d: int) -> dict[str, int]:
-    """Tile sizes and launch options of a kernel whose programs pass once over a few rows each, chunk by chunk."""
+    """Choose tile sizes and launch options of a kernel whose programs pass once over a few rows, chunk by chunk."""
     if INTERPRET:
         return interpreter_tile(rows, d)
     BLOCK_D = min(triton.next_power_of_2(d), 4096)
-    # 8 entries of each matrix a thread.
+    # A thread has 8 entries of each matrix.
     BLOCK_R = max(1, 1024 // BLOCK_D)
     return dict(BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=warps(BLOCK_R * BLOCK_D // 256))
 
@@ -117,7 +117,7 @@ def row_tile(rows: int, d: int) -> dict[str, int]:
 def check_rows(
     shape: tuple[int, int], like: Tensor, matrices: Mapping[str, tuple[Tensor | None, tuple[torch.dtype, ...]]]
 ) -> None:
-    """Raise unless every matrix that is given has this shape, one of its dtypes, and contiguous rows."""
+    """Raise unless every matrix that is not None has this shape, one of its dtypes, and contiguous rows."""
     for name, (matrix, dtypes) in matrices.items():
         if matrix is not None:
             check(name, matrix, shape, dtypes, like)
@@ -126,7 +126,7 @@ def check_rows(
 
 
 def check_vector(name: str, vector: object, length: int, like: Tensor) -> None:
-    """Raise unless `vector` has this length, fp32 entries, and no gaps between them."""
+    """Raise unless `vector` has this length, and contiguous fp32 entries."""
     check(name, vector, (length,), (torch.float32,), like)
     assert isinstance(vector, Tensor)
     if not vector.is_contiguous():
@@ -134,5 +134,5 @@ def check_vector(name: str, vector: object, length: int, like: Tensor) -> None:
 
 
 def row_stride(matrix: Tensor | None) -> int:
-    """Entries between two rows of the matrix; 0 for None."""
+    """Return the row stride of a matrix; 0 for None."""
     return 0 if matrix is None else matrix.stride(0)

@@ -1,4 +1,4 @@
-"""lmo: the vertex of the mask polytope that keeps the k best scores of every row, or n of every m.
+"""lmo: choose the vertex of the mask polytope that keeps the k best scores of every row, or n of every m.
 
     score (rows, d) fp32     fixed (rows, d) bool or none     V (rows, d) bool
 
@@ -6,9 +6,9 @@
     bytes = rows d (4 + 1 + 1 with fixed)         (the score once, the vertex once)
 
 Exactly k entries are kept. Equal scores go to the lower index, -0.0 equals +0.0, a fixed entry counts as +inf, and NaN
-is an error. topk.py says how the k-th best is found. Up to 32768 keys of a row stay in registers for the search. Of a
-longer row the first 16384 do, and every count reads the others again, from the cache. A row of more than 4096 is read
-once more when its entries are chosen.
+is an error. `topk.py` says how the k-th best score is found. A row of up to 32768 entries keeps its keys in registers
+for the search. Of a longer row the first 16384 keys stay there, and every count reads the others from the cache again.
+A row of more than 4096 entries is read once more when its entries are chosen.
 """
 
 import torch
@@ -25,7 +25,7 @@ INTEGERS = (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
-    """Tile sizes and launch options: BLOCK_R rows, chunks of BLOCK_D columns, SEARCH_D keys in registers."""
+    """Choose tile sizes and launch options: BLOCK_R rows, chunks of BLOCK_D columns, SEARCH_D keys in registers."""
     width = triton.next_power_of_2(span(d, group))
     if platform() == "interpreter":
         tile = interpreter_tile(rows, width)
@@ -34,18 +34,18 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
         BLOCK_D = max(min(width, 1024 if group else 4096), triton.next_power_of_2(max(group, 1)))
         tile = dict(BLOCK_R=max(1, 1024 // BLOCK_D), BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D)
         return tile | dict(num_warps=warps(max(4, BLOCK_D // 512)))
-    # 16 keys a thread, or 32 for a row of 32768. With more, some versions of the compiler spill.
+    # A thread has 16 keys, or 32 of a row of 32768. With more, some versions of the compiler spill.
     search = width if width <= 32768 else 16384
     return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=search, num_warps=warps(min(32, width // 512)))
 
 
 def span(d: int, group: int) -> int:
-    """Length of a row whose groups are laid out a power of two apart, see `device.columns`."""
+    """Return the length of a row whose groups begin a power of two apart, see `device.columns`."""
     return d // group * triton.next_power_of_2(group) if group else d
 
 
 def selection_options(d: int, k: int | Tensor, group: int, config: dict[str, int]) -> dict[str, object]:
-    """Compile-time arguments of a selection beside the tile sizes."""
+    """Return the compile-time arguments of a selection besides the tile sizes."""
     return dict(
         PER_ROW=isinstance(k, Tensor),
         GROUP=group,
@@ -97,7 +97,7 @@ def _lmo_kernel(
             if ONE_CHUNK:
                 keys = first_keys
             else:
-                # Loaded again: the running count of ties would not fit into registers beside all keys.
+                # Loaded again, since registers cannot hold all keys and the running count of ties.
                 keys = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, BLOCK_D)
             chosen, passed = take(keys, T, ties_kept, tied, passed)
             column, valid_d = columns(start, d, 0, 0, BLOCK_D)
@@ -107,7 +107,7 @@ def _lmo_kernel(
 
 
 def check_selection(rows: int, d: int, k: int | Tensor, group: int, fixed: Tensor | None, like: Tensor) -> None:
-    """Raise unless k, group and fixed describe a selection from (rows, d)."""
+    """Raise unless k, group and fixed describe a selection from a (rows, d) matrix."""
     check_budget(torch.Size((rows, d)), k, group)
     if group > 32:
         raise ValueError(f"group: expected at most 32, got {group}")
@@ -127,20 +127,21 @@ def lmo(
     checked: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The vertex that keeps the k best scores of every row.
+    """Choose the vertex that keeps the k best scores of every row.
 
     Args:
         score: (rows, d) fp32, any strides.
-        k: entries kept per row, an int or an int tensor (rows,); with `group`, entries kept per group, an int.
+        k: number of kept entries of a row, an int or an int tensor (rows,); with `group`, an int, the number of a
+            group.
         group: 0 for whole rows, else m of n:m, up to 32.
-        fixed: (rows, d) bool, entries whose score counts as +inf.
-        positive: keep only scores above 0.
-        checked: whether to look for NaN, which waits for the kernel.
+        fixed: (rows, d) bool, True for entries whose score counts as +inf.
+        positive: whether to keep only scores above 0.
+        checked: whether to look for NaN, for which the host waits for the kernel.
         out: (rows, d) bool, written and returned; allocated when None.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description, or a NaN among the scores that are
-            checked (`out` is written by then).
+        ValueError, TypeError: an argument does not fit this description, or a score is NaN and `checked` is set (`out`
+            has been written then).
     """
     rows, d = check_matrix("score", score, (torch.float32,))
     check_selection(rows, d, k, group, fixed, score)

@@ -5,8 +5,8 @@
     flops = 0
     bytes = 4 d (d - 1)          (the lower triangle read, the upper one written)
 
-A Gram matrix is mirrored once, when all its inputs are in: every call of `gram_accumulate` adds to the lower triangle
-only. The copy takes as long as the products of 4 f tokens, where a card does f flops in the time of a byte.
+A Gram matrix is mirrored once, after the last call of `gram_accumulate`, which adds only to the lower triangle. On a
+GPU that computes f flops in the time of a byte, the copy takes as long as the products of 4 f tokens.
 """
 
 import torch
@@ -19,7 +19,7 @@ from .launch import check, check_matrix, on_device, platform, triangle_tiles
 
 
 def configuration() -> dict[str, int]:
-    """Tile size and launch options."""
+    """Choose tile size and launch options."""
     if platform() == "interpreter":
         return dict(BLOCK=256)
     return dict(BLOCK=64, num_warps=4)
@@ -49,7 +49,7 @@ def mirror_lower(G: Tensor) -> Tensor:
         G.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     d = check_matrix("G", G, (torch.float32,))[1]
     check("G", G, (d, d), (torch.float32,), G)

@@ -1,22 +1,23 @@
-"""packed_product, unpack: products with packed matrices on a GPU, and their expansion; packed_cpu.py has the formulas.
+"""packed_product, unpack: multiply and expand packed matrices on a GPU; `packed_cpu.py` has the formulas.
 
     values (rows, k) or (n,)      mask (rows, ceil(cols / 8)) uint8      x (batch, cols)      y (batch, rows)
 
     flops = 2 batch rows cols
     bytes = rows (k size(values) + cols / 8) + batch (cols + rows) size(x)
 
-A program walks some rows of W from left to right, tile by tile. Each word of the mask is counted once, and a running
-sum of the counts says where the word's weights begin in the values. A thread expands the 8 weights of a byte one after
-the other: a bit decides whether a weight is loaded, and adds itself to the next one's place. So a warp reads adjacent
-values, each once, and none that is not kept. A tile multiplies all rows of x at once on tensor cores. More than 16 rows
-are multiplied by torch, which gets some rows of W at a time with zeros. Operands of 4 bytes, or of two dtypes, multiply
-in fp32 without tensor cores.
+A program walks some rows of W from left to right, tile by tile. It counts the bits of each word of the mask once. A
+running sum of the counts says where the word's weights begin in the values. A thread expands the 8 weights of a byte
+one after the other: a set bit loads a weight, and moves the position of the next one by 1. So a warp reads adjacent
+values, each once. A tile multiplies all rows of x at the same time on tensor cores. For more than 16 rows torch
+multiplies, after some rows of W at a time are expanded. Operands of 4 bytes, or of two dtypes, multiply in fp32 without
+tensor cores.
 
-At 60 % a weight of 16 bits takes 0.925 bytes, and by the code for sm_90 11.8 instructions of a lane (11.3 for more than
-4 rows of x; Triton 3.6 makes 15.6): 4 for its bit and place, 2 for its address, 3 to load, clear and pack it, 0.6 for
-the product. An H100 issues 8 in the time of these bytes, and 17 in that of the 2 bytes of a dense matrix. So
-instructions limit it: at best it takes 1.5 times the time of its bytes, and 0.7 of that of a dense product. fp32 has 33
-to 37, where 15 and 35 fit. `unpack` has 10.4, where 26 fit. Nothing has run on a GPU.
+At 60 % a weight of 16 bits takes 0.925 bytes. In the code for sm_90 it takes 11.8 instructions of a lane (11.3 for more
+than 4 rows of x; 15.6 with Triton 3.6): 4 for its bit and position, 2 for its address, 3 to load, clear and pack it,
+0.6 for the product. An H100 issues 8 instructions in the time of these bytes, and 17 in the time of the 2 bytes of a
+dense matrix. So instructions are the limit: at best the product takes 1.5 times the time of its bytes, and 0.7 times
+that of a dense product. In fp32 it has 33 to 37 instructions, in a time for 15 (packed) and 35 (dense). `unpack` has
+10.4, in a time for 26. None of this has run on a GPU.
 """
 
 import threading
@@ -30,18 +31,18 @@ from .device import cast, dot
 from .launch import FLOATS, check, check_matrix, on_device, platform, warps
 from .packed_cpu import MOST, unpacked_product
 
-# Held while `unpack` launches: threads of transformers that load a checkpoint call it at once. Triton 3.6 to 3.9 gives
-# other threads the launcher of a kernel before its module is loaded, and the interpreter replaces functions of
+# Held while `unpack` launches, since transformers loads a checkpoint with several threads that call it. Triton 3.6 to
+# 3.9 gives other threads a kernel's launcher before its module is loaded, and the interpreter replaces functions of
 # `triton.language` during a launch.
 LAUNCH = threading.Lock()
 
-# Parts of a tile's columns with sums of their own, so that all warps have some of the products of 16 rows.
+# Parts of a tile's columns that have sums of their own, so that all warps share in the products of 16 rows.
 SPLIT = 4
 
 
 @triton.jit
 def _popcount(x):
-    """The number of bits set in each uint32: LLVM knows this as one instruction."""
+    """Count the bits set in each uint32, in a form that LLVM compiles to one instruction."""
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     return (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
@@ -49,14 +50,14 @@ def _popcount(x):
 
 @triton.jit
 def _weight(base, place, byte, BIT: tl.constexpr):
-    """The weights at one bit of every byte, and where the next ones are."""
+    """Load the weights of one bit of every byte, and move to the positions of the next weights."""
     bit = (byte >> BIT) & 1
     return tl.load(base + place, mask=bit != 0, other=0.0), place + bit
 
 
 @triton.jit
 def _rows(VALUES, MASK, STARTS, k, words, first, last, BLOCK_R: tl.constexpr):
-    """The rows of a program, whether each exists, and pointers to their values and masks."""
+    """Return the rows of a program, which of them exist, and pointers to their values and masks."""
     row = first + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = row < last
     index = row.to(tl.int64)
@@ -68,12 +69,12 @@ def _rows(VALUES, MASK, STARTS, k, words, first, last, BLOCK_R: tl.constexpr):
 def _tile(
     base, mask, valid, place, first, words, BITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """The weights (BLOCK_R, BLOCK_D) of a tile, and where those of the next one are.
+    """Load the weights (BLOCK_R, BLOCK_D) of a tile, and return the positions of the next tile's weights as well.
 
     Args:
-        base, mask, valid: (BLOCK_R,), as `_rows` gives them.
-        place: (BLOCK_R,) uint32, how many values of each row came before.
-        first: index of the tile's first word in the mask of a row, which has `words` of BITS bits.
+        base, mask, valid: (BLOCK_R,), from `_rows`.
+        place: (BLOCK_R,) uint32, the number of values of each row before the tile.
+        first: index of the tile's first word in the mask of a row, which has `words` words of BITS bits.
     """
     index = first + tl.arange(0, BLOCK_D // BITS)
     word = tl.load(mask[:, None] + index, mask=valid[:, None] & (index < words)[None, :], other=0).to(tl.uint32)
@@ -93,7 +94,7 @@ def _tile(
     w5, at = _weight(base, at, byte, 5)
     w6, at = _weight(base, at, byte, 6)
     w7, at = _weight(base, at, byte, 7)
-    # Joined tensors alternate along a new last axis, in the same thread.
+    # Entries of joined tensors alternate along a new last axis, in the same thread.
     even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
     odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
     return tl.reshape(tl.join(even, odd), (BLOCK_R, BLOCK_D)), place + tl.sum(count, axis=1)
@@ -135,10 +136,10 @@ def _product_kernel(
 
 
 def _arguments(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -> dict[str, object]:
-    """What both kernels need of a packed matrix.
+    """Check the tensors of a packed matrix, and return the arguments that both kernels need.
 
     Raises:
-        ValueError, TypeError: for tensors that are none.
+        ValueError, TypeError: the tensors are no packed matrix.
     """
     rows = check_matrix("mask", mask, (torch.uint8,))[0]
     check("mask", mask, (rows, triton.cdiv(cols, 8)), (torch.uint8,), values)
@@ -159,10 +160,10 @@ def _arguments(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -
 
 
 def configuration(size: int, batch: int = 0) -> dict[str, int]:
-    """Tile sizes and launch options for weights of this many bytes; `batch` is 0 to unpack."""
+    """Choose tile sizes and launch options for weights of `size` bytes and `batch` rows of x, or 0 to unpack."""
     if platform() == "interpreter":
         return dict(BLOCK_R=32, BLOCK_D=512)
-    # x is read for every BLOCK_R rows of W, from the cache: more rows of x are read less often.
+    # Every BLOCK_R rows of W read all of x from the cache, so many rows of x should be read less often.
     BLOCK_R = 32 if batch > 4 else 16
     return dict(BLOCK_R=BLOCK_R, BLOCK_D=1024 // size // (BLOCK_R // 16), num_warps=warps(4))
 
@@ -170,17 +171,17 @@ def configuration(size: int, batch: int = 0) -> dict[str, int]:
 def unpack(
     values: Tensor, mask: Tensor, starts: Tensor | None = None, *, cols: int, first: int = 0, last: int | None = None
 ) -> Tensor:
-    """Rows first to last of a packed matrix with zeros, (last - first, cols) in the dtype of the values.
+    """Expand rows first to last of a packed matrix, (last - first, cols) in the dtype of the values.
 
     Args:
-        values: (rows, k), or (n,) with `starts`; fp32 / bf16 / fp16. Contiguous, as all others.
-        mask: (rows, ceil(cols / 8)) uint8. Bits behind the last column are 0.
-        starts: (rows + 1,) int64, where each row begins in the values, and where the last one ends.
-        cols: columns of the matrix.
-        first, last: the rows that are wanted; all without `last`.
+        values: (rows, k), or (n,) with `starts`; fp32 / bf16 / fp16. All tensors are contiguous.
+        mask: (rows, ceil(cols / 8)) uint8. Bits after the last column are 0.
+        starts: (rows + 1,) int64, the beginning of each row in the values, and the end of the last row.
+        cols: number of columns of the matrix.
+        first, last: first row, and end of the rows; None: the end of the matrix.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     matrix = _arguments(values, mask, starts, cols)
     last = len(mask) if last is None else last
@@ -197,14 +198,14 @@ def unpack(
 
 
 def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None = None) -> Tensor:
-    """x W^T, (batch, rows) in the dtype of x; sums are made in fp32.
+    """Multiply x W^T, (batch, rows) in the dtype of x; sums are in fp32.
 
     Args:
-        x: (batch, cols) fp32 / bf16 / fp16, contiguous. Where its dtype is not that of the values, both are widened.
-        values, mask, starts: the packed matrix, as `unpack` takes it.
+        x: (batch, cols) fp32 / bf16 / fp16, contiguous. If its dtype differs from that of the values, both become fp32.
+        values, mask, starts: the packed matrix W, as for `unpack`.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     batch, cols = check_matrix("x", x, FLOATS)
     matrix = _arguments(values, mask, starts, cols)

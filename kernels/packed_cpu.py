@@ -1,4 +1,4 @@
-"""packed_product, unpack: products with packed matrices on a CPU, and their expansion.
+"""packed_product, unpack: multiply and expand packed matrices on a CPU.
 
     y = x W^T      W[r, c] = values[starts[r] + rank], where bit c % 8 of mask[r, c / 8] is set, else 0
                    rank = the number of bits set before c in row r
@@ -8,9 +8,9 @@
     flops = 2 batch rows cols
     bytes = rows (k size(values) + cols / 8) + batch (cols + rows) size(x)
 
-packed.cpp does it at the best level of instructions that the processor has, if it was compiled when the package was
-installed. Then the floor of up to 16 rows of x is the bytes' time. More rows are multiplied by torch, which gets some
-rows of W at a time with zeros. So are other dtypes than fp32 and bf16, and widths that 32 does not divide.
+If packed.cpp was compiled when the package was installed, it runs with the best instructions that the processor has,
+and up to 16 rows of x take at least the time of the bytes. For more rows torch multiplies, after some rows of W at a
+time are expanded; also for dtypes other than fp32 and bf16, and for widths that 32 does not divide.
 """
 
 import ctypes
@@ -26,10 +26,10 @@ from torch.nn import functional as F
 
 # Levels of instructions, in the order of packed.cpp.
 LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
-# Rows of x that packed.cpp multiplies in one call at most.
+# The most rows of x that packed.cpp multiplies in one call.
 MOST = 16
-# Entries of W that are expanded at once for more rows. Few stay in a CPU's caches; many are expected to keep a GPU busy
-# (not measured).
+# Entries of W that are expanded at a time for more rows. Few entries stay in a CPU's caches. Many are expected to keep
+# a GPU busy (not measured).
 EXPANDED, EXPANDED_GPU = 1 << 22, 1 << 26
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -38,7 +38,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """packed.cpp; None if it was not compiled."""
+    """Load packed.cpp; None if it was not compiled."""
     found = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name(f"_packed{suffix}")).exists()]
     if not found:
         return None
@@ -52,7 +52,7 @@ def _library() -> ctypes.CDLL | None:
 
 @cache
 def level() -> int | None:
-    """The index in LEVELS of the best instructions that packed.cpp has here; None where torch does the work."""
+    """Return the index in LEVELS of the best instructions for packed.cpp on this machine; None if torch multiplies."""
     library = _library()
     return None if library is None else library.packed_level()
 
@@ -63,7 +63,7 @@ def _library_for(values: Tensor, cols: int) -> ctypes.CDLL | None:
 
 
 def _check(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -> None:
-    """Refuse other shapes and dtypes, and gaps: memory would be read beyond its end.
+    """Refuse wrong shapes and dtypes, and tensors with gaps, for which memory would be read beyond its end.
 
     Raises:
         ValueError: the tensors are no packed matrix.
@@ -80,14 +80,14 @@ def _check(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -> No
 
 
 def _matrix(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -> list[int | None]:
-    """The arguments of packed.cpp that describe W."""
+    """Return the arguments that describe W to packed.cpp."""
     k = values.shape[1] if starts is None else 0
     half = int(values.dtype == torch.bfloat16)
     return [half, *(t if t is None else t.data_ptr() for t in (values, mask, starts)), len(mask), cols, k]
 
 
 def kept_bits(mask: Tensor, cols: int) -> Tensor:
-    """mask (rows, ceil(cols / 8)) uint8 as (rows, cols) bool."""
+    """Expand a mask (rows, ceil(cols / 8)) uint8 to (rows, cols) bool."""
     bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
     return bits.flatten(1)[:, :cols].bool()
 
@@ -95,17 +95,17 @@ def kept_bits(mask: Tensor, cols: int) -> Tensor:
 def unpack(
     values: Tensor, mask: Tensor, starts: Tensor | None = None, *, cols: int, first: int = 0, last: int | None = None
 ) -> Tensor:
-    """Rows first to last of a packed matrix with zeros, (last - first, cols) in the dtype of the values.
+    """Expand rows first to last of a packed matrix, (last - first, cols) in the dtype of the values.
 
     Args:
-        values: (rows, k), or (n,) with `starts`. Contiguous, as all others.
-        mask: (rows, ceil(cols / 8)) uint8. Bits behind the last column are 0.
-        starts: (rows + 1,) int64, where each row begins in the values, and where the last one ends.
-        cols: columns of the matrix.
-        first, last: the rows that are wanted; all without `last`.
+        values: (rows, k), or (n,) with `starts`. All tensors are contiguous.
+        mask: (rows, ceil(cols / 8)) uint8. Bits after the last column are 0.
+        starts: (rows + 1,) int64, the beginning of each row in the values, and the end of the last row.
+        cols: number of columns of the matrix.
+        first, last: first row, and end of the rows; None: the end of the matrix.
 
     Raises:
-        ValueError: for arguments that do not fit this description.
+        ValueError: an argument does not fit this description.
     """
     _check(values, mask, starts, cols)
     last = len(mask) if last is None else last
@@ -121,14 +121,14 @@ def unpack(
 
 
 def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None = None) -> Tensor:
-    """x W^T, (batch, rows) in the dtype of x; sums are made in fp32.
+    """Multiply x W^T, (batch, rows) in the dtype of x; sums are in fp32.
 
     Args:
         x: (batch, cols) floating.
-        values, mask, starts: the packed matrix, as `unpack` takes it.
+        values, mask, starts: the packed matrix W, as for `unpack`.
 
     Raises:
-        ValueError: for arguments that do not fit this description.
+        ValueError: an argument does not fit this description.
     """
     batch, cols = x.shape
     _check(values, mask, starts, cols)
@@ -145,7 +145,7 @@ def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | Non
 def unpacked_product(
     x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None, unpack: Callable[..., Tensor]
 ) -> Tensor:
-    """x W^T by torch, some rows of W at a time, which `unpack` expands; arguments as in `packed_product`."""
+    """Multiply x W^T by torch; `unpack` expands some rows of W at a time. Arguments as in `packed_product`."""
     cols, rows = x.shape[1], len(mask)
     y = x.new_empty(len(x), rows)
     size = max(1, (EXPANDED if x.device.type == "cpu" else EXPANDED_GPU) // cols)

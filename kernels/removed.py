@@ -1,4 +1,4 @@
-"""removed and begin_fit: the left operand of a product, from a mask and weights. A program works on a few rows.
+"""removed and begin_fit: make the left operand of a product from a mask and weights. A program works on a few rows.
 
     removed      E = target_gap + W * (1 - mask)
     begin_fit    Z = mask * start,   E = W - Z
@@ -8,7 +8,8 @@
     removed      flops = rows d      bytes = rows d (size(W) + 1 + size(E), + 4 with target_gap)
     begin_fit    flops = rows d      bytes = rows d (size(W) + size(start) + 1 + 4 + size(E))
 
-The floor is the bytes' time. E is rounded once, as it is stored, to the dtype in which the product reads it.
+Each takes at least the time of its bytes. When E is stored, it is rounded once to the dtype in which the product reads
+it.
 """
 
 import torch
@@ -52,7 +53,7 @@ def _begin_fit_kernel(
         column = column[None, :]
         valid = valid_r[:, None] & valid_d[None, :]
         kept = tl.load(MASK + row * stride_m + column, mask=valid, other=0).to(tl.int1)
-        # Entries outside of the mask are not even loaded.
+        # Entries outside the mask are not loaded.
         z = tl.load(START + row * stride_s + column, mask=valid & kept, other=0.0).to(tl.float32)
         w = tl.load(W + row * stride_w + column, mask=valid, other=0.0).to(tl.float32)
         tl.store(Z + row * stride_z + column, z, mask=valid)
@@ -60,17 +61,17 @@ def _begin_fit_kernel(
 
 
 def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """The weights that a mask removes, plus the target gap.
+    """Compute the weights that a mask removes, plus the target gap.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous.
         mask: (rows, d) bool, True keeps a weight.
-        target_gap: (rows, d) fp32, the target minus W; None adds nothing.
-        out: (rows, d), fp32 / bf16 / fp16, written and returned. When None it is allocated, in the dtype of W, or with
-            a target gap in fp32.
+        target_gap: (rows, d) fp32, target minus W; None: 0.
+        out: (rows, d), fp32 / bf16 / fp16, written and returned. None: it is allocated in the dtype of W, or with a
+            target gap in fp32.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     rows, d = check_matrix("W", W, FLOATS)
     if out is None:
@@ -90,19 +91,19 @@ def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None = None, *, out: T
 
 
 def begin_fit(W: Tensor, start: Tensor, mask: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Z = mask * start, and E = W - Z.
+    """Compute Z = mask * start, and E = W - Z.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous.
         start: (rows, d), fp32 / bf16 / fp16; entries outside the mask are not read.
         mask: (rows, d) bool.
-        dtype: the dtype of E, fp32 or bf16.
+        dtype: dtype of E, fp32 or bf16.
 
     Returns:
         Z (rows, d) fp32, and E (rows, d).
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     rows, d = check_matrix("W", W, FLOATS)
     check_rows((rows, d), W, dict(W=(W, FLOATS), start=(start, FLOATS), mask=(mask, (torch.bool,))))

@@ -1,6 +1,6 @@
-"""repeat: run a step many times. On a GPU the step is one CUDA graph, without Python between its kernels.
+"""repeat: run a step many times. On a GPU the step becomes one CUDA graph, without Python between its kernels.
 
-A step of a few rows ends before Python has launched the next one. As a graph it costs the host one launch and a copy of
+The kernels of a few rows end before Python has launched the next ones. A graph costs the host one launch, and a copy of
 the step's numbers. The numbers are tensors, which the kernels of the graph read when they run.
 """
 
@@ -12,22 +12,22 @@ from torch import Tensor
 
 from . import cpu
 
-# Fewer runs are launched kernel by kernel: making a graph takes the host a while (not measured).
+# Fewer runs are launched kernel by kernel, since the host needs time to make a graph (not measured).
 MIN_RUNS = 5
 
 
 def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:
-    """Run step(*row) for every row of `numbers`; yields after each.
+    """Run step(*row) for every row of `numbers`, and yield after each.
 
-    On a GPU, with at least MIN_RUNS runs, the step gets its numbers as tensors () fp32. The first run compiles, and
-    launches kernel by kernel. The second run is captured in a graph, which is launched for this and all later runs. A
-    run must not wait for the GPU therefore, and it overwrites what the run before has allocated. On AMD the end waits
-    for the GPU, because torch does when it frees a graph.
+    On a GPU, with at least MIN_RUNS runs, the step gets its numbers as tensors () fp32. The first run compiles the
+    kernels, and launches them one by one. The second run is captured in a graph, which is launched for this and all
+    later runs. So a run must not wait for the GPU, and it overwrites the tensors that the run before has allocated. On
+    AMD the end waits for the GPU, because torch does so when it frees a graph.
 
     Args:
         step: launches the same operations on the same tensors every time, whatever its numbers are.
         numbers: (runs, n), the numbers of every run.
-        like: a tensor on the device where the step runs.
+        like: a tensor on the step's device.
     """
     if like.device.type != "cuda" or len(numbers) < MIN_RUNS:
         yield from cpu.repeat(step, numbers, like)
@@ -48,10 +48,10 @@ def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like
 
 
 def _capture(launch: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
-    """A graph of the launches in `launch`, none of which runs yet."""
+    """Capture the launches of `launch` in a graph; none of them runs yet."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
-        # Other threads may go on with calls that a capture forbids. `torch.cuda.graph` would wait for the GPU.
+        # Other threads may make calls that a capture forbids. `torch.cuda.graph` would wait for the GPU.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             launch()
@@ -62,5 +62,5 @@ def _capture(launch: Callable[[], object], device: torch.device) -> torch.cuda.C
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that captures use. One for the whole process, since torch has few streams and hands them out again."""
+    """Return the stream for captures: one for the process, since torch has few streams and hands them out again."""
     return torch.cuda.Stream(device)

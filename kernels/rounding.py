@@ -1,7 +1,8 @@
-"""round_mask: the binary mask of the highest entries of a relaxed mask, ties by saliency. Three launches.
+"""round_mask: choose the binary mask of the highest entries of a relaxed mask, with ties by saliency, in three
+launches.
 
     first  = lmo(M)
-    lowest = the lowest M of a row (or group) that got in
+    lowest = the lowest M of a row (or group) that is in `first`
     order  = saliency, + the greatest fp32 number where M > lowest, - it where M < lowest
     mask   = lmo(order)
 
@@ -10,7 +11,7 @@
     flops = 3 rows d
     bytes = rows d (5 + 13 + 5)      (M in, first out; M, first, saliency in, order out; order in, mask out)
 
-The floor is the bytes' time. A row that fits no chunk is passed twice; the second pass comes from the cache.
+It takes at least the time of its bytes. A row that fits no chunk needs two passes; the second one reads from the cache.
 """
 
 import torch
@@ -25,7 +26,7 @@ from .lmo import lmo
 
 @triton.jit
 def _lower(lowest, M, FIRST, row, start, valid_r, d, stride_m, stride_f, BLOCK_D: tl.constexpr):
-    """The lower of `lowest` and the lowest M of a chunk that got in."""
+    """Return the lower of `lowest` and the lowest M of a chunk that is in FIRST."""
     column, valid_d = columns(start, d, 0, 0, BLOCK_D)
     valid = valid_r[:, None] & valid_d[None, :]
     m = tl.load(M + row[:, None] * stride_m + column[None, :], mask=valid, other=0.0)
@@ -55,7 +56,7 @@ def _order_kernel(
 
 
 def rounding_order(M: Tensor, first: Tensor, saliency: Tensor) -> Tensor:
-    """The score by which a mask is rounded, (rows, d) fp32: `order` above.
+    """Compute the score by which a mask is rounded, (rows, d) fp32: `order` in the module.
 
     Args:
         M, saliency: (rows, d) fp32, with contiguous rows.
@@ -73,16 +74,17 @@ def rounding_order(M: Tensor, first: Tensor, saliency: Tensor) -> Tensor:
 
 
 def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
-    """The binary mask of the k highest M of every row (or group), (rows, d) bool.
+    """Choose the binary mask of the k highest M of every row (or group), (rows, d) bool.
 
     Args:
         M: (rows, d) fp32, the relaxed mask; its rows are contiguous.
         saliency: (rows, d) fp32, at least 0; its rows are contiguous.
-        k: entries kept per row, an int or an int tensor (rows,); with `group`, entries kept per group, an int.
+        k: number of kept entries of a row, an int or an int tensor (rows,); with `group`, an int, the number of a
+            group.
         group: 0 for whole rows, else m of n:m, up to 32.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     FP32 = (torch.float32,)
     rows, d = check_matrix("M", M, FP32)

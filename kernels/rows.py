@@ -1,4 +1,4 @@
-"""row_errors and take_rows: the error of every row, and rows that are taken from another matrix. In one pass each.
+"""row_errors and take_rows: compute the error of every row, and take rows from another matrix, in one pass each.
 
     row_errors   sum((W - Z) * R)                       W, Z (rows, d) floating     R (rows, d) fp32
     take_rows    X[taken] = Y[taken], in place          X, Y (rows, d)     taken (rows,) bool
@@ -6,8 +6,8 @@
     row_errors   flops = 3 rows d    bytes = rows d (size(W) + 4, + size(Z) with Z)
     take_rows    flops = 0           bytes = 2 d size(X) for every row that is taken
 
-The floor is the bytes' time. A row's terms are added chunk by chunk, in fp32: one sum for every column of a chunk, and
-then a tree of these sums, so that the rounding grows with the number of chunks and not with d.
+Each takes at least the time of its bytes. The terms of a row are added in fp32, chunk by chunk, to a sum for every
+column of a chunk. A tree adds these sums. So the rounding error grows with the number of chunks and not with d.
 """
 
 import torch
@@ -46,21 +46,21 @@ def _take_rows_kernel(X, Y, TAKEN, rows, d, stride_x, stride_y, BLOCK_R: tl.cons
     for start in range(0, d, BLOCK_D):
         column, valid_d = columns(start, d, 0, 0, BLOCK_D)
         column = column[None, :]
-        # Other rows are neither loaded nor stored.
+        # Rows that are not taken are neither loaded nor stored.
         moved = taken[:, None] & valid_d[None, :]
         tl.store(X + row * stride_x + column, tl.load(Y + row * stride_y + column, mask=moved), mask=moved)
 
 
 def row_errors(W: Tensor, R: Tensor, Z: Tensor | None = None) -> Tensor:
-    """sum((W - Z) * R) of every row, (rows,) fp32.
+    """Compute sum((W - Z) * R) of every row, (rows,) fp32.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous.
         R: (rows, d) fp32.
-        Z: (rows, d), fp32 / bf16 / fp16; None subtracts nothing.
+        Z: (rows, d), fp32 / bf16 / fp16; None: 0.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     rows, d = check_matrix("W", W, FLOATS)
     check_rows((rows, d), W, dict(W=(W, FLOATS), R=(R, (torch.float32,)), Z=(Z, FLOATS)))
@@ -77,14 +77,14 @@ def row_errors(W: Tensor, R: Tensor, Z: Tensor | None = None) -> Tensor:
 
 
 def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
-    """X[taken] = Y[taken], in place.
+    """Set X[taken] = Y[taken] in place.
 
     Args:
         X, Y: (rows, d), of one dtype: fp32 / bf16 / fp16 / bool. The rows of both are contiguous.
         taken: (rows,) bool.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     rows, d = check_matrix("X", X, (*FLOATS, torch.bool))
     check_rows((rows, d), X, dict(X=(X, (X.dtype,)), Y=(Y, (X.dtype,))))

@@ -1,4 +1,4 @@
-"""row_step: a Frank-Wolfe iteration except for the product, in place. A program works on one or a few rows.
+"""row_step: make a Frank-Wolfe step but for its product, in place. A program works on one or a few rows.
 
     D    = V - M                                    q = W^2 diag
     lin  = sum(D * (-2 W R + theta q (1 - 2 M)))    quad = sum(W D (R - U)) - theta sum(q D^2)
@@ -11,20 +11,20 @@
     flops = about 30 rows d, and about 10 comparisons an entry
     bytes = rows d (size(W) + 13 + 9 + size(E), + 1 with fixed, + 4 with target_gap)    (W M R U V in, M R V E out)
 
-A row that fits one chunk stays in registers, except for W and V, which are loaded again from the cache. Up to 4096
-columns, a multiprocessor of sm_90 has two or more such rows if strides are multiples of 16 entries: while one chooses,
-others are loaded and stored. Of longer rows it has one.
+A row that fits one chunk stays in registers, but for W and V, which are loaded again from the cache. If such rows have
+up to 4096 columns, and strides that are multiples of 16 entries, a multiprocessor of sm_90 works on two or more at the
+same time: while one chooses its vertex, others are loaded and stored. Of longer rows it works on one at a time.
 
-A row that fits no chunk takes passes over its chunks, which come from the cache as far as they fit there:
+A row that fits no chunk needs passes over its chunks, which are read from the cache as far as they fit:
 
-    A    adds up the line search
-    B    updates M and R, and writes the keys of the scores over U; from the end to the start, since the chunks that
-         were read last are surely in the cache; with n:m it also chooses and writes V and E, and the row is done
+    A    sums the terms of the line search
+    B    updates M and R, and writes the keys of the scores over U. It goes from the end to the start, since the cache
+         surely holds the chunks that were read last. With n:m it also chooses and writes V and E, and the row is done
     C    finds the k-th key (topk.py)
     D    writes V and E
 
-The search for the k-th key starts from the threshold of the row's last step, which is carried in `threshold` (rows,),
-4 bytes a row. Ties are broken as in lmo.py. Sums and state are in fp32.
+The search for the k-th key starts from the threshold of the row's last step, in `threshold` (rows,), 4 bytes a row.
+Ties are broken as in lmo.py. Sums and state are in fp32.
 """
 
 import torch
@@ -63,31 +63,31 @@ from .topk import (
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
-    """Tile sizes and launch options: BLOCK_R rows, chunks of BLOCK_D columns, SEARCH_D keys in registers."""
+    """Choose tile sizes and launch options: BLOCK_R rows, chunks of BLOCK_D columns, SEARCH_D keys in registers."""
     width = triton.next_power_of_2(span(d, group))
     if platform() == "interpreter":
         tile = interpreter_tile(rows, width)
         return tile | dict(SEARCH_D=tile["BLOCK_D"])
     if group & (group - 1):
-        # If the group size is not a power of two, every entry has its own address computation. Short chunks leave
-        # registers for them. No entry belongs to two warps: one could read what the other has stored.
+        # If the group size is not a power of two, the address of every entry is computed by itself. Short chunks leave
+        # registers for this. No entry belongs to two warps, or one could read what the other has stored.
         chunk = min(width, 1024)
         return dict(BLOCK_R=1, BLOCK_D=chunk, SEARCH_D=chunk, num_warps=warps(max(1, chunk // 128)))
     if width <= (4096 if group else 8192):
-        # The whole row stays in registers, 16 entries a thread.
+        # The whole row stays in registers, with 16 entries in a thread.
         tile = dict(BLOCK_R=max(1, 1024 // width), BLOCK_D=width, SEARCH_D=width)
         return tile | dict(num_warps=warps(max(4, width // 512)))
     if group:
         return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=4096, num_warps=warps(16))
     # Each of 1024 threads has 4 entries of a chunk, and 16 keys, or 32 of a row of up to 32768. With more, some
-    # versions of the compiler spill. Of a longer row the search reads further keys from the cache.
+    # versions of the compiler spill. In a longer row the search reads the other keys from the cache.
     search = width if width <= 32768 else 16384
     return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=search, num_warps=warps(32))
 
 
 @triton.jit
 def _load_state(W, M, R, U, V, column, valid):
-    """One chunk of w, m, r, u, v in fp32; the pointers are those of the first column of the tile's rows."""
+    """Load one chunk of w, m, r, u, v in fp32. The pointers are those of the first column of the tile's rows."""
     w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
     m = tl.load(M + column[None, :], mask=valid, other=0.0)
     r = tl.load(R + column[None, :], mask=valid, other=0.0)
@@ -98,13 +98,13 @@ def _load_state(W, M, R, U, V, column, valid):
 
 @triton.jit
 def _diagonal(DIAG, w, column, valid_d):
-    # Loaded from the cache wherever it is used: registers are scarce while they hold a whole row.
+    # DIAG is loaded from the cache at each use, since registers are scarce while they hold a whole row.
     return w * w * tl.load(DIAG + column, mask=valid_d, other=0.0)[None, :]
 
 
 @triton.jit
 def _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d):
-    """Moves one chunk of the state and stores it; returns the next score and the error of each entry."""
+    """Move one chunk of the state and store it; return the next score and the error of each entry."""
     m = move(m, v, step[:, None])
     r = move(r, u, step[:, None])
     tl.store(M + column[None, :], m, mask=valid)
@@ -136,7 +136,7 @@ def _store_numbers(ETA, ERROR, row, valid_r, step, errors):
 def _threshold(
     THRESHOLD, row, valid_r, lowest, keys, budget, U, d, WHOLE: tl.constexpr, SEARCH_D: tl.constexpr
 ):  # fmt: skip
-    """Results of `kth_key`; the search starts from THRESHOLD, which is replaced, or anew if that is None."""
+    """Call `kth_key` from THRESHOLD, which is replaced, or from the range of the keys if it is None."""
     if THRESHOLD is None:
         T, n, top, n_top, budget, _ = key_range(keys, budget, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
     else:
@@ -157,7 +157,7 @@ def _step_kernel(
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, SEARCH_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    # A program of one row always has one. A mask would cost the registers that the search needs.
+    # A program of one row always has a row. A mask would take registers that the search needs.
     valid_r = row < rows if BLOCK_R > 1 else tl.full((BLOCK_R,), True, tl.int1)
     row = row.to(tl.int64)
     W += row[:, None] * stride_w
@@ -188,7 +188,7 @@ def _step_kernel(
         if LINE_SEARCH:
             lin, quad = line_terms(w, _diagonal(DIAG, w, column, valid_d), m, r, u, v, theta)
             step = line_search(tl.sum(lin, axis=1), tl.sum(quad, axis=1))
-            # Loaded again, from the cache: without w and v in registers twice as many rows are under way. The eviction
+            # Loaded again from the cache: without w and v in registers, twice as many rows are at work. The eviction
             # policy keeps the compiler from merging these loads with the first ones.
             w = tl.load(W + column[None, :], mask=valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
             v = tl.load(V + column[None, :], mask=valid, other=0, eviction_policy="evict_first").to(tl.float32)
@@ -202,8 +202,8 @@ def _step_kernel(
                 THRESHOLD, row, valid_r, lowest, keys, budget, U, d, WHOLE=True, SEARCH_D=BLOCK_D
             )
             chosen, passed = take(keys, T, ties_kept, tied, tl.zeros((BLOCK_R,), tl.int32))
-            # Here `span` equals d, which the compiler does not know: it makes the masks again after the search, for
-            # which it needs the registers.
+            # `span` equals d here, which the compiler does not know. So it computes the masks again after the search,
+            # and the search has their registers.
             column, valid_d = columns(0, span, 0, 0, BLOCK_D)
             valid = valid_r[:, None] & valid_d[None, :]
         _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
@@ -238,8 +238,8 @@ def _step_kernel(
         _store_numbers(ETA, ERROR, row, valid_r, step, errors)
 
         if not GROUP:
-            # The keys go from pass to pass through global memory. The thread that reads a key may not be the one that
-            # wrote it, and Triton adds no barrier for that.
+            # Keys pass through global memory. Another thread may read a key than the one that wrote it, and Triton adds
+            # no barrier for that.
             tl.debug_barrier()
             # Pass C: the k-th score.
             first_keys = load_keys(U, None, 0, d, valid_r, 1, 0, None, 0, 0, SEARCH_D)
@@ -262,18 +262,18 @@ def row_step(
     theta: float | Tensor = 0.0,
     next_theta: float | Tensor = 0.0,
 ) -> None:
-    """One Frank-Wolfe step of every row, in place.
+    """Make a Frank-Wolfe step of every row, but for its product, in place.
 
     Args:
-        state: changed in place.
-        eta: step size for all rows (open loop); None for the line search. Either all of `eta`, `theta` and `next_theta`
-            are numbers, or all are tensors () fp32, which the kernel reads when it runs.
-        theta: weight of the integrality penalty that V was chosen with, 0 to 1.
-        next_theta: weight of the penalty that the next V is chosen with. While it is below 1 a vertex takes only
-            positive scores; from then on it keeps exactly k entries.
+        state: the state, which changes in place.
+        eta: step size of all rows (open loop); None for the line search. `eta`, `theta` and `next_theta` are either all
+            numbers, or all tensors () fp32, which the kernel reads when it runs.
+        theta: weight of the integrality penalty with which V was chosen, 0 to 1.
+        next_theta: weight of the penalty with which the next V is chosen. Below 1, a vertex takes only positive scores;
+            at 1 it keeps exactly k entries.
 
     Raises:
-        ValueError, TypeError: for a state or numbers that do not fit this description.
+        ValueError, TypeError: the state or a number does not fit this description.
     """
     W, k, fixed, target_gap, threshold = state.W, state.k, state.fixed, state.target_gap, state.threshold
     rows, d = check_matrix("W", W, FLOATS)

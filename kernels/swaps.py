@@ -1,4 +1,4 @@
-"""row_swaps: best 1-swaps of every row's mask, in place, until none is left. A program works on one row.
+"""row_swaps: make the best 1-swaps of every row's mask, in place, until none lowers the error. A program has one row.
 
     a = q + 2 W R of kept entries      b = q - 2 W R of removed entries      q = W^2 diag(G)
     swap i for p:  change = a_i + b_p - 2 W_i W_p G_ip      R += W_i G_i - W_p G_p      V_i = 0, V_p = 1
@@ -8,9 +8,9 @@
     flops = about 30 d a swap
     bytes = rows d (size(W) + 4 + 1) in and rows d (4 + 1) out, and for every swap 3 rows of G, 12 d
 
-A swap takes three passes over the row, which stays in the cache. The first finds the best a and the best b, the second
-the best partner of each, the third updates R. With n:m the first two are one pass over whole groups. Every row ends its
-search by itself, so no row waits for the longest search. Sums and state are in fp32. Ties go to the lower index.
+A swap needs three passes over the row, which stays in the cache. The first finds the best a and the best b, the second
+the best partner of each, and the third updates R. With n:m the first two are one pass over whole groups. The search of
+each row ends by itself, so no row waits for the longest search. Sums and state are in fp32. Ties go to the lower index.
 """
 
 import torch
@@ -25,7 +25,7 @@ from .lmo import check_selection, span
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
-    """Tile sizes and launch options: a program has one row, and its search takes as long as this row needs."""
+    """Choose tile sizes and launch options. A program has one row, and ends when the search of this row ends."""
     width = triton.next_power_of_2(span(d, group))
     if platform() == "interpreter":
         return interpreter_tile(rows, width)
@@ -36,7 +36,7 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
 
 @triton.jit
 def _changes(W, DIAG, R, V, FIXED, column, valid, valid_d):
-    """w, and the change of the error if an entry alone is removed (a) or kept (b); inf where that is not possible."""
+    """Load w, and compute the change of the error if one entry is removed (a) or kept (b); inf where impossible."""
     w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
     r = tl.load(R + column[None, :], mask=valid, other=0.0)
     v = tl.load(V + column[None, :], mask=valid, other=0).to(tl.int1)
@@ -52,7 +52,7 @@ def _changes(W, DIAG, R, V, FIXED, column, valid, valid_d):
 
 @triton.jit
 def _best(x, start, best, at):
-    """The lowest entry of every row so far, and its column, with the chunk x that begins at column `start`."""
+    """Update the lowest entry of every row, and its column, by the chunk x that begins at column `start`."""
     value, index = tl.min(x, axis=1, return_indices=True)
     lower = value < best
     return tl.where(lower, value, best), tl.where(lower, start + index, at)
@@ -60,7 +60,7 @@ def _best(x, start, best, at):
 
 @triton.jit
 def _partners(w_rows, G, x, y, w, column, valid, stride_g, SHAPE: tl.constexpr):
-    """The best x and its best partner in y, in every group of a chunk: the change of the error, and both columns."""
+    """Find the best x of every group of a chunk and its best partner in y: the error's change, and both columns."""
     change_x, first = tl.min(tl.reshape(x, SHAPE), axis=2, return_indices=True)
     members = tl.reshape(column, (1, SHAPE[1], SHAPE[2]))
     begin = tl.min(members, axis=2)
@@ -76,7 +76,7 @@ def _partners(w_rows, G, x, y, w, column, valid, stride_g, SHAPE: tl.constexpr):
 
 @triton.jit
 def _best_of_groups(change, i, p, best, best_i, best_p):
-    """The best pair of every row so far, with those of a chunk's groups."""
+    """Update the best pair of every row by the pairs of a chunk's groups."""
     value, group = tl.min(change, axis=1, return_indices=True)
     here = tl.arange(0, change.shape[1])[None, :] == group[:, None]
     lower = value < best
@@ -159,8 +159,8 @@ def _swaps_kernel(
         w_i = tl.load(w_rows + i, mask=go, other=0.0).to(tl.float32)
         w_p = tl.load(w_rows + p, mask=go, other=0.0).to(tl.float32)
         g_i, g_p = G + i.to(tl.int64)[:, None] * stride_g, G + p.to(tl.int64)[:, None] * stride_g
-        # R and V go from pass to pass through global memory. The thread that reads an entry may not be the one that
-        # wrote it, and Triton adds no barrier for that.
+        # R and V pass through global memory. Another thread may read an entry than the one that wrote it, and Triton
+        # adds no barrier for that.
         tl.debug_barrier()
         for start in range(0, d, BLOCK_D):
             column, valid_d = columns(start, d, 0, 0, BLOCK_D)
@@ -168,8 +168,8 @@ def _swaps_kernel(
             r = tl.load(R + column[None, :], mask=moved, other=0.0)
             r += w_i[:, None] * tl.load(g_i + column[None, :], mask=moved, other=0.0)
             r -= w_p[:, None] * tl.load(g_p + column[None, :], mask=moved, other=0.0)
-            # A row with fewer entries than the program has threads is in several of them. Only the first stores, and
-            # the others may have read what it stored. So r must not be used after this.
+            # If a row has fewer entries than the program has threads, several threads have the same entry. Only the
+            # first one stores it, and the others may read it after that. So r must not be used after this line.
             tl.store(R + column[None, :], r, mask=moved)
         tl.store(v_rows + i, tl.zeros((BLOCK_R,), tl.int1), mask=go)
         tl.store(v_rows + p, tl.full((BLOCK_R,), 1, tl.int1), mask=go)
@@ -181,19 +181,19 @@ def _swaps_kernel(
 def row_swaps(
     W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None
 ) -> None:
-    """Best 1-swaps of every row's mask, in place.
+    """Make the best 1-swaps of every row's mask, in place.
 
     Args:
-        W: (rows, d), fp32 / bf16 / fp16. This and every matrix below has its rows contiguous (column stride 1).
+        W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous (column stride 1).
         G: (d, d) fp32, symmetric.
-        R: (rows, d) fp32, finite, the product of the removed weights plus the target gap; updated.
-        V: (rows, d) bool; updated.
-        limit: swaps per row at most.
-        group: m of n:m, up to 32, whose swaps stay within a group; else 0.
-        fixed: (rows, d) bool, entries that are never removed.
+        R: (rows, d) fp32, finite: the product of the removed weights plus the target gap; updated.
+        V: (rows, d) bool, the mask; updated.
+        limit: the most swaps of a row.
+        group: m of n:m, up to 32: swaps stay within a group; else 0.
+        fixed: (rows, d) bool, True for entries that are never removed.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit this description.
+        ValueError, TypeError: an argument does not fit this description.
     """
     rows, d = check_matrix("W", W, FLOATS)
     FP32, BOOL = (torch.float32,), (torch.bool,)

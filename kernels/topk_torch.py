@@ -1,60 +1,60 @@
-"""Selection in plain torch: the k best of every row or group, for cpu.py.
+"""Select the k best scores of every row or group in plain torch, for `cpu.py`.
 
 Exactly k entries are kept, and equal scores go to the lower index. A row is partitioned, not sorted.
 
-On a CPU torch has vector instructions for arithmetic, but not for operations that mix bool and floating tensors:
-`masked_fill`, comparisons, and products with a bool tensor take 5 to 40 times as long as a product. The functions here
-compute with the bytes of bool tensors instead, and let numpy compare.
+On a CPU torch has vector instructions for arithmetic, but not for operations on bool and floating tensors together:
+`masked_fill`, comparisons, and products with a bool tensor take 5 to 40 times as long as a product. These functions
+compute with the bytes of bool tensors instead, and compare in numpy.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Entries of a matrix that each CPU thread works on at a time. Temporaries of a block stay in the cache. For those of a
-# whole large matrix the system would hand out and clear memory, at several times the cost of the arithmetic. Smaller
-# blocks need more calls, in which threads wait for each other. Larger blocks were not measured.
+# Entries of a matrix on which a CPU thread works at a time. Temporaries of a block stay in the cache. For temporaries
+# of a whole large matrix the system would allocate and clear memory, at several times the cost of the arithmetic.
+# Smaller blocks need more calls, in which threads wait for each other. Larger blocks were not measured.
 BLOCK = 524288
 
 # The smallest float above 0.
 SMALLEST_FLOAT = 2.0**-149
 
-# A GPU selects from each row in one program. With fewer rows than this most of it would wait: a matrix with one budget
-# is a single row of all its entries.
+# On a GPU one program selects from a row. With fewer rows than this most of the GPU would wait, as for a matrix with
+# one budget, which is a single row of all its entries.
 FEW_ROWS = 16
 
-# -inf as a number of `_in_order`. Numbers below it stand for NaN.
+# Number of -inf in `_in_order`. Lower numbers are those of NaN.
 LOWEST = -(2**31) + 0x7FFFFF
 
 
 def row_blocks(X: Tensor) -> list[slice]:
-    """Slices of rows of X (rows, d) to work on at a time: BLOCK entries for each CPU thread; one slice on a GPU."""
+    """Cut X (rows, d) into slices of rows to work on: BLOCK entries for each CPU thread, or one slice on a GPU."""
     rows, d = X.shape
     height = max(1, BLOCK * torch.get_num_threads() // max(d, 1)) if X.device.type == "cpu" else max(rows, 1)
     return [slice(start, start + height) for start in range(0, rows, height)]
 
 
 def as_float(kept: Tensor) -> Tensor:
-    """0 and 1 of a bool matrix, fp32."""
+    """Convert a bool matrix to 0 and 1, fp32."""
     return kept.view(torch.uint8).float()
 
 
 def masked(X: Tensor, kept: Tensor) -> Tensor:
-    """X where `kept` is True, else 0; (rows, d) in the dtype of X."""
+    """Set X to 0 where `kept` is False; returns (rows, d) in the dtype of X."""
     if X.device.type != "cpu":
         return torch.where(kept, X, 0)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[X.dtype.itemsize]
-    # -1 has all bits set, 0 none.
+    # All bits of -1 are set, and no bit of 0.
     return kept.view(torch.int8).neg().to(bits).bitwise_and_(X.view(bits)).view(X.dtype)
 
 
 def infinite(chosen: Tensor) -> Tensor:
-    """inf where `chosen` is True, else -inf, fp32: maximum(X, infinite(chosen)) is X with inf at the chosen entries."""
+    """Make inf where `chosen` is True, else -inf, fp32. The maximum of X and this is X with inf at chosen entries."""
     return as_float(chosen).sub_(0.5).mul_(torch.inf)
 
 
 def at_least(X: Tensor, Y: Tensor | float, out: Tensor | None = None) -> Tensor:
-    """X >= Y, bool, written to `out` and returned; allocated when None."""
+    """Compare X >= Y, bool, written to `out` and returned; allocated when None."""
     if X.device.type != "cpu":
         return torch.ge(X, Y, out=out)
     other = Y.numpy() if isinstance(Y, Tensor) else Y
@@ -62,7 +62,7 @@ def at_least(X: Tensor, Y: Tensor | float, out: Tensor | None = None) -> Tensor:
 
 
 def select(score: Tensor, k: int | Tensor, *, group: int, fixed: Tensor | None, positive: bool, out: Tensor) -> Tensor:
-    """`lmo` without its checks; written to `out` and returned."""
+    """Choose as `lmo` does, without its checks; written to `out` and returned."""
     if fixed is not None:
         score = torch.maximum(score, infinite(fixed))
     if not group:
@@ -76,7 +76,7 @@ def _best_of_groups(score: Tensor, n: int, m: int, positive: bool, V: Tensor) ->
     S = torch.stack(score.reshape(-1, m).unbind(1))
     rank = torch.zeros(S.shape, dtype=torch.uint8, device=score.device)
     for i in range(m - 1):
-        # The first of two equal scores is ahead.
+        # Of two equal scores the first one is ahead.
         ahead = at_least(S[i], S[i + 1 :]).view(torch.uint8)
         rank[i + 1 :] += ahead
         rank[i] += (m - 1 - i) - ahead.sum(0, dtype=torch.uint8)
@@ -98,7 +98,7 @@ def _best_of_rows(score: Tensor, k: int | Tensor, positive: bool, V: Tensor) -> 
     count = V.view(torch.uint8).sum(1, keepdim=True, dtype=torch.int32)
     surplus = (count > k).squeeze(1).nonzero().squeeze(1)
     if len(surplus):
-        # More than k scores reach the threshold: of the scores equal to it only the first ones are kept.
+        # More than k scores reach the threshold: of the scores equal to it, only the first ones are kept.
         S, T = score[surplus], threshold[surplus]
         above, tie = S > T, S == T
         ties_kept = (k[surplus] if isinstance(k, Tensor) else k) - above.sum(1, keepdim=True)
@@ -107,7 +107,7 @@ def _best_of_rows(score: Tensor, k: int | Tensor, positive: bool, V: Tensor) -> 
 
 
 def _kth_largest(score: Tensor, k: int | Tensor) -> Tensor:
-    """The k-th largest score of every row, (rows, 1). Where k = 0 it is the largest, left out as a tie."""
+    """Find the k-th largest score of every row, (rows, 1). For k = 0 it is the largest, which is left out as a tie."""
     rows, d = score.shape
     if score.device.type != "cpu":
         if rows < FEW_ROWS:
@@ -125,9 +125,9 @@ def _kth_largest(score: Tensor, k: int | Tensor) -> Tensor:
 
 
 def kth_by_bits(score: Tensor, k: int | Tensor) -> Tensor:
-    """`_kth_largest` of a few long rows, by counting: 32 passes over the matrix, each of the whole GPU, no wait.
+    """Find the k-th largest score of few long rows by counting, in 32 passes of the whole GPU without a wait.
 
-    The highest number that k scores reach is found bit by bit, the highest bit first.
+    The highest number that k scores reach is found bit by bit, from the highest bit on.
     """
     rows, d = score.shape
     least = k.clamp(min=1) if isinstance(k, Tensor) else max(k, 1)
@@ -135,13 +135,13 @@ def kth_by_bits(score: Tensor, k: int | Tensor) -> Tensor:
     for bit in range(31, -1, -1):
         higher = found + 2**bit
         reached = (score >= _in_order(higher)).sum(1, keepdim=True)
-        # Comparisons with NaN are false, and all scores reach what is below -inf.
+        # Comparisons with NaN are false, but all scores reach a number below that of -inf.
         reached = torch.where(higher < LOWEST, d, reached)
         found = torch.where(reached >= least, higher, found)
     return _in_order(found)
 
 
 def _in_order(number: Tensor) -> Tensor:
-    """The fp32 number at each place of the order of all of them, from -2^31 to 2^31 - 1; 0.0 is at 0."""
+    """Return the fp32 number with this rank in the order of all of them, from -2^31 to 2^31 - 1; 0.0 has rank 0."""
     number = number.to(torch.int32)
     return (number ^ ((number >> 31) & 0x7FFFFFFF)).view(torch.float32)

@@ -1,4 +1,4 @@
-"""The operations as Triton kernels, which `--kernel triton` runs, named as in cpu.py and packed_cpu.py."""
+"""Operations as Triton kernels, with the names of `cpu.py` and `packed_cpu.py`: `--kernel triton` runs them."""
 
 # ruff: noqa: F401, `backend` looks for these names here.
 

@@ -1,12 +1,12 @@
-"""Products of successive vertices on a CPU, most of them computed from an earlier product and the changed entries.
+"""Multiply successive vertices on a CPU, mostly by updating an earlier product for the changed entries.
 
     U = (target_gap + W * (1 - V)) G = U' + (W * (V' - V)) G      U', V': the vertex before the last and its product
 
     W (rows, d) floating     V (rows, d) bool     U, target_gap (rows, d) fp32     G (d, d) symmetric
 
-Vertices settle, and until then they zigzag: each is closer to the vertex before the last than to the last. In a solve
-of 30 steps on SmolLM2-135M's layers at 60 % they change 3 to 4 times d entries a row in all, while 30 products from
-scratch read 30 d. A row's sum runs over its own changes in their order, so it does not depend on the rows beside it.
+Vertices settle in the end. Until then they zigzag: each is closer to the vertex before the last than to the last one.
+In a solve of 30 steps on SmolLM2-135M's layers at 60 % they change 3 to 4 times d entries of a row in all, where 30
+full products read 30 d. The sum of a row runs over its own changes in their order, so it does not depend on other rows.
 """
 
 import numpy as np
@@ -17,23 +17,23 @@ from torch.nn.functional import embedding_bag
 from .cpu import product, round_operand
 from .topk_torch import as_float, masked
 
-# The first FIRST products are computed from scratch, and then one of every REFRESH. Early vertices differ so much that
-# this costs little. Their products are also many times larger than the last ones, whose changes would keep the rounding
-# errors of large numbers.
+# The first FIRST products are computed in full, and then one of every REFRESH. Early vertices differ so much that this
+# costs little. Early products are also many times larger than late ones, and updates would carry the rounding errors of
+# large numbers on.
 FIRST, REFRESH = 4, 8
 
-# PANEL: entries of G read at a time, a panel of its columns that stays in a core's cache however far apart the changed
-# rows are. NARROWEST: the fewest columns of a panel that are worth a pass over the changes.
+# PANEL: entries of G in a panel of its columns, which stays in a core's cache however far apart the changed rows are.
+# NARROWEST: the fewest columns of a panel that are worth a pass over the changes.
 PANEL, NARROWEST = 1 << 18, 64
 
 
 class VertexProducts:
-    """U = (target_gap + W * (1 - V)) G for one V after another.
+    """Products U = (target_gap + W * (1 - V)) G for one V after the other.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16.
         G: (d, d), symmetric, fp32 or bf16.
-        target_gap: (rows, d) fp32, the target minus W; None where the target is W.
+        target_gap: (rows, d) fp32, target minus W; None if the target is W.
         precision: rounding of both operands, see `cpu.round_operand`.
     """
 
@@ -41,11 +41,11 @@ class VertexProducts:
         self._W, self._target_gap, self._precision = W, target_gap, precision
         self._G = round_operand(G, precision)
         self._made = 0
-        # The last two vertices with their products. The next one replaces the older.
+        # The last two vertices with their products. The next vertex replaces the older one.
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, V: Tensor, *, out: Tensor) -> Tensor:
-        """The product of V (rows, d) bool, written to `out` (rows, d) fp32 and returned."""
+        """Multiply V (rows, d) bool; the product is written to `out` (rows, d) fp32 and returned."""
         if self._made < FIRST or self._made % REFRESH == 0:
             E = masked(self._W, ~V)
             U = product(E if self._target_gap is None else E + self._target_gap, self._G, precision=self._precision)
@@ -59,10 +59,10 @@ class VertexProducts:
         return out.copy_(U)
 
     def _follow(self, before: Tensor, V: Tensor, U: Tensor) -> None:
-        """Turn U, the product of `before`, into the product of V."""
+        """Update U in place from the product of `before` to the product of V."""
         d = V.shape[1]
         positions = np.flatnonzero((before ^ V).numpy())
-        # The offsets at which the entries of each row start, and the end of the last row.
+        # The offsets at which the entries of each row begin, and the end of the last row.
         offsets = torch.from_numpy(positions.searchsorted(np.arange(len(V) + 1) * d))
         columns, entries = torch.from_numpy(positions % d), torch.from_numpy(positions)
         change = round_operand(self._W.take(entries), self._precision)

@@ -37,7 +37,7 @@ CASES = [
     ("product", dict(G=torch.zeros(4, 4, device="meta")), ValueError, "G: expected device"),
     ("product", dict(out=TURNED), ValueError, r"out: expected shape \(3, 4\)"),
     ("product", dict(precision="fp8"), ValueError, "precision: expected one of ieee, tf32x3, tf32, bf16, got 'fp8'"),
-    ("product", dict(add=True), ValueError, "add: there is no out"),
+    ("product", dict(add=True), ValueError, "add: needs out"),
     ("gram_accumulate", dict(X=torch.zeros(2, 5, 4)), ValueError, "X: expected two dimensions"),
     ("gram_accumulate", dict(precision="bf16"), ValueError, "precision: expected ieee or tf32, got 'bf16'"),
     ("cross_accumulate", dict(D=torch.zeros(5, 3, dtype=torch.bfloat16)), TypeError, "D: expected torch.float32"),
