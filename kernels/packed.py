@@ -163,7 +163,7 @@ def configuration(size: int, batch: int = 0) -> dict[str, int]:
     """Choose tile sizes and launch options for weights of `size` bytes and `batch` rows of x, or 0 to unpack."""
     if platform() == "interpreter":
         return dict(BLOCK_R=32, BLOCK_D=512)
-    # Every BLOCK_R rows of W read all of x from the cache, so many rows of x should be read less often.
+    # Every BLOCK_R rows of W read all of x from the cache. With many rows of x a larger BLOCK_R reads them less often.
     BLOCK_R = 32 if batch > 4 else 16
     return dict(BLOCK_R=BLOCK_R, BLOCK_D=1024 // size // (BLOCK_R // 16), num_warps=warps(4))
 

@@ -113,8 +113,7 @@ def stack_rows(stack: Stack) -> Problem:
 def kept(saliency: Tensor, layers: list[slice], pattern: Pattern) -> int | Tensor:
     """Count the kept weights of stacked rows or their groups, as in `Problem.k`.
 
-    A `layer:` budget selects the highest saliencies of a whole matrix. A row keeps as many weights as are selected in
-    it.
+    A `layer:` budget selects the highest saliencies of a whole matrix. The number of those in a row is the row's k.
 
     Args:
         saliency: (rows, d) fp32.
