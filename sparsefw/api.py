@@ -243,10 +243,10 @@ def prune_checkpoint(
 
 def given_arguments(inputs: Inputs, config: PruneConfig) -> dict[str, Any]:
     """Find the arguments that the user gave, by name, and the texts, whose default depends on the network."""
-    others = asdict(Inputs(model=inputs.model)) | {"model": DEFAULT}
+    defaults = asdict(Inputs(model=inputs.model)) | {"model": DEFAULT}
     if not inputs.built_in:
-        del others["dataset"]
-    given = {name: value for name, value in asdict(inputs).items() if name not in others or value != others[name]}
+        defaults["dataset"] = None
+    given = {name: value for name, value in asdict(inputs).items() if value != defaults[name]}
     return given | {name: value for name, value in config.given.items() if value != inputs.options.get(name)}
 
 

@@ -7,7 +7,6 @@ The values have the name that the matrix has in other checkpoints. A library tha
 shape there and refuses it, while it would make up a matrix that it does not find.
 """
 
-import re
 import warnings
 from functools import cache
 from importlib import import_module
@@ -19,9 +18,6 @@ from torch import Tensor
 
 from sparsefw.errors import InputError
 from sparsefw.kernels import packed_cpu
-
-# Version of the layout.
-FORMAT = 1
 
 # The end of a mask's name, behind the name of its matrix.
 MASK = "_mask"
@@ -125,8 +121,3 @@ def unpack(values: Tensor, mask: Tensor) -> Tensor:
     else:
         out = kernels.unpack(values, flat, starts_of(flat), cols=cols)
     return out.reshape(*mask.shape[:-1], cols)
-
-
-def form_of(name: str) -> str:
-    """The name of a parameter with `*` in place of numbers."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

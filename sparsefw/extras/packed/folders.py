@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from sparsefw.caller import to_logger
 from sparsefw.checkpoint.files import check_output, durably, file_digest
-from sparsefw.checkpoint.packed import FORMAT, MASK, form_of, pack
+from sparsefw.checkpoint.packed import MASK, pack
 from sparsefw.checkpoint.quantization import GUARD, KEY, without_quantization
 from sparsefw.checkpoint.source import CONFIG, Checkpoint, inspect, stamps
 from sparsefw.checkpoint.tensors import dequantized, read_tensors
@@ -26,6 +26,7 @@ from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import BATCHES
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.errors import InputError
+from sparsefw.extras.packed.quantizer import FORMAT, METHOD, form_of
 from sparsefw.extras.page import write_pages
 from sparsefw.model.skeleton import Skeleton, build
 from sparsefw.report.content import Report, read_report, report_of
@@ -72,7 +73,7 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
             f"{pruned}: no matrix becomes smaller; those that keep nearly all, or are transposed, stay dense"
         )
     facts = {
-        "quant_method": "sparsefw",
+        "quant_method": METHOD,
         "format": FORMAT,
         "sparsity": pattern.text,
         "budget": "layer" if whole else "row",
@@ -96,7 +97,7 @@ def unpack_folder(packed: Path, output: Path, *, overwrite: bool = False, restar
         InputError: the checkpoint is not packed, or is damaged.
     """
     checkpoint = inspect(packed)
-    if checkpoint.quantization is None or checkpoint.quantization.method != "sparsefw":
+    if checkpoint.quantization is None or checkpoint.quantization.method != METHOD:
         raise InputError(f"{packed}: not packed; give a folder that sparsefw pack wrote")
     config = without_quantization(checkpoint.config)
     return rewrite(

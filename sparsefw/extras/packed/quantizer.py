@@ -5,6 +5,7 @@ Linear layers hold the packed tensors and multiply with them. Experts are unpack
 5.24.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -13,12 +14,20 @@ from torch.nn import functional as F
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsefw.checkpoint.packed import FORMAT, MASK, check, form_of, kernels_for, starts_of, unpack
+from sparsefw.checkpoint.packed import MASK, check, kernels_for, starts_of, unpack
 from sparsefw.checkpoint.quantization import GUARD
 from sparsefw.errors import InputError
 from sparsefw.solver import patterns
 
 METHOD = "sparsefw"
+
+# Version of the layout.
+FORMAT = 1
+
+
+def form_of(name: str) -> str:
+    """Return the name of a parameter with `*` in place of numbers."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 class PackedConfig(QuantizationConfigMixin):
