@@ -1,4 +1,4 @@
-"""`Report`: all that a run reports. It is written to report.json and read from there."""
+"""`Report`: the content of report.json."""
 
 import importlib.metadata
 import json
@@ -16,7 +16,7 @@ from sparsefw.errors import InputError, counted
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import Span
 
-# 200,000 layers, as the largest mixtures have with their experts, take about 110 MiB.
+# The largest mixtures have 200,000 layers, counting experts. Their report takes about 110 MiB.
 MAX_REPORT_BYTES = 256 * 2**20
 
 # A value of a flag.
@@ -24,13 +24,13 @@ Argument = str | int | float | bool | tuple[str, ...] | None
 
 T = TypeVar("T", bound=Argument)
 
-# Beside this package and Python, a result's last bits depend on these.
+# The libraries that the last bits of a result depend on, besides Python and this package.
 LIBRARIES = ("torch", "triton", "transformers", "datasets", "safetensors")
 
-# The name of the model before pruning, beside the methods.
+# The name of the dense model, where results have the name of their method.
 DENSE = "dense"
 
-# The names of the two losses, by what the pruned and the dense model are compared by.
+# The two losses of a reconstruction: they compare hidden states, or predictions, of the pruned and the dense model.
 HIDDEN, PREDICTIONS = "hidden states", "predictions"
 
 
@@ -39,14 +39,14 @@ class Reconstruction:
     """How the kept weights of a block were fitted together.
 
     Attributes:
-        before, after: loss on held-out windows before and after it, mean over tokens.
+        before, after: loss of held-out windows before and after it, mean over tokens.
         steps: number of steps.
-        put_back: whether the weights were put back, as the loss had not become less.
-        loss: HIDDEN: the squared distance of hidden states behind the block to those of the dense model, relative to
-            the square of the latter, or 1 + its log above 1. PREDICTIONS: the divergence of predicted tokens, see
-            `model.head`.
-        varies: the operation of torch for which the weights may be other bits in another run, or several, if it is not
-            the same on all ranks; empty: there is none.
+        put_back: whether the weights were put back, because the loss did not fall.
+        loss: HIDDEN: the squared distance of hidden states after the block to those of the dense model, relative to
+            the square of the latter; above 1, 1 plus its logarithm. PREDICTIONS: the divergence of predicted tokens,
+            see `model.head`.
+        varies: operations of torch that may give other bits in another run, one or, with several ranks, more; empty:
+            the weights have the same bits in every run.
     """
 
     before: float
@@ -66,10 +66,10 @@ class BlockRecord:
         name: its name in the model, "model.layers.0".
         way: how the calibration windows ran through it.
         seconds: by phase, on the main lane of rank 0.
-        host_bytes: peak memory of the process on the host, up to the end of this block; of several ranks the highest.
-        gpu_bytes: peak bytes of tensors on the GPU, in this block; 0 without one.
-        gpu_reserved_bytes: peak bytes that torch took from the GPU for them, which count against the memory limit.
-        reconstruction: how its weights were fitted together; None: they were not.
+        host_bytes: peak memory of the process on the host, up to the end of this block; the highest of all ranks.
+        gpu_bytes: peak bytes of tensors on the GPU in this block; 0 without a GPU.
+        gpu_reserved_bytes: peak bytes that torch took from the GPU in this block. They count against the memory limit.
+        reconstruction: the reconstruction of the block; None: it was not reconstructed.
     """
 
     block: int
@@ -87,7 +87,7 @@ class TextWindows:
     """The windows of a text.
 
     Attributes:
-        source: the text, as the user has named it.
+        source: the name that the user gave the text.
         hash: SHA-256 of the tokens, in hex.
         windows: number of windows.
         seqlen: tokens in a window.
@@ -101,10 +101,10 @@ class TextWindows:
 
 @dataclass(frozen=True)
 class CalibrationText(TextWindows):
-    """The windows that define the layer problems.
+    """The calibration windows.
 
     Attributes:
-        seed: seed of the draw of the windows.
+        seed: seed by which the windows were drawn.
     """
 
     seed: int
@@ -112,17 +112,17 @@ class CalibrationText(TextWindows):
 
 @dataclass(frozen=True)
 class EvaluationText(TextWindows):
-    """A text that perplexity was measured on.
+    """An evaluation text.
 
     Attributes:
-        perplexity: perplexity of the dense model ("dense"), and by method.
+        perplexity: perplexity of the dense model ("dense") and of each method, by name.
     """
 
     perplexity: dict[str, float]
 
 
 def amount(source: str, number: int, length: int) -> str:
-    """How much runs through a model: windows of a text, or a caller's batches."""
+    """Say how many windows of a text, or how many batches of a caller, run through a model."""
     if source == BATCHES:
         return f"{number} {'batch' if number == 1 else 'batches'} of up to {length} positions"
     return f"{counted(number, 'window')} of {length} tokens"
@@ -135,12 +135,12 @@ class MemoryRecord:
     Attributes:
         limits: memory limits in bytes: "host", and with a GPU "gpu".
         expected: bytes expected at the peak, in the same places.
-        activations: where activations are held.
+        activations: the place of activations.
         batch_windows: windows in a micro-batch.
         solver_bytes: bytes that the state of one solve may take.
-        read_ahead: whether the next block is read while one is worked on.
-        kept_width: entries of the widest input of a layer that is kept for the next run; 0: none is.
-        step_windows: windows in a step of a reconstruction, if it takes a piece of a micro-batch; else 0.
+        read_ahead: whether the next block is read during the work on a block.
+        kept_width: entries of the widest input of a layer that is kept for the next run through its block; 0: none.
+        step_windows: windows in a step of a reconstruction that takes a piece of a micro-batch; 0: it takes all of it.
     """
 
     limits: dict[str, int]
@@ -155,7 +155,7 @@ class MemoryRecord:
 
 @dataclass(frozen=True)
 class RankRecord:
-    """One of several processes that have shared a run.
+    """A process of a run on several.
 
     Attributes:
         machine: name of its machine.
@@ -163,7 +163,7 @@ class RankRecord:
         windows: number of its calibration windows.
         seconds: by phase, on its main lane.
         waited: seconds that the host has waited for transfers to and from other ranks.
-        peak_memory: its measured peaks, see `memory.peak_memory`.
+        peak_memory: measured peaks, see `memory.peak_memory`.
     """
 
     machine: str
@@ -176,13 +176,13 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class Recovery:
-    """How all kept weights of the pruned model were fitted together, see `sparsefw recover`.
+    """A recovery: all kept weights of the pruned model were fitted together, see `sparsefw recover`.
 
     Attributes:
         model: the dense model.
-        dataset: the texts, as flags name them.
-        data: the windows.
-        before, after: divergence of predicted tokens on held-out windows, mean over tokens.
+        dataset: the calibration texts, as flags name them.
+        data: the calibration windows.
+        before, after: divergence of predicted tokens of held-out windows, mean over tokens.
         steps: number of steps.
     """
 
@@ -208,13 +208,13 @@ class Report:
         kept_dense: names of the matrices inside the blocks that were not pruned.
         seconds: by phase, on the main lane of rank 0.
         blocks: the blocks in their order.
-        timeline: what was done when.
-        peak_memory: measured peaks of the whole run, see `memory.peak_memory`; of several ranks the highest ones.
+        timeline: when each phase of each block ran.
+        peak_memory: measured peaks of the whole run, see `memory.peak_memory`; the highest of all ranks.
         memory: limits, expected peaks and placement.
-        notes: what the user should know of the source, one line each.
-        ranks: the processes that have shared the run, if there were several.
-        in_memory: whether the model was in memory, and was not read from a checkpoint that `model` names.
-        recoveries: what `sparsefw recover` has made of the run's weights, one after another.
+        notes: lines about the source that the user should know.
+        ranks: the processes of a run on several; empty for one process.
+        in_memory: whether the model was in memory. Otherwise it was read from the checkpoint that `model` names.
+        recoveries: the recoveries after the run, in their order.
         given: the arguments that the user gave, by name. None: the report is of a version that did not store them.
     """
 
@@ -237,10 +237,10 @@ class Report:
     given: dict[str, Argument] | None = None
 
     def argument(self, name: str, kind: type[T]) -> T:
-        """The value of a flag.
+        """Return the value of a flag.
 
         Raises:
-            InputError: the report was read from a file, and has no such flag or a value of another kind.
+            InputError: the file that the report was read from has no such flag, or a value of another kind.
         """
         if name not in self.arguments:
             raise InputError(f"arguments.{name}: missing; prune again with this version of sparsefw")
@@ -256,37 +256,38 @@ class Report:
 
     @property
     def compared(self) -> list[str]:
-        """The methods that it was compared with."""
+        """The methods of `--compare`."""
         return list(self.argument("compare", tuple))
 
     @property
     def methods(self) -> list[str]:
-        """All methods; the last one's weights were written."""
+        """All methods. The weights of the last one were written."""
         return [*self.compared, self.method]
 
     def layers_of(self, method: str) -> list[LayerResult]:
-        """The results of one method."""
+        """Return the results of one method."""
         return [layer for layer in self.layers if layer.method == method]
 
     def to_json(self) -> str:
-        """The content of report.json."""
+        """Return the content of report.json."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def read_report(path: Path) -> Report:
-    """Read report.json.
+    """Read a report.json.
 
     Raises:
-        InputError: it is missing, too large, not JSON, or not what `sparsefw.run` writes; the line names the place.
+        InputError: the file is missing, too large or no JSON, or a value is not what a run writes; the message names
+            the place.
     """
     return parse(Report, read_bounded(path, MAX_REPORT_BYTES), path)
 
 
 def report_of(folder: Path) -> Report:
-    """The report in a folder that a run wrote.
+    """Read the report in a folder that a run wrote.
 
     Raises:
-        InputError: there is none, or as `read_report`.
+        InputError: there is no report, or as `read_report`.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give one that sparsefw run wrote")
@@ -296,7 +297,7 @@ def report_of(folder: Path) -> Report:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and the libraries that the numbers depend on."""
+    """Return the versions of Python, this package and LIBRARIES, by name."""
     by_name = {"python": platform.python_version(), "sparsefw": sparsefw.__version__}
     for name in LIBRARIES:
         try:
@@ -307,11 +308,11 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """Name of a GPU, or the architecture of the processor."""
+    """Return the name of a GPU, or the architecture of the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Device, number of threads and versions: a result's last bits depend on them."""
+    """Return device, number of threads and versions: the last bits of a result depend on them."""
     threads = {"threads": str(torch.get_num_threads())} if device.type == "cpu" else {}
     return {"device": device_name(device)} | threads | versions()

@@ -59,7 +59,7 @@ def _as_written(content: bytes) -> bool:
 
 
 def card_of(folder: Path, name: str, report: Report, source: Path | None) -> str:
-    """The card of the model in a folder that will have this name."""
+    """Make the card of the model in a folder that will have this name."""
     known = {key: value for path in (source, folder) if path for key, value in _front_matter(path / CARD).items()}
     report = _published(report)
     model, pattern = report.argument("model", str), report.argument("sparsity", str)
@@ -80,7 +80,7 @@ def card_of(folder: Path, name: str, report: Report, source: Path | None) -> str
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
-    """The entries of a card that are KEPT; empty if it is missing or cannot be read."""
+    """Read the KEPT entries of a card; empty if it is missing or cannot be read."""
     # Nobody has checked the content, and the library that reads it raises anything.
     with suppress(Exception):
         check_file(card)
@@ -90,13 +90,13 @@ def _front_matter(card: Path) -> dict[str, Any]:
 
 
 def _hub_id(folder: Path | None) -> str:
-    """The Hub id of a folder in the Hub's cache; empty: it is not there."""
+    """Return the Hub id of a folder in the Hub's cache; empty for any other folder."""
     found = SNAPSHOT.fullmatch(str(folder))
     return found[1].replace("--", "/") if found else ""
 
 
 def _published(report: Report) -> Report:
-    """The report without paths of the machine: a file or a folder there has its last name alone."""
+    """Remove paths of this machine from a report: a file or a folder keeps its last name."""
     names = {report.argument("model", str), *(one.model for one in report.recoveries)}
     names |= {name_and_share(text)[0] for text in (*report.argument("evaluate", tuple), *_texts(report))}
     paths = {name: Path(os.path.abspath(os.path.expanduser(name))) for name in names}
@@ -120,12 +120,12 @@ def _published(report: Report) -> Report:
 
 
 def _texts(report: Report) -> list[str]:
-    """The calibration texts of the run and of all recoveries, with their shares."""
+    """Return the calibration texts of the run and of all recoveries, with their shares."""
     return [*report.argument("dataset", tuple), *(text for one in report.recoveries for text in one.dataset)]
 
 
 def _datasets(report: Report) -> list[str]:
-    """Hub ids of the calibration texts that are datasets of the Hub."""
+    """Return the Hub ids of the calibration texts that are datasets of the Hub."""
     texts = dict.fromkeys(name_and_share(text)[0] for text in _texts(report))
     ids = [NAMED[text, "train"][0] if (text, "train") in NAMED else text for text in texts]
     return [text for text in ids if re.fullmatch(r"[\w.-]+/[\w.-]+", text)]

@@ -1,4 +1,4 @@
-"""The commands, or the call from Python, that have made an output, as its report tells them."""
+"""The commands, or the call from Python, that made an output. Its report stores what was given."""
 
 import json
 import shlex
@@ -15,15 +15,15 @@ VARIABLES = {TEXTS: "texts", TOKENS: "tokens", BATCHES: "batches"}
 
 
 def from_python(report: Report) -> bool:
-    """Whether only a call from Python could make the run: the model or the text had no name."""
+    """Tell whether a run was a call from Python that no command can repeat: its model or its text has no name."""
     return report.in_memory or not VARIABLES.keys().isdisjoint(report.argument("dataset", tuple))
 
 
 def commands_of(report: Report, name: str) -> list[str]:
-    """The lines that make an output of this name; empty: the report is of a version that did not store them."""
+    """Return the lines that make an output of this name; empty if an older version wrote the report."""
     if report.given is None:
         return []
-    # A recovered output was made of another one, whose name the report does not tell.
+    # A report does not store the names of the folders that a recovery started from.
     names = ["pruned", *(f"recovered-{n}" for n in range(1, len(report.recoveries)))] if report.recoveries else []
     names.append(name)
     launcher = f"torchrun --nproc-per-node {len(report.ranks)}" if report.ranks else "python"
@@ -41,7 +41,7 @@ def commands_of(report: Report, name: str) -> list[str]:
 
 
 def flags_of(arguments: Mapping[str, Argument]) -> list[str]:
-    """Arguments as a shell takes them, flag by flag."""
+    """Write arguments for a shell, one text for each flag."""
     flags = []
     for name, value in arguments.items():
         for item in value if isinstance(value, tuple) else (value,):
@@ -51,7 +51,7 @@ def flags_of(arguments: Mapping[str, Argument]) -> list[str]:
 
 
 def _call(report: Report, given: Mapping[str, Argument], name: str) -> str:
-    """The call of `prune`."""
+    """Write the call of `prune`."""
     words = ["model" if report.in_memory else json.dumps(report.argument("model", str)), json.dumps(name)]
     passed_over = {"model"}
     if report.argument("dataset", tuple) == (BATCHES,):

@@ -1,7 +1,7 @@
 """report.html: the content of report.json on one page that loads nothing.
 
-Numbers become text, paths and positions here, and page.html lays them out. Names in a checkpoint are not trusted. So
-every text is escaped, characters that do not print are spelled out, and nothing is a link.
+This module turns numbers into text, paths and positions. page.html lays them out. Names in a checkpoint are not
+trusted: every text is escaped, characters that do not print are spelled out, and the page has no links.
 
 A chart is 1000 wide and 1000 high, whatever its size on the screen; y points down. Its `marks` are paths, each with
 the kind of mark (line, mask, band) and the name that its colour stands for. Its `titles` are shown when a block
@@ -29,10 +29,10 @@ from sparsefw.timeline import Span
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
-# A longer table of layers is left to report.json: a browser would crawl.
+# A browser would crawl with a longer table of layers. The page leaves it to report.json.
 MOST_ROWS = 2000
 
-# Phases in the order of their colours. Other phases have the last colour.
+# Phases in the order of their colours. All other phases have one more colour.
 PHASES = ("solve", "calibrate", "forward", "evaluate", "read", "write", "reconstruct", "embed", "wait")
 LANES = ("main", "read", "write")
 
@@ -48,7 +48,7 @@ Mark = tuple[str, str, Points]
 
 
 def page(report: Report) -> str:
-    """The page of a run.
+    """Make the page of a run.
 
     Args:
         report: report of the run.
@@ -73,7 +73,7 @@ def page(report: Report) -> str:
         log=log,
         summary="; ".join([log.kept_line(report), *log.recovery_lines(report)]),
         facts=_facts(report),
-        # The same bytes in whatever folder the page is.
+        # The page does not name its own folder, and has the same bytes in every copy.
         commands=commands_of(report, "recovered" if report.recoveries else str(report.arguments["output"])),
         # Classes of the style sheet.
         method_colours={m: f"m{i}" for i, m in enumerate(reversed(report.methods))},
@@ -90,7 +90,7 @@ def page(report: Report) -> str:
 
 @cache
 def _template() -> Template:
-    """The template, compiled once a process. A text has every character that does not print spelled out."""
+    """Compile the template, once a process. It spells out characters that do not print."""
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -102,7 +102,7 @@ def _template() -> Template:
 
 
 def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
-    """Lists of facts, (name, value), by heading."""
+    """Collect lists of facts, (name, value), by heading."""
     memory = report.memory
     sizes = {"limit": memory.limits, "expected": memory.expected, "peak": report.peak_memory}
     sizes["most at once"] = {"solver": memory.solver_bytes}
@@ -130,7 +130,7 @@ def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
 
 
 def _block_cells(block: BlockRecord, phases: list[str]) -> list[str]:
-    """A block's seconds, peaks, and losses before and after its reconstruction."""
+    """Return the row of a block: seconds, peaks, and losses before and after its reconstruction."""
     seconds = [f"{block.seconds[phase]:.2f}" if phase in block.seconds else "-" for phase in phases]
     peaks = [f"{getattr(block, name) / 2**30:.2f}" for name in PEAKS.values()]
     losses, found = ["-", "-"], block.reconstruction
@@ -141,18 +141,18 @@ def _block_cells(block: BlockRecord, phases: list[str]) -> list[str]:
 
 
 def _ordered(known: Sequence[str], names: Iterable[str]) -> list[str]:
-    """The names, each once: first the known ones, in their order."""
+    """Return the names, each once: first the known names in their order, then all others."""
     return sorted(dict.fromkeys(names), key=lambda name: [*known, name].index(name))
 
 
 def _chart(blocks: Sequence[BlockRecord], marks: Sequence[Mark], titles: Sequence[str], top: float = 0.0) -> Chart:
-    """A chart over the blocks: y goes from 0 to a little above the greatest value.
+    """Make a chart over the blocks, whose y axis goes from 0 to a little above the greatest value.
 
     Args:
         blocks: the blocks.
-        marks: what is drawn.
+        marks: the lines and bands to draw.
         titles: a text for each block.
-        top: the greatest value, or a greater one.
+        top: the end of the y axis, if no value is greater.
     """
     values = [value for *_, points in marks for _, value in points if math.isfinite(value)]
     width, top = 1000 / len(blocks), max([top, *values]) * 1.05 or 1.0
@@ -177,7 +177,7 @@ def _chart(blocks: Sequence[BlockRecord], marks: Sequence[Mark], titles: Sequenc
 
 
 def _ticks(high: float, most: int, least: float = 0.0) -> list[tuple[float, str]]:
-    """Values from 0 with their labels: multiples of 1, 2 or 5 times a power of ten, about `most` of them."""
+    """Choose about `most` values from 0 to `high`, with labels: multiples of 1, 2 or 5 times a power of ten."""
     distance = max(high / most, least)
     power = 10.0 ** math.floor(math.log10(distance))
     step = next(power * n for n in (1, 2, 5, 10) if power * n >= distance * (1 - 1e-9))
@@ -186,7 +186,7 @@ def _ticks(high: float, most: int, least: float = 0.0) -> list[tuple[float, str]
 
 
 def error_charts(report: Report) -> dict[str, Chart]:
-    """Relative errors of the layers by method: a chart for each type of layer, all of one scale."""
+    """Chart the relative errors of the layers by method: a chart for each type of layer, all with one scale."""
     positions, top, charts = log.positions_of(report), 1.0, {}
     found: dict[str, dict[str, dict[int, list[LayerResult]]]] = defaultdict(lambda: defaultdict(dict))
     for layer in report.layers:
@@ -214,10 +214,10 @@ def error_charts(report: Report) -> dict[str, Chart]:
 
 
 def timeline(spans: list[Span], blocks: list[BlockRecord]) -> Chart | None:
-    """Bars by block, in seconds and lanes; None without spans.
+    """Make the bars of the timeline, by block; None without spans.
 
     Args:
-        spans: what was done when.
+        spans: the phases, each with its block, its lane, its start and its end.
         blocks: the blocks in their order.
     """
     spans = _merged(spans)
@@ -241,9 +241,9 @@ def timeline(spans: list[Span], blocks: list[BlockRecord]) -> Chart | None:
 
 
 def _merged(spans: list[Span]) -> list[Span]:
-    """Spans by lane and time. Spans of one block and phase become one if they follow each other at once.
+    """Sort spans by lane and time, and merge those of one block and phase that follow each other at once.
 
-    Without this, a mixture's thousands of experts would have a bar each.
+    Otherwise each of a mixture's thousands of experts would have a bar.
     """
     merged: list[Span] = []
     for span in sorted(spans, key=lambda span: (span.lane, span.start)):
