@@ -1,8 +1,8 @@
-"""Which models work: `python bench/sweep.py [NAME ...]` tries every class of transformers that generates text.
+"""Tell which models work: `python bench/sweep.py [NAME ...]` tries every class of transformers that generates text.
 
 A class gets a tiny random checkpoint. It is pruned by `sparsefw.run`, checked by `sparsefw.verify`, loaded by plain
 transformers and compared with it. Each class is one row of the results file, which is written as rows come. A row in
-the file is not made again unless it is named, so an interrupted sweep goes on. With --write-docs the results become
+the file is not made again unless it is named, so the same command resumes a sweep. With --write-docs the results become
 docs/models.md.
 """
 
@@ -39,36 +39,19 @@ def select(names: Sequence[str], rows: dict[str, Any], again: bool) -> list[Case
     """The classes to examine.
 
     Args:
-        names: model types or classes, `*` stands for any text; none: those that are not in the results.
+        names: model types or classes, `*` stands for any text; without names, the classes that have no row.
         rows: rows of the results, by key.
-        again: whether those that are in the results and do not work are examined again.
+        again: whether the classes whose row does not say that they work are examined again.
     """
     known = list(cases())
-    if names:
-        chosen = [c for c in known if any(fnmatch(c.model_type, n) or fnmatch(c.class_name, n) for n in names)]
-        if not chosen:
-            near = get_close_matches(names[0], {name for c in known for name in (c.model_type, c.class_name)})
-            sys.exit(
-                f"{', '.join(names)}: not in transformers {transformers.__version__}; nearest: {', '.join(near) or '-'}"
-            )
-        return chosen
-    return [c for c in known if c.key not in rows or (again and rows[c.key]["outcome"] != WORKS)]
-
-
-def load_results(path: Path) -> dict[str, Any]:
-    """The results so far: versions, and rows by key. Results of other versions are not mixed with new ones."""
-    versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
-    results = json.loads(path.read_text()) if path.exists() else {"versions": versions, "rows": {}}
-    if any(results["versions"][name] != found for name, found in versions.items()):
-        sys.exit(f"{path}: made with {results['versions']}; give another file, or remove it")
-    return results
-
-
-def save_results(path: Path, results: dict[str, Any]) -> None:
-    """Write the results, sorted; a reader never sees half of them."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    if not names:
+        return [c for c in known if c.key not in rows or (again and rows[c.key]["outcome"] != WORKS)]
+    chosen = [c for c in known if any(fnmatch(c.model_type, n) or fnmatch(c.class_name, n) for n in names)]
+    if not chosen:
+        near = get_close_matches(names[0], {name for c in known for name in (c.model_type, c.class_name)})
+        wanted, found = ", ".join(names), ", ".join(near) or "-"
+        sys.exit(f"{wanted}: not in transformers {transformers.__version__}; nearest: {found}")
+    return chosen
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,10 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     add("names", nargs="*", metavar="NAME", help="model type or class; * stands for any text (default: all)")
     add("--jobs", type=int, default=1, metavar="N", help="classes at a time, each in one process (default: 1)")
     add("--json", type=Path, default=RESULTS, metavar="FILE", help="results (default: bench/results/sweep.json)")
-    add("--again", action="store_true", help="examine again what is in the results and does not work")
+    add("--again", action="store_true", help="examine the classes again that do not work in the results")
     add("--write-docs", action="store_true", help="examine nothing; write docs/models.md")
     arguments = parser.parse_args(argv)
-    results = load_results(arguments.json)
+    path = arguments.json
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    results = json.loads(path.read_text()) if path.exists() else {"versions": versions, "rows": {}}
+    if results["versions"] | versions != results["versions"]:
+        sys.exit(f"{path}: made with {results['versions']}; give another file, or remove it")
     if arguments.write_docs:
         PAGE.write_text(page(results))
         return 0
@@ -96,7 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         for future in as_completed(keys):
             key, row = keys[future], future.result()
             results["rows"][key] = row
-            save_results(arguments.json, results)
+            # A reader never sees half of the file.
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+            partial.replace(path)
             counts[row["outcome"]] += 1
             print(f"{row['outcome']:9} {key}: {row['seconds']} s{row['reason'] and ': '}{row['reason']}", flush=True)
     print(", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome]))

@@ -1,7 +1,7 @@
 """Prune a tiny checkpoint of one class with the commands, load the result, and compare it with plain transformers.
 
-Outcomes: works; refused, in one line; traceback; wrong, where the commands end well and a comparison fails; not run,
-where transformers itself does not build, run or reload the class on token ids.
+Outcomes: works; refused, in one line; traceback; wrong: the commands end well and a comparison fails; not run:
+transformers itself does not build, run or reload the class on token ids.
 """
 
 import contextlib
@@ -28,16 +28,14 @@ OUTCOMES = (WORKS, REFUSED, TRACEBACK, WRONG, NOT_RUN)
 # Names in the folder of a class.
 SOURCE, OUTPUT, CALIBRATION, EVALUATION = "source", "output", "calibration.txt", "evaluation.txt"
 SEQLEN, WINDOWS, EVALUATED = 24, 8, 4
-# Few steps; all else is the product's default.
+# Few steps. Everything else is the product's default.
 FLAGS = ["--kernel", "torch", "--steps", "3", "--rounds", "1", "--refit", "2", "--compare", "wanda"]
-# Relative; perplexities of the same fp32 weights on the same windows.
+# Relative difference of perplexities of the same fp32 weights on the same windows.
 TOLERANCE = 1e-3
-
-_ROUTER, _GATE = re.compile(r"(^|_)router$"), re.compile(r"(^|_)gate$")
 
 
 class Ended(Exception):
-    """Ends an examination; its arguments are the outcome and the reason."""
+    """The end of an examination; its arguments are the outcome and the reason."""
 
 
 def examine(case: Case, folder: Path) -> dict[str, Any]:
@@ -59,7 +57,9 @@ def _examine(case: Case, folder: Path, row: dict[str, Any]) -> None:
         pruned, pruned_loading = load(folder / OUTPUT)
     row |= _pruned_part(report, pruned)
     row["perplexity"] = {"plain": dense, **report.evaluation[0].perplexity}
-    _compare_keys(loading, pruned_loading)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if more := sorted(map(str, set(pruned_loading[what]) - set(loading[what]))):
+            raise Ended(WRONG, f"loading the output: {what} {', '.join(more[:3])} ({len(more)} in all)")
     _compare_perplexities(report, windows, dense, pruned)
     _compare_weights(report, original, pruned)
     status, line = _run("verify", sparsefw.verify.main, [str(folder / OUTPUT), "--against", str(folder / SOURCE)])
@@ -72,8 +72,8 @@ def _write_source(case: Case, folder: Path) -> tuple[Tensor, float, PreTrainedMo
     """Write the checkpoint of a class and two texts.
 
     Returns:
-        The evaluation windows, the perplexity of plain transformers on them, the model as it is loaded from the
-        checkpoint, and what loading reports.
+        The evaluation windows, the perplexity of plain transformers on them, the model as transformers loads it from
+        the checkpoint, and what loading reports.
 
     Raises:
         Ended: transformers does not build, run, save or load it.
@@ -111,7 +111,7 @@ def _prune(folder: Path) -> None:
 
 
 def _run(name: str, main: Callable[[list[str]], int], arguments: list[str]) -> tuple[int, str]:
-    """Run a command of the product; its exit status, and the line that it ended with, if that was not 0."""
+    """Run a command of the product; returns its exit status, and the line that says why that was not 0."""
     out, err = io.StringIO(), io.StringIO()
     with _ended_as(TRACEBACK, name), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(arguments)
@@ -122,7 +122,7 @@ def _run(name: str, main: Callable[[list[str]], int], arguments: list[str]) -> t
 
 @contextlib.contextmanager
 def _ended_as(outcome: str, what: str) -> Iterator[None]:
-    """Any error inside ends the examination; the reason is its type, its message on one line, and its place."""
+    """End the examination at any error inside; the reason is its type, its message on one line, and its place."""
     try:
         yield
     # A class that does not run may raise anything, and that is a result here.
@@ -135,12 +135,6 @@ def _ended_as(outcome: str, what: str) -> Iterator[None]:
 
 def _alike(one: float, other: float) -> bool:
     return abs(one - other) <= TOLERANCE * min(one, other)
-
-
-def _compare_keys(source: dict[str, Any], output: dict[str, Any]) -> None:
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if more := sorted(map(str, set(output[what]) - set(source[what]))):
-            raise Ended(WRONG, f"loading the output: {what} {', '.join(more[:3])} ({len(more)} in all)")
 
 
 def _compare_perplexities(report: Report, windows: Tensor, dense: float, pruned: PreTrainedModel) -> None:
@@ -159,7 +153,7 @@ def _compare_weights(report: Report, original: PreTrainedModel, pruned: PreTrain
     layers = report.layers_of(report.method)
     if not layers:
         raise Ended(WRONG, "no layer was pruned")
-    # The zeros of each layer are those that `verify` looks at.
+    # `verify` looks at the zeros of each layer.
     touched = {re.sub(r"\[\d+\]$", "", layer.name) for layer in layers}
     tied = getattr(original, "all_tied_weights_keys", {})
     for name, tensor in before.items():
@@ -171,18 +165,18 @@ def _compare_weights(report: Report, original: PreTrainedModel, pruned: PreTrain
 
 
 def _routers(model: nn.Module) -> Iterator[str]:
-    """Names of the matrices that choose experts: those of any router, and of a gate beside a module with experts."""
+    """Names of the matrices that choose experts: those of any router, and of a gate of a module with experts."""
     for path, module in model.named_modules():
         children = dict(module.named_children())
-        has_experts = any(name.endswith("experts") for name in children)
-        for name in children:
-            if _ROUTER.search(name) or (has_experts and _GATE.search(name)):
-                matrices = [inner for inner, p in children[name].named_parameters() if p.dim() >= 2]
+        with_experts = any(name.endswith("experts") for name in children)
+        for name, child in children.items():
+            if re.search(r"(^|_)router$", name) or (with_experts and re.search(r"(^|_)gate$", name)):
+                matrices = [inner for inner, p in child.named_parameters() if p.dim() >= 2]
                 yield from (".".join(filter(None, (path, name, inner))) for inner in matrices)
 
 
 def _pruned_part(report: Report, model: PreTrainedModel) -> dict[str, Any]:
-    """How much of the blocks' matrices was pruned, and which matrices of the blocks stay dense."""
+    """The share of the blocks' matrices that was pruned, and the matrices of the blocks that stay dense."""
     blocks = tuple(f"{block.name}." for block in report.blocks)
     inside = sum(p.numel() for n, p in model.named_parameters() if n.startswith(blocks) and p.dim() >= 2)
     layers = report.layers_of(report.method)

@@ -1,4 +1,4 @@
-"""Entries of tiny configs that neither their names nor the defaults tell, by the config's class."""
+"""Entries of tiny configs that neither names nor defaults tell, by the config's class."""
 
 from typing import Any
 
@@ -7,8 +7,29 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _CODEBOOK = {"codebook_size": 16}
 _LINEAR = "linear_attention"
 _HYBRID = dict(num_hidden_layers=5, layers_block_type=[_LINEAR, _LINEAR, "hybrid", _LINEAR, "hybrid"])
+# By default the second type of layers comes later than a tiny model has layers.
+_SLIDING_TWICE = {"layer_types": _SLIDING_AND_FULL * 2}
+_LINEAR_TWICE = {"layer_types": [_LINEAR, "full_attention"] * 2}
+_HYBRID_TWICE = {"layer_types": ["hybrid_sliding", "hybrid"] * 2}
 
 HINTS: dict[str, dict[str, Any]] = {
+    "BailingHybridConfig": _LINEAR_TWICE,
+    "Gemma3TextConfig": _SLIDING_TWICE,
+    "Gemma3nTextConfig": _SLIDING_TWICE,
+    "Inkling2TextConfig": _HYBRID_TWICE,
+    "InklingTextConfig": _HYBRID_TWICE,
+    "KimiLinearConfig": _LINEAR_TWICE,
+    "Kolibri1Config": _SLIDING_TWICE,
+    "T5Gemma2TextConfig": _SLIDING_TWICE,
+    "T5Gemma2DecoderConfig": _SLIDING_TWICE,
+    "Lfm3Config": {"layer_types": ["conv", "full_attention", "sliding_attention", "conv"]},
+    # Heads and their widths make up twice the width of the model.
+    "Mamba2Config": {"num_heads": 8},
+    "NemotronHConfig": {"mamba_num_heads": 8},
+    # The text part of this class has other widths.
+    "Nemotron3_5TranscribeConfig": {"text_config": {"mamba_num_heads": 4}},
+    # Sections of half of the part of a head that is rotated.
+    "Glm4vMoeTextConfig": {"rope_parameters": {"mrope_section": [1, 1, 2]}},
     # The default names no bands of the tokens of images.
     "Apertus1p5Config": dict(image_token_offset=280, audio_token_offset=296, vision_config=_CODEBOOK,
         audio_config=_CODEBOOK),
@@ -19,9 +40,9 @@ HINTS: dict[str, dict[str, Any]] = {
     "Emu3Config": {"vocabulary_map": {"<image>": 300, "<|visual token 000000|>": 301, "<|visual token 000001|>": 302}},
     # The default has no rotary embedding, which real configs give by type of layer.
     "CohereCompassTextConfig": {"rope_parameters": dict.fromkeys(_SLIDING_AND_FULL, _ROPE)},
-    # The default lacks them.
+    # The default lacks these.
     "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
-    # The default has none.
+    # The default lacks these.
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     # The default has experts and no sizes of them.
     "DiffusionGemmaTextConfig": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
@@ -42,14 +63,15 @@ HINTS: dict[str, dict[str, Any]] = {
     "Granite4VisionConfig": dict(deepstack_layer_map=[[1, 0], [2, 1]], spatial_target_layers=[2, 3],
         downsample_rate="1/2"),
     # Bounds of the layers that run several times.
-    "Inkling2LoopTextConfig": dict(n_layers_per_attn_res_block=1, loop_layer_index_start=1, loop_layer_index_end=3),
+    "Inkling2LoopTextConfig": _HYBRID_TWICE | dict(n_layers_per_attn_res_block=1, loop_layer_index_start=1,
+        loop_layer_index_end=3),
     # The widths of layers are made of the patch's prime factors, one factor a layer.
     "InklingVisionConfig": {"patch_size": 4, "num_hidden_layers": 3},
-    # The default has none.
+    # The default lacks these.
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     # Made by the class for more layers than there are.
     "Molmo2AdapterConfig": {"vision_feature_layer": [3, 1]},
-    # The code has other sections of the rotary embedding, where the config has none.
+    # Without sections of the rotary embedding in the config the code has others.
     "PaddleOCRTextConfig": {"rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
     # Less than chunk_length.
     "Nemotron3DiarizationConfig": {"chunk_right_context": 4},

@@ -9,18 +9,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# Children take what is imported here from their parent: to import it takes longer than to examine a class.
+# Children take the modules that are imported here from their parent. Importing takes longer than examining a class.
 import sparsefw.driver.run  # noqa: F401
 from classes.examine import TRACEBACK, examine
 from classes.tiny_model import Case
 
-# Processes that examine a class begin as copies of this one. It does no products itself.
+# Processes that examine a class begin as copies of this one, which multiplies nothing itself.
 FORK = multiprocessing.get_context("fork")
 # One at a time, so that no child holds the end of another's pipe.
 STARTING = threading.Lock()
@@ -29,12 +28,12 @@ STARTING = threading.Lock()
 SECONDS, MEMORY = 180.0, 4.0
 
 
-def examine_in_process(case: Case, examine: Callable[[Case, Path], dict[str, Any]] = examine) -> dict[str, Any]:
-    """The row of a class, whatever happens to the process; `examine` gets the class and an empty folder."""
+def examine_in_process(case: Case) -> dict[str, Any]:
+    """Make the row of a class, whatever happens to the process."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
         row_file, output = Path(folder, "row.json"), Path(folder, "output.txt")
-        process = FORK.Process(target=_child, args=(case, Path(folder), output, row_file, examine))
+        process = FORK.Process(target=_child, args=(case, Path(folder), output, row_file))
         with STARTING:
             process.start()
         process.join(SECONDS)
@@ -52,7 +51,7 @@ def examine_in_process(case: Case, examine: Callable[[Case, Path], dict[str, Any
     return row | {"seconds": round(time.monotonic() - started, 1)}
 
 
-def _child(case: Case, folder: Path, output: Path, row_file: Path, examine: Callable) -> None:
+def _child(case: Case, folder: Path, output: Path, row_file: Path) -> None:
     # Libraries print much. Only the last line of a crash is of interest.
     sys.stdout = sys.stderr = output.open("w")
     os.dup2(sys.stderr.fileno(), 1)

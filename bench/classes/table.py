@@ -1,4 +1,4 @@
-"""docs/models.md, made of the results of the sweep."""
+"""Make docs/models.md of the results of the sweep."""
 
 from collections import Counter
 from typing import Any

@@ -1,13 +1,14 @@
-"""Tiny configs of any class of transformers, made from the class's own defaults.
+"""Make tiny configs of any class of transformers from the class's own defaults.
 
-The default config tells which entries there are. An entry's name tells what it counts, and so its tiny value. Equal
-sizes stay equal because every width has the same tiny value. Values that a class makes of others, such as the types of
-its layers, are left for it to make again. `hints.py` has what names cannot tell.
+The default config has the entries. An entry's name tells what it counts, and so its tiny value. Equal sizes stay equal
+because every width has the same tiny value. A class makes some values of others, such as the types of its layers: it
+makes them again. `hints.py` has the entries whose names do not tell.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from itertools import count
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -15,12 +16,12 @@ from transformers import PretrainedConfig
 from classes.hints import HINTS
 
 HIDDEN, HEADS, HEAD_DIM, LAYERS = 64, 4, 16, 4
-# The bytes and two special tokens; special ids of a config go behind them, where no text has a token.
+# The bytes and two special tokens. Special ids of a config follow them, and no text has these tokens.
 TOKENS = 256 + 2
 VOCABULARY = TOKENS + 62
-# Tokens that local attention reads, and that are computed at once.
+# Tokens that local attention reads, or that a chunk has.
 WINDOW = 8
-# Numbers above this are taken for sizes, whatever they are called.
+# Numbers above this are taken for sizes, whatever their names.
 UNKNOWN = 256
 
 # Entries by their name, and the largest value that they keep. The first pattern that is found counts.
@@ -46,7 +47,7 @@ CAPS = [
     (r"rank", HEAD_DIM),
     (r"state_size|d_state|state_dim|ssm_state", 8),
     (r"top_?k", 8),
-    # Longer than a window, as the default is: from there on some classes go through the blocks several times.
+    # Longer than a window, as by default: some classes go through the blocks several times from there on.
     (r"max_.*chunk", 128),
     (r"window|chunk|block_size|block_len|stride_len|context_size", WINDOW),
     (r"adapter_(in|out|input)_", HIDDEN),
@@ -67,17 +68,21 @@ NEEDED = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS}
 NEEDED |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
 
 
+# Names of the number of heads of queries, and of the number of layers.
+QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "decoder_layers")
+# Entries of every config, which are no part of the model.
+COMMON = set(vars(PretrainedConfig()))
+
+
 def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
     """A tiny config of a class.
 
     Raises:
         Exception: of any type, where the class's code does not take its own defaults or the tiny values.
     """
-    entries = _Shrinker().entries(config_class())
-    config = config_class(**entries)
-    if _complete(config_class(), config, entries):
-        config = config_class(**entries)
-    return config
+    # Each special token gets an id of its own, after those of text.
+    return config_class(**tiny_entries(config_class(), count(TOKENS)))
 
 
 def parts_of(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
@@ -88,137 +93,85 @@ def parts_of(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
             yield from parts_of(value)
 
 
-class _Shrinker:
-    """Makes the entries of tiny configs; ids of special tokens are given out once each."""
-
-    def __init__(self) -> None:
-        self._next_id = TOKENS
-
-    def entries(self, config: PretrainedConfig) -> dict[str, Any]:
-        """The entries that make a tiny config of the class of `config`, a config with default values."""
-        kind = type(config)
-        names, fresh, values = {f.name for f in fields(kind)}, vars(kind()), vars(config)
-        tiny: dict[str, Any] = {}
-        for key, value in values.items():
-            if key not in names or key in _COMMON:
-                continue
-            if isinstance(value, PretrainedConfig):
-                named = {"model_type": value.model_type} if value.model_type else {}
-                tiny[key] = named | self.entries(value)
-                continue
-            if value is None and key in NEEDED:
-                tiny[key] = NEEDED[key]
-            given = fresh[key] != value
-            # The class makes the value of other entries where its own default is another one.
-            default = value if given else getattr(kind, key, value)
-            small = self._value(key, default, values)
-            if small != default or given:
-                tiny[key] = small
-        _keep_product(values, tiny)
-        _fit_rotary_sections(config, tiny)
-        return merged(tiny, HINTS.get(kind.__name__, {}))
-
-    def _value(self, key: str, value: Any, values: dict[str, Any]) -> Any:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, int):
-            return self._number(key, value, values)
-        if not isinstance(value, list | tuple) or not value:
-            return value
-        depth = _depth(values)
-        if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
-            if TOKEN_ID.search(key) and "token" in key:
-                return [self._number(key, item, values) for item in value][:1]
-            if LAYER_LIST.search(key) and len(value) != depth:
-                fitting = sorted({item for item in value if item < LAYERS})
-                return type(value)(fitting or [LAYERS - 1])
-            value = type(value)(self._number(key, item, values) for item in value)
-        # One entry for each layer.
-        return value[:LAYERS] if depth and len(value) == depth > LAYERS else value
-
-    def _number(self, key: str, value: int, values: dict[str, Any]) -> int:
-        if TOKEN_ID.search(key) and ("token" in key or value >= VOCABULARY):
-            return self._token(key, value)
-        if value <= 0:
-            return value
-        unknown = HIDDEN if value > UNKNOWN and not NO_SIZES.search(key) else value
-        cap = next((cap for pattern, cap in CAPS if re.search(pattern, key)), unknown)
-        if cap == 2 and re.search("kv|key", key) and value in (values.get(name) for name in _QUERY_HEADS):
-            # As many as there are heads of queries.
-            cap = HEADS
-        if cap == HEADS and re.search("head", key) and value == 3:
-            # Widths are powers of two.
-            return 2
-        return min(value, cap)
-
-    def _token(self, key: str, value: int) -> int:
-        if value < 0:
-            return value
-        if re.search("bos|decoder_start", key):
-            return 0
-        if re.search("eos|pad", key) and not re.search("image|video|audio|vision|patch", key):
-            return 1
-        self._next_id += 1
-        return min(self._next_id - 1, VOCABULARY - 1)
-
-
-_QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
-# Entries of every config, which are no part of the model.
-_COMMON = set(vars(PretrainedConfig()))
-
-
-def _depth(values: dict[str, Any]) -> int:
-    """The number of layers, under any of its names; 0: none is there."""
-    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "decoder_layers")
-    return next((values[name] for name in names if isinstance(values.get(name), int)), 0)
-
-
-def _keep_product(values: dict[str, Any], tiny: dict[str, Any]) -> None:
-    """Keep heads * head_dim == expand * hidden_size where the defaults have it, as state spaces need it."""
-    hidden = values.get("hidden_size")
-    for expand in (values[key] for key in ("expand", "mamba_expand") if isinstance(values.get(key), int)):
-        for heads in (key for key in tiny if re.search(r"heads$", key)):
-            for width in (key for key in tiny if re.search(r"head_dim$|d_head$", key)):
-                if values[heads] * values[width] == expand * hidden:
-                    tiny[heads] = expand * HIDDEN // tiny[width]
-
-
-def _complete(default: PretrainedConfig, tiny: PretrainedConfig, entries: dict[str, Any]) -> bool:
-    """Give the entries lists with each type of layer once at least, in the order in which the default has them.
-
-    Returns:
-        Whether a list lacked a type. There are as many layers as the list has entries.
-    """
-    lacked = False
-    for key, value in vars(default).items():
-        other = vars(tiny).get(key)
-        if isinstance(value, PretrainedConfig) and isinstance(other, PretrainedConfig):
-            inner = entries.get(key, {})
-            if _complete(value, other, inner):
-                entries[key], lacked = inner, True
-        if not (isinstance(value, list) and value and all(isinstance(item, str) for item in value)):
+def tiny_entries(config: PretrainedConfig, new_ids: Iterator[int]) -> dict[str, Any]:
+    """The entries that make a tiny config of the class of `config`, a config with default values."""
+    kind = type(config)
+    names, fresh, values = {f.name for f in fields(kind)}, vars(kind()), vars(config)
+    tiny: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in names or key in COMMON:
             continue
-        if isinstance(other, list) and len(other) in (LAYERS, _depth(vars(tiny))) and set(other) != set(value):
-            kinds, lacked = list(dict.fromkeys(value)), True
-            entries[key] = [kinds[n % len(kinds)] for n in range(max(len(other), len(kinds)))]
-            for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-                if name in entries:
-                    entries[name] = max(entries[name], len(entries[key]))
-    return lacked
+        if isinstance(value, PretrainedConfig):
+            named = {"model_type": value.model_type} if value.model_type else {}
+            tiny[key] = named | tiny_entries(value, new_ids)
+            continue
+        if value is None and key in NEEDED:
+            tiny[key] = NEEDED[key]
+        changed = fresh[key] != value
+        # The class makes the value of other entries where its own default is another one.
+        default = value if changed else getattr(kind, key, value)
+        small = tiny_value(key, default, values, new_ids)
+        if small != default or changed:
+            tiny[key] = small
+    rope = getattr(config, "rope_parameters", None) or {}
+    sectioned = "mrope_section" in {*rope, *getattr(config, "ignore_keys_at_rope_validation", ())}
+    if rope and sectioned and rope.get("partial_rotary_factor", 1.0) >= 0.5:
+        # Sections of half of a head: time, height, width.
+        tiny["rope_parameters"] = rope | {"mrope_section": [3, 3, 2]}
+    return merged(tiny, HINTS.get(kind.__name__, {}))
 
 
-def _fit_rotary_sections(config: PretrainedConfig, tiny: dict[str, Any]) -> None:
-    """Make the sections of a rotary embedding (time, height, width) fit the tiny width of a head."""
-    rope = getattr(config, "rope_parameters", None)
-    rope = rope if isinstance(rope, dict) else {}
-    hinted = "rope_parameters" in HINTS.get(type(config).__name__, {})
-    if hinted or "mrope_section" not in {*rope, *getattr(config, "ignore_keys_at_rope_validation", ())}:
-        return
-    width = tiny.get("qk_rope_head_dim") or tiny.get("head_dim") or HEAD_DIM
-    half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
-    if half >= 3:
-        third = (half + 1) // 3
-        tiny["rope_parameters"] = rope | {"mrope_section": [third, third, half - 2 * third]}
+def tiny_value(key: str, value: Any, values: dict[str, Any], new_ids: Iterator[int]) -> Any:
+    """The tiny value of an entry.
+
+    Args:
+        key: name of the entry.
+        value: its default.
+        values: all entries of the config.
+        new_ids: ids for special tokens.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return tiny_number(key, value, values, new_ids)
+    if not isinstance(value, list | tuple) or not value:
+        return value
+    depth = next((values[name] for name in DEPTHS if isinstance(values.get(name), int)), 0)
+    if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        if TOKEN_ID.search(key) and "token" in key:
+            return [tiny_number(key, item, values, new_ids) for item in value][:1]
+        if LAYER_LIST.search(key) and len(value) != depth:
+            fitting = sorted({item for item in value if item < LAYERS})
+            return type(value)(fitting or [LAYERS - 1])
+        value = type(value)(tiny_number(key, item, values, new_ids) for item in value)
+    # One entry for each layer.
+    return value[:LAYERS] if depth and len(value) == depth > LAYERS else value
+
+
+def tiny_number(key: str, value: int, values: dict[str, Any], new_ids: Iterator[int]) -> int:
+    """The tiny value of a number, by its name."""
+    if TOKEN_ID.search(key) and ("token" in key or value >= VOCABULARY):
+        return token_id(key, value, new_ids)
+    if value <= 0:
+        return value
+    unknown = HIDDEN if value > UNKNOWN and not NO_SIZES.search(key) else value
+    cap = next((cap for pattern, cap in CAPS if re.search(pattern, key)), unknown)
+    if cap == 2 and re.search("kv|key", key) and value in (values.get(name) for name in QUERY_HEADS):
+        # As many as there are heads of queries.
+        cap = HEADS
+    if cap == HEADS and re.search("head", key) and value == 3:
+        # Widths are powers of two.
+        return 2
+    return min(value, cap)
+
+
+def token_id(key: str, value: int, new_ids: Iterator[int]) -> int:
+    """The id of a special token: that of the tokenizer, or a new one."""
+    if value < 0:
+        return value
+    if re.search("bos|decoder_start", key):
+        return 0
+    if re.search("eos|pad", key) and not re.search("image|video|audio|vision|patch", key):
+        return 1
+    return min(next(new_ids), VOCABULARY - 1)
 
 
 def merged(entries: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The classes of transformers that generate text, and a tiny random checkpoint of each."""
+"""List the classes of transformers that generate text, and make a tiny random checkpoint of each."""
 
 import math
 import random
@@ -16,7 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from classes.tiny_config import TOKENS, parts_of, tiny_config
 
-# The mappings of models that generate text, by what a model takes. A class counts for the last one that has it.
+# The mappings of models that generate text, by a model's input. A class counts for the last one that has it.
 MAPPINGS = {
     "text": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "audio": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
@@ -33,7 +33,7 @@ class Case:
     Attributes:
         model_type: the config's name.
         class_name: the model's class.
-        kind: "text", or what else it takes: the last of `MAPPINGS` that has it.
+        kind: "text", or its other input: the last of `MAPPINGS` that has it.
     """
 
     model_type: str
