@@ -1,174 +1,246 @@
-"""Quality on SmolLM2-135M-Instruct: `python bench/quality/quality.py CALIBRATION.txt TEST.txt [OTHER.txt ...]`.
+"""Measure the quality of pruned SmolLM2-135M-Instruct, and print tables of it.
 
-Every cell of the study (method, pattern, seed, calibration text) is one run of the product in a process of its own, and
-one line of the results file. A cell in the file is not run again unless --again names it, so an interrupted study goes
-on. All cells are evaluated on the language reference of this Python, too; --settings, which compares settings, does not
-look at it.
+    python bench/quality/quality.py FOLDER CALIBRATION.txt NEAR.txt ...
+    python bench/quality/quality.py --table
+
+A cell of the study is a row of ROWS at one sparsity. The script prunes the model for it. Then it evaluates the result
+on each NEAR.txt, a text of the calibration text's kind; on the language reference of Python; on far texts (texts.py);
+and on tasks made of the far texts (tasks.py). It adds a cell to the results file as soon as the cell is known, and does
+not measure a cell of the file again: the same command resumes a study. FOLDER gets the model, the texts and the pruned
+checkpoints, 270 MB each. A checkpoint there is not pruned again, so another version of the code needs a new FOLDER.
+
+The far texts have two halves of other documents. Choose settings by `--half choose`, into other --results, and report
+results of the other half.
+With --tiny the built-in model is pruned in seconds, and nothing is downloaded.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
+import re
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 
-# The package of this checkout, whatever is installed; and texts.py.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.append(str(Path(__file__).resolve().parents[1] / "evaluation"))
+from smollm2 import build_checkpoint
+from tasks import CHANCE, write_tasks
+from texts import HALVES, REFERENCE, SOURCES, write_texts
 
-import baselines
-import texts
-from checkpoint_smollm2 import build_checkpoint
-from quality_cells import EVAL_WINDOWS, METHODS, OWN, SEQLEN, Cell, cells
-from quality_settings import measure
-from quality_settings import table as settings_table
-from quality_tables import tables
+REPO = Path(__file__).resolve().parents[2]
+RESULTS = REPO / "bench/results/quality.json"
 
-import sparsefw.run
-from sparsefw.report.content import read_report
-
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "bench" / "results" / "smollm2-quality.json"
-KEPT_OF_LAYERS = ("name", "error_warm_start", "error_mask", "error", "alpha", "kept")
+SPARSITIES = ("0.5", "0.6", "0.7", "2:4")
+# The sparsity of the tables that have a column for each text, task or phase.
+DETAILED = "0.6"
+WINDOWS = ["--nsamples", "64", "--seqlen", "512"]
+EVALUATION = ["--seqlen", "512", "--eval-windows", "20", "--limit", "300"]
+TINY_WINDOWS = ["--nsamples", "4", "--seqlen", "32"]
+TINY_EVALUATION = ["--seqlen", "32", "--eval-windows", "2", "--limit", "4"]
 
 
-def load(path: Path) -> dict:
-    """The results so far."""
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {"texts": {}, "cells": {}, "settings": {}} | stored
+# The rows by name: flags of the run, and flags of `sparsefw recover`, which follows where they are there.
+ROWS = {
+    "magnitude": ("--method magnitude", ""),
+    "Wanda": ("--method wanda", ""),
+    "masks only": ("--refit 0", ""),
+    "the paper's preset": ("--preset paper", ""),
+    "SparseGPT": ("--method sparsegpt", ""),
+    "ADMM": ("--method admm", ""),
+    "without reconstruction": ("--reconstruct 0", ""),
+    "Wanda, reconstructed": ("--method wanda --reconstruct 2", ""),
+    "SparseGPT, reconstructed": ("--method sparsegpt --reconstruct 2", ""),
+    "the default": ("", ""),
+    "the default, recovered": ("", "--nsamples 256"),
+}
 
 
-def save(path: Path, results: dict) -> None:
-    """Write the results, one line for each cell; the file is never there in part."""
-    sections = []
-    for name, content in results.items():
-        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-        sections.append(f' "{name}": {{\n{lines}\n }}')
-    partial_file = path.with_name(path.name + ".partial")
-    partial_file.write_text("{\n" + ",\n".join(sections) + "\n}\n", encoding="utf-8")
-    os.replace(partial_file, path)
-
-
-def check_texts(results: dict, texts_of_study: list[Path]) -> None:
-    """Check that results go on with these texts, by their hashes.
+def check_texts(results: dict[str, dict], paths: list[Path]) -> None:
+    """Add the hashes of texts to the results.
 
     Raises:
-        SystemExit: a text of this name was another one.
+        SystemExit: the results are of another text of the same name.
     """
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in texts_of_study}
-    known = results["texts"]
-    if changed := [name for name, digest in hashes.items() if known.get(name, digest) != digest]:
-        raise SystemExit(f"{changed[0]}: the results are of another text of this name; see --results")
-    known |= hashes
+    for path in paths:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if results["texts"].setdefault(path.name, digest) != digest:
+            sys.exit(f"{path.name}: the results are of another text of this name; give another --results")
 
 
-def commit() -> str:
-    """The commit of the code, with a + if its files differ from it."""
+def measure(row: str, sparsity: str, folder: Path, pruning: list[str], evaluation: list[str]) -> tuple[dict, dict]:
+    """Prune and evaluate.
 
-    def git(command: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *command.split()], capture_output=True, text=True, check=True).stdout
+    Args:
+        row: the row.
+        sparsity: the sparsity.
+        folder: folder of the outputs. Rows with the same flags share a pruned checkpoint.
+        pruning: flags that all runs have.
+        evaluation: arguments that all evaluations have.
 
-    changes = git("status --porcelain -- sparsefw kernels bench/quality")
-    return git("rev-parse --short=12 HEAD").strip() + "+" * bool(changes)
-
-
-def run_in_process(flags: list[str]) -> int:
-    """Run the product, with the baselines among its methods, in a process of its own."""
-    return subprocess.run([sys.executable, __file__, "--cell", *flags]).returncode
-
-
-def run_cell(cell: Cell, model: Path, calibration: Path, held_out: list[Path], output: Path, launch: Callable) -> dict:
-    """Run a cell; returns its entry of the results, with texts by their file names and errors of layers by column.
-
-    Raises:
-        SystemExit: the run failed.
+    Returns:
+        The part of the cell that tells how it was made, and the content of evaluation.json.
     """
-    flags = ["--model", str(model), "--dataset", str(calibration), "--seqlen", str(SEQLEN), "--seed", str(cell.seed)]
-    flags += ["--nsamples", str(cell.nsamples), "--sparsity", cell.pattern, "--eval-windows", str(EVAL_WINDOWS)]
-    flags += [flag for path in held_out for flag in ("--eval", str(path))]
-    if status := launch([*flags, *METHODS[cell.method], "--output", str(output)]):
-        raise SystemExit(f"{cell.key}: exit status {status}")
-    report = read_report(output / "report.json")
-    layers = [layer for layer in report.layers if layer.method == report.method]
-    perplexity = {Path(text.source).name: text.perplexity for text in report.evaluation}
+    flags, recovery = ROWS[row]
+    output, commands = folder / re.sub(r"\W+", "-", f"pruned {flags} {sparsity}"), []
+    if not output.exists():
+        program = ["bench/quality/admm.py"] if "admm" in flags else ["-m", "sparsefw.run"]
+        commands.append([*program, *pruning, *flags.split(), "--sparsity", sparsity, "--output", str(output)])
+    if recovery:
+        pruned, output = output, output.with_name(f"{output.name}-recovered")
+        commands.append(["-m", "sparsefw.recover", str(pruned), str(output), *recovery.split(), "--overwrite"])
+    commands.append(["-m", "sparsefw.evaluate", str(output), *evaluation, "--output", str(output), "--overwrite"])
+    seconds = {}
+    for command in commands:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *command], cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}, check=True)
+        seconds[" ".join(command)] = round(time.perf_counter() - started, 1)
+    report = json.loads((output / "report.json").read_text("utf-8"))
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    commit = subprocess.run(["git", "-C", REPO, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    made = {
+        "commit": commit.stdout.strip(),
+        "machine": {"cpu": processor[1] if processor else "", "device": report["device"], **report["versions"]},
+        "commands": seconds,
+        "seconds": report["seconds"],
+    }
+    layers = [layer for layer in report["layers"] if layer["method"] == report["arguments"]["method"]]
+    # An error compares with Wanda's only where a layer approximates its own product.
+    if all(layer["target"] == "layer" for layer in layers):
+        made["error"] = fmean(layer["relative_error"] for layer in layers)
+    return made, json.loads((output / "evaluation.json").read_text("utf-8"))
+
+
+def evaluated(evaluation: dict, model: str, half: str) -> dict:
+    """Read the part of a model's cell that evaluation.json holds.
+
+    Returns:
+        Perplexities by text and accuracies by task. "ratio" is the geometric mean of far perplexities relative to the
+        dense model's. "lost" is the share that tasks lose of the dense model's accuracy above chance, the mean over
+        tasks, and its standard error.
+    """
+    dense = evaluation["against"]
+    texts = {Path(text["source"]).stem: text["results"] for text in evaluation["texts"]}
+    tasks = {task["task"]: task["results"] for task in evaluation["tasks"] if task["metric"] == "acc"}
+    logs = [math.log(by[model]["value"] / by[dense]["value"]) for name, by in texts.items() if name.startswith(half)]
+    lost, errors = [], []
+    for name, by in tasks.items():
+        # The tiny model knows less than nothing of some tasks.
+        above = max(by[dense]["value"] - CHANCE[name.removeprefix(f"{half}_")], 0.01)
+        lost.append((by[dense]["value"] - by[model]["value"]) / above)
+        errors.append((by[model]["difference"] or {"stderr": 0})["stderr"] / above)
     return {
-        **asdict(cell),
-        "commit": commit(),
-        "versions": report.versions,
-        "perplexity": {name: by_method[report.method] for name, by_method in perplexity.items()},
-        "dense": {name: by_method["dense"] for name, by_method in perplexity.items()},
-        "relative_error": sum(layer.relative_error for layer in layers) / len(layers),
-        "seconds": report.seconds,
-        "layers": {name: [getattr(layer, name) for layer in layers] for name in KEPT_OF_LAYERS},
+        "perplexity": {name: by[model]["value"] for name, by in texts.items()},
+        "accuracy": {name: by[model]["value"] for name, by in tasks.items()},
+        "ratio": math.exp(fmean(logs)),
+        "lost": [fmean(lost), math.hypot(*errors) / len(errors)],
     }
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def near(cell: dict) -> str:
+    """The perplexities of the texts that are not far ones."""
+    return " / ".join(f"{x:.1f}" for name, x in cell["perplexity"].items() if not name.startswith(HALVES))
+
+
+# The figures of the tables with a column for each sparsity.
+FIGURES: dict[str, Callable[[dict], str]] = {
+    "perplexity of near texts": near,
+    "perplexity of far texts, relative to the dense model's": lambda cell: f"{cell['ratio']:.2f}",
+    "lost by tasks, %": lambda cell: "{:.1f} ± {:.1f}".format(*(100 * x for x in cell["lost"])),
+    "error of layers, relative to Wanda's": lambda cell: f"{cell['error']:.3f}",
+}
+# The parts of a cell that have a table with a column for each entry, and the format of their figures.
+DETAILS = {"perplexity": "{:.1f}", "accuracy": "{:.1%}", "seconds": "{:.0f}"}
+
+
+def tables(cells: dict[str, dict]) -> str:
+    """All tables of these cells, each after its name. A cell of an older study may lack the figure of a table."""
+    # The cells of the sparsity with all rows come first, and tell the order of the rows.
+    ordered = sorted(cells, key=lambda key: not key.endswith(DETAILED))
+    made: dict[str, dict[str, dict[str, str]]] = {}
+    for name, figure in FIGURES.items():
+        made[name] = {}
+        for row, sparsity in (key.split(" | ") for key in ordered):
+            with suppress(KeyError):
+                made[name].setdefault(row, {})[sparsity] = figure(cells[f"{row} | {sparsity}"])
+    for part, form in DETAILS.items():
+        made[f"{part} at {DETAILED}"] = {
+            key.partition(" | ")[0]: {head: form.format(x) for head, x in cells[key].get(part, {}).items()}
+            for key in ordered
+            if key.endswith(DETAILED)
+        }
+    return "\n".join(f"{name}\n\n{markdown(rows)}" for name, rows in made.items())
+
+
+def markdown(rows: dict[str, dict[str, str]]) -> str:
+    """A table of texts by row and column."""
+    heads = sorted({head for texts in rows.values() for head in texts})
+    lines = [["", *heads], ["---"] * (len(heads) + 1)]
+    lines += [[row, *(texts.get(head, "") for head in heads)] for row, texts in rows.items() if any(texts.values())]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def study(arguments: argparse.Namespace, results: dict[str, dict]) -> None:
+    """Measure the cells that are missing, and write the results after each."""
+    folder, half = arguments.folder.resolve(), arguments.half
+    calibration, *held_out = (path.resolve() for path in arguments.texts)
+    model, windows, evaluation = str(folder / "smollm2"), WINDOWS, EVALUATION
+    sources = [REFERENCE, *(source for source in SOURCES if source.name.startswith(half))]
+    if arguments.tiny:
+        model, windows, evaluation = "default", TINY_WINDOWS, TINY_EVALUATION
+        sources = [replace(REFERENCE, name=f"{half}_reference")]
+    elif not Path(model).exists():
+        build_checkpoint(Path(model))
+    suite = folder / half
+    if not suite.exists():
+        documents = write_texts(suite, sources, calibration)
+        # In comments of code there is English, too.
+        prose = [name for name in documents if name.startswith(half) and "code" not in name]
+        write_tasks(suite, half, [document for name in prose for document in documents[name]])
+    held_out += sorted(suite.glob("*.txt"))
+    check_texts(results, [calibration, *held_out])
+    texts = [flag for path in held_out for flag in ("--eval", str(path))]
+    evaluation = ["--against", model, *texts, "--tasks", half, "--include-path", str(suite), *evaluation]
+    pruning = ["--model", model, "--dataset", str(calibration), *windows]
+    for sparsity, row in product(SPARSITIES, ROWS):
+        key = f"{row} | {sparsity}"
+        if arguments.only not in key or key in results["cells"]:
+            continue
+        made, found = measure(row, sparsity, folder, pruning, evaluation)
+        pruned = next(name for name in found["models"] if name != model)
+        results["cells"].setdefault(f"dense | {DETAILED}", evaluated(found, model, half))
+        results["cells"][key] = made | evaluated(found, pruned, half)
+        # The file is never there in part.
+        partial = arguments.results.with_suffix(".partial")
+        partial.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        partial.replace(arguments.results)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("texts", type=Path, nargs="*", metavar="TEXT.txt", help="text to calibrate on, then held-out texts")
-    add("--model", type=Path, default=Path("smollm2"), help="checkpoint, made if it is not there")
-    add("--results", type=Path, default=RESULTS, help=f"cells in it are not run again (default: {RESULTS.name})")
-    add("--table", action="store_true", help="run nothing, print what is in the results")
-    add("--again", action="store_true", help="run the selected cells that another commit has made, too")
-    add("--only", default="", metavar="TEXT", help="the cells whose names contain it: method | pattern | seed ...")
-    add("--settings", default="", metavar="N,N", help="blocks on whose layers settings are compared by their error on "
-        "held-out text, in place of cells")  # fmt: skip
-    arguments = parser.parse_args(argv)
-    if not arguments.table and len(arguments.texts) < 2:
-        parser.error("a text to calibrate on and a held-out text are needed")
-    if not any(arguments.only in cell.key for cell in cells()):
-        parser.error(
-            f"--only {arguments.only}: no cell has this in its name, {cells()[0].key!r}; methods: {[*METHODS]}"
-        )
-    return arguments
-
-
-def _run(arguments: argparse.Namespace, results: dict, launch: Callable[[list[str]], int]) -> None:
-    """Run what is missing, and save the results after every cell."""
-    calibration, *held_out = arguments.texts
-    if not arguments.model.exists():
-        build_checkpoint(arguments.model)
-    check_texts(results, arguments.texts)
-    if blocks := arguments.settings:
-        measured = measure(arguments.model, calibration, held_out, [int(n) for n in blocks.split(",")])
-        results["settings"][blocks] = measured
-        save(arguments.results, results)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        reference, reference_test = texts.write_reference(Path(scratch))
-        check_texts(results, [reference, reference_test])
-        for cell in (cell for cell in cells() if arguments.only in cell.key):
-            known = results["cells"].get(cell.key)
-            if known and (known.get("commit") == commit() or not arguments.again):
-                continue
-            text = calibration if cell.calibrated_on == OWN else reference
-            with tempfile.TemporaryDirectory() as folder:
-                every = [*held_out, reference_test]
-                entry = run_cell(cell, arguments.model, text, every, Path(folder, "out"), launch)
-            results["cells"][cell.key] = entry
-            save(arguments.results, results)
-            print(f"{cell.key}: {entry['perplexity']}", file=sys.stderr, flush=True)
-
-
-def main(argv: list[str] | None = None, launch: Callable[[list[str]], int] = run_in_process) -> None:
-    """Run what is missing, and print the tables."""
-    baselines.register()
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--cell"]:
-        sys.exit(sparsefw.run.main(argv[1:]))
-    arguments = _parse(argv)
-    results = load(arguments.results)
+    add("folder", type=Path, nargs="?", help="folder for the model, texts and outputs")
+    add("texts", type=Path, nargs="*", metavar="TEXT.txt", help="calibration text, then texts of its kind")
+    add("--results", type=Path, default=RESULTS, metavar="FILE", help="default: bench/results/quality.json")
+    add("--only", default="", metavar="TEXT", help="measure cells with this in their name, such as 'Wanda | 0.6'")
+    add("--half", choices=HALVES, default="report", help="half of the far texts (default: report)")
+    add("--table", action="store_true", help="measure nothing, and print the tables of the results")
+    add("--tiny", action="store_true", help="prune the built-in model in place of SmolLM2")
+    arguments = parser.parse_intermixed_args(argv)
+    path = arguments.results
+    results = json.loads(path.read_text("utf-8")) if path.exists() else {"texts": {}, "cells": {}}
     if not arguments.table:
-        _run(arguments, results, launch)
-    print(tables(results))
-    for blocks, measured in results["settings"].items():
-        print(f"Settings, blocks {blocks}\n\n{settings_table(measured)}")
+        if len(arguments.texts) < 2:
+            parser.error("a folder, a calibration text and a text of its kind are needed")
+        study(arguments, results)
+    print(tables(results["cells"]))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Digests of what pruning writes, by which a change of the code is held to the same bytes.
+"""Hold a change of the code to the same bytes, by digests of the outputs of pruning.
 
     python bench/runs/oracle.py --write          # before a change
     python bench/runs/oracle.py [NAME ...]       # after it: exit status 1 if a checkpoint has other tensors
     python bench/runs/oracle.py --smollm2 FOLDER smollm2
 
 The runs prune the built-in model and tiny random models, one thread each, with the kernels of torch. A digest covers
-names, dtypes, shapes and bytes of all tensors of the output, beside the perplexities that the run gives; how tensors
-are divided into files does not count. Digests are of one processor and one version of torch and transformers, which
-the file names.
+names, dtypes, shapes and bytes of all tensors of the output, and the perplexities of the run. The division of tensors
+into files does not count. Digests are of one processor and one version of torch and transformers, which the file names.
 """
 
 import argparse
@@ -65,7 +64,7 @@ def tensors_digest(folder: Path) -> str:
 
 
 def result_of(folder: Path) -> dict[str, Any]:
-    """What is compared of an output."""
+    """The part of an output that is compared."""
     report = json.loads((folder / "report.json").read_text())
     return {"tensors": tensors_digest(folder), "perplexity": [text["perplexity"] for text in report["evaluation"]]}
 
@@ -100,7 +99,7 @@ def tiny(save: Callable[[Path], Any], *flags: str, ranks: int = 1) -> Callable[[
 
 
 def _saved(module: str, function: str, *args: Any, **changes: Any) -> Callable[[Path], Any]:
-    """What writes a checkpoint: a function of tests/helpers."""
+    """A function that writes a checkpoint, made of a function of tests/helpers."""
     return lambda folder: getattr(import_module(f"helpers.{module}"), function)(folder, *args, **changes)
 
 
@@ -108,7 +107,7 @@ _family = partial(_saved, "families", "save_model")
 
 
 def in_memory(folder: Path) -> dict[str, Any]:
-    """A model in memory on documents; what it holds afterwards is what was written."""
+    """A model in memory on documents. The model holds the written weights afterwards."""
     from helpers.families import save_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -154,9 +153,9 @@ RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def smollm2(model: str) -> Callable[[Path], dict[str, Any]]:
-    """The first two blocks of SmolLM2, see bench/quality/checkpoint_smollm2.py."""
+    """The first two blocks of SmolLM2, see bench/quality/smollm2.py."""
     blocks = ["--include", r"re:model\.layers\.[01]\.", "--nsamples", "8", "--seqlen", "256"]
-    # Otherwise the processor would decide whether steps round what they multiply.
+    # Otherwise the processor would decide whether steps round their operands.
     blocks += ["--precision", "ieee"]
 
     def do(folder: Path) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def smollm2(model: str) -> Callable[[Path], dict[str, Any]]:
 
 
 def machine() -> dict[str, str]:
-    """What digests depend on beside the code."""
+    """The machine and the versions on which digests depend."""
     names = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
     cpu = next(names, platform.machine())
     return {"cpu": cpu.partition(":")[2].strip(), "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,28 +1,37 @@
-"""The quality study: its tables are those of the documents, and its texts share nothing."""
+"""The quality study measures a cell once, and its pages have the figures of the results files."""
 
+import json
 import re
 from pathlib import Path
-from pydoc_data.topics import topics
 
+import pytest
 import quality
-import quality_tables
-import texts
 
 REPO = Path(quality.__file__).resolve().parents[2]
 
 
-def test_documents_have_the_committed_numbers():
-    pages = "".join((REPO / page).read_text().replace("**", "") for page in ("README.md", "docs/results.md"))
-    printed = quality_tables.tables(quality.load(quality.RESULTS))
-    rows = [line for line in printed.splitlines() if re.search(r"\| .*\d\.\d", line)]
+@pytest.mark.slow
+def test_a_cell_of_the_quality_study(tmp_path, capsys):
+    """It is pruned, recovered and evaluated, and not measured again."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} is a number, and so is {n * n}.\n" for n in range(3000)))
+    results = tmp_path / "results.json"
+    arguments = [str(tmp_path), str(text), str(text), "--tiny", "--results", str(results), "--only", "recovered | 0.6"]
+    quality.main(arguments)
+    assert re.search(r"\| the default, recovered \| \d+\.\d", capsys.readouterr().out)
+    cells = json.loads(results.read_text())["cells"]
+    assert cells.keys() == {"dense | 0.6", "the default, recovered | 0.6"}
+    assert cells["dense | 0.6"]["ratio"] == 1
+    written = results.stat().st_mtime_ns
+    quality.main(arguments)
+    assert results.stat().st_mtime_ns == written
+
+
+def test_the_page_has_the_figures_of_the_results(capsys):
+    for name in ("near-texts", "far-texts"):
+        quality.main(["--table", "--results", str(REPO / f"bench/results/{name}.json")])
+    printed = capsys.readouterr().out.splitlines()
+    page = (REPO / "docs/results.md").read_text().replace("**", "")
+    rows = [line for line in page.splitlines() if re.match(r"\| .*\d\.\d", line)]
     assert len(rows) > 50
-    # A page may leave out what has no number.
-    assert [row for row in rows if row not in pages] == []
-
-
-def test_the_parts_of_the_reference_share_no_run_of_words():
-    calibration, test = texts.split(topics)
-    assert texts.runs(calibration).isdisjoint(texts.runs(test))
-    # 64 windows of 512 tokens to calibrate on, 20 to test on, a token of at most 4 characters.
-    assert len(calibration) > 64 * 512 * 4
-    assert len(test) > 20 * 512 * 4
+    assert [row for row in rows if row not in printed] == []
