@@ -1,4 +1,4 @@
-"""Steps 2, 4 and 5: whole runs of `sparsefw.run` on random checkpoints of Llama's sizes, made here."""
+"""Run `sparsefw` on a GPU with random checkpoints of the sizes of large models, which are made here."""
 
 import json
 import os
@@ -8,37 +8,50 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_lines import Part
-from gpu_trace import summary
+from gpu import Part
 from kill_runs import outputs
-
-from sparsefw import memory
 
 GPU = torch.cuda.is_available()
 RUN = [sys.executable, "-m", "sparsefw.run"]
+# Places, kernels and gaps that are listed.
+LISTED = 25
 
 LLAMA = {"vocab_size": 2048, "num_key_value_heads": 8, "max_position_embeddings": 2048}
-# Sizes of the checkpoints. A run needs one block at a time, so one of 80, or 2 of 32, tell the rest. The last one is
-# fitted to predictions, in twice the steps, and random weights in up to four rounds: the runs leave it out.
-SIZES = {
-    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 2},
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 3},
+# Family and sizes of the checkpoints. A run needs one block at a time, so one of 80 tells the rest. The last block is
+# fitted to predictions, which takes longer, and runs leave it out.
+SIZES: dict[str, tuple[str, dict[str, int]]] = {
+    "8B": ("llama", dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_hidden_layers=3)),
+    "70B": ("llama", dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_hidden_layers=2)),
+    "mixture": ("qwen3_moe", dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_experts=128,
+        num_experts_per_tok=8, num_attention_heads=32, head_dim=128, num_hidden_layers=2)),
+}  # fmt: skip
+TINY = dict(hidden_size=32, intermediate_size=48, num_attention_heads=8)
+TINY_EXPERTS = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=8)
+ONE_BLOCK, TWO_BLOCKS = r"re:model\.layers\.0\.", r"re:model\.layers\.[01]\."
+TINY_FLAGS = ["--nsamples", "4", "--seqlen", "32", "--steps", "1", "--refit", "1", "--rounds", "0"]
+# The parts that are a run: the checkpoint, layers, calibration windows, memory limits of GPU and host in GiB, and an
+# earlier part whose output should have the same bytes. Other chunks of rows or micro-batches may round otherwise.
+# At 75 GiB the activations of a 70B block stay on a GPU of 80 GiB, at 24 GiB they move to the host.
+RUNS: dict[str, dict[str, Any]] = {
+    "8B block": dict(model="8B"),
+    "8B cold": dict(model="8B", blocks=TWO_BLOCKS),
+    "8B warm": dict(model="8B", blocks=TWO_BLOCKS, same_as="8B cold"),
+    "8B killed": dict(model="8B", blocks=TWO_BLOCKS, same_as="8B warm"),
+    "8B within 16 GiB": dict(model="8B", blocks=TWO_BLOCKS, gpu=16, host=16, same_as="8B warm"),
+    "70B block": dict(model="70B", windows=256, gpu=75),
+    "70B in host memory": dict(model="70B", windows=256, gpu=24, same_as="70B block"),
+    "mixture block": dict(model="mixture"),
+    "8B profiled": dict(model="8B", windows=8),
+    "70B profiled": dict(model="70B"),
+    "recovery": dict(model="8B", blocks=TWO_BLOCKS, windows=4),
 }
-SIZES["8B block"] = SIZES["8B"] | {"num_hidden_layers": 2}
-TINY_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8, "num_hidden_layers": 2}
-# The layers that a run prunes, and its calibration windows.
-PRUNED = {"70B": (r"re:model\.layers\.0\.", 256), "8B": (r"re:model\.layers\.[01]\.", 64)}
-PRUNED["8B block"] = (PRUNED["70B"][0], 64)
-TINY_WINDOWS, SEQLEN, TINY_SEQLEN = 4, 2048, 32
-TINY_FLAGS = ["--steps", 1, "--refit", 1, "--rounds", 0]
-
-# Limits of GPU memory with which the activations of a 70B block stay on a card of 80 GiB, and with which they move to
-# host memory; of a run on a small card. By itself a run leaves a tenth of the card to others.
-GPU_PLACED, HOST_PLACED, SMALL = 75, 24, 16
 
 
 def checkpoint(part: Part, name: str) -> Path:
@@ -49,158 +62,141 @@ def checkpoint(part: Part, name: str) -> Path:
         from random_checkpoint import generate
 
         shutil.rmtree(folder, ignore_errors=True)
-        started = time.perf_counter()
-        sizes = LLAMA | (TINY_SIZES if part.tiny else SIZES[name])
-        generate(folder, "llama", device="cuda" if GPU else "cpu", **sizes)
-        part.add(checkpoint=name, made_s=round(time.perf_counter() - started, 1), sizes=sizes)
+        family, sizes = SIZES[name]
+        if part.tiny:
+            sizes = sizes | TINY | (TINY_EXPERTS if name == "mixture" else {})
+        # A CPU may compute bf16 in another dtype from run to run.
+        dtype = torch.float32 if part.tiny else torch.bfloat16
+        generate(folder, family, "cuda" if GPU else "cpu", dtype, **LLAMA | sizes)
     return folder
 
 
-def text(part: Part) -> Path:
-    """A text that is long enough for all windows, made once."""
-    path, drawn = part.scratch / "text.txt", random.Random(0)
-    if not path.exists():
-        numbers = (drawn.randrange(10**6) for _ in range(2000 if part.tiny else 250_000))
-        path.write_text(" ".join(map(str, numbers)))
-    return path
+def flags(
+    part: Part, model: str, blocks: str = ONE_BLOCK, windows: int = 64, gpu: int = 0, host: int = 0, same_as: str = ""
+) -> list[str]:
+    """The flags of a part of RUNS, which calibrates on random numbers as text."""
+    text, drawn = part.scratch / "text.txt", random.Random(0)
+    if not text.exists():
+        text.write_text(" ".join(str(drawn.randrange(10**6)) for _ in range(250_000)))
+    places = ["--model", checkpoint(part, model), "--dataset", text, "--output", output_of(part), "--overwrite"]
+    sizes = TINY_FLAGS if part.tiny else ["--nsamples", windows, "--seqlen", 2048]
+    limits = ["--gpu-memory", gpu] * bool(GPU and gpu) + ["--host-memory", host] * bool(host)
+    return [*map(str, [*places, *sizes, *limits]), "--include", blocks]
 
 
-def flags(part: Part, name: str, output: str, *more: str) -> list[str]:
-    """The flags of a run of a checkpoint. `more` comes last, and may change the windows."""
-    (layers, windows), seqlen = PRUNED[name], TINY_SEQLEN if part.tiny else SEQLEN
-    places = ["--model", checkpoint(part, name), "--dataset", text(part), "--output", part.scratch / output]
-    sizes = ["--nsamples", TINY_WINDOWS if part.tiny else windows, "--seqlen", seqlen, "--include", layers]
-    sizes += TINY_FLAGS if part.tiny else []
-    return [*map(str, [*places, *sizes]), "--overwrite", *more]
+def output_of(part: Part) -> Path:
+    """The output folder of a part."""
+    return part.scratch / part.path("").name
 
 
-def run_report(output: Path) -> dict[str, Any]:
-    """The time and the memory of a run, from its report."""
-    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+def figures(output: Path) -> dict[str, Any]:
+    """The times and the memory of a run, from its report."""
+    report = json.loads((output / "report.json").read_text("utf-8"))
+    steps = [block["reconstruction"] and block["reconstruction"]["steps"] for block in report["blocks"]]
     errors = [layer["relative_error"] for layer in report["layers"]]
-    kept = {name: report[name] for name in ("seconds", "peak_memory", "memory")}
-    blocks = [{name: block[name] for name in ("seconds", "way", "reconstruction")} for block in report["blocks"]]
-    return kept | {"blocks": blocks, "relative_error": sum(errors) / len(errors)}
+    seconds = {phase: round(took, 2) for phase, took in report["seconds"].items()}
+    return {
+        "seconds": seconds,
+        "steps_of_reconstructions": steps,
+        "measured": report["peak_memory"],
+        "planned": report["memory"]["expected"],
+        "error": sum(errors) / len(errors),
+    }
 
 
-def run(part: Part, name: str, output: str, *more: str, same_as: str = "", cached: bool = True) -> None:
-    """Run `sparsefw.run` on a checkpoint in a process of its own, and add a line.
-
-    Args:
-        part: receives the line.
-        name: the checkpoint.
-        output: name of the output.
-        more: further flags.
-        same_as: an earlier output; the line says whether both have the same bytes.
-        cached: whether kernels are compiled into a cache of their own.
+def prune(part: Part, *more: str) -> None:
+    """Prune in a process of its own, and add a line of figures.
 
     Raises:
-        RuntimeError: the run failed.
+        SystemExit: the run failed.
     """
-    arguments, started = flags(part, name, output, *more), time.perf_counter()
-    status, errors = launch(arguments, environment(part) if cached else None)
-    if status:
-        part.add(run=output, failed=errors.splitlines()[-5:])
-        raise RuntimeError(f"{output}: status {status}")
-    part.add(run=output, process_s=time.perf_counter() - started, **run_report(part.scratch / output))
-    if same_as and (part.scratch / same_as).exists():
-        one, other = (outputs(part.scratch / folder) for folder in (output, same_as))
-        part.add(**{f"same_bytes_as_{same_as}": one == other})
+    started, same_as = time.perf_counter(), RUNS[part.name].get("same_as", "")
+    if status := subprocess.run([*RUN, *flags(part, **RUNS[part.name]), *more], check=False).returncode:
+        raise SystemExit(status)
+    other = output_of(replace(part, name=same_as))
+    same = {f"same bytes as {same_as}": outputs(output_of(part)) == outputs(other)} if other.exists() else {}
+    part.add(process_seconds=round(time.perf_counter() - started, 1), **figures(output_of(part)), **same)
 
 
-def launch(arguments: list[str], environment: dict[str, str] | None) -> tuple[int, str]:
-    """Run `sparsefw.run` in a process of its own; returns its status and its errors."""
-    done = subprocess.run([*RUN, *arguments], env=environment, stderr=subprocess.PIPE, text=True, check=False)
-    return done.returncode, done.stderr
+def prune_cold(part: Part) -> None:
+    """Prune with no kernel compiled before."""
+    shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
+    prune(part)
 
 
-def environment(part: Part) -> dict[str, str]:
-    """An environment in which kernels are compiled into a cache of their own."""
-    return os.environ | {"TRITON_CACHE_DIR": str(part.scratch / "cache-8B")}
-
-
-def block_compiled(part: Part) -> None:
-    """A 70B block on few windows: afterwards all of its kernels are compiled."""
-    run(part, "70B", "70B-compiled", "--nsamples", "2" if part.tiny else "8", cached=False)
-
-
-def block_on_the_gpu(part: Part) -> None:
-    """A 70B block by the default config, its activations on the GPU."""
-    run(part, "70B", "70B-gpu", *(["--gpu-memory", str(GPU_PLACED)] if GPU else []), cached=False)
-
-
-def block_in_host_memory(part: Part) -> None:
-    """The same with activations in host memory; other micro-batches may round otherwise."""
-    limits = ["--gpu-memory", str(HOST_PLACED)] if GPU else []
-    run(part, "70B", "70B-host", *limits, same_as="70B-gpu", cached=False)
-
-
-def block_profiled(part: Part) -> None:
-    """A 70B block without a reconstruction, under the profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    import sparsefw.run
-
-    output, trace = "70B-profiled", part.scratch / "70B-profiled-trace.json"
-    arguments = flags(part, "70B", output, "--reconstruct", "0")
-    with profile(activities=[ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU]) as profiled:
-        started = time.perf_counter()
-        status = sparsefw.run.main(arguments)
-        took = time.perf_counter() - started
-        if status:
-            raise SystemExit(status)
-        # Before the profiler ends and the trace is read, which take a while.
-        part.add(run=output, run_s=took, **run_report(part.scratch / output))
-    if GPU and hasattr(torch.cuda, "host_memory_stats"):
-        part.add(pinned={name: n for name, n in torch.cuda.host_memory_stats().items() if "bytes" in name})
-    profiled.export_chrome_trace(str(trace))
-    part.add(run=output, **summary(trace))
-
-
-def recovered(part: Part) -> None:
-    """8B blocks fitted together, twice: seconds and memory, and whether both have the same bytes."""
-    import sparsefw.recover
-
-    pruned, windows = part.scratch / "8B-masks", ["--nsamples", 32, "--seqlen", TINY_SEQLEN if part.tiny else 512]
-    status, errors = launch(flags(part, "8B", pruned.name, "--nsamples", "4", "--reconstruct", "0"), None)
-    if status:
-        raise RuntimeError(errors)
-    ends = []
-    for output in (part.scratch / "8B-recovered", part.scratch / "8B-again"):
-        started = time.perf_counter()
-        if status := sparsefw.recover.main([*map(str, [pruned, output, *windows]), "--overwrite"]):
-            raise SystemExit(status)
-        part.add(run=output.name, run_s=time.perf_counter() - started, peak_memory=memory.peak_memory())
-        ends.append(outputs(output))
-    part.add(same_bytes=ends[0] == ends[1])
-
-
-def cold(part: Part) -> None:
-    """2 of 32 blocks with no kernel compiled before."""
-    shutil.rmtree(part.scratch / "cache-8B", ignore_errors=True)
-    run(part, "8B", "8B-cold")
-
-
-def warm(part: Part) -> None:
-    """The same with all kernels compiled; the bytes must be those of the cold run."""
-    run(part, "8B", "8B-warm", same_as="8B-cold")
-
-
-def within(part: Part) -> None:
-    """The same within the memory of a small card and a small host."""
-    limits = ["--gpu-memory", str(SMALL)] * GPU + ["--host-memory", str(SMALL)]
-    # Other chunks of rows may round otherwise: worth knowing, not an error.
-    run(part, "8B", "8B-within", *limits, same_as="8B-warm")
-
-
-def killed(part: Part) -> None:
-    """The same, killed after a block and started again; the bytes must be those of the undisturbed run."""
-    arguments, output = flags(part, "8B", "8B-killed", "--restart"), part.scratch / "8B-killed"
+def prune_killed(part: Part) -> None:
+    """Kill a run after its first block, and give the same command again."""
+    output = output_of(part)
     shutil.rmtree(output, ignore_errors=True)
-    process = subprocess.Popen([*RUN, *arguments], env=environment(part), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*RUN, *flags(part, **RUNS[part.name]), "--restart"])
     records = output.with_name(f".{output.name}.partial") / "records"
     while process.poll() is None and not list(records.glob("*.json")):
         time.sleep(0.02)
     process.kill()
-    part.add(killed=process.wait() == -signal.SIGKILL, finished=len(list(records.glob("*.json"))))
-    run(part, "8B", "8B-killed", same_as="8B-warm")
+    part.add(killed=process.wait() == -signal.SIGKILL, finished_blocks=len(list(records.glob("*.json"))))
+    prune(part)
+
+
+def profile(part: Part, *more: str) -> None:
+    """Prune under the profiler, and add where the host waits and what `summary` finds."""
+    import sparsefw.run
+
+    activity = torch.profiler.ProfilerActivity.CUDA if GPU else torch.profiler.ProfilerActivity.CPU
+    with warnings.catch_warnings(record=True) as caught, torch.profiler.profile(activities=[activity]) as profiled:
+        warnings.simplefilter("always")
+        if GPU:
+            torch.cuda.set_sync_debug_mode("warn")
+        if status := sparsefw.run.main([*flags(part, **RUNS[part.name]), *more]):
+            raise SystemExit(status)
+    part.add(**figures(output_of(part)))
+    waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+    part.add(waits_of_the_host=dict(waits.most_common(LISTED)))
+    trace = part.scratch / "trace.json"
+    profiled.export_chrome_trace(str(trace))
+    part.add(**summary(json.loads(trace.read_text("utf-8", errors="replace"))))
+
+
+def profile_masks(part: Part) -> None:
+    """Profile a run without a reconstruction."""
+    profile(part, "--reconstruct", "0")
+
+
+def summary(trace: dict[str, Any]) -> dict[str, Any]:
+    """Summarize a trace of torch.profiler.
+
+    Returns:
+        Seconds from the first kernel to the last, the share of them without a kernel, the longest gaps between kernels,
+        and seconds of kernels and of copies by name.
+    """
+    events = [event for event in trace["traceEvents"] if event.get("cat") in ("kernel", "gpu_memcpy")]
+    kernels = sorted((event for event in events if event["cat"] == "kernel"), key=lambda event: event["ts"])
+    if not kernels:
+        return {"kernels": 0}
+    first, end, gaps = kernels[0]["ts"], kernels[0]["ts"], []
+    for kernel in kernels:
+        if kernel["ts"] > end:
+            gaps.append((kernel["ts"] - end, kernel["name"][:80]))
+        end = max(end, kernel["ts"] + kernel["dur"])
+    seconds: dict[str, float] = {}
+    for event in events:
+        seconds[event["name"][:120]] = seconds.get(event["name"][:120], 0.0) + event["dur"] / 1e6
+    return {
+        "kernels": len(kernels),
+        "span_s": (end - first) / 1e6,
+        "idle_share": sum(gap for gap, _ in gaps) / (end - first),
+        "longest_gaps_ms": [(gap / 1e3, f"before {name}") for gap, name in sorted(gaps, reverse=True)[:LISTED]],
+        "longest_kernels_and_copies_s": dict(sorted(seconds.items(), key=lambda item: -item[1])[:LISTED]),
+    }
+
+
+def recovery(part: Part) -> None:
+    """Fit 8B blocks together after they have been pruned, and add seconds and memory."""
+    import sparsefw.recover
+    from sparsefw import memory
+
+    prune(part, "--reconstruct", "0")
+    started, pruned = time.perf_counter(), output_of(part)
+    windows = ["--nsamples", "32", "--seqlen", "32" if part.tiny else "512", "--overwrite"]
+    if status := sparsefw.recover.main([str(pruned), str(pruned.with_name("recovered")), *windows]):
+        raise SystemExit(status)
+    part.add(recovery_seconds=time.perf_counter() - started, peak_memory=memory.peak_memory())

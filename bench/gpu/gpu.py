@@ -1,0 +1,296 @@
+"""Measure what works on a GPU, part by part: `python bench/gpu/gpu.py FOLDER [PART ...]`.
+
+Without PART these parts run, within ten minutes in all:
+
+    machine          the GPU, its driver, and versions
+    first command    README's first command, and `sparsefw.verify` of its output
+    kernel tests     the tests of the kernels
+    8B block         a random block of Llama-3.1-8B's sizes pruned by default: seconds by phase, memory and its plan
+    row kernels      operations bound by bytes, compared with torch's: a step of Frank-Wolfe and others
+
+and the others when they are named, each within four minutes:
+
+    compile          all kernels for this GPU, with many processes
+    roofs            rates of a copy and of the library's products, with which later parts compare
+    products, accumulations, packed
+                     operations compared with the library's, and their share of the roof
+    repeats          each operation hundreds of times: the same bits?
+    8B cold, 8B warm, 8B killed, 8B within 16 GiB
+                     two blocks with no kernel compiled, with all compiled, killed and resumed, in little memory
+    70B block, 70B in host memory, mixture block
+                     blocks of Llama-3-70B's and Qwen3-30B-A3B's sizes; activations on the GPU, and on the host
+    8B profiled, 70B profiled
+                     a block under the profiler: idle share of the GPU, its longest kernels, waits of the host
+    recovery         8B blocks fitted together
+
+FOLDER/results.md is the page to send: how each part ended, and the last lines of its output. It is written after every
+part. Each part is a process with a time limit of its own, so neither a hang nor a fault of the GPU ends the others. Its
+results are lines of FOLDER/PART.jsonl, which are on the disk as soon as they are known. Its output is FOLDER/PART.txt.
+With --tiny all sizes are tiny, and no GPU is needed.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[2]
+# The package of this checkout, whatever is installed, and the modules of bench/.
+PATHS = [str(REPO / folder) for folder in ("", "bench", "bench/gpu", "bench/runs")]
+sys.path[:0] = PATHS
+
+WORKERS = 12
+# Lines of each part's output on the page.
+SHOWN = 40
+# The first command in seconds, on a CPU.
+TINY_FLAGS = ["--nsamples", "4", "--seqlen", "32", "--steps", "2", "--reconstruct", "0", "--eval-windows", "1"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that runs.
+
+    Attributes:
+        name: name of the part.
+        folder: folder of the results.
+        scratch: folder of checkpoints and caches, which may become large.
+        tiny: whether sizes are tiny.
+    """
+
+    name: str
+    folder: Path
+    scratch: Path
+    tiny: bool
+
+    def path(self, suffix: str) -> Path:
+        """A file of this part."""
+        return self.folder / f"{self.name.replace(' ', '-')}{suffix}"
+
+    def add(self, **values: Any) -> None:
+        """Append a line to the results, and print it."""
+        line = json.dumps(values)
+        with self.path(".jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        print(line, flush=True)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of the results so far."""
+        path = self.path(".jsonl")
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def python(*arguments: object) -> None:
+    """Run Python in a process of its own.
+
+    Raises:
+        SystemExit: its exit status was not 0.
+    """
+    if status := subprocess.run([sys.executable, *map(str, arguments)], cwd=REPO, check=False).returncode:
+        raise SystemExit(status)
+
+
+def machine(part: Part) -> None:
+    """Describe the GPU, the machine and the versions."""
+    import torch
+    import transformers
+    import triton
+
+    for command in (["git", "describe", "--always", "--dirty"], ["gcc", "--version"], ["nvidia-smi"]):
+        with suppress(FileNotFoundError):
+            subprocess.run(command, cwd=REPO, check=False)
+    versions = {module.__name__: module.__version__ for module in (torch, triton, transformers)}
+    gpu = str(torch.cuda.get_device_properties(0)) if torch.cuda.is_available() else ""
+    part.add(python=sys.version.split()[0], cuda=torch.version.cuda, cpus=os.cpu_count(), gpu=gpu, **versions)
+
+
+def first_command(part: Part) -> None:
+    """Run README's first command, and verify its output. On a GPU the run compiles a kernel before it begins."""
+    output = part.scratch / "first"
+    python("-m", "sparsefw.run", "--output", output, "--overwrite", *TINY_FLAGS * part.tiny)
+    python("-m", "sparsefw.verify", output)
+
+
+def kernel_tests(part: Part) -> None:
+    """Run the tests of the kernels on the GPU."""
+    import torch
+
+    tests = "tests/kernels/test_launch.py" if part.tiny else "tests/kernels"
+    options = ["--gpu"] * torch.cuda.is_available()
+    if find_spec("xdist") and not part.tiny:
+        options += ["-n", WORKERS]
+    python("-m", "pytest", "-v", *options, tests)
+
+
+def compile_case(name: str, capability: int) -> dict[str, Any]:
+    """Compile a launch of `bench/compiled.py` for exactly this GPU; returns its row of the table.
+
+    Triton's cache has it then for launches of the same shape and types.
+    """
+    import compiled
+
+    compiled.TARGETS["here"] = compiled.GPUTarget("cuda", capability, 32)
+    (case,) = (case for case in compiled.select("") if case.name == name)
+    started = time.perf_counter()
+    row = compiled.compile_launch("here", case)
+    return {"case": name, **row, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def compile_kernels(part: Part) -> None:
+    """Compile all kernels for this GPU, or without one for an H100."""
+    # The interpreter compiles nothing. Set before anything imports Triton, for the workers too.
+    os.environ["TRITON_INTERPRET"] = "0"
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+
+    import compiled
+    import torch
+
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    target = "sm_100" if major >= 10 else f"sm_{major}0"
+    names = ["lmo 576"] if part.tiny else [case.name for case in compiled.select("") if target in case.targets]
+    troubled = []
+    # Not forked: this process may have used the GPU.
+    with ProcessPoolExecutor(1 if part.tiny else WORKERS, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(compile_case, name, 10 * major + minor): name for name in names}
+        for future in as_completed(futures):
+            error = future.exception()
+            row = {"case": futures[future], "error": f"{error}"[:2000]} if error else future.result()
+            part.add(**row)
+            troubled += [row["case"]] * bool(error or row["spills"] or row["stack"])
+    part.add(cases=len(names), with_errors_or_spills=troubled)
+
+
+def parts() -> dict[str, tuple[int, Callable[[Part], None]]]:
+    """All parts by name: the limit in seconds, and the function."""
+    import gpu_operations as operations
+    import gpu_runs as runs
+
+    return {
+        "machine": (20, machine),
+        "first command": (110, first_command),
+        "kernel tests": (230, kernel_tests),
+        "8B block": (140, runs.prune),
+        "row kernels": (90, operations.row_kernels),
+        "compile": (120, compile_kernels),
+        "roofs": (60, operations.roofs),
+        "products": (150, operations.products),
+        "accumulations": (100, operations.accumulations),
+        "packed": (60, operations.packed),
+        "repeats": (100, operations.repeats),
+        "8B cold": (120, runs.prune_cold),
+        "8B warm": (100, runs.prune),
+        "8B killed": (150, runs.prune_killed),
+        "8B within 16 GiB": (120, runs.prune),
+        "70B block": (160, runs.prune),
+        "70B in host memory": (200, runs.prune),
+        "mixture block": (160, runs.prune),
+        "8B profiled": (120, runs.profile),
+        "70B profiled": (160, runs.profile_masks),
+        "recovery": (150, runs.recovery),
+    }
+
+
+# The parts that run when no part is named.
+FIRST = ("machine", "first command", "kernel tests", "8B block", "row kernels")
+
+
+def run_limited(part: Part, limit: float) -> None:
+    """Run a part in a process of its own, and add a line that says how it ended.
+
+    Args:
+        part: the part.
+        limit: seconds until the part is killed, with all processes that it has started.
+    """
+    command = [sys.executable, __file__, str(part.folder), "--run", part.name, "--scratch", str(part.scratch)]
+    started = time.monotonic()
+    with part.path(".txt").open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            [*command, *["--tiny"] * part.tiny],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            status = process.wait(limit)
+            end = "passed" if status == 0 else f"failed with status {status}"
+        except subprocess.TimeoutExpired:
+            end = f"cut off after {limit:.0f} s"
+        finally:
+            # A part that has ended may have left others.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    part.add(end=end, part_seconds=round(time.monotonic() - started, 1))
+
+
+def page(done: list[Part]) -> str:
+    """The page: a table of the parts with the last line of each, then the last lines."""
+    table, sections = ["| part | end | seconds | |", "| --- | --- | --- | --- |"], []
+    for part in done:
+        last, printed = part.lines()[-1], part.path(".txt").read_text("utf-8", errors="replace").splitlines()
+        table.append(f"| {part.name} | {last['end']} | {last['part_seconds']} | {''.join(printed[-1:])[:80]} |")
+        sections += [f"\n## {part.name}\n\n```text", *printed[-SHOWN:], "```"]
+    return "\n".join(["# Results of a GPU\n", *table, *sections, ""])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run parts, and write the page after each; returns 1 if a part has failed.
+
+    Raises:
+        SystemExit: there is no GPU, or no part has this name.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    scratch = Path(tempfile.gettempdir()) / "sparsefw-gpu"
+    add("folder", type=Path, help="folder of the results")
+    add("parts", nargs="*", metavar="PART", help="names of parts")
+    add("--scratch", type=Path, default=scratch, help="folder of checkpoints, 30 GB (default: %(default)s)")
+    add("--tiny", action="store_true", help="tiny sizes, to try everything out without a GPU")
+    add("--run", metavar="PART", help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args(argv)
+    folder, scratch = arguments.folder.resolve(), arguments.scratch.resolve()
+    for path in (folder, scratch):
+        path.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"PYTHONPATH": os.pathsep.join(PATHS), "HF_HUB_OFFLINE": "1"}
+    # Kernels are compiled into a cache of these parts.
+    os.environ["TRITON_CACHE_DIR"] = str(scratch / "cache")
+    if arguments.tiny:
+        # Set before a part imports triton.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    known = parts()
+    if arguments.run:
+        known[arguments.run][1](Part(arguments.run, folder, scratch, arguments.tiny))
+        return 0
+    import torch
+
+    if not arguments.tiny and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; --tiny tries everything out without one")
+    if unknown := [name for name in arguments.parts if name not in known]:
+        parser.error(f"{', '.join(unknown)}: no such part; there are {', '.join(known)}")
+    done: list[Part] = []
+    for name in arguments.parts or FIRST:
+        done.append(Part(name, folder, scratch, arguments.tiny))
+        done[-1].path(".jsonl").unlink(missing_ok=True)
+        run_limited(done[-1], known[name][0])
+        # Parts of earlier calls are on the page, too.
+        others = [Part(name, folder, scratch, arguments.tiny) for name in known]
+        (folder / "results.md").write_text(page([part for part in others if part.lines()]), "utf-8")
+    print(f"{folder / 'results.md'}: the page to send")
+    return int(any(part.lines()[-1]["end"] != "passed" for part in done))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""The parts that measure a GPU run at tiny sizes. A part that hangs is cut off, and a wrong result gets no time."""
+
+import gpu
+import gpu_operations
+import operations
+import pytest
+
+
+def part(name, folder):
+    return gpu.Part(name, folder, folder, tiny=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", gpu.parts())
+def test_part_on_a_gpu(name, folder, monkeypatch):
+    """Later parts compare their outputs with those of earlier ones."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
+    # Compiling sets it.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    gpu.parts()[name][1](part(name, folder))
+    lines = part(name, folder).lines()
+    assert not any("wrong" in line or ("error" in line and "case" in line) for line in lines)
+    assert all(value for line in lines for name, value in line.items() if name.startswith("same bytes"))
+
+
+def test_the_page_has_what_passed_and_the_end_of_what_failed(tmp_path, monkeypatch):
+    limits = {"machine": (60, gpu.machine), "no part": (60, None), "kernel tests": (0.01, gpu.kernel_tests)}
+    monkeypatch.setattr(gpu, "parts", lambda: limits)
+    arguments = [str(tmp_path), "--tiny", "--scratch", str(tmp_path / "scratch")]
+    for name in ("PYTHONPATH", "HF_HUB_OFFLINE", "TRITON_CACHE_DIR", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "1")
+    assert gpu.main([*arguments, *limits]) == 1
+    page = (tmp_path / "results.md").read_text()
+    assert "| machine | passed |" in page
+    assert "| no part | failed with status 1 |" in page
+    assert "KeyError: 'no part'" in page
+    assert "| kernel tests | cut off after 0 s |" in page
+
+
+def test_limits_of_the_first_parts_add_up_to_ten_minutes():
+    known = gpu.parts()
+    assert sum(known[name][0] for name in gpu.FIRST) <= 600
+    assert max(limit for limit, _ in known.values()) <= 240
+
+
+def test_a_wrong_result_gets_no_time(tmp_path):
+    def wrong(*size):
+        operation = operations.product(*size)
+        operation.ways["triton"] = lambda: (2 * operation.ways["bare"]()[0],)
+        return operation
+
+    gpu_operations.measure(part("products", tmp_path), "product", wrong, (5, 12))
+    (line,) = part("products", tmp_path).lines()
+    assert line["wrong"].startswith("differs")
+    assert "ms" not in line
