@@ -1,4 +1,4 @@
-"""Rivals of the kernels, made of what torch offers: the product of its library, and `topk`."""
+"""Rivals of the kernels in plain torch: the product of its library, and `topk`."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from sparsefw.kernels.definitions import RowState
 
 
 def bare_product(E: Tensor, G: Tensor, *, precision: str, out: Tensor | None = None) -> Tensor:
-    """E G in fp32, by the library behind torch (cuBLAS on a GPU) alone.
+    """E G in fp32, by torch's library (cuBLAS on a GPU) alone.
 
     Args:
         E, G: (rows, d) and (d, d), in the dtype that tensor cores read at `precision`: bf16, or fp32 for the others.

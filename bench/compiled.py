@@ -1,14 +1,14 @@
 """Compile every kernel for every GPU target, without a GPU: `python bench/compiled.py`.
 
-Each launcher is called with tensors on the meta device and a stub in place of the driver. So it compiles what a launch
-would compile: the configuration for the shape, and the specialisation of every argument. A row of the table has the
-registers of a thread, bytes of stack and of shared memory, instructions that load or store spilled registers, and
-tensor-core and bulk-copy instructions.
+The script calls each launcher with tensors on the meta device and a stub in place of the driver. So the launcher
+compiles the same code as for a GPU: the configuration for the shape, and the specialisation of every argument. A row of
+the table has the registers of a thread, bytes of stack and of shared memory, instructions that load or store spilled
+registers, and tensor-core and bulk-copy instructions.
 
-A row has a fingerprint of all that the compiler is given: rows of launches that have not changed are those of the
-committed table, if the same version of Triton has made it. To compile all others takes minutes. What a GPU would refuse
-or slow down ends in an error: too much shared memory, a stack, spilled registers. So does a warning of Triton, which a
-user would see in the middle of a run.
+A row has a fingerprint of the compiler's inputs. The row of a launch that has not changed is taken from the committed
+table, if the same version of Triton has made it. Compiling all launches takes minutes. Too much shared memory, a stack
+and spilled registers are errors, as a GPU would refuse them or be slow. So is a warning of Triton, which a user would
+see in the middle of a run.
 
 After an edit of one kernel: `python bench/compiled.py --only gram --test`.
 """
@@ -38,8 +38,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Shared memory that one program may ask for, bytes. Of the cards that count as sm_80, those of sm_86, sm_89 and
-# sm_120 have 99 KiB in place of 163.
+# Shared memory that one program may ask for, bytes. The target sm_80 also serves GPUs of sm_86, sm_89 and sm_120, which
+# have 99 KiB in place of 163.
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # mma.sync is Ampere's, wgmma Hopper's and tcgen05 Blackwell's. No name contains another.
 TENSOR_CORES = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma")
@@ -47,7 +47,7 @@ BULK_COPY = "cp.async.bulk.tensor"
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "bench/results/compiled.json"
-# The name of a test and what follows it, up to the next name at the margin.
+# The name of a test and its body, up to the next name at the margin.
 TEST = re.compile(r"^def (test_\w+)(.*?)(?=^[\w@]|\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -58,29 +58,30 @@ def stub_driver(target: GPUTarget) -> SimpleNamespace:
 
 
 class Compiled(Exception):
-    """Raised in a launcher in place of the launch: with the compiled kernel, None if it is known, and its options."""
+    """Takes the place of a launch. It carries the compiled kernel, or None for a known one, and its options."""
 
 
 def fingerprint(function: triton.JITFunction, specialization: str) -> str:
-    """A digest of all that the compiler is given: sources, types, constants, options and target.
+    """A digest of the compiler's inputs: sources, types, constants, options and target.
 
     Args:
         function: the kernel.
         specialization: the rest as JSON, by Triton.
     """
-    given = json.loads(specialization)
+    inputs = json.loads(specialization)
     # The folder of Triton's installation makes no difference.
-    given["options"]["extern_libs"] = [[name, Path(path).name] for name, path in given["options"]["extern_libs"] or []]
-    return hashlib.sha256(f"{function.cache_key}{json.dumps(given, sort_keys=True)}".encode()).hexdigest()[:16]
+    libraries = inputs["options"]["extern_libs"] or []
+    inputs["options"]["extern_libs"] = [[name, Path(path).name] for name, path in libraries]
+    return hashlib.sha256(f"{function.cache_key}{json.dumps(inputs, sort_keys=True)}".encode()).hexdigest()[:16]
 
 
 def compile_launch(target: str, case: Case, known: Mapping[str, dict] | None = None) -> dict:
-    """What a launch would run on `target`: configuration, registers, stack and shared memory in bytes, instructions.
+    """Compile a launch for a target; returns its row: configuration, registers, bytes of stack and shared memory.
 
     Args:
         target: one of TARGETS.
         case: the launch.
-        known: rows by their fingerprint, which need not be compiled.
+        known: rows by their fingerprint. A launch with a known one is not compiled.
     """
     run, found = triton.JITFunction.run, []
 
@@ -148,13 +149,13 @@ def _amd_usage(code: str) -> dict:
 
 
 def read_known(path: Path) -> dict[str, dict]:
-    """The rows of a file by their fingerprint; none if another version of Triton has made them."""
+    """The rows of a file by their fingerprint; empty if another version of Triton has made them."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return {row["fingerprint"]: row for row in content["rows"]} if content["triton"] == triton.__version__ else {}
 
 
 def problems(row: dict) -> list[str]:
-    """What of a row is above its limit."""
+    """Lines that name the values of a row that are above their limit."""
     limits = {"shared": SHARED[row["target"]], "stack": 0, "spills": 0}
     label = f"{row['name']} on {row['target']} ({row['config']})"
     return [f"{label}: {row[name]} {name}, limit {limit}" for name, limit in limits.items() if row[name] > limit]
@@ -163,7 +164,7 @@ def problems(row: dict) -> list[str]:
 def run_tests(chosen: Iterable[Case]) -> int:
     """Run the tests of these cases' operations in the interpreter, with its tiles and those of GPUs; returns a status.
 
-    They are in files that name one of the operations. A test there that calls others alone is left out.
+    They are in files that name one of the operations. A test that calls only other operations is left out.
     """
     named, every = ({name for case in of for name in operations(case)} for of in (chosen, select("")))
     tests = []
@@ -178,7 +179,7 @@ def run_tests(chosen: Iterable[Case]) -> int:
 
 
 def table(rows: list[dict]) -> str:
-    """The table in Markdown; what differs from the committed one stands behind what it was there."""
+    """The table in Markdown. A value that differs from the committed one follows the committed one."""
     committed = {(row["name"], row["target"]): row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
     names = ["name", "target", *(name for name in rows[0] if name not in ("name", "target", "fingerprint"))]
     lines = [names, ["---"] * len(names)]

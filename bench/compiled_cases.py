@@ -1,4 +1,4 @@
-"""The launches that compiled.py compiles: realistic shapes, with each configuration of each kernel at least once."""
+"""List the launches that compiled.py compiles: realistic shapes, each configuration of each kernel at least once."""
 
 import inspect
 import re
@@ -35,7 +35,7 @@ def select(text: str) -> list[Case]:
     """The cases with `text` in their name, or whose file or operation it is; else those whose file imports that file.
 
     Raises:
-        SystemExit: there are none.
+        SystemExit: there is no such case.
     """
     every, names, imported = list(cases()), {}, {}
     for case in every:
@@ -105,7 +105,7 @@ def _products() -> Iterator[Case]:
         ("tf32", HOPPER, 576, 576, FP32, FP32, "tf32"),
         ("ieee", NVIDIA, 4096, 4096, FP32, FP32, "ieee"),
         ("bf16", HOPPER, 8192, 28672, BF16, BF16, "bf16"),
-        # A solve has no such operands, but any caller may.
+        # A solve does not have these operands, but any caller may.
         ("of fp32 and bf16", ALL, 4096, 4096, FP32, BF16, "bf16"),
         ("of fp32", ALL, 4096, 4096, FP32, FP32, "bf16"),
         ("of fp32", NVIDIA, 576, 576, FP32, FP32, "bf16"),
@@ -219,7 +219,7 @@ def _packed() -> Iterator[Case]:
 
 
 def _fits(text: str, targets: tuple[str, ...], d: int) -> Iterator[Case]:
-    """The operations of refits, rounds and errors besides products and steps, for bf16 weights and products in bf16."""
+    """Operations of refits, rounds and errors that are not products or steps, for bf16 weights and products in bf16."""
     W, x, V = empty(ROWS, d, BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
     of_rows, of_columns, taken = empty(ROWS, 1)[:, 0], empty(d, 1)[:, 0], empty(ROWS, 1, torch.bool)[:, 0]
     searched = partial(triton_ops.candidates, x, x, V, of_columns, of_columns, margin=of_rows, support=V)

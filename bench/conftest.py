@@ -1,4 +1,4 @@
-"""On a GPU, benchmarks are timed by events in the GPU's queue."""
+"""Time benchmarks on a GPU by events in the GPU's queue."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Name what is left out, and why, at the end."""
+    """Name at the end the benchmarks that are left out, and why."""
     config.option.reportchars += "s"
 
 

@@ -1,6 +1,6 @@
 """The operations that benchmarks measure: inputs of any size, the ways to do each, the check of its result, its cost.
 
-On a GPU the shapes are those of Llama-3.1-8B, Llama-3-70B and Llama-3.1-405B, with as many rows as one solve takes.
+On a GPU the shapes are those of Llama-3.1-8B, Llama-3-70B and Llama-3.1-405B, with the rows of one solve.
 Without a GPU they are tiny, and the Triton kernels run in the interpreter, whose times say nothing about a GPU.
 """
 
@@ -30,31 +30,13 @@ WEIGHT = torch.bfloat16 if GPU else torch.float32
 
 # Tolerances of products by precision, relative to the largest value.
 PRECISIONS = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 2e-3, "bf16": 2e-2}
-# Tensor cores cut off what a sum has no room for, and the library may sum in parts. Over 16,384 tokens that is more
-# than rounding alone would be.
+# Tensor cores cut off low bits of a sum, and the library may sum in parts. Over 16,384 tokens the difference is larger
+# than that of rounding alone.
 SUMS = 2.0**-14
 # Rows that are compared at once: float64 copies of the largest matrices would not fit.
 PIECE = 1024
 SWAPS = 10
 THETAS = dict(theta=0.5, next_theta=0.6)
-
-# Of the free GPU memory, what a case may take: libraries need some, and torch's allocator leaves gaps.
-SHARE = 0.9
-# The most GPU memory that a case takes at once, in bytes of an entry of (rows, d) and of an entry of (d, d). Where two
-# are given, the first is that of making the inputs: G is rounded for a product. Rows of `gram_accumulate` are tokens.
-PEAKS = {
-    "product": ((18, 16),),
-    "gram_accumulate": ((6, 0), (2, 16)),
-    "cross_accumulate": ((12, 0),),
-    "mirror_lower": ((0, 12),),
-    "lmo": ((14, 0),),
-    "row_step": ((17, 12), (62, 0)),
-    "iteration": ((26, 16), (70, 8)),
-    "row_swaps": ((17, 12), (59, 4)),
-    "conjugate_step": ((18, 12), (52, 0)),
-    "adam_step": ((28, 0),),
-    "packed_product": ((15, 0),),
-}
 
 COMPILE = "torch.compile"
 Tensors = tuple[Tensor, ...]
@@ -64,7 +46,7 @@ Tensors = tuple[Tensor, ...]
 class Cost:
     """The least work of a call: flops, and bytes that pass between the chip and its memory.
 
-    Each operand counts once, as if everything that is read again came from a cache. The formula is in the docstring of
+    Each operand counts once, as if later reads of it came from a cache. The formula is in the docstring of
     each kernel; comparisons do not count as flops.
     """
 
@@ -81,8 +63,8 @@ class Operation:
     """An operation at one size.
 
     Attributes:
-        ways: functions of the arguments by name; each returns the tensors of its result, which the next call may
-            overwrite. "torch" is cpu.py, COMPILE the same by torch's compiler, "triton" the kernel; others are rivals.
+        ways: functions of the arguments by name; each returns the tensors of its result. The next call may overwrite
+            them. "torch" is cpu.py, COMPILE the same by torch's compiler, "triton" the kernel; others are rivals.
         cost: least work of a call.
         check: asserts that one result is near enough to another.
         fresh: returns the arguments of a call; a way may change them.
@@ -96,7 +78,7 @@ class Operation:
     unit: str | None = None
 
     def result(self, way: str) -> Tensors:
-        """The result of a way, which stays as it is."""
+        """A copy of the result of a way."""
         return tuple(x.clone() for x in self.ways[way](*self.fresh()))
 
 
@@ -111,15 +93,6 @@ def ways(name: str, way: Callable[[Callable], Callable[..., Tensors]], **rivals:
     return {label: way(implementation) for label, implementation in implementations.items()}
 
 
-def memory_needed(name: str, size: tuple[int, ...]) -> int:
-    """The most bytes of GPU memory that a case of an operation takes at once, its check included."""
-    rows, d = (1, *size)[-2:]
-    # D and X of a cross matrix, and fp32 copies.
-    inputs = 6 * size[0] * (rows + d) if name == "cross_accumulate" else 0
-    # A check compares float64 copies.
-    return max(a * rows * d + b * d * d for a, b in PEAKS[name]) + inputs + 4 * 8 * PIECE * d
-
-
 def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
     """Compare two tensors; the tolerance is relative to the largest expected value."""
     difference, largest = 0.0, 0.0
@@ -130,7 +103,7 @@ def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def near(*tolerances: float, lower: bool = False) -> Callable[[Tensors, Tensors], None]:
-    """A check of as many tensors of the result as there are tolerances, or of their lower triangles."""
+    """A check of the first tensors of a result, one for each tolerance, or of their lower triangles."""
 
     def check(got: Tensors, expected: Tensors) -> None:
         for a, b, tolerance in zip(got, expected, tolerances, strict=False):
@@ -210,7 +183,7 @@ def lmo(rows: int, d: int, *, group: int = 0) -> Operation:
     score, out = normal(rows, d), torch.empty(rows, d, dtype=torch.bool, device=DEVICE)
 
     def way(implementation: Callable) -> Callable[[], Tensors]:
-        # As in a solve: a check for NaN would wait for the GPU, and the wait would be timed. `topk` makes none.
+        # As in a solve. A check for NaN would wait for the GPU, and the wait would count. `topk` makes no check.
         options = {} if implementation is topk_lmo else {"checked": False}
         return lambda: (implementation(score, k, group=group, out=out, **options),)
 
@@ -256,7 +229,7 @@ def iteration(rows: int, d: int, *, precision: str = PRECISION) -> Operation:
     """A whole Frank-Wolfe iteration, product and row step; bare is the library's product alone.
 
     For a bf16 weight and bf16 products the row step reads and writes 26 bytes an entry, and the product does 2 d flops.
-    On a card that does f flops in the time of a byte, both one after the other take at least 1 + 13 f / d of the
+    On a GPU that does f flops in the time of a byte, both one after the other take at least 1 + 13 f / d of the
     product's time.
     """
     multiply, step = product(rows, d, precision=precision), row_step(rows, d)

@@ -1,4 +1,4 @@
-"""Times of operations. On a GPU they hold no time of the host.
+"""Time operations. On a GPU the times hold no time of the host.
 
 A launch costs the host tens of microseconds of Python. A GPU that is idle by then waits for it, and the wait would
 count as the kernel's time. So the GPU first sleeps while the host prepares the launches of a round. Before that, a fill
@@ -22,7 +22,7 @@ GPU = torch.cuda.is_available()
 
 # Bytes that are filled before every round: more than any cache.
 FLUSH = 256 << 20
-# Cycles that the GPU sleeps before a round: about a millisecond. At most so many, if the host takes longer.
+# Cycles that the GPU sleeps before a round, about a millisecond; and the most, if the host takes longer.
 CYCLES, MOST_CYCLES = 2_000_000, 256_000_000
 
 # A timing makes as many rounds as fit into SECONDS, within the bounds ROUNDS.
@@ -42,7 +42,7 @@ class Moment:
 
     @property
     def passed(self) -> bool:
-        """Whether the GPU has got here."""
+        """Whether the GPU has reached this point."""
         return self.event.query()
 
 
@@ -82,7 +82,7 @@ def keep_busy(cycles: int = CYCLES) -> None:
 
 
 def rounds_of(seconds: float) -> int:
-    """How many rounds of an operation that takes so long are measured."""
+    """The number of rounds of an operation that takes these seconds."""
     least, most = ROUNDS
     return int(min(max(SECONDS / max(seconds, 1e-9), least), most))
 
@@ -90,7 +90,7 @@ def rounds_of(seconds: float) -> int:
 def times(run: Callable[..., object], setup: Callable[[], tuple] = tuple) -> Times:
     """Time run(*setup()); `setup` returns fresh arguments before every round, untimed.
 
-    The first call compiles. The second tells how many rounds fit.
+    The first call compiles. The second one tells how many rounds fit.
     """
     run(*setup())
     if not GPU:

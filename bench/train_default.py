@@ -1,8 +1,8 @@
 """Train the built-in model: `python bench/train_default.py [OUTPUT]`, some five minutes of one CPU core.
 
-It makes a byte-level BPE tokenizer and a small Llama, both from `training_text`. The model is small and trained for
-long, so that it has few weights to spare and pruning shows. The step to keep is chosen on windows cut from the training
-text for validation. The evaluation text is used only at the end: its perplexity is printed.
+It makes a byte-level BPE tokenizer and a small Llama, both from `training_text`. The model is small and is trained for
+long, so that it has few weights to spare and pruning shows. Validation windows of the training text decide which step
+is kept. The evaluation text is used only at the end, for the perplexity that is printed.
 
 The seed and a single thread fix the bytes of the result, on one kind of CPU, one version of torch and one version of
 Python's topics.
@@ -134,7 +134,7 @@ def train(model: LlamaForCausalLM, fit: Tensor, validation: Tensor) -> None:
 
 
 def main(output: Path) -> None:
-    """Train, save in bf16 and report the perplexity of what was saved."""
+    """Train, save in bf16 and print the perplexity of the saved model."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     text = training_text()

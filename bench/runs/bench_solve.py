@@ -1,4 +1,4 @@
-"""A whole solve, 30 steps at 60 %, by shape, and its matrix products alone.
+"""Time a whole solve, 30 steps at 60 %, by shape, and its matrix products alone.
 
 On a GPU: by torch, by Triton with a CUDA graph, and with every step launched by itself. Without a GPU the shapes are
 those of SmolLM2-135M's layers only, and the kernels are torch's.

@@ -18,12 +18,12 @@ import sys
 import time
 from pathlib import Path
 
-# These hold times, digests of what does, or the output's name.
+# These hold times, digests of files with times, or the output's name.
 TIMED = {"report.json", "report.html", "SHA256SUMS", "README.md"}
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    """The bytes of all files of an output that are the same in every run, once its digests have been checked."""
+    """Check the digests of an output; returns the bytes of all files that are the same in every run."""
     if (folder / "SHA256SUMS").exists():
         subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TIMED}

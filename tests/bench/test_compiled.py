@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import compiled as compiler
 import pytest
@@ -102,46 +101,14 @@ def test_a_launch_that_does_not_compile_is_named(runs):
     assert "'BLOCK': 48" in last
 
 
-@pytest.mark.parametrize(
-    ("text", "kernels"),
-    [
-        ("gram_accumulate", {"gram"}),
-        ("rounding", {"rounding"}),
-        ("round_mask", {"rounding"}),
-        ("rows", {"row_errors", "take_rows"}),
-        # What both share.
-        ("accumulate", {"gram", "cross"}),
-        ("lmo 576", {"lmo"}),
-    ],
-)
-def test_a_kernel_is_selected_by_its_file_or_operation(text, kernels):
-    assert {case.name.split()[0] for case in compiler.select(text)} == kernels
-
-
-def test_a_name_of_nothing_ends_in_the_names_that_there_are():
+def test_a_kernel_is_selected_by_its_file_or_operation():
+    selected = lambda text: {case.name.split()[0] for case in compiler.select(text)}  # noqa: E731
+    assert selected("gram_accumulate") == {"gram"}
+    assert selected("rows") == {"row_errors", "take_rows"}
+    # What both share.
+    assert selected("accumulate") == {"gram", "cross"}
     with pytest.raises(SystemExit, match=r"^grm: no .* accumulate, adam, adam_step, .*, gram, gram_accumulate, "):
         compiler.select("grm")
-
-
-def test_the_tests_of_a_kernel_are_run_first(monkeypatch):
-    """Those that name its operation; nothing is compiled if they fail."""
-    commands = []
-
-    def run(command, **_):
-        commands.append(command)
-        return SimpleNamespace(returncode=3 * ("--tiles=sm_90" in command))
-
-    monkeypatch.setattr(compiler.subprocess, "run", run)
-    monkeypatch.setattr(compiler, "compile_launch", None)
-    with pytest.raises(SystemExit, match=r"^3$"):
-        compiler.main(["--only", "mirror", "--test"])
-    tests = "\n".join(commands[0])
-    assert "test_accumulate.py::test_every_tile_is_written\n" in tests
-    assert "test_lmo.py" not in tests
-    with pytest.raises(SystemExit):
-        compiler.main(["--only", "adam_step", "--test"])
-    tests = [argument.partition("test_row_kernels.py::")[2] for argument in commands[3]]
-    assert [test for test in tests if test] == ["test_a_step_of_adam", "test_no_rows"]
 
 
 def test_rows_stay_in_the_registers_they_are_loaded_to(compiled):
