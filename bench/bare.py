@@ -7,7 +7,7 @@ from sparsefw.kernels.definitions import RowState
 
 
 def bare_product(E: Tensor, G: Tensor, *, precision: str, out: Tensor | None = None) -> Tensor:
-    """E G in fp32, by torch's library (cuBLAS on a GPU) alone.
+    """Multiply E G in fp32, by torch's library (cuBLAS on a GPU) alone.
 
     Args:
         E, G: (rows, d) and (d, d), in the dtype that tensor cores read at `precision`: bf16, or fp32 for the others.
@@ -26,13 +26,13 @@ def bare_product(E: Tensor, G: Tensor, *, precision: str, out: Tensor | None = N
 
 
 def operands(E: Tensor, G: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """E and G in the dtype that `bare_product` needs."""
+    """Convert E and G to the dtype that `bare_product` needs."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return E.to(dtype), G.to(dtype)
 
 
 def topk_lmo(score: Tensor, k: int, *, group: int = 0, out: Tensor | None = None) -> Tensor:
-    """`lmo` by `torch.topk` and a scatter, except that ties go to any of the equal scores."""
+    """Do `lmo` by `torch.topk` and a scatter, except that ties go to any of the equal scores."""
     units = score.reshape(-1, group or score.shape[1])
     V = torch.zeros_like(units, dtype=torch.bool)
     V = V.scatter_(1, units.topk(k, dim=1).indices, True).view(score.shape)
@@ -40,7 +40,7 @@ def topk_lmo(score: Tensor, k: int, *, group: int = 0, out: Tensor | None = None
 
 
 def topk_step(state: RowState, *, theta: float = 0.0, next_theta: float = 0.0) -> None:
-    """`row_step` with line search as a chain of torch's operations, `topk` and a scatter among them."""
+    """Do `row_step` with line search as a chain of torch's operations, `topk` and a scatter among them."""
     W, M, R, V = state.W.float(), state.M, state.R, state.V
     q, D, B = W * W * state.diag, V.float() - M, state.U - R
     lin = (D * (-2 * W * R + theta * q * (1 - 2 * M))).sum(1)

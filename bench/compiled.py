@@ -52,7 +52,7 @@ TEST = re.compile(r"^def (test_\w+)(.*?)(?=^[\w@]|\Z)", re.MULTILINE | re.DOTALL
 
 
 def stub_driver(target: GPUTarget) -> SimpleNamespace:
-    """The part of a driver that compiling needs."""
+    """Make the part of a driver that compiling needs."""
     functions = {"device": lambda: 0, "stream": lambda device=None: 0, "target": lambda: target}
     return SimpleNamespace(**{f"get_current_{name}": function for name, function in functions.items()})
 
@@ -62,7 +62,7 @@ class Compiled(Exception):
 
 
 def fingerprint(function: triton.JITFunction, specialization: str) -> str:
-    """A digest of the compiler's inputs: sources, types, constants, options and target.
+    """Digest the compiler's inputs: sources, types, constants, options and target.
 
     Args:
         function: the kernel.
@@ -149,13 +149,13 @@ def _amd_usage(code: str) -> dict:
 
 
 def read_known(path: Path) -> dict[str, dict]:
-    """The rows of a file by their fingerprint; empty if another version of Triton has made them."""
+    """Read the rows of a file by their fingerprint; empty if another version of Triton has made them."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return {row["fingerprint"]: row for row in content["rows"]} if content["triton"] == triton.__version__ else {}
 
 
 def problems(row: dict) -> list[str]:
-    """Lines that name the values of a row that are above their limit."""
+    """Name the values of a row that are above their limit."""
     limits = {"shared": SHARED[row["target"]], "stack": 0, "spills": 0}
     label = f"{row['name']} on {row['target']} ({row['config']})"
     return [f"{label}: {row[name]} {name}, limit {limit}" for name, limit in limits.items() if row[name] > limit]
@@ -179,7 +179,7 @@ def run_tests(chosen: Iterable[Case]) -> int:
 
 
 def table(rows: list[dict]) -> str:
-    """The table in Markdown. A value that differs from the committed one follows the committed one."""
+    """Make the table in Markdown. A value that differs from the committed one follows the committed one."""
     committed = {(row["name"], row["target"]): row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
     names = ["name", "target", *(name for name in rows[0] if name not in ("name", "target", "fingerprint"))]
     lines = [names, ["---"] * len(names)]

@@ -27,12 +27,12 @@ class Case:
 
 
 def operations(case: Case) -> list[str]:
-    """The operations in the file of a case's kernel, by the names that users import."""
+    """List the operations in the file of a case's kernel, by the names that users import."""
     return [name for name, f in vars(triton_ops).items() if getattr(f, "__module__", "") == case.launch.func.__module__]
 
 
 def select(text: str) -> list[Case]:
-    """The cases with `text` in their name, or whose file or operation it is; else those whose file imports that file.
+    """Find cases by a text in their name, by their file or operation, or else by a file that their file imports.
 
     Raises:
         SystemExit: there is no such case.
@@ -59,7 +59,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def cases() -> Iterator[Case]:
-    """Launches of realistic shapes, with each configuration of each kernel at least once."""
+    """Yield launches of realistic shapes, with each configuration of each kernel at least once."""
     yield from _products()
     yield from _accumulations()
     for d, targets in ((576, HOPPER), (4096, ALL), (8192, HOPPER), (14336, ALL), (28672, ALL), (65536, ALL)):
@@ -161,7 +161,7 @@ def _step(
     text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, group: int = 0, fixed: bool = True,
     target_gap: bool = False, open_loop: bool = False
 ) -> Case:  # fmt: skip
-    """A step of bf16 weights, or with `target_gap` of fp32 candidates without fixed entries; products are in bf16.
+    """Make a step of bf16 weights, or with `target_gap` of fp32 candidates without fixed entries; products are in bf16.
 
     Without `open_loop` the search for the vertex starts from a threshold.
     """
@@ -198,7 +198,7 @@ def _adam(dtype: torch.dtype, index: torch.dtype) -> Case:
 
 
 def _packed() -> Iterator[Case]:
-    """Matrices at 60 % with row budgets, or with `starts`."""
+    """Yield matrices at 60 % with row budgets, or with `starts`."""
     for text, targets, dtype, batch, cols, ragged in (
         ("bf16 1", ALL, BF16, 1, 8192, False),
         ("bf16 16", ALL, BF16, 16, 8192, False),
@@ -219,7 +219,7 @@ def _packed() -> Iterator[Case]:
 
 
 def _fits(text: str, targets: tuple[str, ...], d: int) -> Iterator[Case]:
-    """Operations of refits, rounds and errors that are not products or steps, for bf16 weights and products in bf16."""
+    """Yield the operations of refits, rounds and errors but products and steps: bf16 weights, products in bf16."""
     W, x, V = empty(ROWS, d, BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
     of_rows, of_columns, taken = empty(ROWS, 1)[:, 0], empty(d, 1)[:, 0], empty(ROWS, 1, torch.bool)[:, 0]
     searched = partial(triton_ops.candidates, x, x, V, of_columns, of_columns, margin=of_rows, support=V)

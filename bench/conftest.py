@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
 
 @pytest.fixture
 def measure(benchmark) -> Callable[["Operation", str], None]:
-    """Compares a way of an operation with torch's, then times it, and records the least flops and bytes."""
+    """Compare a way of an operation with torch's, time it, and record the least flops and bytes."""
     import torch
     import triton
     from timing import GPU, Moment, keep_busy, rounds_of

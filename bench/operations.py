@@ -54,7 +54,7 @@ class Cost:
     bytes: int
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The least time of a call at these roofs, in seconds."""
+        """Compute the least time of a call at these roofs, in seconds."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
@@ -78,12 +78,12 @@ class Operation:
     unit: str | None = None
 
     def result(self, way: str) -> Tensors:
-        """A copy of the result of a way."""
+        """Compute the result of a way, as a copy."""
         return tuple(x.clone() for x in self.ways[way](*self.fresh()))
 
 
 def ways(name: str, way: Callable[[Callable], Callable[..., Tensors]], **rivals: Callable) -> dict[str, Callable]:
-    """The ways to do the operation `name`: `way` makes one of any implementation of it."""
+    """Make the ways to do the operation `name`; `way` makes one of any implementation of it."""
     plain = getattr(cpu, name)
     implementations = {"torch": plain, "triton": getattr(triton_ops, name)} | rivals
     if GPU:
@@ -103,7 +103,7 @@ def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def near(*tolerances: float, lower: bool = False) -> Callable[[Tensors, Tensors], None]:
-    """A check of the first tensors of a result, one for each tolerance, or of their lower triangles."""
+    """Make a check of the first tensors of a result, one for each tolerance, or of their lower triangles."""
 
     def check(got: Tensors, expected: Tensors) -> None:
         for a, b, tolerance in zip(got, expected, tolerances, strict=False):
@@ -113,18 +113,18 @@ def near(*tolerances: float, lower: bool = False) -> Callable[[Tensors, Tensors]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Standard normal numbers from a fixed seed."""
+    """Draw standard normal numbers from a fixed seed."""
     return torch.randn(*shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE).to(dtype)
 
 
 def gram(d: int) -> Tensor:
-    """Gram matrix (d, d) of random inputs."""
+    """Make the Gram matrix (d, d) of random inputs."""
     X = normal(TOKENS, d)
     return cpu.mirror_lower(cpu.gram_accumulate(torch.zeros(d, d, device=DEVICE), X))
 
 
 def numbers(implementation: Callable, **values: float) -> dict[str, float | Tensor]:
-    """The scalars of a step: tensors for the Triton kernel on a GPU, as in a solve; floats for other ways."""
+    """Make the scalars of a step: tensors for the Triton kernel on a GPU, as in a solve; floats for other ways."""
     stored = GPU and implementation is triton_ops.row_step
     return {name: torch.tensor(value, device=DEVICE) if stored else value for name, value in values.items()}
 

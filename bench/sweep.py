@@ -36,7 +36,7 @@ RESULTS, PAGE = REPO / "bench" / "results" / "sweep.json", REPO / "docs" / "mode
 
 
 def select(names: Sequence[str], rows: dict[str, Any], again: bool) -> list[Case]:
-    """The classes to examine.
+    """Select the classes to examine.
 
     Args:
         names: model types or classes, `*` stands for any text; without names, the classes that have no row.

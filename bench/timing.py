@@ -42,7 +42,7 @@ class Moment:
 
     @property
     def passed(self) -> bool:
-        """Whether the GPU has reached this point."""
+        """Tell whether the GPU has reached this point."""
         return self.event.query()
 
 
@@ -64,7 +64,7 @@ class Times:
         return statistics.median(self.rounds)
 
     def as_dict(self) -> dict[str, float]:
-        """Median, fastest and slowest round in milliseconds, how many there were, and how many waited for the host."""
+        """Give median, fastest and slowest round in milliseconds, the number of rounds, and of those that waited."""
         ms = {"ms": self.median, "least_ms": min(self.rounds), "most_ms": max(self.rounds)}
         return {name: 1e3 * value for name, value in ms.items()} | {"rounds": len(self.rounds), "late": self.late}
 
@@ -82,7 +82,7 @@ def keep_busy(cycles: int = CYCLES) -> None:
 
 
 def rounds_of(seconds: float) -> int:
-    """The number of rounds of an operation that takes these seconds."""
+    """Choose the number of rounds of an operation that takes these seconds."""
     least, most = ROUNDS
     return int(min(max(SECONDS / max(seconds, 1e-9), least), most))
 
@@ -116,7 +116,7 @@ def _on_cpu(run: Callable[..., object], setup: Callable[[], tuple]) -> float:
 
 
 def _on_gpu(run: Callable[..., object], setup: Callable[[], tuple], cycles: int) -> tuple[float, bool]:
-    """Seconds of one round, and whether the GPU began it before the host had launched all of it."""
+    """Time one round; returns seconds, and whether the GPU began it before the host had launched all of it."""
     arguments = setup()
     keep_busy(cycles)
     started = Moment()

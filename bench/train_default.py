@@ -46,7 +46,7 @@ EVAL_SEQLEN = 128
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of VOCABULARY tokens; it can write any text and adds no special token."""
+    """Train a byte-level BPE tokenizer of VOCABULARY tokens; it can write any text and adds no special token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,18 +59,18 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
-    """The tokens of a text of any length, (n,) int64."""
+    """Encode a text of any length as tokens, (n,) int64."""
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def windows(ids: Tensor, seqlen: int) -> Tensor:
-    """Consecutive windows, (len(ids) // seqlen, seqlen); the rest is left out."""
+    """Cut tokens into consecutive windows, (len(ids) // seqlen, seqlen); the rest is left out."""
     return ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
 
 
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, rows: Tensor) -> float:
-    """Perplexity of every token of `rows` (n, seqlen) but the first of its window."""
+    """Compute the perplexity of every token of `rows` (n, seqlen) but the first of its window."""
     model.eval()
     loss = 0.0
     for batch in rows.split(32):
@@ -80,7 +80,7 @@ def perplexity(model: LlamaForCausalLM, rows: Tensor) -> float:
 
 
 def split(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens to fit, (n,), and validation windows, (m, EVAL_SEQLEN), out of the training tokens."""
+    """Split the training tokens into tokens to fit, (n,), and validation windows, (m, EVAL_SEQLEN)."""
     pieces = ids.chunk(PIECES)
     validation = [i for i in range(len(pieces)) if i % 16 == 7]
     fit = torch.cat([piece for i, piece in enumerate(pieces) if i not in validation])
@@ -100,7 +100,7 @@ def add_dropout(model: LlamaForCausalLM) -> None:
 
 
 def learning_rate(step: int) -> float:
-    """Linear warm-up, then a cosine down to LAST_LEARNING_RATE; steps count from 1."""
+    """Compute the learning rate: linear warm-up, then a cosine down to LAST_LEARNING_RATE; steps count from 1."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / STEPS))
     return LEARNING_RATE * min(step / WARMUP, 1.0) * (LAST_LEARNING_RATE + (1 - LAST_LEARNING_RATE) * cosine)
 

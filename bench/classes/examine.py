@@ -165,7 +165,7 @@ def _compare_weights(report: Report, original: PreTrainedModel, pruned: PreTrain
 
 
 def _routers(model: nn.Module) -> Iterator[str]:
-    """Names of the matrices that choose experts: those of any router, and of a gate of a module with experts."""
+    """Yield names of the matrices that choose experts: of any router, and of a gate of a module with experts."""
     for path, module in model.named_modules():
         children = dict(module.named_children())
         with_experts = any(name.endswith("experts") for name in children)
@@ -176,7 +176,7 @@ def _routers(model: nn.Module) -> Iterator[str]:
 
 
 def _pruned_part(report: Report, model: PreTrainedModel) -> dict[str, Any]:
-    """The share of the blocks' matrices that was pruned, and the matrices of the blocks that stay dense."""
+    """Tell which share of the blocks' matrices was pruned, and which matrices of the blocks stay dense."""
     blocks = tuple(f"{block.name}." for block in report.blocks)
     inside = sum(p.numel() for n, p in model.named_parameters() if n.startswith(blocks) and p.dim() >= 2)
     layers = report.layers_of(report.method)
@@ -190,5 +190,5 @@ def _pruned_part(report: Report, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _without_numbers(name: str) -> str:
-    """A matrix's name inside its block, the same for all blocks and experts."""
+    """Name a matrix inside its block, the same for all blocks and experts."""
     return re.sub(r"\[\d+\]", "[*]", re.sub(r"(?<=\.)\d+(?=\.)", "*", name)).partition(".*.")[2] or name

@@ -37,7 +37,7 @@ Of experts with `[*]` some are dense: the few windows send no token to them.
 
 
 def page(results: dict[str, Any]) -> str:
-    """The content of docs/models.md, from the content of the results file."""
+    """Make the content of docs/models.md of the content of the results file."""
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
     rows = sorted(results["rows"].values(), key=lambda row: (row["model_type"].lower(), row["class"]))
     counts = Counter((row["kind"], row["outcome"]) for row in rows)
@@ -60,6 +60,6 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def _escaped(row: dict[str, Any]) -> str:
-    """The reason of a row for a cell: no sign in it has a meaning in Markdown."""
+    """Escape the reason of a row: no sign in it has a meaning in Markdown."""
     text = "".join(f"\\{char}" if char in r"\|<>*_[]`" else char for char in row["reason"])
     return text if len(text) <= 240 else f"{text[:240].rstrip(chr(92))}..."

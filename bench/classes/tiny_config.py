@@ -76,7 +76,7 @@ COMMON = set(vars(PretrainedConfig()))
 
 
 def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
-    """A tiny config of a class.
+    """Make a tiny config of a class.
 
     Raises:
         Exception: of any type, where the class's code does not take its own defaults or the tiny values.
@@ -86,7 +86,7 @@ def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
 
 
 def parts_of(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    """A config and all configs inside of it."""
+    """Yield a config and all configs inside of it."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PretrainedConfig):
@@ -94,7 +94,7 @@ def parts_of(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
 
 def tiny_entries(config: PretrainedConfig, new_ids: Iterator[int]) -> dict[str, Any]:
-    """The entries that make a tiny config of the class of `config`, a config with default values."""
+    """Find the entries of a tiny config of the class of `config`, which has default values."""
     kind = type(config)
     names, fresh, values = {f.name for f in fields(kind)}, vars(kind()), vars(config)
     tiny: dict[str, Any] = {}
@@ -122,7 +122,7 @@ def tiny_entries(config: PretrainedConfig, new_ids: Iterator[int]) -> dict[str, 
 
 
 def tiny_value(key: str, value: Any, values: dict[str, Any], new_ids: Iterator[int]) -> Any:
-    """The tiny value of an entry.
+    """Find the tiny value of an entry.
 
     Args:
         key: name of the entry.
@@ -147,7 +147,7 @@ def tiny_value(key: str, value: Any, values: dict[str, Any], new_ids: Iterator[i
 
 
 def tiny_number(key: str, value: int, values: dict[str, Any], new_ids: Iterator[int]) -> int:
-    """The tiny value of a number, by its name."""
+    """Find the tiny value of a number by its name."""
     if TOKEN_ID.search(key) and ("token" in key or value >= VOCABULARY):
         return token_id(key, value, new_ids)
     if value <= 0:
@@ -164,7 +164,7 @@ def tiny_number(key: str, value: int, values: dict[str, Any], new_ids: Iterator[
 
 
 def token_id(key: str, value: int, new_ids: Iterator[int]) -> int:
-    """The id of a special token: that of the tokenizer, or a new one."""
+    """Choose the id of a special token: that of the tokenizer, or a new one."""
     if value < 0:
         return value
     if re.search("bos|decoder_start", key):
@@ -175,7 +175,7 @@ def token_id(key: str, value: int, new_ids: Iterator[int]) -> int:
 
 
 def merged(entries: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """Entries of a config, with others in the place of those of the same name; those of its parts one by one."""
+    """Replace entries of a config by others of the same name, and entries of its parts one by one."""
     result = dict(entries)
     for key, value in others.items():
         inner = result.get(key)

@@ -52,7 +52,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every class once for each of its configs."""
+    """Yield every class once for each of its configs."""
     kinds: dict[tuple[str, str], str] = {}
     for kind, mapping in MAPPINGS.items():
         for model_type, classes in getattr(modeling_auto, mapping, {}).items():
@@ -65,7 +65,7 @@ def cases() -> Iterator[Case]:
 
 
 def build(case: Case) -> PreTrainedModel:
-    """A tiny random model of a class, in fp32.
+    """Make a tiny random model of a class, in fp32.
 
     Raises:
         Exception: of any type, where transformers cannot make one.
@@ -79,7 +79,7 @@ def build(case: Case) -> PreTrainedModel:
 
 
 def config_of(case: Case) -> PretrainedConfig:
-    """The tiny config that a class is made of: its own, or the part that it takes of a config with several parts."""
+    """Make the tiny config of a class: its own, or the part that it takes of a config with several parts."""
     wanted = getattr(transformers, case.class_name).config_class
     config = tiny_config(CONFIG_MAPPING[case.model_type])
     parts = [part for part in parts_of(config) if isinstance(part, wanted)]
@@ -88,7 +88,7 @@ def config_of(case: Case) -> PretrainedConfig:
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model of a checkpoint in fp32, by the class that its config names, and what loading reports."""
+    """Load a checkpoint in fp32 by the class that its config names; returns the model and the report of loading."""
     config = transformers.AutoConfig.from_pretrained(folder)
     model_class = getattr(transformers, config.architectures[0])
     model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -97,7 +97,7 @@ def load(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
-    """exp of the mean negative log-likelihood over all windows, each of which is one batch.
+    """Compute the perplexity of all windows, each of which is one batch.
 
     Raises:
         Exception: of any type, where the class does not run on token ids alone.
@@ -117,13 +117,13 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
 
 
 def random_text(seed: int, words: int) -> str:
-    """Words of random characters, so that every expert gets tokens."""
+    """Write words of random characters, so that every expert gets tokens."""
     generator = random.Random(seed)
     return " ".join("".join(chr(generator.randrange(33, 127)) for _ in range(5)) for _ in range(words))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, after <s> and </s>."""
+    """Make a tokenizer with one token per byte, after <s> and </s>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

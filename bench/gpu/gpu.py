@@ -58,7 +58,7 @@ TINY_FLAGS = ["--nsamples", "4", "--seqlen", "32", "--steps", "2", "--reconstruc
 
 @dataclass(frozen=True)
 class Part:
-    """A part that runs.
+    """The run of a part.
 
     Attributes:
         name: name of the part.
@@ -73,7 +73,7 @@ class Part:
     tiny: bool
 
     def path(self, suffix: str) -> Path:
-        """A file of this part."""
+        """Name a file of this part."""
         return self.folder / f"{self.name.replace(' ', '-')}{suffix}"
 
     def add(self, **values: Any) -> None:
@@ -86,7 +86,7 @@ class Part:
         print(line, flush=True)
 
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of the results so far."""
+        """Read the lines of the results so far."""
         path = self.path(".jsonl")
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
@@ -173,7 +173,7 @@ def compile_kernels(part: Part) -> None:
 
 
 def parts() -> dict[str, tuple[int, Callable[[Part], None]]]:
-    """All parts by name: the limit in seconds, and the function."""
+    """List all parts by name: the limit in seconds, and the function."""
     import gpu_operations as operations
     import gpu_runs as runs
 
@@ -237,7 +237,7 @@ def run_limited(part: Part, limit: float) -> None:
 
 
 def page(done: list[Part]) -> str:
-    """The page: a table of the parts with the last line of each, then the last lines."""
+    """Make the page: a table of the parts with the last line of each, then the last lines."""
     table, sections = ["| part | end | seconds | |", "| --- | --- | --- | --- |"], []
     for part in done:
         last, printed = part.lines()[-1], part.path(".txt").read_text("utf-8", errors="replace").splitlines()

@@ -109,6 +109,6 @@ def repeats(part: Part) -> None:
 
 
 def bits(operation: Operation) -> list[torch.Tensor]:
-    """The result of the kernel as integers: NaN equals NaN, and -0.0 differs from 0.0."""
+    """Compute the result of the kernel, as integers: NaN equals NaN, and -0.0 differs from 0.0."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     return [x.view(whole[x.itemsize]) for x in operation.result("triton")]

@@ -55,7 +55,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def checkpoint(part: Part, name: str) -> Path:
-    """A random checkpoint of SIZES, made once."""
+    """Make a random checkpoint of SIZES, once."""
     folder = part.scratch / f"{name}{'-tiny' * part.tiny}"
     if not (folder / "tokenizer.json").exists():
         # Imports transformers, which takes seconds.
@@ -74,7 +74,7 @@ def checkpoint(part: Part, name: str) -> Path:
 def flags(
     part: Part, model: str, blocks: str = ONE_BLOCK, windows: int = 64, gpu: int = 0, host: int = 0, same_as: str = ""
 ) -> list[str]:
-    """The flags of a part of RUNS, which calibrates on random numbers as text."""
+    """Make the flags of a part of RUNS, which calibrates on random numbers as text."""
     text, drawn = part.scratch / "text.txt", random.Random(0)
     if not text.exists():
         text.write_text(" ".join(str(drawn.randrange(10**6)) for _ in range(250_000)))
@@ -85,12 +85,12 @@ def flags(
 
 
 def output_of(part: Part) -> Path:
-    """The output folder of a part."""
+    """Name the output folder of a part."""
     return part.scratch / part.path("").name
 
 
 def figures(output: Path) -> dict[str, Any]:
-    """The times and the memory of a run, from its report."""
+    """Read the times and the memory of a run from its report."""
     report = json.loads((output / "report.json").read_text("utf-8"))
     steps = [block["reconstruction"] and block["reconstruction"]["steps"] for block in report["blocks"]]
     errors = [layer["relative_error"] for layer in report["layers"]]

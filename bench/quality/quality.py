@@ -144,7 +144,7 @@ def evaluated(evaluation: dict, model: str, half: str) -> dict:
 
 
 def near(cell: dict) -> str:
-    """The perplexities of the texts that are not far ones."""
+    """Write the perplexities of the texts that are not far ones."""
     return " / ".join(f"{x:.1f}" for name, x in cell["perplexity"].items() if not name.startswith(HALVES))
 
 
@@ -160,7 +160,7 @@ DETAILS = {"perplexity": "{:.1f}", "accuracy": "{:.1%}", "seconds": "{:.0f}"}
 
 
 def tables(cells: dict[str, dict]) -> str:
-    """All tables of these cells, each after its name. A cell of an older study may lack the figure of a table."""
+    """Make all tables of these cells, each after its name. A cell of an older study may lack the figure of a table."""
     # The cells of the sparsity with all rows come first, and tell the order of the rows.
     ordered = sorted(cells, key=lambda key: not key.endswith(DETAILED))
     made: dict[str, dict[str, dict[str, str]]] = {}
@@ -179,7 +179,7 @@ def tables(cells: dict[str, dict]) -> str:
 
 
 def markdown(rows: dict[str, dict[str, str]]) -> str:
-    """A table of texts by row and column."""
+    """Make a table in Markdown of texts by row and column."""
     heads = sorted({head for texts in rows.values() for head in texts})
     lines = [["", *heads], ["---"] * (len(heads) + 1)]
     lines += [[row, *(texts.get(head, "") for head in heads)] for row, texts in rows.items() if any(texts.values())]

@@ -67,7 +67,7 @@ def write_tasks(folder: Path, tag: str, documents: Sequence[str]) -> None:
 
 
 def word_choice(found: Sequence[Passage]) -> Iterator[dict]:
-    """Items of word_choice, one of each sentence that has a word with enough others like it."""
+    """Make items of word_choice, one of each sentence that has a word with enough others like it."""
     uses = _uses(found)
     for sentence in (sentence for passage in found for sentence in passage):
         drawn, words = random.Random(sentence), sentence.split(" ")
@@ -86,7 +86,7 @@ def word_choice(found: Sequence[Passage]) -> Iterator[dict]:
 
 
 def word_cloze(found: Sequence[Passage]) -> Iterator[dict]:
-    """Items of word_cloze, one of each passage whose last word is used elsewhere."""
+    """Make items of word_cloze, one of each passage whose last word is used elsewhere."""
     uses = _uses(found)
     for passage in found:
         *context, last = " ".join(passage[-2:]).split(" ")
@@ -95,7 +95,7 @@ def word_cloze(found: Sequence[Passage]) -> Iterator[dict]:
 
 
 def alike(word: str, other: str, uses: Counter[str]) -> bool:
-    """Whether another word could stand in a word's place by its length, its ending and the number of its uses."""
+    """Tell whether another word could take a word's place by its length, its ending and the number of its uses."""
     endings = [next((end for end in ("ing", "ed", "ly", "s") if x.endswith(end)), "") for x in (word, other)]
     return (
         other[:3] != word[:3]
@@ -107,7 +107,7 @@ def alike(word: str, other: str, uses: Counter[str]) -> bool:
 
 
 def passages(text: str, seen: set[str]) -> Iterator[Passage]:
-    """Passages of a text. A sentence that is not prose, or is in `seen`, ends one. Adds the sentences to `seen`."""
+    """Yield the passages of a text. A sentence in `seen` or without prose ends one. Adds the sentences to `seen`."""
     passage: list[str] = []
     for paragraph in re.split(r"\n[ \t]*\n", text):
         # A single letter with a full stop may be the initial of a name.
@@ -123,7 +123,7 @@ def passages(text: str, seen: set[str]) -> Iterator[Passage]:
 
 
 def is_prose(sentence: str) -> bool:
-    """Whether a text is one whole English sentence, without names of code, numbers and formulas."""
+    """Tell whether a text is one whole English sentence, without names of code, numbers and formulas."""
     words = words_of(sentence)
     common = sum(word.lower() in FUNCTION_WORDS for word in words)
     enough = len(words) >= 5 and common >= len(words) / 4
@@ -131,12 +131,12 @@ def is_prose(sentence: str) -> bool:
 
 
 def words_of(sentence: str) -> list[str]:
-    """The words of a sentence, without punctuation."""
+    """List the words of a sentence, without punctuation."""
     return [word.strip(".,;:?!()") for word in sentence.split()]
 
 
 def _uses(found: Sequence[Passage]) -> Counter[str]:
-    """The number of uses of each word that has enough letters and no capital."""
+    """Count the uses of each word that has enough letters and no capital."""
     counted = Counter(word for passage in found for sentence in passage for word in words_of(sentence))
     letters = re.compile(rf"[a-z]{{{LETTERS},}}")
     return Counter({word: n for word, n in counted.items() if letters.fullmatch(word) and word not in FUNCTION_WORDS})

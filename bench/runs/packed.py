@@ -32,7 +32,7 @@ COPIES, ROUNDS, TOKENS = 8, 7, 64
 
 
 def least_ms(call: Callable, matrices: list) -> float:
-    """The least time of a call with a matrix, in ms; each round goes through all of them."""
+    """Measure the least time of a call with a matrix, in ms; each round goes through all matrices."""
     times = []
     for _ in range(ROUNDS):
         for matrix in matrices:
@@ -43,7 +43,7 @@ def least_ms(call: Callable, matrices: list) -> float:
 
 
 def dense_loop() -> Callable[[Tensor, Tensor], None]:
-    """A function of x and W that computes W x by dense.cpp, compiled for this processor."""
+    """Compile dense.cpp for this processor, as a function of x and W that computes W x."""
     library = Path(tempfile.mkdtemp()) / "dense.so"
     flags = ["-march=native", "-O3", "-fopenmp", "-fPIC", "-shared", "-o", str(library)]
     subprocess.run(["g++", *flags, str(Path(__file__).with_name("dense.cpp"))], check=True)
