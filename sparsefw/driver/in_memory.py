@@ -35,11 +35,11 @@ from sparsefw.driver.job import Job, Run, Samples
 from sparsefw.driver.run import Describe, carry_out, computes_in_fp32, resumed, settled
 from sparsefw.driver.texts import read_texts, with_defaults
 from sparsefw.errors import InputError, errors_in_one_line, shown
+from sparsefw.estimate.profile import shape_of_resident, shape_of_text
 from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import resident
 from sparsefw.model.block_model import ResidentModel
 from sparsefw.model.head import check_losses
-from sparsefw.model.shape_of import shape_of_resident, shape_of_text
 from sparsefw.model.slots import filled, slots_of
 from sparsefw.report.content import Report
 

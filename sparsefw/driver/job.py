@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from sparsefw import memory
 from sparsefw.data.batches import Batches
 from sparsefw.data.windows import Windows
-from sparsefw.estimate.memory import MemoryNeeds, Workload, process_bytes
+from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.estimate.placement import memory_limits
+from sparsefw.estimate.shapes import BlockShape, ModelShape
+from sparsefw.estimate.workload import Workload, process_bytes
 from sparsefw.inputs import Inputs, Output
-from sparsefw.model import ModelShape, Placement
+from sparsefw.model import Placement
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.shapes import BlockShape
 from sparsefw.model.stages import Confirmed
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report.content import Report

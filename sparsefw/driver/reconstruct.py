@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from sparsefw.arithmetic import rounded_products
 from sparsefw.driver.job import Run
 from sparsefw.errors import InputError, first_line, option, shown
+from sparsefw.estimate.steps import tokens_and_steps
 from sparsefw.memory import trim_memory
 from sparsefw.model import HiddenStates
 from sparsefw.model.activations import split_batches
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
-from sparsefw.model.head import divergence, predicts, tokens_and_steps, tokens_of_pass
+from sparsefw.model.head import divergence, predicts, tokens_of_pass
 from sparsefw.model.layers import layer_of
 from sparsefw.model.recording import without_padding
 from sparsefw.model.stand_ins import ForwardFailed, explained
@@ -83,7 +84,7 @@ def reconstruct(
         # Ranks make the same number of steps: one with fewer micro-batches begins again.
         of_rounds = [run.config.reconstruct * max(run.ranks.gather(len(fit.steps[0])))]
         if tokens:
-            every, of_rounds = tokens_and_steps(run.of(i), run.shape, tokens[0].shape[1], of_rounds[0])
+            every, of_rounds = tokens_and_steps(run.shape, tokens[0].shape[1], of_rounds[0])
             fit = replace(fit, every=every, hidden_first=len(of_rounds) > 1)
         losses = _rounds(fit, results, of_rounds)
         # An expert that only one rank's windows reach may have an operation that no other rank has seen.
@@ -111,7 +112,7 @@ def _predicted(run: Run, i: int, states: HiddenStates, ids: Tensor | None) -> It
     """
     if ids is not None and run.of(i).predicts:
         with run.model.outside():
-            every, _ = tokens_and_steps(run.of(i), run.shape, ids.shape[1], 1)
+            every, _ = tokens_and_steps(run.shape, ids.shape[1], 1)
             if all(run.ranks.gather(predicts(states, ids, every))):
                 # On the device: a copy of some tokens would wait for everything that was launched before it.
                 yield list(ids.to(run.model.device).split(states.windows))

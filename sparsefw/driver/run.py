@@ -21,9 +21,13 @@ from sparsefw.driver.job import Job, Run, limits_of, workload_of
 from sparsefw.driver.prune import prune_model
 from sparsefw.driver.texts import read_texts
 from sparsefw.errors import counted, fitted, flag_of
-from sparsefw.estimate.memory import disk_space, memory_needs, pruned_shape
-from sparsefw.estimate.placement import place, reconstruction_line, reconstruction_steps
-from sparsefw.model import ModelShape, StreamedModel, shape_of
+from sparsefw.estimate.memory import disk_space, memory_needs
+from sparsefw.estimate.placement import place
+from sparsefw.estimate.profile import shape_of
+from sparsefw.estimate.shapes import ModelShape
+from sparsefw.estimate.steps import reconstruction_line, reconstruction_steps
+from sparsefw.estimate.workload import pruned_shape
+from sparsefw.model import StreamedModel
 from sparsefw.model.block_model import BlockModel
 from sparsefw.report import content, log
 from sparsefw.timeline import of_rank

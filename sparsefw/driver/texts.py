@@ -13,9 +13,9 @@ from sparsefw.data.windows import Generate, Windows
 from sparsefw.driver import generation
 from sparsefw.driver.job import Job, limits_of, workload_of
 from sparsefw.errors import InputError, option
-from sparsefw.estimate.memory import pruned_shape
 from sparsefw.estimate.placement import place, written_at_once
-from sparsefw.model import ModelShape
+from sparsefw.estimate.shapes import ModelShape
+from sparsefw.estimate.workload import pruned_shape
 from sparsefw.model.block_model import BlockModel
 
 

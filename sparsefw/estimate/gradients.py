@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-from sparsefw.model.head import PIECE, tokens_and_steps, tokens_of_pass
-from sparsefw.model.shapes import BlockShape, ModelShape
+from sparsefw.estimate.shapes import BlockShape, ModelShape
+from sparsefw.estimate.steps import tokens_and_steps
+from sparsefw.model.head import PIECE, tokens_of_pass
 from sparsefw.solver.kept_weights import bytes_of_state
 from sparsefw.solver.patterns import Pattern
 
@@ -23,7 +24,7 @@ def reconstruction_bytes(
     if not (block.predicts and block.layers):
         return fitted + max(backward, loss)
     # A step looks at some tokens. To measure the loss takes all, and no gradients.
-    every, _ = tokens_and_steps(block, shape, seqlen, 1)
+    every, _ = tokens_and_steps(shape, seqlen, 1)
     of_step = _logits(shape, len(range(seqlen)[tokens_of_pass(0, every)]), gpu)
     return shape.outside + fitted + max(backward + of_step, _logits(shape, seqlen, gpu), loss)
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from sparsefw import memory
 from sparsefw.data.text import SELF
-from sparsefw.errors import InputError, counted, option
-from sparsefw.estimate.memory import GIB, MemoryNeeds, Workload, keepable_widths, memory_needs, solver_bytes
+from sparsefw.errors import InputError, option
+from sparsefw.estimate.memory import GIB, MemoryNeeds, keepable_widths, memory_needs, solver_bytes
+from sparsefw.estimate.shapes import ModelShape
+from sparsefw.estimate.workload import Workload
 from sparsefw.inputs import Inputs
 from sparsefw.model import Placement
-from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLACES, SOLVER, split_batches
-from sparsefw.model.head import head_ratio, tokens_and_steps
-from sparsefw.model.shapes import ModelShape
+from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLACES, SOLVER
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
@@ -119,39 +119,6 @@ def written_at_once(shape: ModelShape, workload: Workload, limits: dict[str, int
         f"{limit}: to write its own text ({option('dataset', SELF)}) the whole model is held in memory, at least "
         f"{least / GIB + 0.01:.2f} GiB; give more, or a file or a dataset of the Hub, as {option('dataset', 'c4')}"
     )
-
-
-def reconstruction_steps(shape: ModelShape, workload: Workload, placement: Placement) -> dict[str, Any]:
-    """Steps of a round of a block's reconstruction; empty without one.
-
-    Returns:
-        "steps" of a block; of the last block, where it is fitted to predictions, those of each of its first rounds,
-        "last", and its products beside another block's in these rounds, "times".
-    """
-    config, last = workload.config, shape.blocks[-1]
-    if not config.reconstruct:
-        return {}
-    batch, windows, of_step = placement.batch, workload.windows, placement.step or placement.batch
-    learned, held_out = split_batches(-(-windows // batch))
-    steps = config.reconstruct * sum(-(-min(batch, windows - j * batch) // of_step) for j in learned)
-    if not (last.predicts and last.layers):
-        return {"steps": steps}
-    (every, rounds), ratio = tokens_and_steps(last, shape, workload.seqlen, steps), head_ratio(last, shape)
-    # A step has three products with every weight, one of them of the dense model with the head; a loss has the first.
-    looks = every if len(rounds) > 1 else 1
-    loss = len(held_out) * batch / of_step / 3
-    losses = (1 + len(rounds)) * loss * (1 + 2 * ratio / looks)
-    times = (sum(rounds) + rounds[-1] * ratio / every + losses) / (steps + 2 * loss)
-    return {"steps": steps, "last": rounds, "times": round(times, 2)}
-
-
-def reconstruction_line(found: dict[str, Any]) -> str:
-    """The line of the plan and of the log for `reconstruction_steps`."""
-    line = f"reconstruction: {counted(found['steps'], 'step')} a round, two rounds in most blocks"
-    if "last" not in found:
-        return line
-    rounds = " + ".join(map(str, found["last"]))
-    return f"{line}; {rounds} in the last block, with {found['times']:.1f} times the products"
 
 
 def _placements(

@@ -15,19 +15,13 @@ from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows, window_length
 from sparsefw.errors import InputError, counted, fitted, option
-from sparsefw.estimate.memory import (
-    GIB,
-    Workload,
-    disk_space,
-    memory_needs,
-    process_bytes,
-    pruned_shape,
-    recovery_needs,
-)
-from sparsefw.estimate.placement import memory_limits, place, reconstruction_line, reconstruction_steps, written_at_once
+from sparsefw.estimate.memory import GIB, disk_space, memory_needs, recovery_needs
+from sparsefw.estimate.placement import memory_limits, place, written_at_once
+from sparsefw.estimate.profile import shape_of_text, without_weights
+from sparsefw.estimate.shapes import ModelShape
+from sparsefw.estimate.steps import reconstruction_line, reconstruction_steps
+from sparsefw.estimate.workload import Workload, process_bytes, pruned_shape
 from sparsefw.inputs import CARDS, DEFAULT, DEFAULT_MODEL, Inputs, Output
-from sparsefw.model.shape_of import shape_of_text, without_weights
-from sparsefw.model.shapes import ModelShape
 from sparsefw.solver.config import PruneConfig
 
 CPU = torch.device("cpu")

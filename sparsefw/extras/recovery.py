@@ -30,13 +30,16 @@ from sparsefw.driver.job import Job, limits_of, workload_of
 from sparsefw.driver.reconstruct import pruned_matrices
 from sparsefw.driver.texts import own_text, windows_of_texts
 from sparsefw.errors import InputError, counted, option
-from sparsefw.estimate.memory import pruned_shape, recovery_needs
+from sparsefw.estimate.memory import recovery_needs
 from sparsefw.estimate.placement import too_little
+from sparsefw.estimate.profile import shape_of
+from sparsefw.estimate.shapes import ModelShape
+from sparsefw.estimate.workload import pruned_shape
 from sparsefw.extras.packed.folders import REPORT, rewrite
 from sparsefw.extras.page.command import VARIABLES
 from sparsefw.extras.verification import find_source
 from sparsefw.inputs import Inputs, Output
-from sparsefw.model import HiddenStates, ModelShape, StreamedModel, shape_of
+from sparsefw.model import HiddenStates, StreamedModel
 from sparsefw.model.activations import Store, split_batches
 from sparsefw.model.forward import embed
 from sparsefw.model.gradients import SliceGradients, deterministic, refused

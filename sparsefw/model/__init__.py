@@ -5,8 +5,6 @@ from sparsefw.model.block_model import resident
 from sparsefw.model.forward import embed
 from sparsefw.model.head import perplexity
 from sparsefw.model.hidden_states import HiddenStates
-from sparsefw.model.shape_of import shape_of
-from sparsefw.model.shapes import ModelShape
 from sparsefw.model.streamed import StreamedModel
 
-__all__ = ["HiddenStates", "ModelShape", "Placement", "StreamedModel", "embed", "perplexity", "resident", "shape_of"]
+__all__ = ["HiddenStates", "Placement", "StreamedModel", "embed", "perplexity", "resident"]

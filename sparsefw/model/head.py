@@ -6,10 +6,6 @@ A pruned model's predictions are compared with those of the dense model:
 
 Its gradient by q's logits is q - p. It is taken back to the hidden states while the logits are there, so that those of
 one window at a time are in memory, and distributions in fp32 of a piece of it.
-
-The head of a small model costs more than its last block, up to thirty times with a large vocabulary. So a step of a
-reconstruction looks at some tokens of a window only, and there are more steps; with a large vocabulary hidden states
-are fitted first, and few steps look at predictions.
 """
 
 import math
@@ -28,19 +24,12 @@ from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import logits_behind_blocks, run_behind_blocks
 from sparsefw.model.hidden_states import HiddenStates
-from sparsefw.model.shapes import BlockShape, ModelShape
 from sparsefw.model.tape import Calls
 from sparsefw.ranks import ALONE, Ranks
 
 # Entries of the logits whose distributions are in memory at once, at least those of a token: few stay in a processor's
 # cache, and their memory is used again.
 PIECE = {"cpu": 2**18, "cuda": 2**24}
-
-# A step looks at one token in EVERY where a window has EVERY * LEAST or more, in TIMES the passes. Where a head of more
-# than SMALL weights still costs over twice what the block does, a round that fits hidden states comes first. Those
-# behind it look at LEAST tokens a step: to read the head's weights costs as much as so many. They take SHARE times what
-# the first one does.
-EVERY, LEAST, SMALL, TIMES, SHARE = 8, 64, 2**24, 2, 1.5
 
 # The last tokens by which logits of a part of a window are compared with those of the whole.
 COMPARED = 4
@@ -157,31 +146,6 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
         if model.flow.by_window:
             return logits_behind_blocks(model, token_batch(ids), hidden)
         return getattr(run_behind_blocks(model, token_batch(ids), hidden, others or {}), "logits", None)
-
-
-def head_ratio(block: BlockShape, shape: ModelShape) -> float:
-    """Products of the head for a token beside those of a block."""
-    weights = sum(layer.rows * layer.d * layer.parts for layer in block.all_layers)
-    return shape.vocabulary * shape.hidden / max(1, weights)
-
-
-def tokens_and_steps(block: BlockShape, shape: ModelShape, seqlen: int, steps: int) -> tuple[int, list[int]]:
-    """How predictions are fitted in the last block's reconstruction.
-
-    Args:
-        block, shape: the last block, and the model.
-        seqlen: tokens in a window.
-        steps: steps of a round that fits hidden states.
-
-    Returns:
-        A step looks at one token in so many; and the steps of each round, where further rounds are like the last one.
-        Those before the last one fit hidden states.
-    """
-    every, ratio = EVERY if seqlen >= EVERY * LEAST else 1, head_ratio(block, shape)
-    if shape.vocabulary * shape.hidden > SMALL and ratio > 2 * every:
-        every = max(1, seqlen // LEAST)
-        return every, [steps, max(1, round(steps * SHARE / (1 + ratio / every)))]
-    return every, [steps * TIMES if every > 1 else steps]
 
 
 def tokens_of_pass(n: int, every: int) -> slice:

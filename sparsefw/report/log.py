@@ -27,7 +27,7 @@ from sparsefw.solver.layer import LayerResult
 
 if TYPE_CHECKING:
     from sparsefw.estimate.memory import MemoryNeeds
-    from sparsefw.model import ModelShape
+    from sparsefw.estimate.shapes import ModelShape
 
 # Number of an expert: the index of a slice of a stacked parameter, or of a module in a list.
 _EXPERT = re.compile(r"(?<![^.\[])\d+(?![^.\]])")

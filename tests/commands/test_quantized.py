@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from sparsefw.checkpoint.quantization import Fp8
 from sparsefw.checkpoint.source import CONFIG, SINGLE, inspect
 from sparsefw.estimate.plan import describe
-from sparsefw.model import shape_of
+from sparsefw.estimate.profile import shape_of
 
 OUT = "model.layers.1.self_attn.o_proj.weight"
 NORM = "model.layers.1.input_layernorm.weight"

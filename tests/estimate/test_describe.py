@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.estimate.plan import describe
-from sparsefw.model import shape_of
+from sparsefw.estimate.profile import shape_of
 
 
 @pytest.mark.slow

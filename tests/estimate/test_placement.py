@@ -8,12 +8,13 @@ from helpers.checkpoints import refused
 from helpers.families import first_is_fast
 
 from sparsefw.errors import InputError
-from sparsefw.estimate.memory import GIB, Workload, disk_space, memory_needs
+from sparsefw.estimate.memory import GIB, disk_space, memory_needs
 from sparsefw.estimate.placement import place
+from sparsefw.estimate.shapes import BlockShape, Extent, ForwardBytes, LayerShape, ModelShape
+from sparsefw.estimate.workload import Workload
 from sparsefw.model.activations import Placement
 from sparsefw.model.layers import ResidualWrite, Role
 from sparsefw.model.parts import INPUT
-from sparsefw.model.shapes import BlockShape, Extent, ForwardBytes, LayerShape, ModelShape
 from sparsefw.solver.config import PruneConfig
 
 

@@ -6,11 +6,11 @@ from helpers.families import experts_like
 from torch import nn
 
 from sparsefw.data.batches import batches_of
+from sparsefw.estimate.profile import shape_of_resident
 from sparsefw.model import resident
 from sparsefw.model.experts import experts_of, without_parts_in_turn
 from sparsefw.model.layers import is_expert, kind_of, record_block
 from sparsefw.model.settings import ONE_BY_ONE
-from sparsefw.model.shape_of import shape_of_resident
 
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
 CPU = torch.device("cpu")

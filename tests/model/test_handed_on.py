@@ -11,7 +11,8 @@ from torch import nn
 from sparsefw.checkpoint.source import inspect
 from sparsefw.data.windows import windows_of
 from sparsefw.errors import InputError
-from sparsefw.model import StreamedModel, embed, perplexity, shape_of
+from sparsefw.estimate.profile import shape_of
+from sparsefw.model import StreamedModel, embed, perplexity
 from sparsefw.model.activations import Store
 
 

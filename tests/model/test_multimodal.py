@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForMultimodalLM
 
 from sparsefw import InputError, PruneConfig, prune
 from sparsefw.checkpoint.source import inspect
-from sparsefw.model import StreamedModel, embed, shape_of
+from sparsefw.estimate.profile import shape_of
+from sparsefw.model import StreamedModel, embed
 from sparsefw.model.head import logits
 
 _TEXT = COMMON | dict(num_hidden_layers=2)

@@ -6,9 +6,10 @@ from helpers.families import first_is_fast, save_model
 from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.source import inspect
+from sparsefw.estimate.shapes import BlockShape, LayerShape, ModelShape
+from sparsefw.estimate.steps import tokens_and_steps
 from sparsefw.model import StreamedModel, embed, forward, head
 from sparsefw.model.head import divergence, predicts, tokens_of_pass
-from sparsefw.model.shapes import BlockShape, LayerShape, ModelShape
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 250, (3, 10), generator=torch.Generator().manual_seed(0))
@@ -102,7 +103,7 @@ def test_passes_look_at_all_tokens_in_turn(head_size, layer, seqlen, every, roun
     vocabulary, hidden = head_size
     block = BlockShape(0, (), (LayerShape("linear", layer, 1, "linear"),))
     shape = ModelShape((block,), 0, hidden, vocabulary, 0, 2, 2, 0, (), ())
-    assert head.tokens_and_steps(block, shape, seqlen, 100) == (every, rounds)
+    assert tokens_and_steps(shape, seqlen, 100) == (every, rounds)
     passes = [[*range(seqlen)[tokens_of_pass(n, every)]] for n in range(2 * every)]
     assert min(map(len, passes)) >= min(seqlen, 8)
     assert sorted(n for tokens in passes[:every] for n in tokens) == [*range(seqlen)]

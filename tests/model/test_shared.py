@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from sparsefw import prune
 from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
-from sparsefw.model import StreamedModel, embed, shape_of
+from sparsefw.estimate.profile import shape_of
+from sparsefw.model import StreamedModel, embed
 from sparsefw.model.head import logits
 from sparsefw.model.skeleton import attention_implementation
 from sparsefw.model.slots import DenseBlock, shared_parameters, slots_of

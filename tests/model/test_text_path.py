@@ -22,7 +22,8 @@ from transformers import (
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
-from sparsefw.model import StreamedModel, embed, shape_of
+from sparsefw.estimate.profile import shape_of
+from sparsefw.model import StreamedModel, embed
 from sparsefw.model.skeleton import class_of, max_seqlen
 
 IDS = torch.randint(2, 250, (2, 16), generator=torch.Generator().manual_seed(0))

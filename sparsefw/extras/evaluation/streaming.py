@@ -25,10 +25,12 @@ from sparsefw.caller import bar_of_blocks
 from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.data.windows import Windows
 from sparsefw.errors import InputError, counted
-from sparsefw.estimate.memory import Workload
 from sparsefw.estimate.placement import memory_limits, place
+from sparsefw.estimate.profile import shape_of
+from sparsefw.estimate.shapes import ModelShape
+from sparsefw.estimate.workload import Workload
 from sparsefw.extras.evaluation.batching import Request, Tree, batch_of, ids_of, trees_of
-from sparsefw.model import HiddenStates, ModelShape, Placement, StreamedModel, embed, shape_of
+from sparsefw.model import HiddenStates, Placement, StreamedModel, embed
 from sparsefw.model.forward import check_token, embed_batches
 from sparsefw.model.head import logits, window_losses
 from sparsefw.ranks import ALONE, Ranks

@@ -23,13 +23,13 @@ from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.data.batches import Batch
 from sparsefw.errors import InputError
+from sparsefw.estimate.shapes import BlockShape, Extent, ForwardBytes, LayerShape, ModelShape
 from sparsefw.model.block_model import BlockModel, ResidentModel
 from sparsefw.model.experts import choose_all_over, experts_of, find_no_layers, without_parts_in_turn
 from sparsefw.model.forward import embed, embed_batches
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.layers import Layer, is_expert, kind_of, record_block, slices_of
 from sparsefw.model.parts import INPUT
-from sparsefw.model.shapes import BlockShape, Extent, ForwardBytes, LayerShape, ModelShape
 from sparsefw.model.skeleton import attention_implementation
 from sparsefw.model.stages import confirm, survey_tape
 from sparsefw.model.streamed import StreamedModel

@@ -8,7 +8,8 @@ from helpers.families import TOKENS, first_is_fast, is_layer, save_model
 from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.source import inspect
-from sparsefw.model import StreamedModel, embed, shape_of
+from sparsefw.estimate.profile import shape_of
+from sparsefw.model import StreamedModel, embed
 from sparsefw.model.layers import kind_of
 from sparsefw.model.stages import survey
 
