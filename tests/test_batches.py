@@ -74,7 +74,7 @@ class TestOutput:
         lines = []
         result = prune(model, tmp_path / "out", calibration=batches, log=lines.append, **QUICK)
         assert "calibration: 3 batches of up to 34 positions" in lines
-        assert any("; a batch at a time," in line for line in lines)
+        assert any("; 1 batch at a time," in line for line in lines)
         assert "3 batches of up to 34 positions" in (tmp_path / "out" / "report.html").read_text()
         loaded = type(model).from_pretrained(tmp_path / "out")
         for a, b in zip(model.parameters(), loaded.parameters(), strict=True):

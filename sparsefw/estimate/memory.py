@@ -1,12 +1,12 @@
-"""How much memory and disk a run takes at most: the run keeps to it, and the plan prints it.
+"""Count the memory and the disk that a run takes at most. The run keeps to it, and the plan prints it.
 
-Weights are held a block at a time, Gram and cross matrices a stage at a time, the state of a solve a chunk of rows at a
-time. Activations are held a micro-batch at a time where they are used, and of all windows where they are placed. What a
-forward takes is counted when the shapes are found. On a machine without a GPU all of it is on the host. Of several
-ranks, all of this is what the one with the most takes.
+In memory are the weights of one block, Gram and cross matrices of one stage, and the state of a solve for a chunk of
+rows. Activations of one micro-batch are where they are used, those of all windows where they are placed. What a forward
+takes is counted when the shape of the model is found. Without a GPU all of it is on the host. Of several ranks, the one
+with most windows counts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,7 +17,6 @@ from sparsefw.data.windows import reading_bytes
 from sparsefw.estimate.gradients import forward_bytes, reconstruction_bytes, recovery_bytes
 from sparsefw.estimate.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.estimate.workload import Workload
-from sparsefw.kernels.cpu import MIRRORED
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import Placement
 from sparsefw.solver.config import METHODS, PruneConfig
@@ -25,29 +24,22 @@ from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
 
 GIB = 2**30
 
-# Share of the tensors' bytes that is expected beside them, on a GPU and on a CPU. On a GPU torch keeps to the limit; a
-# full host is no error that a run could go on from.
+# Share of the tensors' bytes that is added to them, on a GPU and on a CPU. On a GPU torch keeps to the limit. A run
+# cannot go on when the host is full.
 GPU_MARGIN, CPU_MARGIN = 0.05, 0.15
 
-# Code and buffers of a CPU's libraries, bytes; and the code that oneDNN generates for products in half precision, of
-# all the numbers of tokens that experts are sent.
+# Bytes of the code and the buffers of a CPU's libraries; and of the code that oneDNN generates for products in half
+# precision, for each number of tokens that experts are sent.
 LIBRARIES, CODE_OF_EXPERTS = 2**26, 2**29
 
-# Memory of a solve for each entry of a layer that is solved as a whole, by Frank-Wolfe and by SparseGPT; and before a
-# solve, to choose budgets, or for saliencies: of the whole matrix, and of rows that ranks may share.
-BYTES_OF_WHOLE, BYTES_OF_SWEEP, BYTES_OF_BUDGETS = 48, 20, 23
-BYTES_OF_SALIENCY = {False: 12, True: 4}
+# Bytes of a solve for each entry of a layer that is solved as a whole, by Frank-Wolfe and by SparseGPT.
+BYTES_OF_WHOLE, BYTES_OF_SWEEP = 48, 20
+# Bytes before a solve for each entry of a layer: saliencies of rows that ranks may share; and saliencies of a whole
+# matrix, with the choice of budgets.
+BYTES_OF_SALIENCY, BYTES_OF_BUDGETS = 4, 23
 
-# To sample a token: logits, likelihoods in order and their sums, for each entry of the vocabulary.
+# Bytes for each entry of the vocabulary to sample a token: logits, likelihoods in order and their sums.
 BYTES_OF_SAMPLING = 40
-
-
-def stages(layers: Iterable[LayerShape]) -> list[list[LayerShape]]:
-    """The layers by stage, in the order of use: layers that read one input, whatever is used between them."""
-    by_gram: dict[str, list[LayerShape]] = {}
-    for layer in layers:
-        by_gram.setdefault(layer.gram, []).append(layer)
-    return list(by_gram.values())
 
 
 @dataclass(frozen=True)
@@ -62,100 +54,79 @@ class MemoryNeeds:
 
     @property
     def gpu(self) -> int:
-        """Bytes on the GPU."""
+        """Return the bytes on the GPU."""
         return max(gpu for gpu, _ in self.phases.values())
 
     @property
     def host(self) -> int:
-        """Bytes on the host."""
+        """Return the bytes on the host."""
         return max(host for _, host in self.phases.values())
 
 
 def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) -> MemoryNeeds:
-    """The peaks of a run; of several ranks, those of the one that takes most.
+    """Count the peaks of a run; of several ranks, those of the one that takes most.
 
     Args:
-        shape: shape of the model.
+        shape: shape of the model, with the layers that are pruned.
         workload: the work.
         placement: what is held at once, and where.
     """
-    # Most blocks of a model are alike.
-    config, blocks = workload.config, list(dict.fromkeys(shape.blocks))
-    most = max(workload.windows, *workload.evaluation, 0)
-    tokens = min(placement.batch, most) * workload.seqlen
-    block = max(b.nbytes for b in blocks)
-    weights = block * (1 + (config.uses_dense_target or len(config.methods) > 1))
-    kept, kept_on_host = _kept_bytes(blocks, shape, workload, placement, tokens)
-    logits = (workload.seqlen if shape.by_window else tokens) * shape.vocabulary * (shape.itemsize + 8)
-    # Weights go to a GPU through pinned host memory.
-    passing = _outside_pinned(shape) if workload.gpu else 0
+    config, gpu, seqlen = workload.config, workload.gpu, workload.seqlen
+    tokens = min(placement.batch, workload.most_windows) * seqlen
+    weights = shape.largest * (2 if config.uses_dense_target or len(config.methods) > 1 else 1)
+    forward = max(forward_bytes(block, shape, seqlen, tokens) for block in shape.kinds)
+    loading = _loading_bytes(shape, gpu)
+    # Weights go to a GPU through pinned memory of the host.
+    passing = _outside_pinned(shape) if gpu else 0
     others = _other_blocks(shape, workload, placement)
-    # All tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
-    piece = max(shape.pieces, default=0) + shape.quantized
-    forward = max(forward_bytes(b, shape, workload.seqlen, tokens) for b in blocks)
-    # Beside what is loaded, a chunk of its entries is dequantized.
-    chunk = min(CHUNK["cuda"], block // shape.itemsize) if workload.gpu and shape.quantized else 0
-    quantized = shape.quantized + BYTES_OF_CHUNK * chunk
-    # Beside a block while it is loaded. Tensors are dequantized before they are joined.
-    loading = max(quantized, shape.joined)
-    peaks = [_stages_of_block(b, shape, workload, placement, tokens) for b in blocks]
-    calibrate, solve = map(max, zip(*peaks, strict=True))
-    end = shape.outside + max(logits if workload.evaluation else 0, quantized)
-    # By phase: on the device, and on the host beside it.
+    kept, kept_on_host = _kept_inputs(shape, workload, placement, tokens)
+    peaks = [_block_peaks(block, shape, workload, placement, tokens) for block in shape.kinds]
+    measure, solve = map(max, zip(*peaks, strict=True))
+    # By phase: bytes on the device, and bytes on the host besides.
     phases = {
-        "start": (shape.outside + blocks[0].nbytes + max(forward, loading), passing),
-        "calibrate": (weights + max(loading, kept + calibrate), others + kept_on_host),
+        "start": (shape.outside + shape.blocks[0].nbytes + max(forward, loading), passing),
+        "calibrate": (weights + max(loading, kept + measure), others + kept_on_host),
         "solve": (weights + kept + solve, others + kept_on_host),
     }
     if config.reconstruct:
-        of_step = min(placement.step or placement.batch, most) * workload.seqlen
-        # The loss of a micro-batch that is held out: its hidden states and those of the dense model four times in fp32.
+        of_step = min(placement.step or placement.batch, workload.most_windows) * seqlen
+        # To measure the loss, hidden states of a micro-batch in both models are there, and four copies in fp32.
         loss = max(forward, 16 * tokens * shape.hidden) + 2 * tokens * shape.hidden * shape.itemsize
-        work = config.pattern, workload.seqlen, of_step, loss, workload.gpu
-        fitted = max(b.nbytes + reconstruction_bytes(b, shape, *work) for b in blocks)
+        fit = config.pattern, seqlen, of_step, loss, gpu
+        fitted = max(block.nbytes + reconstruction_bytes(block, shape, *fit) for block in shape.kinds)
         phases["reconstruct"] = fitted, others + passing
-    phases["write"] = weights, others
-    phases["end"] = end, max(passing, piece) if workload.gpu else max(0, piece - end)
+    logits = (seqlen if shape.by_window else tokens) * shape.vocabulary * (shape.itemsize + 8)
+    end = shape.outside + max(logits if workload.evaluation else 0, loading)
+    # The tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
+    piece = max(shape.pieces, default=0) + shape.quantized
+    phases["end"] = end, max(passing, piece) if gpu else max(0, piece - end)
     near, far = _activations(shape, workload, placement)
-    process = _process(shape, workload)
     # One rank reads the texts of all.
     read = [workload.ranks * n for n in (workload.windows, *workload.evaluation)]
-    texts = reading_bytes(read[0], read[1:], workload.seqlen)
-    needs = {"texts": (0, workload.process + texts)}
-    margin = 1 + (GPU_MARGIN if workload.gpu else CPU_MARGIN)
+    needs = {"texts": (0, workload.process + reading_bytes(read[0], read[1:], seqlen))}
     if workload.written:
-        # Before anything lies between blocks. Two of them are on their way to a GPU.
-        state = workload.seqlen * shape.cache + BYTES_OF_SAMPLING * shape.vocabulary
-        device = int(margin * (shape.whole + loading + workload.written * state))
-        host = workload.process + (passing + 2 * block if workload.gpu else device)
-        needs["generate"] = (device + workload.held if workload.gpu else 0, host)
+        # No activations are there yet. Two blocks are on their way to a GPU.
+        state = seqlen * shape.cache + BYTES_OF_SAMPLING * shape.vocabulary
+        on_device = shape.whole + loading + workload.written * state
+        needs["generate"] = _peak(shape, workload, on_device, passing + 2 * shape.largest if gpu else 0)
     for phase, (on_device, on_host) in phases.items():
-        device, host = int(margin * (on_device + near)), int(margin * (on_host + far)) + process
-        needs[phase] = (device + workload.held, host) if workload.gpu else (0, device + host)
+        needs[phase] = _peak(shape, workload, on_device + near, on_host + far)
     return MemoryNeeds(needs)
 
 
 def recovery_needs(shape: ModelShape, workload: Workload) -> MemoryNeeds:
-    """What a recovery takes: the windows behind the dense blocks, on the host, beside a step of all blocks together."""
-    step = recovery_bytes(shape, workload.config.pattern, workload.seqlen, workload.gpu)
+    """Count what a recovery takes: a step of all blocks together, and the dense model's windows on the host."""
     nbytes = pinned_bytes if workload.gpu else int
-    states = workload.windows * sum(nbytes(x.nbytes(workload.seqlen)) for x in shape.between)
-    if not workload.gpu:
-        return MemoryNeeds({"recover": (0, _process(shape, workload) + int((1 + CPU_MARGIN) * (states + step)))})
-    # Weights on their way to the GPU, or from there.
-    passing = 2 * pinned_bytes(max(b.nbytes for b in shape.blocks)) + _outside_pinned(shape)
-    device, host = (int((1 + GPU_MARGIN) * n) for n in (step, states + passing))
-    return MemoryNeeds({"recover": (device + workload.held, host + workload.process)})
-
-
-def _process(shape: ModelShape, workload: Workload) -> int:
-    """Bytes of the process, with a CPU's libraries."""
-    sent = any(layer.experts for b in shape.blocks for layer in b.all_layers)
-    return workload.process + (not workload.gpu) * (LIBRARIES + CODE_OF_EXPERTS * (sent and shape.itemsize == 2))
+    host = workload.windows * sum(map(nbytes, shape.window_bytes(workload.seqlen)))
+    if workload.gpu:
+        # Weights on their way to the GPU, or from there.
+        host += 2 * pinned_bytes(shape.largest) + _outside_pinned(shape)
+    step = recovery_bytes(shape, workload.config.pattern, workload.seqlen, workload.gpu)
+    return MemoryNeeds({"recover": _peak(shape, workload, step, host)})
 
 
 def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> dict[str, int]:
-    """Bytes on the disk: "output"; "kept", the blocks of compared methods until the end; and "activations".
+    """Count bytes on the disk: "output"; "kept", the blocks of compared methods until the end; and "activations".
 
     Activations are those of all ranks.
     """
@@ -163,171 +134,178 @@ def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> d
     return {
         "output": inside + sum(shape.pieces),
         "kept": (len(workload.config.methods) - 1) * inside,
-        "activations": workload.ranks * activation_bytes(shape, workload) if placement.place == "file" else 0,
+        "activations": workload.ranks * _activation_bytes(shape, workload) if placement.place == "file" else 0,
     }
 
 
-def activation_bytes(shape: ModelShape, workload: Workload) -> int:
-    """All that lies between two blocks, of a rank's windows, of every method and, where it is used, the dense model."""
-    of_window = sum(x.nbytes(workload.seqlen) for x in shape.between)
-    return of_window * sum(windows * streams for windows, streams in _streams(workload))
+def kept_widths(block: BlockShape, config: PruneConfig) -> list[int]:
+    """List the widths of the stages' inputs that a block can keep for the next run of the windows; 0: it cannot."""
+    if not config.uses_dense_target:
+        return []
+    widths = [stage[0].d if stage[0].role.keepable else 0 for stage in block.stages]
+    # A reconstruction begins at the block's input.
+    return widths[:-1] if config.goes_back else widths
 
 
-def keepable_widths(shape: ModelShape, workload: Workload) -> set[int]:
-    """Widths of the inputs that can be kept."""
-    return {width for block in dict.fromkeys(shape.blocks) for width in _keepable(block, workload.config)} - {0}
+def state_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Count the bytes that the state of a solve takes where memory has no limit."""
+    most, threads = 0, torch.get_num_threads() if workload.config.kernel == "torch" and not workload.gpu else 1
+    for stage in (stage for block in shape.kinds for stage in block.stages):
+        d, rows = stage[0].d, sum(layer.rows for layer in stage)
+        if not workload.gpu:
+            rows = min(rows, threads * cpu_rows(d))
+        # Each thread has as many rows.
+        most = max(most, BYTES_PER_ENTRY * d * _up_to(rows, threads * ROW_UNIT))
+    return most
 
 
-def _keepable(block: BlockShape, config: PruneConfig) -> list[int]:
-    """By stage of a block, the width of its input; 0 where it is not kept, as in `driver.block`."""
-    order = stages(block.layers)
-    widths = [stage[0].d if config.uses_dense_target and stage[0].role.keepable else 0 for stage in order]
-    return [*widths[:-1], 0] if config.goes_back and widths else widths
+def _peak(shape: ModelShape, workload: Workload, on_device: int, on_host: int) -> tuple[int, int]:
+    """Count the bytes of the GPU and of the host, with the process and a margin.
 
-
-def _streams(workload: Workload) -> list[tuple[int, int]]:
-    """For the calibration text and each evaluation text, a rank's windows, and the number of streams with them."""
-    config, methods = workload.config, len(workload.config.methods)
-    calibration = workload.windows, methods + config.uses_dense_stream + config.goes_back
-    return [calibration, *((windows, methods + 1) for windows in workload.evaluation)]
-
-
-def _activations(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[int, int]:
-    """Bytes of what lies between two blocks on the device, and on the host beside it."""
-    sizes, texts = [x.nbytes(workload.seqlen) for x in shape.between], _streams(workload)
-    everything = kept = activation_bytes(shape, workload)
-    batch = min(placement.batch, max(windows for windows, _ in texts))
-    # Of a list that is read, one micro-batch is on its way in, and two are inputs of launched work: the next one is
-    # launched before the last one is checked. Two more are on their way out. Where the dense model's list is read, too,
-    # nothing goes out meanwhile; a list at rest may hold one that was read ahead.
-    moving = min(everything, (7 if workload.config.uses_dense_stream else 5) * batch * sum(sizes))
+    Args:
+        shape, workload: the model, and the work.
+        on_device, on_host: bytes of tensors on the device, and of others on the host.
+    """
     if workload.gpu:
-        # Every micro-batch is a pinned tensor.
-        batches = sum(streams * -(-windows // batch) for windows, streams in texts)
-        kept = batches * sum(pinned_bytes(batch * n) for n in sizes)
-    return {"gpu": (everything, 0), "host": (moving, kept), "file": (moving, moving)}[placement.place]
+        device, host = (int((1 + GPU_MARGIN) * nbytes) for nbytes in (on_device, on_host))
+        return workload.held + device, workload.process + host
+    libraries = LIBRARIES
+    if shape.itemsize == 2 and any(layer.experts for block in shape.kinds for layer in block.all_layers):
+        libraries += CODE_OF_EXPERTS
+    return 0, workload.process + libraries + int((1 + CPU_MARGIN) * (on_device + on_host))
 
 
-def _kept_bytes(
-    blocks: list[BlockShape], shape: ModelShape, workload: Workload, placement: Placement, tokens: int
-) -> tuple[int, int]:
-    """Bytes on the device and on the host beside it of inputs that are kept for the next run of the windows."""
-    widest = 0
-    for block in blocks:
-        widths = [d if d <= placement.kept_width else 0 for d in _keepable(block, workload.config)]
-        # A stage's inputs, and those of the stage before.
-        widest = max([widest, *(a + b for a, b in pairwise([0, *widths]))])
-    entries = workload.windows * workload.seqlen * widest
-    if placement.place == "gpu" or not workload.gpu:
-        return shape.itemsize * entries, 0
-    # Every micro-batch is a pinned tensor, and torch keeps its memory for the next tensor of this size. One micro-batch
-    # is on its way to the GPU, and one is at work.
-    batches = -(-workload.windows // placement.batch)
-    widths = [width for width in keepable_widths(shape, workload) if width <= placement.kept_width]
-    far = sum(batches * pinned_bytes(tokens * width * shape.itemsize) for width in widths)
-    return shape.itemsize * min(entries, 2 * tokens * widest), far
+def _loading_bytes(shape: ModelShape, gpu: bool) -> int:
+    """Count the bytes on the device of tensors as they are stored, while a block is made of them."""
+    # They are dequantized by chunks, before they are joined.
+    chunk = BYTES_OF_CHUNK * CHUNK["cuda" if gpu else "cpu"] if shape.quantized else 0
+    return max(shape.quantized + chunk, shape.joined)
 
 
 def _outside_pinned(shape: ModelShape) -> int:
-    """Pinned memory that the tensors outside of the blocks are read into: embeddings, a head, and little else."""
+    """Count the pinned memory of the tensors outside of the blocks: embeddings, a head, and little else."""
     table = shape.vocabulary * shape.hidden * shape.itemsize or shape.outside or 1
     return shape.outside // table * pinned_bytes(table) + shape.outside % table
 
 
 def _other_blocks(shape: ModelShape, workload: Workload, placement: Placement) -> int:
-    """Bytes of blocks on the host beside the one at work: the next one, the one being written, and compared ones."""
-    block, methods = max(b.nbytes for b in shape.blocks), len(workload.config.methods)
+    """Count the bytes of further blocks on the host: the next one, the one that is written, and compared ones."""
+    methods = len(workload.config.methods)
     if not workload.gpu:
-        return block * (min(placement.ahead + 1, len(shape.blocks) - 1) + methods - 1)
+        return shape.largest * (min(placement.ahead + 1, len(shape.blocks) - 1) + methods - 1)
     pinned = 0
-    for b in dict.fromkeys(shape.blocks):
-        sizes = [layer.rows * layer.d * shape.itemsize for layer in b.all_layers for _ in range(layer.experts or 1)]
-        pinned = max(pinned, sum(map(pinned_bytes, sizes)) + max(0, b.nbytes - sum(sizes)))
-    # torch keeps the pinned memory of a block for the next one. Those that come one after another have the same.
+    for block in shape.kinds:
+        sizes = [layer.rows * layer.d * shape.itemsize for layer in block.all_layers for _ in range(layer.count)]
+        pinned = max(pinned, sum(map(pinned_bytes, sizes)) + max(0, block.nbytes - sum(sizes)))
+    # torch keeps the pinned memory of a block for the next one.
     return pinned * (methods + placement.ahead)
 
 
+def _streams(workload: Workload) -> list[tuple[int, int]]:
+    """List the windows of each text, and the number of models whose activations these have between two blocks."""
+    config, methods = workload.config, len(workload.config.methods)
+    calibration = workload.windows, methods + config.uses_dense_stream + config.goes_back
+    return [calibration, *((windows, methods + 1) for windows in workload.evaluation)]
+
+
+def _activation_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Count the bytes of all tensors between two blocks, of a rank's windows."""
+    windows = sum(windows * streams for windows, streams in _streams(workload))
+    return windows * sum(shape.window_bytes(workload.seqlen))
+
+
+def _activations(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[int, int]:
+    """Count the bytes of the tensors between two blocks on the device, and on the host besides."""
+    everything = _activation_bytes(shape, workload)
+    if placement.place == "gpu":
+        return everything, 0
+    batch, sizes = min(placement.batch, workload.most_windows), shape.window_bytes(workload.seqlen)
+    # Of the pruned model, one micro-batch is on its way in, two are at work and two on their way out. Of the dense
+    # model, two are read.
+    moving = min(everything, 7 * batch * sum(sizes))
+    if placement.place == "file":
+        return moving, moving
+    if not workload.gpu:
+        return moving, everything
+    # Every tensor of a micro-batch is pinned by itself.
+    batches = sum(streams * -(-windows // batch) for windows, streams in _streams(workload))
+    return moving, batches * sum(pinned_bytes(batch * nbytes) for nbytes in sizes)
+
+
+def _kept_inputs(shape: ModelShape, workload: Workload, placement: Placement, tokens: int) -> tuple[int, int]:
+    """Count the bytes of kept inputs on the device, and on the host besides; `tokens` are those of a micro-batch."""
+    found = [kept_widths(block, workload.config) for block in shape.kinds]
+    found = [[width if width <= placement.kept_width else 0 for width in widths] for widths in found]
+    # The inputs of a stage, and those of the stage before it.
+    widest = max((a + b for widths in found for a, b in pairwise([0, *widths])), default=0)
+    nbytes = shape.itemsize * workload.windows * workload.seqlen * widest
+    if placement.place == "gpu" or not workload.gpu:
+        return nbytes, 0
+    # torch keeps the pinned memory of a micro-batch for the next one of its size. One is on its way, and one at work.
+    batches = -(-workload.windows // placement.batch)
+    each = {pinned_bytes(tokens * width * shape.itemsize) for widths in found for width in widths}
+    return min(nbytes, 2 * tokens * shape.itemsize * widest), batches * sum(each)
+
+
 def _cross_bytes(stage: Sequence[LayerShape], dense: bool) -> int:
-    """Cross matrices of a stage; layers that do not write to the stream share a square one."""
+    """Count the bytes of a stage's cross matrices. Layers that do not write to the stream share a square one."""
     if not dense or stage[0].experts:
         return 0
     watched = any(layer.role.input is None for layer in stage)
-    rows = [layer.rows for layer in stage if watched or layer.role.write]
-    return 4 * stage[0].d * (sum(rows) + stage[0].d * (len(rows) < len(stage)))
+    own = [layer.rows for layer in stage if watched or layer.role.write]
+    shared = stage[0].d if len(own) < len(stage) else 0
+    return 4 * stage[0].d * (sum(own) + shared)
 
 
-def _stages_of_block(
+def _block_peaks(
     block: BlockShape, shape: ModelShape, workload: Workload, placement: Placement, tokens: int
 ) -> tuple[int, int]:
-    """To calibrate a block and to solve it: Gram and cross matrices with what they are made of, and with a solve."""
-    config, forward = workload.config, forward_bytes(block, shape, workload.seqlen, tokens)
-    order = stages(block.layers)
-    # All stages are watched at once to find them.
-    watched = sum(s[0].d * s[0].parts + sum(x.rows for x in s) for s in order)
-    calibrate, solve = forward + tokens * shape.itemsize * watched * config.uses_dense_target, 0
-    for method in config.methods if order else ():
+    """Count the bytes to measure the layers of a block, and to solve them, with their Gram and cross matrices."""
+    config = workload.config
+    forward = forward_bytes(block, shape, workload.seqlen, tokens)
+    measure, solve = forward, 0
+    for method in config.methods if block.layers else ():
         dense = config.dense_target(method)
         # Stages that approximate the dense model are measured one by one, others all at once.
-        for group in [[s] for s in order] if dense else [order]:
-            # A Gram matrix each, or one for each expert.
-            matrices = sum(4 * s[0].d ** 2 * max(1, s[0].experts) + _cross_bytes(s, dense) for s in group)
-            # Inputs; of both models with outputs, and the gaps between them.
-            entries = [3 * (s[0].d + sum(x.rows for x in s)) if dense and not s[0].experts else s[0].d * s[0].parts
-                       for s in group]  # fmt: skip
-            # On a CPU operands are made in fp32, while the rest of the block runs or afterwards; then Gram matrices
-            # are mirrored, by pieces.
-            widest = max(s[0].d for s in group)
-            operands = 4 * tokens * (widest + dense * max(layer.rows for s in group for layer in s))
-            operands = 0 if workload.gpu else max(operands, 12 * min(widest, MIRRORED) ** 2)
-            calibrate = max(calibrate, matrices + tokens * shape.itemsize * sum(entries) + max(forward, operands))
-            solve = max(solve, matrices + max(_solve(s, workload, placement, method, dense) for s in group))
-    return calibrate, solve
+        for group in [[stage] for stage in block.stages] if dense else [block.stages]:
+            matrices = entries = 0
+            for stage in group:
+                d, rows = stage[0].d, sum(layer.rows for layer in stage)
+                matrices += 4 * d * d * stage[0].count + _cross_bytes(stage, dense)
+                # Inputs; or inputs and outputs of both models, and the gaps between them.
+                entries += 3 * (d + rows) if dense and not stage[0].experts else d * stage[0].parts
+            measure = max(measure, matrices + tokens * shape.itemsize * entries + forward)
+            solve = max(solve, matrices + max(_solve_bytes(stage, workload, placement, method) for stage in group))
+    return measure, solve
 
 
-def _solve(stage: Sequence[LayerShape], workload: Workload, placement: Placement, method: str, dense: bool) -> int:
-    """The solve of a stage by a method, beside its Gram and cross matrices."""
+def _solve_bytes(stage: Sequence[LayerShape], workload: Workload, placement: Placement, method: str) -> int:
+    """Count the bytes of the solve of a stage by a method, besides its Gram and cross matrices."""
     config, d, gpu = workload.config, stage[0].d, workload.gpu
-    low = gpu and config.precision == "bf16"
-    stacked = config.rows_independent(method)
-    rows = -(-sum(layer.rows for layer in stage) // ROW_UNIT) * ROW_UNIT
-    if not stacked:
-        rows = max(layer.rows for layer in stage)
-    elif not stage[0].experts and config.rows_shared(method):
-        # The most that one rank has, see `ranks.shares`.
-        rows = -(-rows // (ROW_UNIT * workload.ranks)) * ROW_UNIT
-    # The damped Gram matrix; and the Gram matrix as two bf16 terms, for exact products.
-    matrices = (2 if low and config.refit else 4) * d * d * METHODS[method].dense_target
-    matrices += 4 * d * d * (gpu and config.precision in ("tf32", "bf16"))
-    # Weights; saliencies, when the cross matrices have gone; the gap to the targets; weights that may be nonzero.
-    copies = rows * d * (2 if gpu else 4) + max(0, 4 * rows * d - stacked * _cross_bytes(stage, dense))
-    copies += rows * d * (4 * (dense and not config.refit) + config.keep_zeros)
+    dense, stacked = config.dense_target(method), config.rows_independent(method)
+    largest = rows = max(layer.rows for layer in stage)
     if stacked:
-        state = BYTES_PER_ENTRY * d * _rows_at_once(rows, d, workload, placement.solver)
+        ranks = workload.ranks if config.rows_shared(method) and not stage[0].experts else 1
+        # The most that one rank has, see `ranks.shares`.
+        rows = _up_to(sum(layer.rows for layer in stage), ROW_UNIT * ranks) // ranks
+        state = min(placement.solver, BYTES_PER_ENTRY * rows * d)
     elif METHODS[method].rows_independent:
         # One budget for the whole matrix.
         state = BYTES_OF_WHOLE * rows * d
     else:
         # The Gram matrix is decomposed and inverted, and the factor is there while weights are removed.
         state = max(12 * d * d, 4 * d * d + BYTES_OF_SWEEP * rows * d)
-    before = BYTES_OF_BUDGETS if config.pattern.scope == "layer" else BYTES_OF_SALIENCY[config.rows_shared(method)]
-    return matrices + copies + max(state, before * min(rows, max(layer.rows for layer in stage)) * d)
+    # The damped Gram matrix; and the Gram matrix as two terms in bf16, for exact products.
+    damped = 2 if gpu and config.precision == "bf16" and config.refit else 4
+    terms = 4 if gpu and config.precision in ("tf32", "bf16") else 0
+    matrices = d * d * (damped * METHODS[method].dense_target + terms)
+    # Weights, the gap to the targets, and weights that may be nonzero; saliencies, when the cross matrices have gone.
+    weights = rows * d * ((2 if gpu else 4) + 4 * (dense and not config.refit) + config.keep_zeros)
+    saliencies = max(0, 4 * rows * d - stacked * _cross_bytes(stage, dense))
+    before = BYTES_OF_SALIENCY if config.rows_shared(method) else BYTES_OF_BUDGETS
+    return matrices + weights + saliencies + max(state, before * min(rows, largest) * d)
 
 
-def _rows_at_once(rows: int, d: int, workload: Workload, memory: int) -> int:
-    """The most rows that are solved at once, on all threads together, with this memory for their state."""
-    rows = min(rows, max(ROW_UNIT, memory // (BYTES_PER_ENTRY * d) // ROW_UNIT * ROW_UNIT))
-    threads = torch.get_num_threads() if workload.config.kernel == "torch" else 1
-    return rows if workload.gpu else min(rows, threads * cpu_rows(d))
-
-
-def solver_bytes(shape: ModelShape, workload: Workload, memory: int) -> int:
-    """Bytes that the state of one solve takes of `memory`: no layer has more rows to solve at once."""
-    # Each thread has as many rows.
-    threads = ROW_UNIT * (1 if workload.gpu else torch.get_num_threads())
-    sizes = [
-        BYTES_PER_ENTRY * stage[0].d * (-(-_rows_at_once(rows, stage[0].d, workload, memory) // threads) * threads)
-        for block in dict.fromkeys(shape.blocks)
-        for stage in stages(block.layers)
-        if (rows := -(-sum(layer.rows for layer in stage) // ROW_UNIT) * ROW_UNIT)
-    ]
-    return min(memory, max(sizes, default=memory))
+def _up_to(n: int, unit: int) -> int:
+    """Round up to a multiple of a unit."""
+    return -(-n // unit) * unit

@@ -1,7 +1,7 @@
 """The choice of a placement: the one that costs least time among those that fit the memory limits."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -9,8 +9,8 @@ from typing import Any
 
 from sparsefw import memory
 from sparsefw.data.text import SELF
-from sparsefw.errors import InputError, option
-from sparsefw.estimate.memory import GIB, MemoryNeeds, keepable_widths, memory_needs, solver_bytes
+from sparsefw.errors import InputError, counted, option
+from sparsefw.estimate.memory import GIB, MemoryNeeds, kept_widths, memory_needs, state_bytes
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.workload import Workload
 from sparsefw.inputs import Inputs
@@ -57,7 +57,7 @@ def place(
     folder: Path | None = None,
     fixed: dict[str, Any] | None = None,
 ) -> tuple[Placement, MemoryNeeds]:
-    """The placement that costs least time among those that fit.
+    """Choose the placement that costs least time among those that fit.
 
     Args:
         shape: shape of the model.
@@ -71,87 +71,103 @@ def place(
     """
     tried = []
     for placement in _placements(shape, workload, folder, fixed or {}):
-        needs = memory_needs(shape, workload, placement)
-        if needs.gpu <= limits.get("gpu", 0) and needs.host <= limits["host"]:
-            return placement, needs
-        tried.append(needs)
+        tried.append(memory_needs(shape, workload, placement))
+        if fits(tried[-1], limits):
+            return placement, tried[-1]
     remedy = f"fewer or shorter windows ({option('nsamples')}, {option('seqlen')})"
     if workload.config.reconstruct:
         remedy += f", or {option('reconstruct', 0)}"
-    for what in ("gpu", "host"):
-        limit, least = limits.get(what, 0), min(getattr(needs, what) for needs in tried)
-        if least > limit:
-            raise too_little(what, limit, least, remedy, workload.ranks_here)
-        tried = [needs for needs in tried if getattr(needs, what) <= limit]
-    raise AssertionError("a placement fits each limit, and none fits both")
-
-
-def too_little(what: str, limit: int, least: int, remedy: str, ranks_here: int = 1) -> InputError:
-    """The refusal of a limit of "gpu" or "host" memory that is too low; all in bytes, and words that say what to do."""
-    # The user's limit for the host is that of all ranks on a machine. Rounded up, so that what is named is enough
-    # although the same process takes a little more or less each time.
-    among = ranks_here if what == "host" else 1
-    enough = math.ceil(100 * among * (least / GIB + 0.01)) / 100
-    memory = f"{what.replace('gpu', 'GPU')} memory{f' for {among} ranks' if among > 1 else ''}"
-    return InputError(
-        f"{option(f'{what}_memory', round(among * limit / GIB, 2))}: this run needs at least {enough:.2f} GiB of "
-        f"{memory}; give more, or {remedy}"
-    )
+    raise too_little(tried, limits, remedy, workload.ranks_here)
 
 
 def written_at_once(shape: ModelShape, workload: Workload, limits: dict[str, int], inputs: Inputs) -> int:
-    """The windows of its own calibration text that the dense model writes at once; 0: the run calibrates on others.
+    """Choose how many windows of its own calibration text the dense model writes at once; 0: it writes no text.
 
     Raises:
-        InputError: not one fits, since the whole model has to be in memory; the message names what needs less.
+        InputError: not one window fits, since the whole model has to be in memory.
     """
     if SELF not in inputs.shares:
         return 0
     batch = min(WRITTEN, 1 << (inputs.nsamples - 1).bit_length())
-    while batch:
-        gpu, host = memory_needs(shape, replace(workload, written=batch), Placement(1)).phases["generate"]
-        if gpu <= limits.get("gpu", 0) and host <= limits["host"]:
+    while True:
+        phases = memory_needs(shape, replace(workload, written=batch), Placement(1)).phases
+        needs = MemoryNeeds({"generate": phases["generate"]})
+        if fits(needs, limits):
             return batch
+        if batch == 1:
+            remedy = f"another text than {option('dataset', SELF)}, which the whole model in memory would write"
+            raise too_little([needs], limits, remedy, workload.ranks_here)
         batch //= 2
-    what, least = ("gpu", gpu) if gpu > limits.get("gpu", 0) else ("host", host)
-    limit = option(f"{what}_memory", round(limits.get(what, 0) / GIB, 2))
-    raise InputError(
-        f"{limit}: to write its own text ({option('dataset', SELF)}) the whole model is held in memory, at least "
-        f"{least / GIB + 0.01:.2f} GiB; give more, or a file or a dataset of the Hub, as {option('dataset', 'c4')}"
-    )
 
 
-def _placements(
-    shape: ModelShape, workload: Workload, folder: Path | None, fixed: dict[str, Any]
-) -> Iterator[Placement]:
-    """All placements, those that cost least time first."""
-    batch = step = max(1, BATCH_TOKENS["gpu" if workload.gpu else "cpu"] // workload.seqlen)
+def fits(needs: MemoryNeeds, limits: dict[str, int]) -> bool:
+    """Tell whether a run stays below its limits."""
+    return needs.gpu <= limits.get("gpu", 0) and needs.host <= limits["host"]
+
+
+def too_little(tried: Sequence[MemoryNeeds], limits: dict[str, int], remedy: str, ranks_here: int = 1) -> InputError:
+    """Make the refusal of limits that are too low; it names the smallest limit that could be enough.
+
+    Args:
+        tried: the needs, none of which fits.
+        limits: as for `place`.
+        remedy: what else the user can do, in words.
+        ranks_here: ranks on this machine, which share the user's limit for the host.
+    """
+    what = "gpu" if min(needs.gpu for needs in tried) > limits.get("gpu", 0) else "host"
+    least = min(getattr(needs, what) for needs in tried if what == "gpu" or needs.gpu <= limits.get("gpu", 0))
+    among = ranks_here if what == "host" else 1
+    # Rounded up, so that it is enough although the same process takes a little more or less each time.
+    enough = math.ceil(100 * among * (least / GIB + 0.01)) / 100
+    limit = option(f"{what}_memory", round(among * limits.get(what, 0) / GIB, 2))
+    kind = f"{what.replace('gpu', 'GPU')} memory{f' for {among} ranks' if among > 1 else ''}"
+    return InputError(f"{limit}: this run needs at least {enough:.2f} GiB of {kind}; give more, or {remedy}")
+
+
+def placement_words(placement: Placement, gpu: bool, one: str = "window") -> str:
+    """Write a placement for the plan and for the log; `one` is what a micro-batch has several of."""
+    step = f", {placement.step} in a step" if placement.step else ""
+    where = f"; activations: {placement.place}" if gpu or placement.place != "host" else ""
+    ahead = "" if placement.ahead else "; nothing read ahead"
+    kept = f"; inputs of up to {placement.kept_width} entries kept" if placement.kept_width else ""
+    solver = memory.gib(placement.solver)
+    return f"{counted(placement.batch, one)} at a time{step}, solves in {solver} GiB{where}{ahead}{kept}"
+
+
+def _placements(shape: ModelShape, workload: Workload, folder: Path | None, fixed: dict[str, Any]) -> list[Placement]:
+    """List all placements, those that cost least time first."""
+    config, gpu = workload.config, workload.gpu
+    batch = step = max(1, BATCH_TOKENS["gpu" if gpu else "cpu"] // workload.seqlen)
     # A CPU gains nothing by micro-batches of several steps.
-    divided = workload.config.reconstruct and workload.gpu and shape.divisible
-    if workload.config.reconstruct:
+    divided = config.reconstruct and gpu and shape.divisible
+    if config.reconstruct:
         step = max(1, min(batch, workload.windows // LEAST_STEPS))
         # A sixteenth of the micro-batches is held out.
         steps = min(batch, workload.windows // HELD_OUT) // step if divided else 1
         batch = step << max(0, steps.bit_length() - 1)
-    widest = max((layer.d for block in shape.blocks for layer in block.layers), default=1)
-    least = BYTES_PER_ENTRY * ROW_UNIT * widest
+    widest = max((layer.d for block in shape.kinds for layer in block.layers), default=1)
+    least, most = BYTES_PER_ENTRY * ROW_UNIT * widest, state_bytes(shape, workload)
     choices: dict[str, Any] = {
-        "batch": [batch >> n for n in range(batch.bit_length())],
-        "place": PLACES if workload.gpu else PLACES[1:],
-        "ahead": [True, False],
-        "solver": sorted({max(least, solver_bytes(shape, workload, SOLVER >> n)) for n in range(8)}, reverse=True),
-        "kept_width": sorted({0} | keepable_widths(shape, workload), reverse=True),
+        "batch": {batch >> n for n in range(batch.bit_length())},
+        "place": PLACES if gpu else PLACES[1:],
+        "ahead": {True, False},
+        "solver": {max(least, min(most, SOLVER >> n)) for n in range(8)},
+        "kept_width": {0}.union(*(kept_widths(block, config) for block in shape.kinds)),
     }
-    choices |= {name: [value] for name, value in fixed.items()}
-    # The last of these is given up first.
-    order = ("ahead", "kept_width", "solver", "place", "batch")
-    if not workload.gpu:
-        order = ("batch", "place", "kept_width", "ahead", "solver")
-    found = [dict(zip(order, values, strict=True)) for values in product(*(choices[name] for name in order))]
-    if workload.gpu:
-        found.sort(key=lambda chosen: (not chosen["ahead"], -min(chosen["batch"], max(1, FEW // workload.seqlen))))
-    for chosen in found:
-        placement = Placement(folder=folder, step=step if divided and step < chosen["batch"] else 0, **chosen)
-        # From a disk an input comes no sooner than the block makes it again.
-        if placement.place != "file" or not placement.kept_width:
-            yield placement
+    choices |= {name: {value} for name, value in fixed.items()}
+    found = [
+        Placement(folder=folder, **dict(zip(choices, values, strict=True))) for values in product(*choices.values())
+    ]
+    # From a disk an input comes no sooner than the block makes it again.
+    found = [x for x in found if x.place != "file" or not x.kept_width]
+    found = [replace(x, step=step if divided and step < x.batch else 0) for x in found]
+    few = max(1, FEW // workload.seqlen)
+
+    def cost(x: Placement) -> tuple[int, ...]:
+        """Order placements; what is first here is given up last."""
+        batch, place, kept, solver = -x.batch, PLACES.index(x.place), -x.kept_width, -x.solver
+        if gpu:
+            return not x.ahead, max(batch, -few), kept, solver, place, batch
+        return batch, place, kept, not x.ahead, solver
+
+    return sorted(found, key=cost)

@@ -1,4 +1,4 @@
-"""The plan of a run, from its model's config alone: what `sparsefw.plan` prints and writes as JSON."""
+"""Plan a run from its model's config alone: what `sparsefw.plan` prints and writes as JSON."""
 
 import os
 from collections.abc import Iterator
@@ -16,20 +16,19 @@ from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows, window_length
 from sparsefw.errors import InputError, counted, fitted, option
 from sparsefw.estimate.memory import GIB, disk_space, memory_needs, recovery_needs
-from sparsefw.estimate.placement import memory_limits, place, written_at_once
+from sparsefw.estimate.placement import memory_limits, place, placement_words, written_at_once
 from sparsefw.estimate.profile import shape_of_text, without_weights
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.steps import reconstruction_line, reconstruction_steps
 from sparsefw.estimate.workload import Workload, process_bytes, pruned_shape
 from sparsefw.inputs import CARDS, DEFAULT, DEFAULT_MODEL, Inputs, Output
+from sparsefw.model import Placement
 from sparsefw.solver.config import PruneConfig
 
 CPU = torch.device("cpu")
 
 # Stands for a host's memory that is not known, in bytes: more than any machine has.
 ENDLESS = 2**62
-
-PLACES = {"gpu": "on the device", "host": "in host memory", "file": "in a file in {folder}"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class DescribedModel:
 
 
 def describe(model: str, device: torch.device = CPU) -> DescribedModel:
-    """The model of a config. Nothing else is downloaded, and no weights are read.
+    """Describe the model of a config. Nothing else is downloaded, and no weights are read.
 
     Args:
         model: a folder with a config.json, a config file, or a Hub id.
@@ -65,66 +64,64 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
     path = Path(os.path.expanduser(model))
     if not path.is_file():
         path = locate(model, [CONFIG]) / CONFIG
-    named = read_json(path)
-    check_config(named, path)
-    quantization, notes = quantization_of(named, path), list[str]()
+    config = read_json(path)
+    check_config(config, path)
+    quantization, notes = quantization_of(config, path), list[str]()
     folder = path.parent if path.name == CONFIG else path
     # Weights that are there count more than the config: a run finds the same.
     there = path.name == CONFIG and any((folder / name).exists() for name in (SINGLE, INDEX))
-    checkpoint = inspect(folder) if there else None
-    dtype = checkpoint.dtype if checkpoint else dtype_in(named)
-    if dtype is None:
-        dtype = MODEL_DTYPES[0]
-        notes.append(f"{path}: names no dtype of weights that can be pruned: taken for {dtype}")
-    if quantization and not checkpoint:
-        stored, done = quantization.words
-        notes.append(f"{path}: {stored}: tensors are {done} and written as {str(dtype).removeprefix('torch.')}")
-    with without_weights(checkpoint or Checkpoint(folder, {}, {}, dtype), computes_in_fp32(dtype, device)) as built:
+    if there:
+        checkpoint = inspect(folder)
+    else:
+        dtype = dtype_in(config)
+        if dtype is None:
+            dtype = MODEL_DTYPES[0]
+            notes.append(f"{path}: names no dtype of weights that can be pruned: taken for {dtype}")
+        if quantization:
+            stored, done = quantization.words
+            notes.append(f"{path}: {stored}: tensors are {done} and written as {str(dtype).removeprefix('torch.')}")
+        checkpoint = Checkpoint(folder, {}, {}, dtype)
+    with without_weights(checkpoint, computes_in_fp32(checkpoint.dtype, device)) as built:
         shape = shape_of_text(built)
-    if not checkpoint:
-        # As if each expert were a tensor of its own.
-        sizes = (layer.experts * layer.rows * layer.d for block in shape.blocks for layer in block.layers)
-        shape = replace(shape, joined=dtype.itemsize * max(sizes, default=0))
-    if quantization and not checkpoint:
-        # As if everything were quantized, which is the least to read.
-        share = quantization.share(dtype)
-        quantized = int(share * shape.written * max(block.nbytes for block in shape.blocks))
-        shape = replace(shape, quantized=shape.quantized + quantized)
-    return DescribedModel(type(built.model).__name__, shape, dtype, built.max_seqlen, notes + built.notes)
+    if not there:
+        # As if each expert were a tensor of its own, and everything quantized, which is the least to read.
+        sizes = (layer.experts * layer.rows * layer.d for block in shape.kinds for layer in block.layers)
+        stored_share = quantization.share(checkpoint.dtype) if quantization else 0
+        shape = replace(
+            shape,
+            joined=checkpoint.dtype.itemsize * max(sizes, default=0),
+            quantized=shape.quantized + int(stored_share * shape.written * shape.largest),
+        )
+    return DescribedModel(type(built.model).__name__, shape, checkpoint.dtype, built.max_seqlen, notes + built.notes)
 
 
 def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) -> dict[str, Any]:
-    """The content of --json; sizes in bytes.
+    """Make the content of --json; sizes in bytes.
 
     Args:
         inputs, config, output: those of the run.
-        card: the card that it is planned for, one of CARDS, beside a host without a limit; None: this machine.
+        card: the GPU that it is planned for, one of CARDS, with a host without a limit; None: this machine.
 
     Raises:
         InputError: there is no such model or layer, memory is too little, or there is a limit for a GPU, and no GPU.
     """
     free = {"gpu": CARDS[card] * 10**9, "host": ENDLESS} if card else memory.free_memory(memory.this_device())
     limits = memory_limits(output.gpu_memory, output.host_memory, free)
-    device = torch.device("cuda" if "gpu" in limits else "cpu")
-    described = describe(str(DEFAULT_MODEL) if inputs.built_in else inputs.model, device)
-    shape = pruned_shape(described.shape, config)
+    gpu = "gpu" in limits
+    model = str(DEFAULT_MODEL) if inputs.built_in else inputs.model
+    described = describe(model, torch.device("cuda" if gpu else "cpu"))
+    shape, notes = pruned_shape(described.shape, config), list(described.notes)
     seqlen = window_length(inputs.model, inputs.seqlen, described.max_seqlen)
+    if seqlen < inputs.seqlen:
+        notes.append(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
+    config = config.for_calibration(inputs.nsamples, seqlen)
     evaluation = tuple(_evaluation_windows(inputs, name, seqlen) for name in dict.fromkeys(inputs.evaluate))
-    workload = Workload(
-        windows=inputs.nsamples,
-        evaluation=evaluation,
-        seqlen=seqlen,
-        config=config.for_calibration(inputs.nsamples, seqlen),
-        gpu="gpu" in limits,
-        process=process_bytes(inputs, evaluation, seqlen, 0 if card else memory.resident()),
-    )
-    config = workload.config
+    process = process_bytes(inputs, evaluation, seqlen, 0 if card else memory.resident())
+    workload = Workload(inputs.nsamples, evaluation, seqlen, config, gpu, process)
     placement, _ = place(shape, workload, limits, output.folder.resolve().parent)
     written = written_at_once(shape, workload, limits, inputs)
     needs = memory_needs(shape, replace(workload, written=written), placement)
-    recovery, notes = recovery_needs(shape, workload), list(described.notes)
-    if seqlen < inputs.seqlen:
-        notes.append(f"seqlen: {seqlen} tokens, the model's maximum (asked for {inputs.seqlen})")
+    recovery = recovery_needs(shape, workload)
     return {
         "model": {
             "name": inputs.model,
@@ -134,7 +131,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
             "blocks": len(shape.blocks),
         },
         "workload": {
-            "windows": workload.windows,
+            "windows": inputs.nsamples,
             "evaluation": list(evaluation),
             "seqlen": seqlen,
             "methods": list(config.methods),
@@ -142,19 +139,19 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
             "target": "dense" if config.uses_dense_target else "layer",
             "precision": config.precision,
         },
-        "device": card or f"this machine's {'GPU' if workload.gpu else 'CPU'}",
+        "device": card or f"this machine's {'GPU' if gpu else 'CPU'}",
         "limits": {what: None if size > ENDLESS // 2 else size for what, size in limits.items()},
-        "memory": {phase: {"gpu": gpu, "host": host} for phase, (gpu, host) in needs.phases.items()},
+        "memory": {phase: dict(zip(("gpu", "host"), peaks, strict=True)) for phase, peaks in needs.phases.items()},
         "placement": asdict(placement) | {"folder": str(placement.folder)},
         "disk": disk_space(shape, workload, placement),
         "reconstruction": reconstruction_steps(shape, workload, placement),
-        "recovery": dict(gpu=recovery.gpu, host=recovery.host) if shape.vocabulary else None,
+        "recovery": {"gpu": recovery.gpu, "host": recovery.host} if shape.vocabulary else None,
         "notes": notes,
     }
 
 
 def _evaluation_windows(inputs: Inputs, name: str, seqlen: int) -> int:
-    """The number of windows of an evaluation text. The built-in model's own text is read, no other."""
+    """Return the number of windows of an evaluation text. The built-in model's own text is read, no other."""
     if inputs.eval_windows is not None:
         return inputs.eval_windows
     if not inputs.built_in or name != DEFAULT:
@@ -164,8 +161,8 @@ def _evaluation_windows(inputs: Inputs, name: str, seqlen: int) -> int:
 
 
 def lines(content: dict[str, Any]) -> Iterator[str]:
-    """The lines that are printed of a plan's content."""
-    model, workload, placement = content["model"], content["workload"], content["placement"]
+    """Write a plan's content in lines."""
+    model, workload, limits, disk = (content[name] for name in ("model", "workload", "limits", "disk"))
     yield (
         f"model: {model['name']}, {model['class']}, {model['parameters']:,} parameters, "
         f"{counted(model['blocks'], 'block')}, {model['dtype']}"
@@ -178,25 +175,15 @@ def lines(content: dict[str, Any]) -> Iterator[str]:
         f"products in {workload['precision']}"
     )
     yield ""
-    peaks = {phase: (peak["gpu"] / GIB, peak["host"] / GIB) for phase, peak in content["memory"].items()}
-    peaks["all"] = max(gpu for gpu, _ in peaks.values()), max(host for _, host in peaks.values())
     yield f"{'peak memory, GiB':16} {'GPU':>10} {'host':>10}"
-    yield from (f"{phase:16} {gpu:10.2f} {host:10.2f}" for phase, (gpu, host) in peaks.items())
-    limits = [content["limits"].get(what, 0) for what in ("gpu", "host")]
-    gpu, host = ("any" if limit is None else f"{limit / GIB:.2f}" for limit in limits)
-    yield f"{'limit':16} {gpu:>10} {host:>10}"
+    peaks = content["memory"]
+    peaks = peaks | {"all": {what: max(peak[what] for peak in peaks.values()) for what in ("gpu", "host")}}
+    for phase, peak in (peaks | {"limit": {"gpu": 0} | limits}).items():
+        gpu, host = ("any" if peak[what] is None else f"{peak[what] / GIB:.2f}" for what in ("gpu", "host"))
+        yield f"{phase:16} {gpu:>10} {host:>10}"
     yield ""
     yield f"device: {content['device']}"
-    where = PLACES[placement["place"]].format(folder=placement["folder"])
-    together = "the next block is read and the last one written meanwhile"
-    ahead = together if placement["ahead"] else "blocks one after another"
-    step = f", {placement['step']} in a step" if placement["step"] else ""
-    kept = f", inputs of up to {placement['kept_width']} entries kept" if placement["kept_width"] else ""
-    yield from fitted(
-        f"placement: micro-batches of {counted(placement['batch'], 'window')}{step}, activations {where}, {ahead}, "
-        f"solves in {memory.gib(placement['solver'])} GiB{kept}"
-    )
-    disk = content["disk"]
+    yield from fitted(f"placement: {placement_words(Placement(**content['placement']), 'gpu' in limits)}")
     yield from fitted(
         f"disk: {disk['output'] / 1e9:.2f} GB of output; until the end also {disk['kept'] / 1e9:.2f} GB of compared "
         f"methods, {disk['activations'] / 1e9:.2f} GB of activations"

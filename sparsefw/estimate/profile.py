@@ -5,8 +5,7 @@ architecture. All its weights are zero, and take no memory: pages that nobody ha
 A model in memory runs on one of its batches, with its own weights. The bytes that a forward takes are counted.
 """
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,15 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.data.batches import Batch
 from sparsefw.errors import InputError
-from sparsefw.estimate.shapes import BlockShape, Extent, ForwardBytes, LayerShape, ModelShape
+from sparsefw.estimate.live_bytes import FEW, MORE, Line, count_forward
+from sparsefw.estimate.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.model.block_model import BlockModel, ResidentModel
 from sparsefw.model.experts import choose_all_over, experts_of, find_no_layers, without_parts_in_turn
 from sparsefw.model.forward import embed, embed_batches
@@ -35,15 +33,6 @@ from sparsefw.model.stages import confirm, survey_tape
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.model.tape import Calls
 from sparsefw.selection import without_index
-
-# Tokens that the blocks are run on: enough for every kind of attention, little beside a block.
-TOKENS = 8
-# Tokens of a second window, which shows what grows with the first.
-MORE_TOKENS = 12
-
-# Products of matrices, the right one last; and the entries of a large one, which no activations of few tokens have.
-_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
-LARGE = 2**20
 
 
 def zeros(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor]:
@@ -67,7 +56,7 @@ def shape_of(checkpoint: Checkpoint, in_fp32: bool = False) -> ModelShape:
 @contextmanager
 def without_weights(checkpoint: Checkpoint, in_fp32: bool = False) -> Iterator[StreamedModel]:
     """Inside the `with` block, a checkpoint's model whose weights are zero, on the host. As `shape_of`."""
-    with _ZeroProducts(), StreamedModel(checkpoint, torch.device("cpu"), zeros, in_fp32) as model:
+    with StreamedModel(checkpoint, torch.device("cpu"), zeros, in_fp32) as model:
         yield model
 
 
@@ -77,7 +66,7 @@ def shape_of_text(model: BlockModel) -> ModelShape:
     Raises:
         InputError: a block has no layers, or what it hands on cannot be followed.
     """
-    windows = (torch.zeros(1, tokens, dtype=torch.int64) for tokens in (TOKENS, MORE_TOKENS))
+    windows = (torch.zeros(1, tokens, dtype=torch.int64) for tokens in (FEW, MORE))
     # Without logits nothing is predicted.
     vocabulary = (model.vocabulary or 0) if model.logits_itemsize else 0
     by_window = model.flow.by_window and not model.flow.batch_behind
@@ -138,8 +127,9 @@ def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_windo
             model.open_alone(i)
             if kind not in known:
                 shape, layers = _find(walks[0].states, i, own)
-                runs = [(walk.tokens, partial(walk.states.output, i, 0)) for walk in walks]
-                known[kind] = replace(shape, forward=count_forward(runs)), layers
+                runs = [partial(walk.states.output, i, 0) for walk in walks]
+                live, made = count_forward(runs)
+                known[kind] = replace(shape, live=live, made=made), layers
             for walk in walks:
                 walk.pass_block(i)
             model.close(i)
@@ -149,8 +139,6 @@ def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_windo
     # Next tokens are predicted from what the last block puts out.
     blocks[-1] = replace(blocks[-1], predicts=by_window and vocabulary > 0)
     few, more = walks[0].between, walks[-1].between
-    # With a single length, nothing depends on the tokens.
-    lengths = (TOKENS, MORE_TOKENS) if len(walks) > 1 else (0, 1)
     return ModelShape(
         blocks=tuple(blocks),
         outside=model.outside_bytes,
@@ -161,7 +149,7 @@ def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_windo
         logits_itemsize=model.logits_itemsize,
         parameters=parameters,
         pieces=tuple(model.piece_bytes),
-        between=tuple(Extent.of(a, b, *lengths) for a, b in zip(few, more, strict=True)),
+        between=tuple((Line(a.itemsize), *map(Line.through, a.shape, b.shape)) for a, b in zip(few, more, strict=True)),
         names_by_block=tuple(names),
         by_window=by_window,
         divisible=model.flow.divisible,
@@ -187,7 +175,6 @@ class _Walk:
         every_block: whether it has to go through every block.
 
     Attributes:
-        tokens: vectors of the input of the first block.
         most_tokens: the most vectors that a block's input has.
         between: what lies between two blocks, where it is most, the hidden states first.
         moves: whether every block has to be run, because blocks may hand something on.
@@ -195,7 +182,7 @@ class _Walk:
 
     def __init__(self, states: HiddenStates, every_block: bool = False) -> None:
         self.states, self.between = states, states.between()
-        self.tokens = self.most_tokens = _vectors(states.hidden[0])
+        self.most_tokens = _vectors(states.hidden[0])
         self.moves = every_block or any(states.flow.live.values()) or bool(states.carried[0].boxes)
 
     def pass_block(self, i: int) -> None:
@@ -285,79 +272,3 @@ def _names_by_kind(block: nn.Module, first: dict[str, Layer], experts: frozenset
             if (kind := kind_of(layer, experts)) in names:
                 names[kind].append(layer)
     return names
-
-
-class _ZeroProducts(TorchDispatchMode):
-    """Inside the `with` block products with large matrices, which are zero, are not computed."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS and args[-1].numel() >= LARGE:
-            A, B = args[-2:]
-            return A.new_zeros(*A.shape[:-1], B.shape[-1])
-        return func(*args, **(kwargs or {}))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all memory that operations take inside the `with` block of this thread, until it is free.
-
-    Attributes:
-        live: bytes now.
-        made: bytes of everything that was made.
-        points: `live` behind each operation that made something.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.made = 0
-        self.points: list[int] = []
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            # Views, and tensors that are written in place, have the memory of an argument.
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in before:
-                self.add(x.untyped_storage())
-        return out
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, if it is not counted yet."""
-        key, nbytes = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += nbytes
-        self.made += nbytes
-        self.points.append(self.live)
-        weakref.finalize(storage, self._free, key, nbytes)
-
-    def _free(self, key: int, nbytes: int) -> None:
-        self._known.discard(key)
-        self.live -= nbytes
-
-
-def count_forward(runs: Sequence[tuple[int, Callable[[], object]]]) -> ForwardBytes:
-    """The bytes of a block's forward, from runs with one or two numbers of tokens.
-
-    Args:
-        runs: the tokens, and a function that runs the block. With a single run no bytes depend on the tokens.
-    """
-    counts = []
-    for _, run in runs:
-        with LiveBytes() as count, torch.no_grad():
-            run()
-        counts.append(count)
-    few, more = counts[0], counts[-1]
-    tokens = runs[0][0], runs[-1][0]
-    # Blocks whose operations depend on the tokens have other points.
-    points = [*zip(few.points, more.points, strict=True)] if len(few.points) == len(more.points) else []
-    peaks = max(few.points, default=0), max(more.points, default=0)
-    lines = {_line(tokens, pair) for pair in points or [peaks]}
-    return ForwardBytes(tuple(sorted(lines)), _line(tokens, (few.made, more.made)))
-
-
-def _line(tokens: tuple[int, int], counts: tuple[int, int]) -> tuple[float, float]:
-    """The line through two counts; neither end of it falls."""
-    slope = max(0.0, (counts[1] - counts[0]) / (tokens[1] - tokens[0])) if tokens[1] > tokens[0] else 0.0
-    return max(0.0, counts[0] - slope * tokens[0]), slope

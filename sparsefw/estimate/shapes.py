@@ -1,58 +1,12 @@
-"""Shapes of a model, its blocks and its layers: all that an estimate needs to know of it."""
+"""Describe the shape of a model, its blocks and its layers: all that an estimate needs to know of it."""
 
 import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
-
-from sparsefw.model.layers import Role, kind_of
-
-
-@dataclass(frozen=True)
-class ForwardBytes:
-    """Bytes that a block's forward takes beside its weights and its input, for any number of tokens.
-
-    Attributes:
-        live: those at its points, as lines: bytes without tokens, and bytes for each token.
-        made: the same of all that it makes.
-    """
-
-    live: tuple[tuple[float, float], ...] = ((0, 0),)
-    made: tuple[float, float] = (0, 0)
-
-    def peak(self, tokens: int) -> int:
-        """The most bytes at once, without gradients."""
-        return int(max(fixed + slope * tokens for fixed, slope in self.live))
-
-    def kept(self, tokens: int) -> int:
-        """The most bytes that are kept for gradients."""
-        return int(self.made[0] + self.made[1] * tokens)
-
-
-@dataclass(frozen=True)
-class Extent:
-    """The size of a tensor that belongs to one window.
-
-    Attributes:
-        sizes: by dimension, its size without tokens, and what each token adds.
-        itemsize: bytes of an entry.
-    """
-
-    sizes: tuple[tuple[float, float], ...]
-    itemsize: int
-
-    @classmethod
-    def of(cls, few: Tensor, more: Tensor, few_tokens: int, more_tokens: int) -> "Extent":
-        """The extent of a tensor, from windows of two lengths."""
-        slopes = [(b - a) / (more_tokens - few_tokens) for a, b in zip(few.shape, more.shape, strict=True)]
-        sizes = [(a - slope * few_tokens, slope) for a, slope in zip(few.shape, slopes, strict=True)]
-        return cls(tuple(sizes), few.element_size())
-
-    def nbytes(self, tokens: int) -> int:
-        """Bytes of the tensor for a window of this many tokens."""
-        return math.ceil(math.prod(max(0.0, size + slope * tokens) for size, slope in self.sizes)) * self.itemsize
+from sparsefw.estimate.live_bytes import NOTHING, Line
+from sparsefw.model.layers import Role, by_input, kind_of
 
 
 @dataclass(frozen=True)
@@ -77,6 +31,11 @@ class LayerShape:
     role: Role = field(default_factory=Role)
     parts: int = 1
 
+    @property
+    def count(self) -> int:
+        """Return the number of matrices."""
+        return self.experts or 1
+
 
 @dataclass(frozen=True)
 class BlockShape:
@@ -87,9 +46,10 @@ class BlockShape:
         layers: the layers that are pruned, in the order of use; `experts` counts the pruned ones only.
         all_layers: all layers that the windows run through, with those that stay dense.
         seen: names of all matrices that were seen in products, layers or not, without an expert's index.
-        predicts: whether next tokens are predicted from what it puts out: the last block of a language model.
+        predicts: whether next tokens are predicted from its output: the last block of a language model.
         experts: names of modules that may be experts, see `experts_of`.
-        forward: bytes that its forward takes.
+        live: bytes that its forward takes at once, after each of its operations.
+        made: bytes of all tensors that its forward makes.
     """
 
     nbytes: int
@@ -98,7 +58,13 @@ class BlockShape:
     seen: frozenset[str] = frozenset()
     predicts: bool = False
     experts: frozenset[str] = frozenset()
-    forward: ForwardBytes = field(default_factory=ForwardBytes)
+    live: tuple[Line, ...] = ()
+    made: Line = NOTHING
+
+    @property
+    def stages(self) -> list[list[LayerShape]]:
+        """Return the layers that are pruned, by stage."""
+        return [*by_input(self.layers).values()]
 
 
 @dataclass(frozen=True)
@@ -115,19 +81,19 @@ class ModelShape:
         logits_itemsize: bytes of an entry of the logits, which some heads return in fp32.
         parameters: number of parameters.
         pieces: bytes of the pieces in which all tensors outside of the blocks are written.
-        between: what a window has between two blocks: the hidden states; what blocks hand on beside them, where it is
-            most; and what the model's forward makes of the tokens before its first block, for later ones.
+        between: the tensors that a window has between two blocks: the hidden states; the tensors that blocks hand on,
+            where they take most; and those that the model's forward makes of the tokens, for later blocks. Of each, the
+            bytes of an entry and the sizes of its dimensions.
+        names_by_block: the name of each block, and the names of its layers inside the block, every expert by itself.
         by_window: whether logits are made of one window at a time, and not of a micro-batch.
         divisible: whether some windows of a micro-batch can be run by themselves, see `Recording.divisible`.
-        names_by_block: the name of each block, and the names of its layers inside the block, every expert by itself.
-        quantized: bytes of tensors as they are stored, at most: those that are in memory at once beside what is made of
-            them. 0 if they are used as they are.
+        quantized: most bytes of tensors as they are stored that are in memory at once. 0: they are used as they are.
         joined: bytes of the largest parameter that is made of several tensors of the checkpoint, such as one of stacked
-            experts. Both are in memory until it is made.
+            experts. All of these are in memory until it is made.
         written: bytes that are written for each byte of a block's parameters in memory.
         modules: names of all modules.
-        cache: bytes that a token takes in a cache of keys and values, in all blocks, where the model writes text.
-        whole: bytes of the weights that are loaded for that, to run all blocks at once; 0: they are there.
+        cache: bytes of the keys and values that a token has in all blocks, where the model writes text.
+        whole: bytes of the weights that are loaded to run all blocks at once; 0: they are there.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -139,7 +105,7 @@ class ModelShape:
     logits_itemsize: int
     parameters: int
     pieces: tuple[int, ...]
-    between: tuple[Extent, ...]
+    between: tuple[tuple[Line, ...], ...]
     names_by_block: tuple[tuple[str, tuple[str, ...]], ...] = ()
     by_window: bool = True
     divisible: bool = True
@@ -151,12 +117,26 @@ class ModelShape:
     whole: int = 0
 
     @property
+    def kinds(self) -> list[BlockShape]:
+        """Return the blocks that differ. Most blocks of a model are alike."""
+        return [*dict.fromkeys(self.blocks)]
+
+    @property
+    def largest(self) -> int:
+        """Return the bytes of the largest block."""
+        return max(block.nbytes for block in self.blocks)
+
+    @property
     def layer_names(self) -> list[str]:
-        """Full names of all prunable layers, as a run reports them."""
+        """Return the full names of all prunable layers, as a run reports them."""
         return [f"{block}.{layer}" for block, layers in self.names_by_block for layer in layers]
 
+    def window_bytes(self, seqlen: int) -> list[int]:
+        """Count the bytes of each tensor that a window has between two blocks."""
+        return [math.ceil(math.prod(line.at(seqlen) for line in sizes)) for sizes in self.between]
+
     def selected(self, selects: Callable[[str], bool]) -> "ModelShape":
-        """The same model with fewer layers; blocks stay even if they have none.
+        """Return the same model with fewer layers; blocks stay even if they have none.
 
         Args:
             selects: called with the full name of a layer; each expert has a name of its own.

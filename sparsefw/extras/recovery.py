@@ -31,7 +31,7 @@ from sparsefw.driver.reconstruct import pruned_matrices
 from sparsefw.driver.texts import own_text, windows_of_texts
 from sparsefw.errors import InputError, counted, option
 from sparsefw.estimate.memory import recovery_needs
-from sparsefw.estimate.placement import too_little
+from sparsefw.estimate.placement import fits, too_little
 from sparsefw.estimate.profile import shape_of
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.workload import pruned_shape
@@ -159,9 +159,8 @@ def _check_memory(job: Job, shape: ModelShape, seqlen: int, device: torch.device
     """Refuse memory limits that are too low, and return the limits."""
     workload = workload_of(job, [job.inputs.nsamples], seqlen, device)
     limits, needs = limits_of(job, device), recovery_needs(shape, workload)
-    for what, limit in limits.items():
-        if (least := getattr(needs, what)) > limit:
-            raise too_little(what, limit, least, f"shorter windows ({option('seqlen', seqlen)})")
+    if not fits(needs, limits):
+        raise too_little([needs], limits, f"shorter windows ({option('seqlen', seqlen)})")
     return limits
 
 

@@ -7,12 +7,12 @@ multiplied one at a time or all at once. Every product is read as a product left
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,30 @@ def kind_of(name: str, experts: frozenset[str]) -> str:
     parts = _SLICE.sub("*", name).split(".")
     starts = accumulate(parts, "{}.{}".format)
     return ".".join("*" if start in experts else part for part, start in zip(parts, starts, strict=True))
+
+
+class ReadsInput(Protocol):
+    """A layer, or the shape of one."""
+
+    @property
+    def gram(self) -> str:
+        """Return the name of the Gram matrix of its input."""
+
+
+L = TypeVar("L", bound=ReadsInput)
+
+
+def by_input(layers: Iterable[L], experts: frozenset[str] = frozenset()) -> dict[str, list[L]]:
+    """Group layers by the Gram matrix of their input, in the order of use. The layers of a group are a stage.
+
+    Args:
+        layers: layers of a block in the order of use.
+        experts: as for `kind_of`. The same layers of all experts are one group.
+    """
+    groups: dict[str, list[L]] = {}
+    for layer in layers:
+        groups.setdefault(kind_of(layer.gram, experts), []).append(layer)
+    return groups
 
 
 def is_expert(name: str, experts: frozenset[str]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.experts import experts_of
-from sparsefw.model.layers import BlockTape, Layer, ResidualWrite, Role, Stage, is_expert, kind_of, record_block
+from sparsefw.model.layers import BlockTape, Layer, ResidualWrite, Role, Stage, by_input, is_expert, record_block
 from sparsefw.model.parts import INPUT, SAME, Point, next_point, run_part
 from sparsefw.model.stand_ins import hidden_of
 from sparsefw.model.tape import Op, Value
@@ -250,9 +250,7 @@ def _stays_whole(run: RunBlock, hidden: Tensor, found: Survey, output: Tensor) -
 
 def stages(surveyed: Survey) -> list[Stage]:
     """The stages of a block in the order of use."""
-    by_key: dict[str, list[Layer]] = {}
-    for layer in surveyed.layers:
-        by_key.setdefault(kind_of(layer.gram, surveyed.experts), []).append(layer)
+    by_key = by_input(surveyed.layers, surveyed.experts)
     roles = [[surveyed.roles[layer.name] for layer in layers] for layers in by_key.values()]
     # No layer of a stage, or of a later one, lies before the segment that its runs begin with.
     lowest = [min(role.segment for role in of_stage) for of_stage in roles]

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from sparsefw.caller import bar_of_blocks
 from sparsefw.errors import counted
-from sparsefw.memory import gib, peak_memory
+from sparsefw.estimate.placement import placement_words
+from sparsefw.memory import peak_memory
 from sparsefw.model import Placement
 from sparsefw.report.content import DENSE, HIDDEN, BlockRecord, RankRecord, Reconstruction, Report, amount
 from sparsefw.solver import patterns
@@ -265,16 +266,9 @@ def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str,
         limits: memory limits in bytes, by place.
         of_batches: whether a caller's batches run through the model in place of windows.
     """
-    held = "a batch" if of_batches else counted(placement.batch, "window")
     peaks = [f"{getattr(needs, what) / 2**30:.2f} of {n / 2**30:.2f} GiB ({what})" for what, n in limits.items()]
-    where = "" if "gpu" not in limits and placement.place == "host" else f"; activations: {placement.place}"
-    step = f", {placement.step} in a step" if placement.step else ""
-    ahead = "" if placement.ahead else "; nothing read ahead"
-    kept = f"; inputs of up to {placement.kept_width} entries kept" if placement.kept_width else ""
-    return (
-        f"memory: {', '.join(peaks)} expected at the peak; {held} at a time{step}, solves in "
-        f"{gib(placement.solver)} GiB{where}{ahead}{kept}"
-    )
+    words = placement_words(placement, "gpu" in limits, "batch" if of_batches else "window")
+    return f"memory: {', '.join(peaks)} expected at the peak; {words}"
 
 
 def sparsity_line(config: PruneConfig, shape: "ModelShape", whole: "ModelShape") -> str:

@@ -14,8 +14,8 @@ from sparsefw import recover, recovery
 from sparsefw.driver import prune as driver
 from sparsefw.driver import run as driver_run
 from sparsefw.estimate import memory
+from sparsefw.estimate.live_bytes import LiveBytes
 from sparsefw.estimate.memory import CODE_OF_EXPERTS, LIBRARIES, memory_needs
-from sparsefw.estimate.profile import LiveBytes
 from sparsefw.run import main
 from sparsefw.solver import stack
 

@@ -8,9 +8,10 @@ from helpers.checkpoints import refused
 from helpers.families import first_is_fast
 
 from sparsefw.errors import InputError
+from sparsefw.estimate.live_bytes import Line
 from sparsefw.estimate.memory import GIB, disk_space, memory_needs
 from sparsefw.estimate.placement import place
-from sparsefw.estimate.shapes import BlockShape, Extent, ForwardBytes, LayerShape, ModelShape
+from sparsefw.estimate.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.estimate.workload import Workload
 from sparsefw.model.activations import Placement
 from sparsefw.model.layers import ResidualWrite, Role
@@ -32,10 +33,10 @@ def llama(hidden, intermediate, depth, pairs=8, vocabulary=128256):
     layers = tuple(LayerShape(*layer, role=roles[layer[-1]]) for layer in layers)
     size, outside = sum(layer.rows * layer.d for layer in layers) + 2 * hidden, 2 * vocabulary * hidden + hidden
     # As counted of Llama-3-70B.
-    forward = ForwardBytes(((0.0, 25.0 * hidden),), (0.0, 83.0 * hidden))
-    block = BlockShape(2 * size, layers, layers, forward=forward)
+    live, made = (Line(0, 25 * hidden),), Line(0, 83 * hidden)
+    block = BlockShape(2 * size, layers, layers, live=live, made=made)
     blocks = *[block] * (depth - 1), replace(block, predicts=True)
-    between = (Extent(((1, 0), (0, 1), (hidden, 0)), 2),)
+    between = ((Line(2), Line(0, 1), Line(hidden)),)
     return ModelShape(blocks, 2 * outside, hidden, vocabulary, 0, 2, 2, depth * size + outside, (2 * outside,), between)
 
 
