@@ -6,6 +6,7 @@ takes is counted when the shape of the model is found. Without a GPU all of it i
 with most windows counts.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -138,11 +139,17 @@ def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> d
     }
 
 
-def kept_widths(block: BlockShape, config: PruneConfig) -> list[int]:
-    """List the widths of the stages' inputs that a block can keep for the next run of the windows; 0: it cannot."""
+def kept_widths(block: BlockShape, config: PruneConfig, most: float = math.inf) -> list[int]:
+    """List the widths of the inputs that the stages of a block keep for the next run of the windows; 0: none.
+
+    Args:
+        block: the block.
+        config: how it is pruned.
+        most: inputs of more entries than these are not kept, see `Placement.kept_width`.
+    """
     if not config.uses_dense_target:
         return []
-    widths = [stage[0].d if stage[0].role.keepable else 0 for stage in block.stages]
+    widths = [stage[0].d if stage[0].role.keepable and stage[0].d <= most else 0 for stage in block.stages]
     # A reconstruction begins at the block's input.
     return widths[:-1] if config.goes_back else widths
 
@@ -234,8 +241,7 @@ def _activations(shape: ModelShape, workload: Workload, placement: Placement) ->
 
 def _kept_inputs(shape: ModelShape, workload: Workload, placement: Placement, tokens: int) -> tuple[int, int]:
     """Count the bytes of kept inputs on the device, and on the host besides; `tokens` are those of a micro-batch."""
-    found = [kept_widths(block, workload.config) for block in shape.kinds]
-    found = [[width if width <= placement.kept_width else 0 for width in widths] for widths in found]
+    found = [kept_widths(block, workload.config, placement.kept_width) for block in shape.kinds]
     # The inputs of a stage, and those of the stage before it.
     widest = max((a + b for widths in found for a, b in pairwise([0, *widths])), default=0)
     nbytes = shape.itemsize * workload.windows * workload.seqlen * widest

@@ -1,4 +1,4 @@
-"""The choice of a placement: the one that costs least time among those that fit the memory limits."""
+"""Choose a placement: the one that costs least time among those that fit the memory limits."""
 
 import math
 from collections.abc import Sequence
@@ -19,21 +19,21 @@ from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLAC
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
-# Tokens in a micro-batch of which a GPU holds no fewer as long as there is something else to give up.
-FEW = 4096
+# Tokens in a micro-batch that keep a GPU busy. It has fewer only when nothing else is left to give up.
+BUSY_TOKENS = 4096
 
-# Windows of its own text that a model writes at once, at most.
-WRITTEN = 64
+# The most windows of its own text that a model writes at once.
+MOST_WRITTEN = 64
 
 
 def memory_limits(
     gpu_memory: float | None, host_memory: float | None, free: dict[str, int], ranks: Ranks = ALONE
 ) -> dict[str, int]:
-    """Memory limits of this process in bytes: "host", and with a GPU "gpu"; the lowest ones of all ranks.
+    """Find the memory limits of a process in bytes: "host", and with a GPU "gpu"; the lowest ones of all ranks.
 
     Args:
-        gpu_memory, host_memory: limits that the user has given, in GiB; None: what is free, less a tenth.
-        free: what is free, see `memory.free_memory`.
+        gpu_memory, host_memory: limits of the user, in GiB; None: nine tenths of the free memory.
+        free: bytes of free memory, see `memory.free_memory`.
         ranks: the ranks on a machine share its memory.
 
     Raises:
@@ -41,11 +41,11 @@ def memory_limits(
     """
     if gpu_memory is not None and "gpu" not in free:
         raise InputError(f"{option('gpu_memory')}: no CUDA device")
-    given = {"gpu": gpu_memory, "host": host_memory and host_memory / ranks.here}
-    limits = {
-        what: int(size * (1 - memory.MARGIN) if (gib := given[what]) is None else gib * GIB)
-        for what, size in free.items()
-    }
+    limits = {what: int(size * (1 - memory.MARGIN)) for what, size in free.items()}
+    if gpu_memory is not None:
+        limits["gpu"] = int(gpu_memory * GIB)
+    if host_memory is not None:
+        limits["host"] = int(host_memory / ranks.here * GIB)
     everywhere = ranks.gather(limits)
     return {what: min(other[what] for other in everywhere) for what in limits}
 
@@ -88,7 +88,7 @@ def written_at_once(shape: ModelShape, workload: Workload, limits: dict[str, int
     """
     if SELF not in inputs.shares:
         return 0
-    batch = min(WRITTEN, 1 << (inputs.nsamples - 1).bit_length())
+    batch = min(MOST_WRITTEN, 1 << (inputs.nsamples - 1).bit_length())
     while True:
         phases = memory_needs(shape, replace(workload, written=batch), Placement(1)).phases
         needs = MemoryNeeds({"generate": phases["generate"]})
@@ -161,7 +161,7 @@ def _placements(shape: ModelShape, workload: Workload, folder: Path | None, fixe
     # From a disk an input comes no sooner than the block makes it again.
     found = [x for x in found if x.place != "file" or not x.kept_width]
     found = [replace(x, step=step if divided and step < x.batch else 0) for x in found]
-    few = max(1, FEW // workload.seqlen)
+    few = max(1, BUSY_TOKENS // workload.seqlen)
 
     def cost(x: Placement) -> tuple[int, ...]:
         """Order placements; what is first here is given up last."""

@@ -1,12 +1,10 @@
 """Find the shape of a model before it is pruned.
 
-One block of each kind is run on a few tokens, so that layers are found as the pruning finds them, whatever the
-architecture. All its weights are zero, and take no memory: pages that nobody has written to are all the same page.
-A model in memory runs on one of its batches, with its own weights. The bytes that a forward takes are counted.
+One block of each kind runs on a few tokens. So layers are found in the same way as when they are pruned, whatever the
+architecture. All weights are zero, and take no memory: pages that nobody has written to are all the same page. A model
+in memory runs on one of its batches, with its own weights. The bytes of each forward are counted.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,50 +34,58 @@ from sparsefw.selection import without_index
 
 
 def zeros(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor]:
-    """Stands for `checkpoint.read_tensors`: tensors of zeros that take no memory as long as they are only read."""
+    """Make tensors of zeros, in place of `checkpoint.read_tensors`. They take no memory unless they are written to."""
     return {
         name: torch.from_numpy(np.zeros(info.nbytes, np.uint8)).view(info.dtype).view(info.shape)
         for name, info in tensors.items()
     }
 
 
-def shape_of(checkpoint: Checkpoint, in_fp32: bool = False) -> ModelShape:
-    """The shape of a checkpoint's model; its tensors are not read. `in_fp32` is as for `BlockModel`.
+def without_weights(checkpoint: Checkpoint, in_fp32: bool = False) -> StreamedModel:
+    """Make a checkpoint's model on the host, with weights of zero. Its tensors are not read.
+
+    Args:
+        checkpoint: the checkpoint.
+        in_fp32: as for `BlockModel`.
 
     Raises:
         InputError: as `StreamedModel`.
     """
+    return StreamedModel(checkpoint, torch.device("cpu"), zeros, in_fp32)
+
+
+def shape_of(checkpoint: Checkpoint, in_fp32: bool = False) -> ModelShape:
+    """Find the shape of a checkpoint's model. As `without_weights`."""
     with without_weights(checkpoint, in_fp32) as model:
         return shape_of_text(model)
 
 
-@contextmanager
-def without_weights(checkpoint: Checkpoint, in_fp32: bool = False) -> Iterator[StreamedModel]:
-    """Inside the `with` block, a checkpoint's model whose weights are zero, on the host. As `shape_of`."""
-    with StreamedModel(checkpoint, torch.device("cpu"), zeros, in_fp32) as model:
-        yield model
-
-
 def shape_of_text(model: BlockModel) -> ModelShape:
-    """The shape of a model that reads text, with what it takes to write text.
+    """Find the shape of a model that reads text, with the bytes that it takes to write text.
 
     Raises:
-        InputError: a block has no layers, or what it hands on cannot be followed.
+        InputError: a block has no layers, or the tensors that it hands on cannot be followed.
     """
-    windows = (torch.zeros(1, tokens, dtype=torch.int64) for tokens in (FEW, MORE))
-    # Without logits nothing is predicted.
-    vocabulary = (model.vocabulary or 0) if model.logits_itemsize else 0
-    by_window = model.flow.by_window and not model.flow.batch_behind
     # The weights of a model in memory are checked already, and others are zero.
     with model.outside(checked=False):
-        walks = [_Walk(embed(model, ids, 1)) for ids in windows]
-    shape = _shape_of(model, walks, vocabulary, by_window)
-    whole = 0 if model.is_whole else shape.outside + sum(block.nbytes for block in shape.blocks)
-    return replace(shape, whole=whole, cache=len(shape.blocks) * shape.itemsize * _cached_entries(model.model))
+        walks = [_Walk(embed(model, torch.zeros(1, tokens, dtype=torch.int64), 1)) for tokens in (FEW, MORE)]
+    shape = _shape_of(model, walks)
+    by_window = model.flow.by_window and not model.flow.batch_behind
+    # Without logits nothing is predicted.
+    vocabulary = (model.vocabulary or 0) if model.logits_itemsize else 0
+    last = replace(shape.blocks[-1], predicts=by_window and vocabulary > 0)
+    return replace(
+        shape,
+        blocks=(*shape.blocks[:-1], last),
+        vocabulary=vocabulary,
+        by_window=by_window,
+        whole=0 if model.is_whole else shape.outside + sum(block.nbytes for block in shape.blocks),
+        cache=len(shape.blocks) * shape.itemsize * _cached_entries(model.model),
+    )
 
 
 def _cached_entries(model: Any) -> int:
-    """Entries of a token's keys and values in a block, at most, by the names that configs have for their sizes."""
+    """Count the entries of a token's keys and values in a block, at most, by the names that configs have for sizes."""
     config = model.config.get_text_config()
     # Blocks that differ may have a config each, and then the model's refuses to be asked.
     configs = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
@@ -95,7 +101,7 @@ def _cached_entries(model: Any) -> int:
 
 
 def shape_of_resident(model: ResidentModel, batch: Batch) -> tuple[ModelShape, int]:
-    """The shape of a model in memory, and the most tokens, or other vectors, that a batch has between two blocks.
+    """Find the shape of a model in memory, and the most tokens, or other vectors, that a batch has between two blocks.
 
     A batch takes the place of a window: sizes do not depend on the number of tokens.
 
@@ -104,54 +110,85 @@ def shape_of_resident(model: ResidentModel, batch: Batch) -> tuple[ModelShape, i
         batch: the largest of the batches.
 
     Raises:
-        InputError: a block has no layers, or what it hands on cannot be followed.
+        InputError: a block has no layers, or the tensors that it hands on cannot be followed.
     """
     walk = _Walk(embed_batches(model, [batch]), every_block=True)
-    shape = _shape_of(model, [walk], vocabulary=0, by_window=False)
+    shape = _shape_of(model, [walk])
     # Scores are of one sample at a time.
     return replace(shape, heads=-(-shape.heads // walk.between[0].shape[0])), walk.most_tokens
 
 
-def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_window: bool) -> ModelShape:
-    """The shape of a model; the walks go through the blocks that they have to."""
-    # Each tied one is counted once; before blocks are opened.
+class _Walk:
+    """The way of one micro-batch through the blocks.
+
+    Args:
+        states: the micro-batch before the first block.
+        every_block: whether it has to go through every block.
+
+    Attributes:
+        states: the micro-batch.
+        most_tokens: the most vectors that a block's input has.
+        between: the tensors between two blocks, where they take most, the hidden states first.
+        moves: whether it has to go through every block, because blocks may hand something on.
+    """
+
+    def __init__(self, states: HiddenStates, every_block: bool = False) -> None:
+        self.states, self.between, self.most_tokens = states, list[Tensor](), 0
+        self.moves = every_block or any(states.flow.live.values()) or bool(states.carried[0].boxes)
+        self._measure()
+
+    def _measure(self) -> None:
+        hidden = self.states.hidden[0]
+        self.most_tokens = max(self.most_tokens, hidden.numel() // hidden.shape[-1])
+        self.between = max(self.between, self.states.between(), key=lambda tensors: sum(x.nbytes for x in tensors))
+
+    def pass_block(self, i: int) -> None:
+        """Run the micro-batch through block i, which is open."""
+        # Zeros may become NaN, which says nothing of the model.
+        self.states.leave(i, 0, self.states.output(i, 0))
+        self.states.unchecked = None
+        self.states.arrive(INPUT)
+        self._measure()
+
+
+def _shape_of(model: BlockModel, walks: list[_Walk]) -> ModelShape:
+    """Find the shape of a model without logits; the walks go through the blocks that they have to."""
+    # Before blocks are opened. A tied parameter is counted once.
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     known: dict[tuple, tuple[BlockShape, tuple[str, ...]]] = {}
     blocks, names = [], []
     for i, block in enumerate(model.blocks):
         prefix = f"{model.names[i]}."
-        own = {name.removeprefix(prefix) for name in model.shared.names if name.startswith(prefix)}
-        kind = tuple((name, parameter.shape, name in own) for name, parameter in block.named_parameters())
+        shared = {name.removeprefix(prefix) for name in model.shared.names if name.startswith(prefix)}
+        kind = tuple((name, parameter.shape, name in shared) for name, parameter in block.named_parameters())
         if kind not in known or walks[0].moves:
             # Unchecked: most weights are zeros here that take up address space alone, and a check would read them all.
             model.open_alone(i)
             if kind not in known:
-                shape, layers = _find(walks[0].states, i, own)
-                runs = [partial(walk.states.output, i, 0) for walk in walks]
-                live, made = count_forward(runs)
+                shape, layers = _find(walks[0].states, i, shared)
+                live, made = count_forward(partial(walk.states.output, i, 0) for walk in walks)
                 known[kind] = replace(shape, live=live, made=made), layers
-            for walk in walks:
-                walk.pass_block(i)
+            if walks[0].moves:
+                for walk in walks:
+                    walk.pass_block(i)
             model.close(i)
         shape, layers = known[kind]
         blocks.append(shape)
         names.append((model.names[i], layers))
-    # Next tokens are predicted from what the last block puts out.
-    blocks[-1] = replace(blocks[-1], predicts=by_window and vocabulary > 0)
     few, more = walks[0].between, walks[-1].between
     return ModelShape(
         blocks=tuple(blocks),
         outside=model.outside_bytes,
         hidden=few[0].shape[-1],
-        vocabulary=vocabulary,
+        vocabulary=0,
         heads=_heads(model.model),
-        itemsize=few[0].element_size(),
+        itemsize=few[0].itemsize,
         logits_itemsize=model.logits_itemsize,
         parameters=parameters,
         pieces=tuple(model.piece_bytes),
         between=tuple((Line(a.itemsize), *map(Line.through, a.shape, b.shape)) for a, b in zip(few, more, strict=True)),
         names_by_block=tuple(names),
-        by_window=by_window,
+        by_window=False,
         divisible=model.flow.divisible,
         quantized=model.quantized_bytes,
         written=0.5 if model.in_fp32 else 1,
@@ -161,53 +198,19 @@ def _shape_of(model: BlockModel, walks: list["_Walk"], vocabulary: int, by_windo
 
 
 def _heads(model: nn.Module) -> int:
-    """Attention heads, if attention holds all scores at once; else 0."""
+    """Return the attention heads, if attention holds all scores at once; else 0."""
     if not isinstance(model, PreTrainedModel) or attention_implementation(model) != "eager":
         return 0
     return getattr(model.config.get_text_config(), "num_attention_heads", 0)
 
 
-class _Walk:
-    """One micro-batch on its way through the blocks, as far as it has to go.
-
-    Args:
-        states: it, before the first block.
-        every_block: whether it has to go through every block.
-
-    Attributes:
-        most_tokens: the most vectors that a block's input has.
-        between: what lies between two blocks, where it is most, the hidden states first.
-        moves: whether every block has to be run, because blocks may hand something on.
-    """
-
-    def __init__(self, states: HiddenStates, every_block: bool = False) -> None:
-        self.states, self.between = states, states.between()
-        self.most_tokens = _vectors(states.hidden[0])
-        self.moves = every_block or any(states.flow.live.values()) or bool(states.carried[0].boxes)
-
-    def pass_block(self, i: int) -> None:
-        """Run the window through block i, which is open."""
-        if not self.moves:
-            return
-        # Zeros may become NaN, which says nothing of the model.
-        self.states.leave(i, 0, self.states.output(i, 0))
-        self.states.unchecked = None
-        self.states.arrive(INPUT)
-        self.most_tokens = max(self.most_tokens, _vectors(self.states.hidden[0]))
-        self.between = max(self.between, self.states.between(), key=lambda tensors: sum(x.nbytes for x in tensors))
-
-
-def _vectors(hidden: Tensor) -> int:
-    return hidden.numel() // hidden.shape[-1]
-
-
 def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, tuple[str, ...]]:
-    """The shape of block i, and the names of its layers, every expert by itself.
+    """Find the shape of block i, and the names of its layers, every expert by itself.
 
     Args:
         states: one micro-batch before the block.
         i: number of the block.
-        shared: names of matrices inside the block that are others' as well.
+        shared: names of matrices inside the block that other modules have, too.
     """
     block, run = states.model.blocks[i], states.run_of(i, 0)
     parameters, hidden = dict(block.named_parameters()), states.hidden[0]
@@ -250,7 +253,7 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
 
 
 def _cut_unevenly(layers: list[Layer]) -> set[str]:
-    """Names of layers that are slices of one parameter, of different sizes: an index does not tell which."""
+    """List the layers that are slices of one parameter, of different sizes: an index does not tell which slice."""
     sizes: dict[str, set[int]] = {}
     for layer in layers:
         sizes.setdefault(without_index(layer.name), set()).add(layer.weight.numel())
@@ -258,7 +261,7 @@ def _cut_unevenly(layers: list[Layer]) -> set[str]:
 
 
 def _names_by_kind(block: nn.Module, first: dict[str, Layer], experts: frozenset[str]) -> dict[str, list[str]]:
-    """Names of all layers of these kinds, with the experts that no token has reached.
+    """List the names of all layers of each kind, with the experts that no token has reached.
 
     Args:
         block: the block.

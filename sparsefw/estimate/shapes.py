@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from sparsefw.estimate.live_bytes import NOTHING, Line
 from sparsefw.model.layers import Role, by_input, kind_of
@@ -61,7 +62,7 @@ class BlockShape:
     live: tuple[Line, ...] = ()
     made: Line = NOTHING
 
-    @property
+    @cached_property
     def stages(self) -> list[list[LayerShape]]:
         """Return the layers that are pruned, by stage."""
         return [*by_input(self.layers).values()]
@@ -116,7 +117,7 @@ class ModelShape:
     cache: int = 0
     whole: int = 0
 
-    @property
+    @cached_property
     def kinds(self) -> list[BlockShape]:
         """Return the blocks that differ. Most blocks of a model are alike."""
         return [*dict.fromkeys(self.blocks)]
