@@ -1,6 +1,6 @@
 """Count the bytes of forwards with and without gradients, and of the fit of kept weights: of a block, or of a model."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
 
 from sparsefw.estimate.shapes import BlockShape, ModelShape
 from sparsefw.estimate.steps import tokens_and_steps
@@ -9,32 +9,31 @@ from sparsefw.solver.kept_weights import bytes_of_state
 from sparsefw.solver.patterns import Pattern
 
 
-class FitBytes(NamedTuple):
-    """Bytes of the fit of a matrix, or of the same one of all experts.
+def fit_bytes(blocks: Iterable[BlockShape], itemsize: int, pattern: Pattern, together: bool) -> int:
+    """Count the bytes of the state of kept weights, and of the gradients.
 
-    Attributes:
-        state, gradient: of the kept weights, and of all.
-        written: the places of the kept weights in 8 bytes each, and their new values: of one matrix at a time.
-        of_experts: whether it is in a mixture.
+    Args:
+        blocks: blocks that are in memory.
+        itemsize: bytes of a weight.
+        pattern: tells which weights are kept.
+        together: whether all blocks of a model are fitted together. Then the first values of weights are not kept, and
+            gradients are there one by one; but those of experts stay until the backward pass ends.
     """
-
-    state: int
-    gradient: int
-    written: int
-    of_experts: bool
-
-
-def fit_bytes(block: BlockShape, itemsize: int, pattern: Pattern, undo: bool) -> list[FitBytes]:
-    """Count the bytes of the fit of each matrix of a block; `undo` is as for `KeptWeights`."""
-    # Experts that stay dense lie in the parameter of the others; their weights do not move.
-    counts = {layer.name: layer.count for layer in block.all_layers}
-    fits = []
-    for layer in block.layers:
-        kept = layer.count * layer.rows * pattern.kept(layer.d)
-        weights = counts[layer.name] * layer.rows * layer.d
-        state = bytes_of_state(weights, kept, itemsize, undo)
-        fits.append(FitBytes(state, itemsize * weights, (8 + itemsize) * kept, layer.experts > 0))
-    return fits
+    state = gradients = largest = written = 0
+    for block in blocks:
+        # Experts that stay dense are in the parameter of the others; their weights do not move.
+        counts = {layer.name: layer.count for layer in block.all_layers}
+        for layer in block.layers:
+            kept = layer.count * layer.rows * pattern.kept(layer.d)
+            weights = counts[layer.name] * layer.rows * layer.d
+            state += bytes_of_state(weights, kept, itemsize, undo=not together)
+            if layer.experts or not together:
+                gradients += itemsize * weights
+            if together:
+                largest = max(largest, itemsize * weights)
+            # The new values of one matrix at a time, and their places in 8 bytes each.
+            written = max(written, (8 + itemsize) * kept)
+    return state + gradients + largest + written
 
 
 def forward_bytes(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int) -> int:
@@ -59,8 +58,7 @@ def reconstruction_bytes(
         loss: bytes of a loss on what is held out.
         gpu: whether the model is pruned on a GPU.
     """
-    fits = fit_bytes(block, shape.itemsize, pattern, undo=True)
-    fitted = sum(x.state + x.gradient for x in fits) + max((x.written for x in fits), default=0)
+    fitted = fit_bytes([block], shape.itemsize, pattern, together=False)
     step = backward_bytes(block, shape, seqlen, tokens) + forward_bytes(block, shape, seqlen, tokens)
     if not (block.predicts and block.layers):
         return fitted + max(step, loss)
@@ -71,13 +69,8 @@ def reconstruction_bytes(
 
 
 def recovery_bytes(shape: ModelShape, pattern: Pattern, seqlen: int, gpu: bool) -> int:
-    """Count the bytes of a model of which all kept weights are fitted together, in steps of one window.
-
-    Gradients are there one by one. Those of experts of all blocks stay until the backward pass ends.
-    """
-    fits = [x for block in shape.blocks for x in fit_bytes(block, shape.itemsize, pattern, undo=False)]
-    gradients = max((x.gradient for x in fits), default=0) + sum(x.gradient for x in fits if x.of_experts)
-    fitted = sum(x.state for x in fits) + gradients + max((x.written for x in fits), default=0)
+    """Count the bytes of a model of which all kept weights are fitted together, in steps of one window."""
+    fitted = fit_bytes(shape.blocks, shape.itemsize, pattern, together=True)
     kept = sum(backward_bytes(block, shape, seqlen, seqlen) for block in shape.blocks)
     forward = max(forward_bytes(block, shape, seqlen, seqlen) for block in shape.kinds)
     return shape.whole + fitted + kept + forward + _logits(shape, seqlen, gpu)

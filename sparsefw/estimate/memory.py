@@ -208,17 +208,16 @@ def _other_blocks(shape: ModelShape, workload: Workload, placement: Placement) -
     return pinned * (methods + placement.ahead)
 
 
-def _streams(workload: Workload) -> list[tuple[int, int]]:
-    """List the windows of each text, and the number of models whose activations these have between two blocks."""
+def _streams(workload: Workload) -> list[int]:
+    """List the windows of each stream: those of a text between two blocks of the dense model, or of a method's."""
     config, methods = workload.config, len(workload.config.methods)
-    calibration = workload.windows, methods + config.uses_dense_stream + config.goes_back
-    return [calibration, *((windows, methods + 1) for windows in workload.evaluation)]
+    calibration = methods + config.uses_dense_stream + config.goes_back
+    return [workload.windows] * calibration + [*workload.evaluation] * (methods + 1)
 
 
 def _activation_bytes(shape: ModelShape, workload: Workload) -> int:
     """Count the bytes of all tensors between two blocks, of a rank's windows."""
-    windows = sum(windows * streams for windows, streams in _streams(workload))
-    return windows * sum(shape.window_bytes(workload.seqlen))
+    return sum(_streams(workload)) * sum(shape.window_bytes(workload.seqlen))
 
 
 def _activations(shape: ModelShape, workload: Workload, placement: Placement) -> tuple[int, int]:
@@ -235,7 +234,7 @@ def _activations(shape: ModelShape, workload: Workload, placement: Placement) ->
     if not workload.gpu:
         return moving, everything
     # Every tensor of a micro-batch is pinned by itself.
-    batches = sum(streams * -(-windows // batch) for windows, streams in _streams(workload))
+    batches = sum(-(-windows // batch) for windows in _streams(workload))
     return moving, batches * sum(pinned_bytes(batch * nbytes) for nbytes in sizes)
 
 
