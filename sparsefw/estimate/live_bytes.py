@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Tokens of the two windows. They are enough for every kind of attention, and little beside a block.
+# Tokens of the two windows. They are enough for every kind of attention, and their tensors are small next to a block.
 FEW, MORE = 8, 12
 
 

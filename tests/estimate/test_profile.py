@@ -60,7 +60,7 @@ def test_heads_that_return_fp32(family, itemsize, tmp_path):
 
 
 def test_equal_blocks_stay_equal(tmp_path):
-    """All but the last one, behind which tokens are predicted."""
+    """All but the last one, whose output predicts tokens."""
     whole = shape(save_model(tmp_path, "llama", num_hidden_layers=4))
     assert [block.predicts for block in whole.blocks] == [False, False, False, True]
     assert sorted(Counter(whole.blocks).values()) == [1, 3]
