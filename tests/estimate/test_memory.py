@@ -10,12 +10,13 @@ from helpers import verifying
 from helpers.families import first_is_fast
 from torch.utils._pytree import tree_leaves
 
-from sparsefw import recover, recovery
+from sparsefw import recover
 from sparsefw.driver import prune as driver
 from sparsefw.driver import run as driver_run
 from sparsefw.estimate import memory
 from sparsefw.estimate.live_bytes import LiveBytes
 from sparsefw.estimate.memory import CODE_OF_EXPERTS, LIBRARIES, memory_needs
+from sparsefw.extras import recovery
 from sparsefw.run import main
 from sparsefw.solver import stack
 
