@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sparsefw import InputError, prune
 from sparsefw.data.batches import batches_of
 from sparsefw.model import resident
-from sparsefw.model.recording import unpadded_of
+from sparsefw.model.padding import unpadded_of
 
 NAME = "batches given in Python"
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
@@ -86,7 +86,7 @@ class TestOutput:
 
     @pytest.mark.parametrize("origin", ["folder", "given", "the Hub"])
     def test_what_makes_inputs_comes_along(self, tmp_path, hub, monkeypatch, origin):
-        """From beside the checkpoint that the model was loaded from, but a tokenizer that is given."""
+        """From the folder of the checkpoint that the model was loaded from, but for a tokenizer that is passed."""
         given = origin == "given"
         model, batches = drawn("bert")
         model.save_pretrained(tmp_path / "in")
@@ -200,7 +200,7 @@ class TestPadding:
         [("bert", WANDA), ("bert", QUICK), ("bert", RECONSTRUCTED), ("t5", QUICK), ("torch", WANDA)],
     )
     def test_does_not_count(self, kind, options):
-        """More padding changes nothing. Without any more of it, the second batch has none."""
+        """More padding changes nothing. Without it, the second batch has no padding."""
         results = []
         for more in (0, 5):
             model, batch = _encoder(kind)

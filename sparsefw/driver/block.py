@@ -21,9 +21,9 @@ from sparsefw.model import HiddenStates
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.layers import Stage, kind_of, not_pruned
 from sparsefw.model.measure import Captured, Pair, capture, measure
-from sparsefw.model.parts import INPUT
-from sparsefw.model.slots import DenseBlock
+from sparsefw.model.partial_forward import INPUT
 from sparsefw.model.stages import stages, survey
+from sparsefw.model.swap import DenseBlock
 from sparsefw.ranks import DONE, Handle
 from sparsefw.report import log
 from sparsefw.solver.layer import LayerResult, prune_layers
@@ -104,7 +104,7 @@ def tensors_of(run: Run, i: int, method: str) -> dict[str, Tensor]:
 
 def _is_kept(run: Run, stage: Stage) -> bool:
     # After the last stage only the end of the block is left to run, and before a reconstruction all of it runs again.
-    if not stage.keepable or (stage.final and run.config.goes_back):
+    if not stage.cacheable or (stage.final and run.config.goes_back):
         return False
     return stage.layers[0].weight.shape[1] <= run.placement.kept_width
 
@@ -204,7 +204,7 @@ def _surveyed(run: Run, i: int, states: HiddenStates) -> list[Stage]:
             states.hidden[0],
             lambda name: kind_of(name, experts) in kinds,
             handed_on=lambda _: states.handed_on(i, run_block),
-            confirmed=run.confirmed,
+            split_failures=run.confirmed,
             experts=experts,
         )
     for why in filter(None, [*run.confirmed.values()][known:]):

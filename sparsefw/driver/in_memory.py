@@ -40,7 +40,7 @@ from sparsefw.memory import on_gpu, this_device
 from sparsefw.model import resident
 from sparsefw.model.block_model import ResidentModel
 from sparsefw.model.head import check_losses
-from sparsefw.model.slots import filled, slots_of
+from sparsefw.model.swap import filled, slots_of
 from sparsefw.report.content import Report
 
 

@@ -19,7 +19,7 @@ from sparsefw.estimate.workload import Workload, process_bytes
 from sparsefw.inputs import Inputs, Output
 from sparsefw.model import Placement
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.stages import Confirmed
+from sparsefw.model.stages import SplitFailures
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report.content import Report
 from sparsefw.report.log import Progress
@@ -110,7 +110,7 @@ class Run:
     needs: MemoryNeeds = field(default_factory=partial(MemoryNeeds, {}))
     disk: int = 0
     rounded: bool = False
-    confirmed: Confirmed = field(default_factory=dict)
+    confirmed: SplitFailures = field(default_factory=dict)
 
     @property
     def config(self) -> PruneConfig:

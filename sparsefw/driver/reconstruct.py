@@ -31,8 +31,8 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import divergence, predicts, tokens_of_pass
 from sparsefw.model.layers import layer_of
-from sparsefw.model.recording import without_padding
-from sparsefw.model.stand_ins import ForwardFailed, explained
+from sparsefw.model.padding import without_padding
+from sparsefw.model.stubs import ForwardFailed, explained
 from sparsefw.report.content import HIDDEN, PREDICTIONS, Reconstruction
 from sparsefw.selection import without_index
 from sparsefw.solver.kept_weights import KeptWeights
@@ -76,7 +76,7 @@ def reconstruct(
     Raises:
         InputError: gradients do not go through the block.
     """
-    if not results or not states.goes_on(i):
+    if not results or not states.is_chained(i):
         return None
     with _predicted(run, i, states, ids) as tokens:
         learned, held_out = split_batches(len(states))

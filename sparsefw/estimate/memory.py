@@ -149,7 +149,7 @@ def kept_widths(block: BlockShape, config: PruneConfig, most: float = math.inf) 
     """
     if not config.uses_dense_target:
         return []
-    widths = [stage[0].d if stage[0].role.keepable and stage[0].d <= most else 0 for stage in block.stages]
+    widths = [stage[0].d if stage[0].role.cacheable and stage[0].d <= most else 0 for stage in block.stages]
     # A reconstruction begins at the block's input.
     return widths[:-1] if config.goes_back else widths
 

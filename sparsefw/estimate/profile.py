@@ -24,8 +24,9 @@ from sparsefw.model.block_model import BlockModel, ResidentModel
 from sparsefw.model.experts import choose_all_over, experts_of, find_no_layers, without_parts_in_turn
 from sparsefw.model.forward import embed, embed_batches
 from sparsefw.model.hidden_states import HiddenStates
-from sparsefw.model.layers import Layer, is_expert, kind_of, record_block, slices_of
-from sparsefw.model.parts import INPUT
+from sparsefw.model.layers import Layer, is_expert, kind_of, slices_of
+from sparsefw.model.partial_forward import INPUT
+from sparsefw.model.products import record_block
 from sparsefw.model.skeleton import attention_implementation
 from sparsefw.model.stages import confirm, survey_tape
 from sparsefw.model.streamed import StreamedModel
@@ -70,7 +71,7 @@ def shape_of_text(model: BlockModel) -> ModelShape:
     with model.outside(checked=False):
         walks = [_Walk(embed(model, torch.zeros(1, tokens, dtype=torch.int64), 1)) for tokens in (FEW, MORE)]
     shape = _shape_of(model, walks)
-    by_window = model.flow.by_window and not model.flow.batch_behind
+    by_window = model.flow.by_window and not model.flow.batch_after
     # Without logits nothing is predicted.
     vocabulary = (model.vocabulary or 0) if model.logits_itemsize else 0
     last = replace(shape.blocks[-1], predicts=by_window and vocabulary > 0)
@@ -134,7 +135,7 @@ class _Walk:
 
     def __init__(self, states: HiddenStates, every_block: bool = False) -> None:
         self.states, self.between, self.most_tokens = states, list[Tensor](), 0
-        self.moves = every_block or any(states.flow.live.values()) or bool(states.carried[0].boxes)
+        self.moves = every_block or any(states.model.flow.live.values()) or bool(states.batches[0].objects)
         self._measure()
 
     def _measure(self) -> None:

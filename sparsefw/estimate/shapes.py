@@ -87,7 +87,7 @@ class ModelShape:
             bytes of an entry and the sizes of its dimensions.
         names_by_block: the name of each block, and the names of its layers inside the block, every expert by itself.
         by_window: whether logits are made of one window at a time, and not of a micro-batch.
-        divisible: whether some windows of a micro-batch can be run by themselves, see `Recording.divisible`.
+        divisible: whether some windows of a micro-batch can be run by themselves, see `Trace.divisible`.
         quantized: most bytes of tensors as they are stored that are in memory at once. 0: they are used as they are.
         joined: bytes of the largest parameter that is made of several tensors of the checkpoint, such as one of stacked
             experts. All of these are in memory until it is made.

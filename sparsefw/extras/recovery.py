@@ -44,7 +44,7 @@ from sparsefw.model.activations import Store, split_batches
 from sparsefw.model.forward import embed
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import add_divergence, logits
-from sparsefw.model.stand_ins import explained
+from sparsefw.model.stubs import explained
 from sparsefw.probe import say_kernel
 from sparsefw.report.content import CalibrationText, Recovery, Report, report_of
 from sparsefw.solver.config import PruneConfig
@@ -295,7 +295,7 @@ def _step(
     ids, total = windows[j], torch.zeros((), device=student.device)
     context = type(student.model).__name__, "a step of all blocks together"
     with torch.no_grad():
-        p = logits(student, ids, states.hidden[j], states.behind_last(j))
+        p = logits(student, ids, states.hidden[j], states.after_last(j))
     with explained(*context), SliceGradients(weights.parameters if weights else ()) as slices:
         q: Tensor = student.model(input_ids=ids, use_cache=False).logits
     add_divergence(total, p, q.detach(), replace=weights is not None)

@@ -24,7 +24,7 @@ from sparsefw.errors import InputError, option
 from sparsefw.inputs import DEFAULT, locate
 from sparsefw.model.layers import slices_of
 from sparsefw.model.skeleton import build, has_class
-from sparsefw.model.slots import block_of
+from sparsefw.model.swap import block_of
 from sparsefw.report.content import Report, report_of
 from sparsefw.selection import without_index
 from sparsefw.solver import patterns

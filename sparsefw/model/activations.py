@@ -1,4 +1,4 @@
-"""Places where tensors wait between two blocks: the device, pinned memory, or mapped files. And how many at once."""
+"""Stores of activations between two blocks (the device, pinned memory, mapped files), and how much is held at once."""
 
 import os
 import tempfile
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from sparsefw.errors import naming
 
-# Places for activations, the nearest to the work first.
+# Places for activations, the place nearest to the work first.
 PLACES = ("gpu", "host", "file")
 
 
-# Tokens in one micro-batch: a GPU works on them for longer than the host takes to launch that, and they are little
-# beside a block's weights. A CPU is busy with fewer, and the micro-batch that shows the stages of a block is a smaller
-# share of all.
+# Tokens in one micro-batch. A GPU works on them for longer than the host takes to launch the work, and they take little
+# memory compared with a block's weights. A CPU is busy with fewer, and the micro-batch that shows the stages of a block
+# is then a smaller share of all.
 BATCH_TOKENS = {"gpu": 16384, "cpu": 2048}
 
 # Steps of a pass over the calibration windows in a block's reconstruction, at least, where there are windows for them:
 # many steps on few windows do more than few on many.
 LEAST_STEPS = 256
 
-# One of so many micro-batches is held out of all that is fitted.
+# One in this number of micro-batches is held out of all that is fitted.
 HELD_OUT = 16
 
 # Most bytes for the state of a solve: more make nothing faster.
@@ -32,10 +32,10 @@ SOLVER = 4 << 30
 
 
 class Store:
-    """A place for tensors.
+    """A store of tensors.
 
     Pinned memory is copied to the GPU on one CUDA stream and from it on another, while the GPU works: the next tensor
-    need not wait for the last one to leave.
+    need not wait until the last one has left.
 
     Args:
         device: device that the work is done on.
@@ -49,9 +49,9 @@ class Store:
         self.inward, self.outward = (torch.cuda.Stream(self.device) if self.pins else None for _ in range(2))
 
     def put(self, x: Tensor) -> "Stored":
-        """Store a tensor with its dimensions in the order in which they lie in memory, and nothing beside it."""
+        """Store a tensor, with its dimensions in the order in which they lie in memory."""
         if x.untyped_storage().nbytes() != x.nbytes or 0 in x.stride():
-            # A slice would hold all of what it is cut from, and nothing is copied to repeated entries.
+            # A slice would hold all of the tensor that it is cut from, and nothing can be copied to repeated entries.
             x = x.clone()
         if self.place == "file" and x.numel():
             return Stored(self, _mapped(x, self.folder).copy_(x))
@@ -67,7 +67,7 @@ class Store:
 
 @dataclass(eq=False)
 class Stored:
-    """A tensor in a store. Its memory is free when nobody holds it any more.
+    """A tensor in a store. Its memory is free when nothing holds it any more.
 
     Attributes:
         store: the store.
@@ -90,7 +90,7 @@ class Stored:
                 self._arriving = self.kept.to(self.store.device, non_blocking=True), inward.record_event()
 
     def drop(self) -> None:
-        """Let the copy on the device go, which nobody has read."""
+        """Drop the copy on the device, which was not read."""
         self._arriving = None
 
     def read(self) -> Tensor:
@@ -110,11 +110,11 @@ class Activations:
     """One tensor of every micro-batch. While one is worked on, the next one is copied to the device.
 
     The host launches work before the GPU gets to it, and every micro-batch at work takes memory. So a read waits until
-    the GPU has finished all micro-batches but the last one, unless the tensors are there anyway. What is put takes
-    memory until it is copied out, so two copies at most are on their way.
+    the GPU has finished all micro-batches but the last one, unless the tensors are on the GPU anyway. A tensor that is
+    put takes memory until it is copied out, so at most two copies are under way.
 
     Args:
-        store: where they are.
+        store: the store of the tensors.
     """
 
     def __init__(self, store: Store) -> None:
@@ -122,8 +122,8 @@ class Activations:
         self._stored: list[Stored] = []
         # The end of the work that had been launched when a micro-batch was read last.
         self._launched: torch.cuda.Event | None = None
-        # Number of the micro-batch that is copied to the device ahead.
-        self._ahead: int | None = None
+        # Number of the micro-batch that is copied to the device ahead of use.
+        self._prefetched: int | None = None
         # The end of the last copy out.
         self._left: torch.cuda.Event | None = None
 
@@ -152,13 +152,13 @@ class Activations:
             if self._launched:
                 self._launched.synchronize()
             self._launched = torch.cuda.current_stream(self.store.device).record_event()
-        if self._ahead not in (None, j):
-            # It was skipped, as those that are held out are. It would stay on the device until it is read.
-            self._stored[self._ahead].drop()
+        if self._prefetched not in (None, j):
+            # It was skipped, because it is held out, say. It would stay on the device until it is read.
+            self._stored[self._prefetched].drop()
         x = self._stored[j].read()
-        self._ahead = j + 1 if j + 1 < len(self) else None
-        if self._ahead:
-            self._stored[self._ahead].fetch()
+        self._prefetched = j + 1 if j + 1 < len(self) else None
+        if self._prefetched:
+            self._stored[self._prefetched].fetch()
         return x
 
     def fork(self) -> "Activations":
@@ -168,7 +168,7 @@ class Activations:
         return copy
 
     def some(self, numbers: Sequence[int], size: int = 0) -> "Activations":
-        """Some of the tensors; with a size in pieces of as many windows, the first axis, which are views of them."""
+        """Take some of the tensors; with a size, in pieces of this number of windows (the first axis), as views."""
         found, chosen = Activations(self.store), [self._stored[j] for j in numbers]
         found._stored = chosen
         if size:
@@ -176,12 +176,12 @@ class Activations:
         return found
 
     def clear(self) -> None:
-        """Let the tensors go."""
-        self._stored, self._ahead = [], None
+        """Drop the tensors."""
+        self._stored, self._prefetched = [], None
 
 
 def _mapped(like: Tensor, folder: Path | None) -> Tensor:
-    """A tensor in a file that has no name, so that nothing is left of it however the run ends."""
+    """A tensor in a file without a name, so that nothing is left of it however the run ends."""
     place = folder or Path(tempfile.gettempdir())
     with naming(place), tempfile.NamedTemporaryFile(dir=place) as file:
         # A full disk shows here: a mapped file would end the process when it is written to.
@@ -200,9 +200,9 @@ class Placement:
         folder: folder of the file of activations, for "file" only.
         ahead: whether the next block is read, and the last one written, while one is worked on.
         solver: bytes that the state of a solve may take; its rows are solved in chunks.
-        kept_width: inputs of layers of at most this many entries a token are kept where the activations are, so that
-            the next run of the windows begins there; 0: none.
-        step: windows in a step of a reconstruction, of which a micro-batch has several; 0: it takes a micro-batch.
+        kept_width: inputs of layers with at most this number of entries a token are kept where the activations are, and
+            the next run of the windows begins there; 0: no input is kept.
+        step: windows in a step of a reconstruction, if a micro-batch has several steps; 0: a step is a micro-batch.
     """
 
     batch: int

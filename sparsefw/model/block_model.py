@@ -1,4 +1,4 @@
-"""A model that is run one block at a time; and one in memory, of which the block that is worked on is a copy."""
+"""A model that runs one block at a time, and such a model in memory, whose open block is a copy."""
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +18,10 @@ from sparsefw.memory import release_pinned, to_host
 from sparsefw.model.path import Path, path_through
 from sparsefw.model.settings import asked_for_no_more, attention_by_calls, masks_kept
 from sparsefw.model.skeleton import max_seqlen
-from sparsefw.model.slots import (
+from sparsefw.model.stubs import TEXT, block_type, explained
+from sparsefw.model.swap import (
     SharedParameters,
-    Slot,
+    TensorSlot,
     fill,
     is_copied,
     on_device,
@@ -28,7 +29,6 @@ from sparsefw.model.slots import (
     shared_parameters,
     slots_of,
 )
-from sparsefw.model.stand_ins import TEXT, block_type, explained
 from sparsefw.timeline import READ, Timeline
 
 # Whether a model of a dtype computes in fp32 on a device.
@@ -38,39 +38,39 @@ InFp32 = Callable[[torch.dtype, torch.device], bool]
 class BlockModel:
     """A model that runs one block at a time.
 
-    The weights of one block are on the device, or those that the forward needs outside of the blocks. The next block is
+    On the device are the weights of one block, or those that the forward needs outside of the blocks. The next block is
     read while one is worked on. At the end of a `with` statement the model is as it was.
 
     Args:
         model: the whole model.
-        path: what its forward runs through.
+        path: the blocks that its forward runs through.
         shared: parameters of blocks that stay dense.
         device: device that it runs on.
         in_fp32: whether it computes in fp32, though its weights are in half precision.
 
     Attributes:
         model, device, shared, in_fp32: these.
-        timeline: what is done when.
+        timeline: the times at which blocks are read and worked on.
         runs: the module whose forward is run: the model, or its text model, see `Path`.
-        input_kind: what its forward is given, in words, for messages.
-        blocks: the blocks that it runs through, in the order of their calls. One that is called twice stands there
+        input_kind: the kind of input of its forward, in words, for messages.
+        blocks: the blocks that it runs through, in the order of their calls. A block that is called twice stands there
             twice, and stays dense.
         names: their names in the model, e.g. "model.layers.0".
         block_types: their types.
         unique_blocks: numbers of the blocks that are called for the first time.
         unused: the blocks that it does not run through, by name. They stay as they are.
-        flow: how blocks hand tensors on.
-        forms: what blocks return, as far as it is known.
-        behind_blocks: by the shapes of its inputs, what makes logits again while the weights outside of the blocks are
-            there, see `forward.logits_behind_blocks`.
+        flow: the trace of its forward, which shows how blocks hand tensors on.
+        forms: the forms of what blocks return.
+        after_blocks: by the shapes of their inputs, functions that make logits while the weights outside of the blocks
+            are there, see `forward.logits_after_blocks`.
         logits_itemsize: bytes of an entry of the logits; 0 without any.
         vocabulary: number of the tokens that the model embeds; None if it may read something else.
         max_seqlen: tokens in the longest window that the model takes; None if its config does not say.
-        pieces, piece_bytes: names of all tensors outside of `blocks` that are written, as many together as are held
-            anyway; and their bytes.
+        pieces, piece_bytes: names of all tensors outside of `blocks` that are written, in pieces that fit into memory
+            where a block does; and the bytes of each piece.
         notes: what the user should know of the model, one line each.
-        outside_bytes: bytes on the device of the parameters outside of the blocks, beside what is there anyway.
-        quantized_bytes: most bytes of tensors as they are stored that are in memory beside what is made of them.
+        outside_bytes: bytes on the device of the parameters outside of the blocks, without those that are there anyway.
+        quantized_bytes: most bytes of tensors as they are stored that are in memory besides what is made of them.
         joined_bytes: bytes of the largest parameter that is made of several tensors.
     """
 
@@ -97,11 +97,11 @@ class BlockModel:
         self.outside_bytes = self.quantized_bytes = self.joined_bytes = 0
         inside = {module for block in self.blocks for module in block.modules()}
         self._others = [(name, module) for name, module in model.named_modules() if module not in inside]
-        # The places of the tensors of what is open: of blocks, and under None of what lies outside of them.
-        self._open: dict[int | None, list[Slot]] = {}
-        self.behind_blocks: dict[tuple[torch.Size, ...], Callable[[Tensor], Tensor] | None] = {}
+        # The slots of open blocks, and under None those outside of the blocks.
+        self._open: dict[int | None, list[TensorSlot]] = {}
+        self.after_blocks: dict[tuple[torch.Size, ...], Callable[[Tensor], Tensor] | None] = {}
         self._reader = ThreadPoolExecutor(1)
-        # The block that is being read before it is asked for.
+        # The block that is being read ahead.
         self._next: tuple[int, Future[Mapping[str, Loadable]]] | None = None
 
     def __enter__(self) -> Self:
@@ -110,28 +110,28 @@ class BlockModel:
     def __exit__(self, *error: object) -> None:
         self._reader.shutdown(cancel_futures=True)
         self._next = None
-        # An error has left them open.
+        # An error may have left some open.
         for i in [*self._open]:
             self.close(i)
 
     def read(self, i: int | None) -> Mapping[str, Loadable]:
-        """Tensors of block i that are not in memory, named as in `block_tensors`; None: those outside of blocks."""
+        """Read the tensors of block i that are not in memory, named as in `block_tensors`; None: outside of blocks."""
         return {}
 
-    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[Slot], Tensor]:
-        """A function that makes the tensor for each place of block i, on the device, of what `read` returned."""
+    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[TensorSlot], Tensor]:
+        """A function that makes the tensor for each slot of block i, on the device, of what `read` returned."""
         return lambda slot: dequantized(tensors.get(slot.path, slot.own)).detach().to(self.device, copy=True)
 
-    def _slots(self, i: int | None) -> list[Slot]:
-        """The places in block i, or outside of the blocks, of the tensors that are there now."""
+    def _slots(self, i: int | None) -> list[TensorSlot]:
+        """The slots of all tensors in block i, or outside of the blocks."""
         return slots_of(self._others if i is None else self.blocks[i].named_modules(prefix=self.names[i]))
 
-    def open(self, i: int, ahead: bool = True) -> nn.Module:
-        """Block i on the device, its parameters checked for NaN and Inf.
+    def open(self, i: int, prefetch: bool = True) -> nn.Module:
+        """Put block i on the device, and check its parameters for NaN and Inf.
 
         Args:
             i: number of the block.
-            ahead: whether to read the next block meanwhile.
+            prefetch: whether to read the next block meanwhile.
 
         Raises:
             InputError: a parameter holds NaN or Inf.
@@ -145,19 +145,19 @@ class BlockModel:
         # The next block is read into the same pinned memory if nothing holds it any more.
         del tensors
         self._next = None
-        if not ahead:
+        if not prefetch:
             release_pinned()
         elif i + 1 < len(self.blocks):
             self._next = i + 1, self._reader.submit(self._timed_read, i + 1)
         return block
 
     def open_alone(self, i: int, tensors: Mapping[str, Loadable] | None = None) -> nn.Module:
-        """Block i on the device, unchecked, with these weights, named as in `block_tensors`; None: its own."""
+        """Put block i on the device, unchecked, with these weights, named as in `block_tensors`; None: its own."""
         self._fill(i, self._timed_read(i) if tensors is None else tensors)
         return self.blocks[i]
 
-    def _fill(self, i: int | None, tensors: Mapping[str, Loadable]) -> list[Slot]:
-        """Put weights in their places, which are returned."""
+    def _fill(self, i: int | None, tensors: Mapping[str, Loadable]) -> list[TensorSlot]:
+        """Put weights into their slots, which are returned."""
         if i not in self._open:
             self._open[i] = self._slots(i)
         make = self._make(i, tensors)
@@ -174,13 +174,13 @@ class BlockModel:
     def close(self, i: int | None) -> None:
         """Drop the weights of block i; None: those outside of the blocks."""
         if i is None:
-            self.behind_blocks.clear()
+            self.after_blocks.clear()
         if i in self._open:
             restore(self._open.pop(i))
 
     @contextmanager
     def outside(self, checked: bool = True) -> Iterator[None]:
-        """Inside the `with` block, the weights that the forward needs outside of the blocks are on the device.
+        """Put the weights that the forward needs outside of the blocks on the device inside the `with` block.
 
         They are embeddings, the final norm and the head. They are checked for NaN and Inf, unless `checked` is false.
 
@@ -203,7 +203,7 @@ class BlockModel:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside the `with` block, all weights that the forward needs are on the device, unchecked."""
+        """Put all weights that the forward needs on the device inside the `with` block, unchecked."""
         with ExitStack() as opened:
             if not self.is_whole:
                 opened.enter_context(self.outside(checked=False))
@@ -218,20 +218,19 @@ class BlockModel:
         return not any(is_copied(x, self.device, self.in_fp32) for x in self.model.parameters())
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
-        """Block i's tensors by the names that they are written under, on the host; none of a repeat.
+        """The tensors of block i, which is open, on the host, by the names that they are written under.
 
-        They are those of the open block, which are others when it is opened again. Those on a GPU are copied, see
-        `to_host`.
+        The block has other tensors when it is opened again. Tensors on a GPU are copied, see `to_host`.
         """
-        # By their places, which hooks of `state_dict` may leave parts out of. Buffers are not changed.
+        # By their slots: hooks of `state_dict` may leave parts out. Buffers are not changed.
         parameters = [slot for slot in self._open[i] if isinstance(slot.own, nn.Parameter)]
-        # A tensor that has several places is written once.
+        # A tensor that has several slots is written once.
         first = {id(slot.own): slot for slot in reversed(parameters)}
         tensors = {slot.path: (slot.tensors[slot.name], slot.own.dtype) for slot in reversed(first.values())}
         return {path: to_host(x.detach().to(dtype)) for path, (x, dtype) in tensors.items()}
 
     def other_tensors(self, names: list[str]) -> dict[str, Tensor]:
-        """Tensors outside of the blocks, on the host; see `pieces`."""
+        """Read tensors outside of the blocks to the host; see `pieces`."""
         return {}
 
     def _timed_read(self, i: int | None) -> Mapping[str, Loadable]:
@@ -243,10 +242,10 @@ class BlockModel:
 def resident(
     model: nn.Module, batch: Batch | None, device: torch.device, in_fp32: InFp32 = computes_in_fp32
 ) -> Iterator["ResidentModel"]:
-    """Inside the `with` block, a model in memory can be run one block at a time.
+    """Let a model in memory run one block at a time inside the `with` block.
 
-    It is in evaluation mode, keeps no cache of keys and values, returns no more than is needed, runs nothing compiled,
-    and calls its layers one by one. At the end it is as it was.
+    Meanwhile it is in evaluation mode, keeps no cache of keys and values, returns no more than is needed, runs nothing
+    compiled, and calls its layers one by one. At the end it is as it was.
 
     Args:
         model: the model.
@@ -300,7 +299,7 @@ class ResidentModel(BlockModel):
         copied = [x.to("meta") for _, x in others if is_copied(x, self.device, self.in_fp32)]
         self.outside_bytes = sum(computed(x, self.in_fp32).nbytes for x in copied)
 
-    def _slots(self, i: int | None) -> list[Slot]:
+    def _slots(self, i: int | None) -> list[TensorSlot]:
         slots = super()._slots(i)
         # Tensors that are on the device are used there.
         return slots if i is not None else [slot for slot in slots if is_copied(slot.own, self.device, self.in_fp32)]
@@ -308,10 +307,10 @@ class ResidentModel(BlockModel):
     def change(self, i: int, tensors: Mapping[str, Tensor]) -> None:
         """Give block i these weights for good, in place.
 
-        Buffers stay as they are. Entries of theirs may share memory, which nothing can be copied to.
+        Buffers stay as they are: their entries may share memory, to which nothing can be copied.
         """
         for slot in self._slots(i):
             if slot.path in tensors and isinstance(slot.own, nn.Parameter):
-                # One that was made in inference mode can be written to only there.
+                # A tensor of inference mode can be written to only there.
                 with torch.inference_mode() if slot.own.is_inference() else torch.no_grad():
                     slot.own.copy_(tensors[slot.path])

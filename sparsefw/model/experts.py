@@ -1,33 +1,35 @@
-"""What is special in a mixture: which of a block's numbered modules are experts, and which matrices are no layers.
+"""Find the experts of a mixture among the numbered modules of a block, and the matrices that are no layers.
 
-Experts, and parts that every token goes through one after the other, both are numbered modules that are alike. A
-mixture chooses its experts, and all read what was there before the choice. Parts in turn read what the part before them
-has returned: the two attentions of a block of LongCat-Flash, say, or the blocks of a stage of Swin.
+Experts are numbered modules that are alike, and so are parts that every token goes through in turn: the two attentions
+of a block of LongCat-Flash, say, or the blocks of a stage of Swin. All experts read what was there before the mixture
+has chosen among them. Parts in turn read what the part before them has returned.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsefw.model.layers import MIXING, BlockTape, Reading
-from sparsefw.model.tape import Op, Value, name_of
+from sparsefw.model.products import MIXING, BlockTape, Reading
+from sparsefw.model.tape import Op, TapeValue, name_of
 
-# Functions that choose among the entries of a tensor, by name.
+# Names of functions that choose among the entries of a tensor.
 _CHOOSING = {"topk", "argmax", "argmin", "sort", "argsort", "msort", "kthvalue", "multinomial"}
 
-# Functions that choose if their indices are read, by name.
+# Names of functions that choose if their indices are read.
 _EXTREMES = {"max", "min"}
 
-# Functions that take the entries that indices name, by name: the position of the axis among their arguments.
+# Names of functions that take the entries at some indices, with the position of the axis among their arguments.
 _TAKING = {"gather": 1, "take_along_dim": 2}
 
-# Functions that cut a tensor into parts, by name. Others that change the number of entries add them up, or combine them
+# Names of functions that cut a tensor into parts. Others that change the number of entries add them up, or combine them
 # with other tensors.
 _CUTTING = {"__getitem__", "chunk", "split", "narrow", "unbind", "select", "tensor_split", "split_with_sizes"}
 
-# Functions that raise a weight to fp32 whatever the precision of the model, by name.
+# Names of functions that raise a weight to fp32 whatever the precision of the model.
 _RAISING = {"float", "double", "type"}
 
 _NOTHING: frozenset[str] = frozenset()
@@ -36,8 +38,8 @@ _NOTHING: frozenset[str] = frozenset()
 def experts_of(block: nn.Module) -> frozenset[str]:
     """Names of the modules in a block that look like experts: numbered, and one of several that are alike.
 
-    Modules are alike if their parameters have the same names. Those of an `nn.Sequential` are no experts: every token
-    goes through all of them. Nor are parts of a block that are just numbered, as the attention and the MLP of T5. Parts
+    Modules are alike if their parameters have the same names. Modules of an `nn.Sequential` are no experts: every token
+    goes through all of them. Nor are numbered parts of a block that differ, as the attention and the MLP of T5. Parts
     that are alike may still be no experts: what they read shows it, see `without_parts_in_turn`.
     """
     experts: set[str] = set()
@@ -54,9 +56,9 @@ def experts_of(block: nn.Module) -> frozenset[str]:
 
 
 def without_parts_in_turn(experts: frozenset[str], tape: BlockTape) -> frozenset[str]:
-    """Those of `experts_of` that are no parts in turn.
+    """Leave out of `experts_of` the parts that every token goes through in turn.
 
-    The modules of a list are parts in turn if all are called, and all but one read what others have returned.
+    The modules of a list are such parts if all are called, and all but one read outputs of others.
 
     Args:
         experts: names of modules.
@@ -74,29 +76,50 @@ def without_parts_in_turn(experts: frozenset[str], tape: BlockTape) -> frozenset
     return experts.difference(*in_turn)
 
 
-def _modules_read(tape: BlockTape) -> dict[str, Set[str]]:
-    """By name of a module that was called, those modules whose outputs its input was made of.
+class _Origins(dict[TapeValue, frozenset[str]]):
+    """Names of the modules or matrices that values are made of."""
+
+    def of(self, values: Iterable[Any]) -> frozenset[str]:
+        """The names of all these values together."""
+        return _NOTHING.union(*(self.get(x, _NOTHING) for x in values))
+
+
+def _modules_read(tape: BlockTape) -> dict[str, frozenset[str]]:
+    """By name of a module that was called, the modules whose outputs its input was made of.
 
     Outputs are followed as long as all entries of them go on. A function that is given integers or booleans may choose
-    among the entries, and so may one that writes to a part of a tensor: what it makes is not followed.
+    among the entries, and so may one that writes to a part of a tensor: their results are not followed.
     """
-    made_of: dict[Value, Set[str]] = {}
+    origins = _Origins()
     for name, _, values in tape.modules:
-        made_of |= {value: made_of.get(value, _NOTHING) | {name} for value in values}
-
-    def sources(values: Iterable[Value]) -> Set[str]:
-        return _NOTHING.union(*(made_of.get(x, _NOTHING) for x in values))
-
+        origins |= {value: origins.of([value]) | {name} for value in values}
     for op in tape.ops:
         keeps_all = op.function is not Tensor.__setitem__ and all(x.dtype.is_floating_point for x in op.inputs)
-        followed = sources(op.inputs) if keeps_all else _NOTHING
-        made_of |= {value: made_of.get(value, _NOTHING) | followed for value in op.made}
-        made_of |= {after: made_of[after] | sources([before]) for before, after in op.written}
-    read: dict[str, Set[str]] = {}
+        followed = origins.of(op.inputs) if keeps_all else _NOTHING
+        origins |= {value: origins.of([value]) | followed for value in op.made}
+        origins |= {after: origins.of([after, before]) for before, after in op.written}
+    read: dict[str, frozenset[str]] = {}
     for name, values, _ in tape.modules:
-        # A module may write to what it is given, and return that.
-        read[name] = read.get(name, _NOTHING) | (sources(values) - {name})
+        # A module may write to its argument, and return that.
+        read[name] = read.get(name, _NOTHING) | (origins.of(values) - {name})
     return read
+
+
+@dataclass
+class _Use:
+    """The use of a matrix in a forward.
+
+    Attributes:
+        reads: the matrices whose outputs it reads, entry by entry.
+        leads_to: the matrices that its outputs go into next; None among them: something else.
+        first: the first matrices that read what it reads.
+        decides: whether the forward decides by its outputs.
+    """
+
+    reads: set[str | None] = field(default_factory=set)
+    leads_to: set[str | None] = field(default_factory=set)
+    first: set[str] = field(default_factory=set)
+    decides: bool = False
 
 
 def find_no_layers(tape: BlockTape) -> frozenset[str]:
@@ -113,60 +136,52 @@ def find_no_layers(tape: BlockTape) -> frozenset[str]:
 
     So is a matrix that reads several inputs, and shares one of them with others: it has no Gram matrix of its own.
     """
-    # By value: the matrices of which each entry follows from one output, and all of which any entry follows, without
-    # another product in between.
-    layers: dict[Value, frozenset[str]] = {}
-    origins: dict[Value, frozenset[str]] = {}
-    # Indices of the largest or smallest outputs of matrices.
-    indices: dict[Value, frozenset[str]] = {}
-    chosen: set[str] = set()
+    uses: dict[str, _Use] = defaultdict(_Use)
     raised: set[str] = set()
-    # By matrix: those whose outputs it reads, entry by entry; what its outputs go into next, None for anything else;
-    # the first ones that read what it reads.
-    readers: dict[str, set[str]] = {}
-    leads_to: dict[str, set[str | None]] = {}
-    first: dict[str, set[str]] = {}
-    first_reader: dict[tuple[Any, Reading], str] = {}
+    # By value, without another product in between: the matrices of which each entry follows from one output, those of
+    # which any entry follows, and those of whose largest or smallest outputs it has the indices.
+    by_entry, by_any, indices = _Origins(), _Origins(), _Origins()
+    first_reader: dict[tuple[TapeValue, Reading], str] = {}
     for op in tape.ops:
         if op.name in _RAISING and op.inputs and (weight := op.inputs[0].tensor) is not None:
             raised.update(filter(None, [tape.names.locate(weight)[0]]))
-        if _chooses(op):
-            chosen.update(*(layers.get(x, _NOTHING) for x in op.inputs))
-        chosen.update(*(indices.get(x, _NOTHING) for x in op.inputs))
+        for name in indices.of(op.inputs) | (by_entry.of(op.inputs) if _chooses(op) else _NOTHING):
+            uses[name].decides = True
         products = tape.products.get(op.number, ())
         for product in products:
-            name = product.layer.name
-            readers.setdefault(name, set()).update(layers.get(product.X, _NOTHING))
-            first.setdefault(name, set()).add(first_reader.setdefault((product.X, product.reading), name))
-            if "router" in name or product.layer.weight.shape[0] == 1:
-                chosen.add(name)
+            name, use = product.layer.name, uses[product.layer.name]
+            use.reads.update(by_entry.of([product.X]))
+            use.first.add(first_reader.setdefault((product.X, product.reading), name))
+            use.decides |= "router" in name or product.layer.weight.shape[0] == 1
         multiplied = frozenset(product.layer.name for product in products)
-        follows = _NOTHING.union(*(origins.get(x, _NOTHING) for x in op.inputs))
+        follows = by_any.of(op.inputs)
         if op.name in _EXTREMES and isinstance(op.out, tuple):
-            indices[op.outputs[1]] = layers.get(op.inputs[0], _NOTHING)
+            indices[op.outputs[1]] = by_entry.of(op.inputs[:1])
         if op.name in MIXING:
-            for origin in follows:
-                leads_to.setdefault(origin, set()).update(multiplied or {None})
+            for name in follows:
+                uses[name].leads_to.update(multiplied or {None})
         for made in op.made:
             if op.name in MIXING:
-                layers[made] = origins[made] = multiplied
+                by_entry[made] = by_any[made] = multiplied
             else:
-                same = [x for x in op.inputs if op.name in _CUTTING or x.numel() == made.numel()]
-                layers[made] = _NOTHING.union(*(layers.get(x, _NOTHING) for x in same))
-                origins[made] = follows
-    for origin in origins.get(tape.output, _NOTHING):
-        leads_to.setdefault(origin, set()).add(None)
-    routers = _closed(_closed(chosen, leads_to) | raised, readers)
-    return frozenset(routers | {name for name, names in first.items() if len(names) > 1})
+                size = made.shape.numel()
+                by_entry[made] = by_entry.of(x for x in op.inputs if op.name in _CUTTING or x.shape.numel() == size)
+                by_any[made] = follows
+    for name in by_any.of([tape.output]):
+        uses[name].leads_to.add(None)
+    chosen = {name for name, use in uses.items() if use.decides}
+    chosen = _closed(chosen, {name: use.leads_to for name, use in uses.items()})
+    routers = _closed(chosen | raised, {name: use.reads for name, use in uses.items()})
+    return frozenset(routers | {name for name, use in uses.items() if len(use.first) > 1})
 
 
 def choose_all_over(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Make a call of a torch function; one that chooses among entries chooses others for each token.
+    """Make a call of a torch function; if it chooses among entries, let each token choose others.
 
-    What is found of a block must not depend on which experts a few tokens happen to be sent to: those without weights,
-    perhaps, so that no layer of an expert is seen. Where all weights are zero, all tokens would be sent to the same
-    ones. The first token prefers the first entries here, the last token the last ones, and those between them others in
-    between. For `Calls` outside of all that look at a forward.
+    The layers that are found must not depend on the experts that a few tokens happen to be sent to. These may have no
+    weights, so that no layer of an expert is seen. Where all weights are zero, all tokens would be sent to the same
+    experts. Here the first token prefers the first entries, the last token the last ones. Use it in `Calls` outside of
+    all other modes.
     """
     function = name_of(func)
     along = "dim" in kwargs or (len(args) > 1 and isinstance(args[1], int))
@@ -186,12 +201,12 @@ def _chooses(op: Op) -> bool:
     if op.name in _TAKING:
         at = _TAKING[op.name]
         axis = op.args[at] if len(op.args) > at else op.kwargs.get("dim")
-        return bool(op.args) and axis in (-1, op.args[0].dim() - 1)
+        return bool(op.args) and axis in (-1, len(op.args[0].shape) - 1)
     return op.name in _CHOOSING
 
 
 def _closed(names: set[str], related: Mapping[str, Set[str | None]]) -> set[str]:
-    """Names, with all those that are related to nothing but such names, whether directly or by others."""
+    """Add to names all those that are related to nothing but such names, directly or by others."""
     found = more = names
     while more:
         more = {name for name, others in related.items() if others and others <= found} - found

@@ -1,6 +1,7 @@
-"""Run an opened model's own forward with something else in place of its blocks: record it, or run what is behind them.
+"""Run an opened model's own forward with stubs in place of its blocks: up to the last block, or after it.
 
-What it gives every block (masks, rotary tables, per-layer windows) is recorded, so that no architecture is named here.
+The arguments that it gives every block (masks, rotary tables, windows of a block) are traced, so that no architecture
+is named here.
 """
 
 import inspect
@@ -15,15 +16,17 @@ from sparsefw.data.batches import Batch, token_batch
 from sparsefw.errors import InputError
 from sparsefw.model.activations import Activations, Store, Stored
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.hidden_states import Carried, HiddenStates
-from sparsefw.model.parts import DIFFERS
-from sparsefw.model.recorder import Recorder
-from sparsefw.model.recording import Call, Constant, Recording, Value, numbers_in, rebuilt, unpadded_of
-from sparsefw.model.stand_ins import BATCHES, Form, explained, run_replaced
+from sparsefw.model.hidden_states import HiddenStates, MicroBatch
+from sparsefw.model.nested import ConstantRef, ValueRef, rebuilt
+from sparsefw.model.padding import unpadded_of
+from sparsefw.model.partial_forward import DIFFERS
+from sparsefw.model.stubs import BATCHES, Form, explained, run_with_stubs
+from sparsefw.model.trace import Call, Trace, replay
+from sparsefw.model.tracer import Tracer
 
 
 def form_of(model: BlockModel, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
-    """What block i returns. The class does not tell, so one block of each kind is run.
+    """The form of what block i returns. The class does not tell, so one block of each type is run.
 
     Args:
         model: the model.
@@ -36,7 +39,7 @@ def form_of(model: BlockModel, i: int, args: tuple[Any, ...], kwargs: dict[str, 
     hidden, *others = args
     if (known := model.forms.find(model.block_types[i], hidden)) is None:
         block = model.open_alone(i)
-        # Copies: what the block changes in them, it changes again when it is run.
+        # Copies: the block will change the arguments themselves when it is run.
         others, kwargs = rebuilt((others, kwargs), lambda x: x)
         with explained(type(model.model).__name__, model.names[i], model.input_kind):
             output = block(hidden, *others, **kwargs)
@@ -45,8 +48,8 @@ def form_of(model: BlockModel, i: int, args: tuple[Any, ...], kwargs: dict[str, 
     return known
 
 
-def record(model: BlockModel, batch: Batch) -> Recording:
-    """Record the model's forward up to its last block.
+def trace_forward(model: BlockModel, batch: Batch) -> Trace:
+    """Trace the model's forward up to its last block.
 
     Args:
         model: the model, inside `BlockModel.outside`.
@@ -58,15 +61,15 @@ def record(model: BlockModel, batch: Batch) -> Recording:
     """
     batch, last = batch.to(model.device, model.in_fp32), len(model.blocks) - 1
     blocks = dict(zip(model.names, model.blocks, strict=True))
-    recorder = Recorder(type(model.model).__name__, batch.tensors, blocks)
+    tracer = Tracer(type(model.model).__name__, batch.tensors)
 
-    def stand_in(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def make_stub(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if model.names[i] != name:
             raise InputError(DIFFERS)
         return form_of(model, i, args, kwargs).after(args[0])
 
-    run_replaced(model.runs, blocks, batch, model.input_kind, stand_in, recorder, last)
-    return recorder.recording(model.flow.end)
+    run_with_stubs(model.runs, blocks, batch, model.input_kind, make_stub, tracer, last)
+    return tracer.trace(model.flow.end)
 
 
 def embed(model: BlockModel, ids: Tensor, batch_size: int, store: Store | None = None) -> HiddenStates:
@@ -89,7 +92,9 @@ def check_token(token: int, vocabulary: int | None) -> None:
 def embed_batches(
     model: BlockModel, batches: Iterable[Batch], store: Store | None = None, pieces: Iterable[Batch] = ()
 ) -> HiddenStates:
-    """Embed batches, and record what the model passes to every block.
+    """Embed batches, and trace what the model's forward gives every block.
+
+    The forward is traced for every batch: its own Python code may do otherwise for other lengths, masks or numbers.
 
     Args:
         model: the model.
@@ -102,152 +107,142 @@ def embed_batches(
             way that cannot be followed.
     """
     vocabulary, store = model.vocabulary, store or Store(model.device)
+    states = HiddenStates(model, Activations(store))
+    first: dict[int, Stored] | None = None
     with model.outside():
-        states = HiddenStates(model, store, Activations(store), [], [], model.flow)
-        first = list[Stored]()
         for batch in batches:
             if vocabulary is not None:
                 # Other models read no tokens.
                 check_token(max(int(ids.max()) for ids in batch.tensors), vocabulary)
-            recording = record(model, batch)
-            if recording.signature != model.flow.signature or (first and len(recording.constants) != len(first)):
-                raise InputError(_difference(model, batch, states, recording))
-            if not states.windows:
-                states.of_batch, on_device = recording.of_batch, Store(model.device)
-                first = [Stored(on_device, x) for x in recording.constants]
-            states.windows.append(batch.windows)
-            states.hidden.append(recording.hidden)
-            states.calls.append(recording.calls)
+            trace = trace_forward(model, batch)
+            if first is None:
+                first = {n: Stored(Store(model.device), x) for n, x in trace.constants.items()}
+            if trace.signature != model.flow.signature or trace.constants.keys() != first.keys():
+                raise InputError(_difference(model, batch, states, trace))
             if model.input_kind == BATCHES:
-                _find_padding(model, recording)
-            states.names.append(batch.name)
-            states.carried.append(Carried(_stored(recording.constants, first, store), recording.boxes))
+                _find_padding(model, trace)
+            states.hidden.append(trace.hidden)
+            states.batches.append(_micro_batch(batch, trace, first, store))
         for batch in pieces:
-            recording = record(model, batch)
-            constants = _stored(recording.constants, first, Store(model.device))
-            states.pieces[batch.windows] = recording.calls, Carried(constants, recording.boxes)
+            trace = trace_forward(model, batch)
+            states.pieces[batch.windows] = _micro_batch(batch, trace, first or {}, Store(model.device))
     return states
 
 
+def _micro_batch(batch: Batch, trace: Trace, first: dict[int, Stored], store: Store) -> MicroBatch:
+    """A micro-batch before the first block. Constants that are equal to the first micro-batch's are held once."""
+    constants = {}
+    for n, x in trace.constants.items():
+        known = first[n]
+        same = (x.shape, x.dtype) == (known.kept.shape, known.kept.dtype) and torch.equal(x, known.kept)
+        constants[n] = known if same else store.put(x)
+    return MicroBatch(batch.windows, batch.name, trace.calls, constants, trace.objects)
+
+
 def _arguments(model: BlockModel, i: int, call: Call) -> dict[str, Any]:
-    """The arguments of block i beside its hidden states, by the names of its parameters."""
+    """The arguments of block i besides its hidden states, by the names of its parameters."""
     names = [*inspect.signature(model.blocks[i].forward).parameters][1:]
     return dict(zip(names, call.args, strict=False)) | call.kwargs
 
 
-def _find_padding(model: BlockModel, recording: Recording) -> None:
-    """Note the positions of a micro-batch that masks hide from a block, which its layers are not fitted to."""
-    for i, call in recording.calls.items():
+def _find_padding(model: BlockModel, trace: Trace) -> None:
+    """Note the positions of a micro-batch that masks do not hide from a block."""
+    for i, call in trace.calls.items():
         masks = (
-            (name, recording.constants[x.number])
+            (name, trace.constants[x.number])
             for name, x in _arguments(model, i, call).items()
-            # Those of a cross-attention are of other positions.
-            if isinstance(x, Constant) and re.search("^(?!.*(encoder|cross|memory)).*(attention|padding)_mask", name)
+            # Masks of a cross-attention are of other positions.
+            if isinstance(x, ConstantRef) and re.search("^(?!.*(encoder|cross|memory)).*(attention|padding)_mask", name)
         )
         # In torch's own layers, true means that a position is padding.
         call.unpadded = unpadded_of(~x if x.dtype == torch.bool and "padding" in name else x for name, x in masks)
 
 
-def _difference(model: BlockModel, batch: Batch, states: HiddenStates, recording: Recording) -> str:
-    """Why a batch cannot be run like the first one, in a line."""
-    # None is known where the batch differs from what the model was given when it was opened.
-    known = states.calls[0] if states.calls else {}
-    for i in sorted(known.keys() & recording.calls.keys()):
-        first, now = (_arguments(model, i, calls[i]) for calls in (known, recording.calls))
-        for name in first | now if batch.name else ():
+def _difference(model: BlockModel, batch: Batch, states: HiddenStates, trace: Trace) -> str:
+    """Say in a line why a batch cannot be run like the first one."""
+    # The first one itself may differ from what the model was given when it was opened.
+    known = states.batches[0] if states.batches and batch.name else MicroBatch()
+    for i in sorted(known.calls.keys() & trace.calls.keys()):
+        first, now = (_arguments(model, i, calls[i]) for calls in (known.calls, trace.calls))
+        for name in first | now:
             if (first.get(name) is None) != (now.get(name) is None):
-                either = (
-                    f"{batch.name}: {model.names[i]} is given {name} either for this batch or for {states.names[0]}"
+                return (
+                    f"{batch.name}: {model.names[i]} is given {name} either for this batch or for {known.name}; "
+                    "give all batches the same arguments, such as an attention_mask"
                 )
-                return f"{either}; give all batches the same arguments, such as an attention_mask"
     return f"{batch.name}: {DIFFERS}".removeprefix(": ")
 
 
-def _stored(tensors: list[Tensor], first: list[Stored], store: Store) -> list[Stored]:
-    """The tensors that the model's forward makes of a micro-batch before its first block, in a store.
-
-    Those that are equal to the first micro-batch's, in `first`, are held once.
-    """
-    found = []
-    for x, known in zip(tensors, first, strict=True):
-        same = (x.shape, x.dtype) == (known.kept.shape, known.kept.dtype) and torch.equal(x, known.kept)
-        found.append(known if same else store.put(x))
-    return found
-
-
-def run_behind_blocks(
-    model: BlockModel, batch: Batch, hidden: Tensor | None, others: dict[int, Tensor], recorder: Recorder | None = None
+def run_after_blocks(
+    model: BlockModel, batch: Batch, hidden: Tensor | None, others: dict[int, Tensor], tracer: Tracer | None = None
 ) -> Any:
-    """Run what lies behind the last block.
+    """Run the part of the model's forward that comes after the last block.
 
     Args:
         model: the model, inside `BlockModel.outside`.
         batch: arguments of the forward.
-        hidden: what the last block returns; None: something of its form. Gradients go back to it where windows are run
+        hidden: the output of the last block; None: something of its form. Gradients go back to it where windows are run
             by themselves.
-        others: the other tensors that are read there, by their numbers in the recording.
-        recorder: records the forward, where windows are run by themselves.
+        others: the other tensors that the forward reads there, by their numbers in the trace.
+        tracer: traces the forward, where windows are run by themselves.
 
     Returns:
-        What the model returns.
+        The output of the model.
     """
     batch, last, by_window = batch.to(model.device, model.in_fp32), len(model.blocks) - 1, model.flow.by_window
     if not by_window:
-        recorder = Recorder(type(model.model).__name__, batch.tensors, {}, others)
+        tracer = Tracer(type(model.model).__name__, batch.tensors)
 
-    def stand_in(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def make_stub(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # By windows nobody reads the other tensors, whose shape may be another one.
-        form = model.forms.like(model.block_types[i], args[0]) if by_window else None
+        form = model.forms.find(model.block_types[i], args[0], any_shape=True) if by_window else None
         form = form or form_of(model, i, args, kwargs)
-        if recorder and not by_window:
-            recorder.begun = i == last
+        if tracer and not by_window and i == last:
+            tracer.real = others
         # A view: gradients go through it.
         return form.after(args[0]) if i < last or hidden is None else form.around(hidden, lambda x: x.view_as(x))
 
     blocks = dict(zip(model.names, model.blocks, strict=True))
-    return run_replaced(model.runs, blocks, batch, model.input_kind, stand_in, recorder)
+    return run_with_stubs(model.runs, blocks, batch, model.input_kind, make_stub, tracer)
 
 
-def logits_behind_blocks(model: BlockModel, batch: Batch, hidden: Tensor) -> Any:
-    """The logits of what `run_behind_blocks` returns, with the same bits; None: there are none.
+def logits_after_blocks(model: BlockModel, batch: Batch, hidden: Tensor) -> Any:
+    """The logits among what `run_after_blocks` returns, with the same bits; None: there are no logits.
 
-    The model's forward goes through stand-ins of all blocks. So it runs once for each shape: the calls behind the last
-    block are recorded, and made again as long as the weights outside of the blocks are there. What is made there of the
-    batch, or in a way that cannot be followed, takes the model's forward each time.
+    The model's forward goes through stubs of all blocks. So it runs once for each shape: the steps after the last block
+    are traced, and replayed as long as the weights outside of the blocks are there. Where the steps depend on the
+    batch, or cannot be followed, the model's forward runs each time.
 
     Args:
-        model, batch: as for `run_behind_blocks`; windows are run by themselves.
-        hidden: what the last block returns. Gradients go back to it.
+        model, batch: as for `run_after_blocks`; windows are run by themselves.
+        hidden: the output of the last block. Gradients go back to it.
     """
     shapes = hidden.shape, *(x.shape for x in batch.tensors)
-    if again := model.behind_blocks.get(shapes):
+    if again := model.after_blocks.get(shapes):
         return again(hidden)
-    known = shapes in model.behind_blocks or model.flow.batch_behind
-    recorder = None if known else Recorder(type(model.model).__name__, batch.tensors, {})
-    logits = getattr(run_behind_blocks(model, batch, hidden, {}, recorder), "logits", None)
-    if recorder:
-        model.behind_blocks[shapes] = _again(recorder, len(model.blocks), logits)
+    known = shapes in model.after_blocks or model.flow.batch_after
+    tracer = None if known else Tracer(type(model.model).__name__, batch.tensors)
+    logits = getattr(run_after_blocks(model, batch, hidden, {}, tracer), "logits", None)
+    if tracer:
+        model.after_blocks[shapes] = _logits_again(tracer, len(model.blocks), logits)
     return logits
 
 
-def _again(recorder: Recorder, count: int, logits: Any) -> Callable[[Tensor], Tensor] | None:
-    """Makes logits of what the last of so many blocks returns, as was recorded; None: they cannot be made again."""
+def _logits_again(tracer: Tracer, count: int, logits: Any) -> Callable[[Tensor], Tensor] | None:
+    """A function that makes the logits of the output of the last block, of `count`; None: they cannot be replayed."""
     try:
-        # As if they were what another block is given.
-        recorder.arrives(count, "logits", logits, (), {})
-        recording = recorder.recording()
+        # As if they were the input of another block.
+        tracer.before_block(count, "logits", logits, (), {})
+        trace = tracer.trace()
     except InputError:
         return None
-    first, call, constants = recording.calls[count - 1].outputs[0], recording.calls[count], recording.constants
-    read = [numbers_in((step.args, step.kwargs)) for step in call.steps] + [numbers_in(call.hidden)]
+    last, call = trace.calls[count - 1], trace.calls[count]
+    if not isinstance(call.hidden, ValueRef):
+        return None
 
     def again(hidden: Tensor) -> Tensor:
-        values = {first: hidden}
-        for k, step in enumerate(call.steps, 1):
-            values.update(step.run(lambda x: values[x.number] if isinstance(x, Value) else constants[x.number]))
-            # Logits are large: what is not read any more goes.
-            for n in values.keys() - set().union(*read[k:]):
-                del values[n]
+        values = {last.outputs[0]: hidden}
+        replay(call.steps, values, trace.constants.__getitem__)
         return values[call.hidden.number]
 
-    return again if isinstance(call.hidden, Value) else None
+    return again

@@ -1,12 +1,12 @@
-"""Gradients: of slices of stacked weights, such as those of experts, and the same bits in every run.
+"""Gradients of slices of stacked weights, such as those of experts, and gradients with the same bits in every run.
 
 A forward takes `weights[e]` for each expert that has tokens. For each of them torch makes a gradient of all experts,
-zeros but for one, and adds those up: with E experts, E times the bytes of all weights. Here such a part is a leaf of
-the graph by itself, and its gradient is added to its place in that of the whole. The bits are the same: zeros add
-nothing.
+with zeros for all but one, and adds these gradients up: with E experts, E times the bytes of all weights. Here such a
+slice is a leaf of the graph by itself, and its gradient is added to its place in the gradient of all. The bits are the
+same: zeros add nothing.
 
 On a GPU some of torch's algorithms add numbers up in the order in which they arrive, such as the gradients of attention
-and of convolutions. For nearly all of them torch has others that do not, and it can be told to refuse the rest.
+and of convolutions. For nearly all of them torch has deterministic ones, and it can be told to refuse the rest.
 """
 
 import re
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# Functions that take a part of a tensor. Those that cut all of it into parts, such as chunk, have one gradient for all.
+# Functions that take a part of a tensor. Functions that cut all of it into parts, such as chunk, have one gradient.
 _TAKING = {Tensor.__getitem__, Tensor.select, Tensor.narrow, torch.select, torch.narrow}
 
 
 class SliceGradients(TorchFunctionMode):
-    """Inside the `with` block, parts that are taken of parameters are leaves of the graph.
+    """Make parts of parameters leaves of the graph inside the `with` block.
 
     Args:
-        parameters: those whose gradients are wanted, in memory without gaps. A part of one, or of a view of one, is a
-            leaf if it lies in the parameter's memory, without gaps, too.
+        parameters: parameters whose gradients are wanted, in memory without gaps. A part of a parameter, or of a view
+            of it, is a leaf if it lies in the parameter's memory, without gaps, too.
 
     Attributes:
-        leaves: what gradients are to be computed of, for `backward(inputs=...)`: the parameters, and all parts so far.
+        leaves: the tensors that get gradients, for `backward(inputs=...)`: the parameters, and all parts so far.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -71,20 +71,20 @@ class SliceGradients(TorchFunctionMode):
 
 @contextmanager
 def deterministic(refuse: bool = True) -> Iterator[None]:
-    """Inside the `with` block, torch takes algorithms that give the same bits in every run.
+    """Let torch use algorithms that give the same bits in every run inside the `with` block.
 
     Args:
-        refuse: whether torch refuses operations for which it has none, see `refused`. If not, it makes them as usual,
-            and attention, too.
+        refuse: whether torch refuses operations without such an algorithm, see `refused`. If not, it makes them as
+            usual, and attention, too.
     """
     # Its attributes are made when torch is imported: mypy does not see them.
     memory: Any = torch.utils.deterministic
     mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
     with warnings.catch_warnings():
-        # The caller knows of operations that are not refused.
+        # The caller reports operations that are not refused.
         warnings.filterwarnings("ignore", message=".*deterministic")
         try:
-            # Filled memory shows what reads it before it is written. That takes time, and gives no other bits.
+            # torch fills new memory to show reads before writes. That takes time, and gives no other bits.
             memory.fill_uninitialized_memory = False
             torch.set_deterministic_debug_mode("error" if refuse else "warn")
             yield
@@ -94,7 +94,7 @@ def deterministic(refuse: bool = True) -> Iterator[None]:
 
 
 def refused(error: BaseException | None) -> str:
-    """The operation that torch has refused inside `deterministic`; empty if the error has no such cause."""
+    """Name the operation that torch has refused inside `deterministic`; empty if the error has no such cause."""
     while error:
         said = str(error)
         if match := re.match(r"(\w+) does not have a deterministic implementation", said):

@@ -1,11 +1,11 @@
-"""Behind the last block, through the model's own final norm, head and caps: logits, perplexity, and predicted tokens.
+"""Logits, perplexity and predictions of a model, by its own final norm, head and caps after the last block.
 
 A pruned model's predictions are compared with those of the dense model:
 
     divergence = sum over tokens and vocabulary of p (log p - log q)        p: dense, q: pruned (Kullback and Leibler)
 
-Its gradient by q's logits is q - p. It is taken back to the hidden states while the logits are there, so that those of
-one window at a time are in memory, and distributions in fp32 of a piece of it.
+Its gradient by q's logits is q - p. It goes back to the hidden states while the logits are there, so that only the
+logits of one window are in memory, and the fp32 distributions of a piece of them.
 """
 
 import math
@@ -22,7 +22,7 @@ from sparsefw.data.batches import Batch, Batches, token_batch
 from sparsefw.data.windows import Windows
 from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.forward import logits_behind_blocks, run_behind_blocks
+from sparsefw.model.forward import logits_after_blocks, run_after_blocks
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.tape import Calls
 from sparsefw.ranks import ALONE, Ranks
@@ -67,13 +67,13 @@ def window_losses(states: HiddenStates, samples: Windows | Batches) -> list[list
     losses, model, first = list[list[float]](), states.model, 0
     with model.outside():
         for j, windows in enumerate(states.windows):
-            hidden, others = states.hidden[j], states.behind_last(j)
+            hidden, others = states.hidden[j], states.after_last(j)
             if isinstance(samples, Batches):
                 losses.append([_own_loss(model, samples.batches[j], j, hidden, others).item()])
                 continue
             ids = samples.ids[first : first + windows]
             first += windows
-            if states.flow.by_window and hidden.shape[:2] == ids.shape:
+            if model.flow.by_window and hidden.shape[:2] == ids.shape:
                 # One window at a time: logits over a large vocabulary are the largest tensor of a run.
                 losses.append(
                     [loss for n in range(windows) for loss in _losses(model, ids[n : n + 1], hidden[n : n + 1])]
@@ -110,7 +110,7 @@ def exp(x: float) -> float:
 def check_losses(model: BlockModel, batches: Iterable[Batch]) -> None:
     """Refuse batches without a loss before a run, which would end without a perplexity.
 
-    The model's own forward runs with stand-ins for what blocks return.
+    The model's own forward runs with stubs in place of the blocks.
 
     Raises:
         InputError: the model returns no loss for a batch.
@@ -121,9 +121,9 @@ def check_losses(model: BlockModel, batches: Iterable[Batch]) -> None:
 
 
 def _own_loss(model: BlockModel, batch: Batch, j: int, hidden: Tensor | None, others: dict[int, Tensor]) -> Tensor:
-    """The loss that a model returns for batch j; hidden, others: as for `logits`, None as for `run_behind_blocks`."""
+    """The loss that a model returns for batch j; hidden, others: as for `logits`, None as for `run_after_blocks`."""
     with Calls(_in_fp32):
-        returned = run_behind_blocks(model, batch, hidden, others)
+        returned = run_after_blocks(model, batch, hidden, others)
     value = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise InputError(
@@ -140,12 +140,12 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
         model: the model, for which `embed` has run.
         ids: (batch, seqlen) tokens.
         hidden: (batch, seqlen, d) in most models, the last block's output.
-        others: tensors of earlier blocks that are read behind the last one, see `HiddenStates.behind_last`.
+        others: tensors of earlier blocks that are read after the last one, see `HiddenStates.after_last`.
     """
     with model.outside():
         if model.flow.by_window:
-            return logits_behind_blocks(model, token_batch(ids), hidden)
-        return getattr(run_behind_blocks(model, token_batch(ids), hidden, others or {}), "logits", None)
+            return logits_after_blocks(model, token_batch(ids), hidden)
+        return getattr(run_after_blocks(model, token_batch(ids), hidden, others or {}), "logits", None)
 
 
 def tokens_of_pass(n: int, every: int) -> slice:
@@ -155,32 +155,34 @@ def tokens_of_pass(n: int, every: int) -> slice:
 
 @torch.no_grad()
 def predicts(states: HiddenStates, ids: Tensor, every: int) -> bool:
-    """Whether a token's hidden state behind the last block tells by itself which token comes next.
+    """Whether a token's hidden state after the last block tells by itself which token comes next.
 
     Args:
         states: windows of tokens before any block; inside `BlockModel.outside`.
         ids: (windows, seqlen) their tokens.
-        every: a step looks at one token in so many.
+        every: a step looks at one token in this number.
     """
     model, hidden = states.model, states.hidden[0]
-    if not states.flow.by_window or hidden.shape[:2] != ids[: states.windows[0]].shape:
+    if not model.flow.by_window or hidden.shape[:2] != ids[: states.windows[0]].shape:
         return False
     some = tokens_of_pass(0, every)
-    if not all(model.forms.like(kind, x) for kind in model.block_types for x in (hidden[:1], hidden[:1, some])):
+    if not all(
+        model.forms.find(kind, x, any_shape=True) for kind in model.block_types for x in (hidden[:1], hidden[:1, some])
+    ):
         # One of the blocks would have to be run.
         return False
     whole = logits(model, ids[:1], hidden[:1])
-    # A classifier's are of the whole window.
+    # The logits of a classifier are of the whole window.
     if not isinstance(whole, Tensor) or whole.ndim != 3 or whole.shape[:2] != ids[:1].shape:
         return False
     try:
         part = logits(model, ids[:1, some], hidden[:1, some])
     except InputError:
-        # Its forward needs all tokens.
+        # The model's forward needs all tokens.
         return False
     # A comparison of all tokens would take several times the memory of their logits.
     last, others = whole[:, some][:, -COMPARED:], part[:, -COMPARED:]
-    # A model may give no chance to a token, and a damaged one NaN. Products of other shapes round otherwise.
+    # Logits may be -inf, and NaN in a damaged model. Products of other shapes round differently.
     finite = last[last.isfinite()]
     within = 0.01 * float(finite.abs().max()) if len(finite) else 0.0
     return last.shape == others.shape and torch.allclose(last, others, rtol=0.01, atol=within, equal_nan=True)
@@ -199,7 +201,7 @@ def divergence(model: BlockModel, ids: Tensor, hidden: Tensor, dense: Tensor) ->
 
 
 class _Divergence(torch.autograd.Function):
-    """`divergence`, with its gradient made on the way forward."""
+    """`divergence`, which makes its gradient in the forward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, dense: Tensor, ids: Tensor, model: BlockModel) -> Tensor:
@@ -214,7 +216,7 @@ class _Divergence(torch.autograd.Function):
             add_divergence(total, p_logits, q_logits.detach(), asked)
             if asked:
                 gradients += torch.autograd.grad(q_logits, x, p_logits)
-            # The next window's come in their place.
+            # The logits of the next window take their memory.
             del p_logits, q_logits
         if asked:
             ctx.save_for_backward(torch.cat(gradients))
@@ -237,10 +239,10 @@ def add_divergence(total: Tensor, p_logits: Tensor, q_logits: Tensor, replace: b
 
 
 def _compare_piece(p_logits: Tensor, q_logits: Tensor, replace: bool) -> Tensor:
-    """The divergence of a piece, () fp32. With `replace`, its gradient by q_logits takes the place of p_logits."""
+    """The divergence of a piece of the logits, () fp32. `replace` is as for `add_divergence`."""
     log_p, log_q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
     p = log_p.exp()
-    # A token that never comes, whose logit is -inf, counts nothing.
+    # A token that never comes has the logit -inf, and adds nothing.
     divergence = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum()
     if replace:
         p_logits.copy_(log_q.exp_().sub_(p))

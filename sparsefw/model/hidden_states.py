@@ -1,6 +1,6 @@
 """Hidden states on their way through the blocks of a model, in micro-batches.
 
-The blocks run one by one, each with what the model's own forward gives it, as `forward.embed` has recorded it.
+The blocks run one by one, each with the arguments that the model's own forward gives it, as `forward.embed` traced it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,59 +14,66 @@ from sparsefw.arithmetic import AsyncBool, all_finite, check_finite
 from sparsefw.errors import InputError
 from sparsefw.model.activations import Activations, Store, Stored
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.parts import INPUT, UNSUPPORTED, Point, run_part
-from sparsefw.model.recording import Box, Call, Constant, Recording, Value, leaves_of, outline, rebuilt, tensors_of
-from sparsefw.model.stand_ins import explained, hidden_of
+from sparsefw.model.nested import ConstantRef, ObjectRef, ValueRef, leaves_of, outline, rebuilt, tensors_of
+from sparsefw.model.partial_forward import INPUT, UNSUPPORTED, Point, run_part
+from sparsefw.model.stubs import explained, hidden_of
+from sparsefw.model.trace import Call, replay
 
 
 @dataclass(frozen=True)
-class Carried:
-    """What one micro-batch has between two blocks beside its hidden states, as keys and values that blocks share.
+class MicroBatch:
+    """A micro-batch between two blocks: all that it has besides its hidden states.
 
     Attributes:
-        constants: the tensors that the model's forward makes before its first block. All streams share them.
-        boxes: the objects that several blocks are given.
-        values: tensors by their numbers in the recording, or where they are stored.
+        windows: number of windows in it.
+        name: name of a caller's batch, for messages.
+        calls: what the model's forward gives each block, by the block's number.
+        constants: the constants of its trace by number. Keys and values are shared by all streams.
+        objects: the objects that several blocks are given.
+        values: tensors of blocks by their numbers; in a store, or as tensors while a block runs.
     """
 
-    constants: list[Stored]
-    boxes: list[Any]
+    windows: int = 1
+    name: str = ""
+    calls: dict[int, Call] = field(default_factory=dict)
+    constants: dict[int, Stored] = field(default_factory=dict)
+    objects: list[Any] = field(default_factory=list)
     values: dict[int, Any] = field(default_factory=dict)
 
 
 class BlockRun:
-    """Runs a block on one micro-batch: called with its hidden states, it returns what the block does.
+    """A block that runs on one micro-batch: called with the hidden states, it returns the block's output.
 
-    Every run begins with the objects as they were before the block. No torch function is called but by the block.
+    Every run begins with the objects as they were before the block. Only the block calls torch functions.
 
     Args:
         model: the model.
         i: number of the block.
         block: another module in its place; None: the block itself.
-        call: what the model's forward gives the block.
-        carried: what the micro-batch has from before the block.
+        batch: the micro-batch before the block.
 
     Attributes:
         returned: what the block returned in the last run.
     """
 
-    def __init__(self, model: BlockModel, i: int, block: nn.Module | None, call: Call, carried: Carried) -> None:
-        self._model, self._number, self._block, self._call = model, i, block or model.blocks[i], call
-        self._constants, self._tensors = carried.constants, dict[Stored, Tensor]()
-        self._values = {n: self._tensor(x) for n, x in carried.values.items()}
-        self._boxes = boxes = rebuilt(carried.boxes, self._tensor)
+    def __init__(self, model: BlockModel, i: int, block: nn.Module | None, batch: MicroBatch) -> None:
+        self._model, self._number, self._block, self._batch = model, i, block or model.blocks[i], batch
+        self._tensors: dict[Stored, Tensor] = {}
+        self._values = {n: self._tensor(x) for n, x in batch.values.items()}
+        self._objects = objects = rebuilt(batch.objects, self._tensor)
+        call = batch.calls[i]
         args, kwargs = rebuilt(
-            (call.args, call.kwargs), lambda x: boxes[x.number] if isinstance(x, Box) else self._tensor(x)
+            (call.args, call.kwargs), lambda x: objects[x.number] if isinstance(x, ObjectRef) else self._tensor(x)
         )
-        self._given = boxes, args, kwargs
+        self._given = objects, args, kwargs
         self.returned: Any = None
 
     def _tensor(self, leaf: Any) -> Any:
-        """The tensor that something stands for."""
-        if isinstance(leaf, Value):
+        """The tensor that a leaf of a nested value stands for."""
+        if isinstance(leaf, ValueRef):
             return self._values[leaf.number]
-        if isinstance(leaf, Constant):
-            leaf = self._constants[leaf.number]
+        if isinstance(leaf, ConstantRef):
+            leaf = self._batch.constants[leaf.number]
         if not isinstance(leaf, Stored):
             return leaf
         if leaf not in self._tensors:
@@ -75,31 +82,28 @@ class BlockRun:
 
     def __call__(self, hidden: Tensor) -> Any:
         self.returned = None
-        self._boxes, args, kwargs = rebuilt(self._given, lambda leaf: leaf)
+        self._objects, args, kwargs = rebuilt(self._given, lambda leaf: leaf)
         with explained(type(self._model.model).__name__, self._model.names[self._number], self._model.input_kind):
             self.returned = self._block(hidden, *args, **kwargs)
         return self.returned
 
-    def handed_on(self) -> Carried:
-        """All that later blocks may be given after the last run."""
-        outputs = dict(zip(self._call.outputs, leaves_of(self.returned), strict=False))
-        return Carried(self._constants, self._boxes, self._values | outputs)
+    def handed_on(self) -> MicroBatch:
+        """The micro-batch after the last run, with all tensors that later blocks may be given."""
+        outputs = dict(zip(self._batch.calls[self._number].outputs, leaves_of(self.returned), strict=False))
+        return replace(self._batch, objects=self._objects, values=self._values | outputs)
 
-    def input_of(self, following: Call | None) -> tuple[Carried, Tensor]:
-        """All tensors when the next block begins, and its input; None: it was the last block."""
-        made = self.handed_on()
+    def next_input(self) -> tuple[MicroBatch, Tensor]:
+        """The micro-batch when the next block begins, and that block's input; after the last block its output."""
+        batch = self.handed_on()
+        following = batch.calls.get(self._number + 1)
         if following is None:
-            return made, hidden_of(self.returned)
+            return batch, hidden_of(self.returned)
+        replay(following.steps, batch.values, lambda number: self._tensor(ConstantRef(number)))
+        hidden = following.hidden
+        return batch, batch.values[hidden.number] if isinstance(hidden, ValueRef) else self._tensor(hidden)
 
-        def leaf(x: Any) -> Any:
-            return made.values[x.number] if isinstance(x, Value) else self._tensor(x)
-
-        for step in following.steps:
-            made.values.update(step.run(leaf))
-        return made, leaf(following.hidden)
-
-    def stored(self, made: Carried, store: Store) -> Carried:
-        """The same with all tensors in a store; those that the micro-batch had before are there already."""
+    def stored(self, batch: MicroBatch, live: Iterable[int], store: Store) -> MicroBatch:
+        """Put the live values of a micro-batch into a store. Those from before the block are there already."""
         where = {id(x): known for known, x in self._tensors.items()}
 
         def leaf(x: Tensor) -> Stored:
@@ -107,7 +111,8 @@ class BlockRun:
                 where[id(x)] = store.put(x)
             return where[id(x)]
 
-        return Carried(made.constants, *rebuilt((made.boxes, made.values), leaf))
+        objects, values = rebuilt((batch.objects, {n: batch.values[n] for n in live}), leaf)
+        return replace(batch, objects=objects, values=values)
 
 
 @dataclass
@@ -115,116 +120,106 @@ class HiddenStates:
     """Micro-batches of windows between two blocks of a model.
 
     Attributes:
-        model: whose blocks run.
-        store: where all tensors of the micro-batches are.
-        hidden: per micro-batch, the input of the next block, (batch, seqlen, d) in most models; or the stream at a
-            later point of it.
-        calls: per micro-batch and block, what the model's forward gives the block.
-        carried: per micro-batch, what it has beside its hidden states.
-        flow: how blocks hand tensors on.
-        windows: number of windows in each micro-batch.
-        names: names of batches for messages.
-        of_batch: numbers of the constants that depend on what the forward is given.
-        pieces: by number of windows, what the forward gives the blocks for a piece of a micro-batch, see `some`.
+        model: the model whose blocks run.
+        hidden: per micro-batch, the input of the next block, (batch, seqlen, d) in most models; or the residual stream
+            at a later point of the block.
+        batches: per micro-batch, what it has besides its hidden states.
+        pieces: by number of windows, what a piece of a micro-batch has besides its hidden states, see `some`.
         position: the point of the block at which `hidden` is.
         kept: a later point of the block that runs begin at, and its tensors; None: they begin at `position`.
-        ahead: number of the micro-batch whose tensors are copied to the device ahead, and these.
-        unchecked: pending NaN check: block, micro-batch, and whether it is finite, which is read one step late so that
+        prefetched: number of the micro-batch whose tensors are copied to the device ahead of use, and these.
+        unchecked: pending NaN check: block, micro-batch, and whether it is finite. This is read one step late, so that
             the host does not wait for the GPU.
     """
 
     model: BlockModel
-    store: Store
     hidden: Activations
-    calls: list[dict[int, Call]]
-    carried: list[Carried]
-    flow: Recording
-    windows: list[int] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    of_batch: set[int] = field(default_factory=set)
-    pieces: dict[int, tuple[dict[int, Call], Carried]] = field(default_factory=dict)
+    batches: list[MicroBatch] = field(default_factory=list)
+    pieces: dict[int, MicroBatch] = field(default_factory=dict)
     position: Point = INPUT
     kept: tuple[Point, Activations] | None = None
-    ahead: tuple[int, list[Stored]] = (0, [])
+    prefetched: tuple[int, list[Stored]] = (0, [])
     unchecked: tuple[int, int, AsyncBool] | None = None
 
     def __len__(self) -> int:
         """Number of micro-batches."""
         return len(self.hidden)
 
+    @property
+    def windows(self) -> list[int]:
+        """Number of windows in each micro-batch."""
+        return [batch.windows for batch in self.batches]
+
     def fork(self) -> "HiddenStates":
-        """A copy that runs independently."""
-        return replace(
-            self, hidden=self.hidden.fork(), carried=[*self.carried], position=INPUT, kept=None, unchecked=None
-        )
+        """Copy the micro-batches, so that they run independently."""
+        hidden, batches = self.hidden.fork(), [*self.batches]
+        return replace(self, hidden=hidden, batches=batches, position=INPUT, kept=None, unchecked=None)
 
     def some(self, numbers: Sequence[int], divided: bool = False) -> "HiddenStates":
-        """Some of the micro-batches, at the input of a block; with `divided` in pieces, if there are any.
+        """Take some of the micro-batches, at the input of a block; with `divided` in pieces, if there are any.
 
-        Pieces are views: nothing is copied. What the forward gives the blocks is the same for all pieces of a size.
+        Pieces are views: nothing is copied. All pieces of a size have the same besides their hidden states.
         """
         size = max(self.pieces, default=0) if divided else 0
-        windows = [self.windows[j] for j in numbers]
-        hidden, given = self.hidden.some(numbers, size), [(self.calls[j], self.carried[j]) for j in numbers]
+        batches = [self.batches[j] for j in numbers]
         if size:
-            windows = [min(size, n - first) for n in windows for first in range(0, n, size)]
-            given = [self.pieces[n] for n in windows]
-        calls, carried = [calls for calls, _ in given], [carried for _, carried in given]
-        names = [] if size else [name for j in numbers for name in self.names[j : j + 1]]
-        moved = replace(self, hidden=hidden, calls=calls, carried=carried, windows=windows, names=names)
-        return replace(moved, kept=None, unchecked=None)
+            batches = [self.pieces[min(size, x.windows - n)] for x in batches for n in range(0, x.windows, size)]
+        return replace(self, hidden=self.hidden.some(numbers, size), batches=batches, kept=None, unchecked=None)
 
     def go_back(self, start: "HiddenStates") -> None:
-        """Become what a fork of these micro-batches is, at the input of a block."""
-        self.hidden, self.carried, self.position, self.kept = start.hidden, start.carried, INPUT, None
+        """Become the same as a fork of these micro-batches, which is at the input of a block."""
+        self.hidden, self.batches, self.position, self.kept = start.hidden, start.batches, INPUT, None
 
     def close(self) -> None:
         """Let all tensors go."""
         self.hidden.clear()
-        self.carried, self.kept = [], None
+        self.batches, self.kept = [], None
 
     def run_of(self, i: int, j: int, block: nn.Module | None = None) -> BlockRun:
-        """Runs block i, or another module in its place, with what micro-batch j gives it beside the hidden states."""
-        if self.store.pins:
-            number, fetched = self.ahead
+        """Prepare a run of block i, or of another module in its place, on micro-batch j."""
+        if self.hidden.store.pins:
+            number, fetched = self.prefetched
             if number not in (j, j + 1):
                 # It was skipped.
                 for stored in fetched:
                     stored.drop()
-            self.ahead = j + 1, self._given(i, j + 1) if j + 1 < len(self) else []
-            for stored in self.ahead[1]:
+            self.prefetched = j + 1, self._given(i, j + 1) if j + 1 < len(self) else []
+            for stored in self.prefetched[1]:
                 stored.fetch()
-        return BlockRun(self.model, i, block, self.calls[j][i], self.carried[j])
+        return BlockRun(self.model, i, block, self.batches[j])
 
     def _given(self, i: int, j: int) -> list[Stored]:
-        """What the forward gives block i beside the hidden states of micro-batch j."""
-        carried, call = self.carried[j], self.calls[j][i]
-        leaves = leaves_of([carried.values, carried.boxes, call.args, call.kwargs])
-        found = (carried.constants[x.number] if isinstance(x, Constant) else x for x in leaves)
+        """The stored tensors that block i is given with micro-batch j, besides the hidden states."""
+        batch, call = self.batches[j], self.batches[j].calls[i]
+        leaves = leaves_of([batch.values, batch.objects, call.args, call.kwargs])
+        found = (batch.constants[x.number] if isinstance(x, ConstantRef) else x for x in leaves)
         return [x for x in found if isinstance(x, Stored)]
 
     def unpadded(self, i: int, j: int) -> Tensor | None:
-        """The positions of micro-batch j in block i that count; None: all."""
-        return self.calls[j][i].unpadded
+        """The positions of micro-batch j that count in block i; None: all."""
+        return self.batches[j].calls[i].unpadded
 
-    def behind_last(self, j: int) -> dict[int, Tensor]:
-        """The tensors of micro-batch j that are read behind the last block, beside its hidden states."""
-        return {number: self.carried[j].values[number].read() for number in self.flow.end}
+    def after_last(self, j: int) -> dict[int, Tensor]:
+        """The tensors of micro-batch j that the forward reads after the last block, besides its hidden states."""
+        return {number: self.batches[j].values[number].read() for number in self.model.flow.end}
 
     def between(self) -> list[Tensor]:
         """The tensors of the first micro-batch: its hidden states, what blocks have handed on, and constants.
 
-        Of the constants only those that depend on what the forward is given: they differ from window to window.
+        Of the constants only those that depend on the arguments of the forward: they differ from window to window.
         """
-        first = self.carried[0]
-        stored = dict.fromkeys(leaves_of([first.values, first.boxes]))
-        handed_on = [x.read() for x in stored if isinstance(x, Stored) and x not in first.constants]
-        return [self.hidden[0], *handed_on, *(first.constants[n].read() for n in sorted(self.of_batch))]
+        first = self.batches[0]
+        constants = first.constants
+        stored = dict.fromkeys(leaves_of([first.values, first.objects]))
+        handed_on = [x.read() for x in stored if isinstance(x, Stored) and x not in constants.values()]
+        dependent = sorted(self.model.flow.batch_dependent & constants.keys())
+        return [self.hidden[0], *handed_on, *(constants[n].read() for n in dependent)]
 
     def handed_on(self, i: int, run: BlockRun) -> list[Tensor]:
-        """The tensors of a run of block i that later blocks are given, beside the hidden states."""
-        held = run.handed_on()
-        return tensors_of([[held.values[n] for n in self.flow.live.get(i, []) if n in held.values], held.boxes])
+        """The tensors of a run of block i that later blocks are given, besides the hidden states."""
+        batch = run.handed_on()
+        live = [batch.values[n] for n in self.model.flow.live.get(i, []) if n in batch.values]
+        return tensors_of([live, batch.objects])
 
     def part(
         self, i: int, j: int, block: nn.Module | None = None, *, take: Iterable[Point] = (), end: Point | None = None
@@ -249,19 +244,19 @@ class HiddenStates:
         try:
             taken, returned = run_part(run, given, take, end)
         except InputError as error:
-            if not any(self.names[j : j + 1]):
-                raise
-            raise InputError(f"{self.names[j]}: {error}") from error
+            if name := self.batches[j].name:
+                raise InputError(f"{name}: {error}") from error
+            raise
         return taken, None if returned is None else run
 
     def output(self, i: int, j: int, block: nn.Module | None = None) -> BlockRun:
-        """A run of micro-batch j through block i, or another module in its place."""
+        """Run micro-batch j through block i, or another module in its place."""
         _, run = self.part(i, j, block)
         assert run is not None
         return run
 
     def advance(self, i: int, block: nn.Module | None = None) -> None:
-        """Run all micro-batches through block i, or another module in its place; they are then the next block's input.
+        """Run all micro-batches through block i, or another module in its place, to the next block's input.
 
         Raises:
             InputError: an output holds NaN or Inf.
@@ -271,37 +266,36 @@ class HiddenStates:
         self.arrive(INPUT)
 
     def leave(self, i: int, j: int, run: BlockRun) -> None:
-        """Move micro-batch j on to the input of the block behind block i, with all that later blocks are given.
+        """Move micro-batch j on to the input of block i + 1, with all that later blocks are given.
 
         Raises:
             InputError: the block returned something else than others of its class; or as `put`.
         """
-        if _form_of(run.returned) != _form_of(self.calls[j][i].form):
+        if _form_of(run.returned) != _form_of(self.batches[j].calls[i].form):
             raise InputError(
                 f"{self.model.names[i]}: {UNSUPPORTED}: it does not return the same as other blocks of its class"
             )
         with torch.no_grad():
-            made, hidden = run.input_of(self.calls[j].get(i + 1))
-        made = replace(made, values={number: made.values[number] for number in self.flow.live[i]})
-        self.carried[j] = run.stored(made, self.store)
+            batch, hidden = run.next_input()
+        self.batches[j] = run.stored(batch, self.model.flow.live[i], self.hidden.store)
         self.put(i, j, hidden)
 
-    def goes_on(self, i: int) -> bool:
-        """Whether the input of the block behind block i is made of what block i returns; else something else begins."""
-        call, following = self.calls[0][i], self.calls[0].get(i + 1)
+    def is_chained(self, i: int) -> bool:
+        """Whether the input of block i + 1 is made of the output of block i. Otherwise another chain begins there."""
+        call, following = self.batches[0].calls[i], self.batches[0].calls.get(i + 1)
         if following is None:
             return True
-        reached = {Value(number) for number in call.outputs}
+        reached = {*call.outputs}
         for step in following.steps:
-            if reached.intersection(leaves_of((step.args, step.kwargs))):
-                reached |= {Value(number) for number in step.outputs}
-        return following.hidden in reached
+            if step.reads & reached:
+                reached.update(step.outputs)
+        return isinstance(following.hidden, ValueRef) and following.hidden.number in reached
 
     def next_input(self, i: int, j: int) -> Tensor:
         """The input that block i makes of micro-batch j for the next block, with its graph of gradients."""
         run = self.run_of(i, j)
         run(self.hidden[j])
-        return run.input_of(self.calls[j].get(i + 1))[1]
+        return run.next_input()[1]
 
     def arrive(self, position: Point, kept: tuple[Point, Activations] | None = None) -> None:
         """Note where all micro-batches are now, `INPUT` for the next block's input, and what is kept of them."""
@@ -309,10 +303,10 @@ class HiddenStates:
         self.settle()
 
     def put(self, i: int, j: int, out: Tensor) -> None:
-        """Replace micro-batch j by what it is at a later point of block i, or behind it.
+        """Replace micro-batch j by its hidden states at a later point of block i, or after it.
 
-        It is checked after the next one has been launched, or by `settle`: a GPU would wait otherwise while the
-        host prepares the next one. Only one check is pending at a time, so that no more micro-batches stay in memory.
+        They are checked after the next micro-batch has been launched, or by `settle`: a GPU would wait otherwise while
+        the host prepares the next one. Only one check is pending at a time, so that few micro-batches are in memory.
 
         Raises:
             InputError: the micro-batch before holds NaN or Inf.
@@ -335,4 +329,4 @@ class HiddenStates:
 
 
 def _form_of(returned: Any) -> list[Any]:
-    return outline(rebuilt(returned, lambda _: "tensor"))
+    return outline(returned, lambda leaf: "tensor")

@@ -1,9 +1,8 @@
 """Accumulate Gram and cross matrices of a block's layers over the calibration windows.
 
 Layers that read the same input share its Gram matrix. A cross matrix compares a layer with the dense model. A stage is
-measured by the part of the block that it needs, in both models. They move on as far as the next stage needs them to:
-the pruned model to the stage's start when the layers before it are pruned, the dense model to the start of the next
-stage.
+measured by running the windows of both models through the part of the block that it needs. Then those of the pruned
+model stay at the stage's start, and those of the dense model at the start of the next stage.
 """
 
 from collections.abc import Callable, Container, Iterable
@@ -18,10 +17,11 @@ from sparsefw.kernels.backend import Backend
 from sparsefw.model.activations import Activations
 from sparsefw.model.experts import experts_of
 from sparsefw.model.hidden_states import BlockRun, HiddenStates
-from sparsefw.model.layers import Layer, Stage, WeightNames, is_expert
-from sparsefw.model.parts import INPUT, Point
-from sparsefw.model.recording import without_padding
-from sparsefw.model.stand_ins import hidden_of
+from sparsefw.model.layers import Layer, Stage, is_expert
+from sparsefw.model.padding import without_padding
+from sparsefw.model.partial_forward import INPUT, Point
+from sparsefw.model.products import WeightNames
+from sparsefw.model.stubs import hidden_of
 from sparsefw.model.watch import Selector, Watch, everything
 from sparsefw.solver.targets import Cross
 
@@ -31,13 +31,13 @@ Run = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Captured:
-    """Layers of a block or of a stage, with the matrices that calibration accumulated.
+    """Layers of a block or of a stage, with the matrices that the calibration has accumulated.
 
     Attributes:
         layers: the selected layers, in the order of use, without the experts that no token was sent to.
         grams: Gram matrices (in, in) fp32, by `Layer.gram`.
         crosses: cross matrices by layer, see `refit.target`; empty without a comparison with the dense model. Experts
-            have none, since they are sent other tokens than in the dense model.
+            have no cross matrix, since they are sent other tokens than in the dense model.
         ignored: names of the layers that were seen and not selected.
     """
 
@@ -57,15 +57,18 @@ class _Sums:
 
     def add_gram(self, name: str, X: Tensor) -> None:
         """Add X^T X of inputs X (tokens, in)."""
-        if name not in self.grams:
-            self.grams[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float32, device=X.device)
-        self._backend.gram_accumulate(self.grams[name], X)
+        self._backend.gram_accumulate(_zeros_in(self.grams, name, X, X), X)
 
     def add_cross(self, name: str, A: Tensor, B: Tensor) -> None:
         """Add A^T B of A (tokens, rows) and B (tokens, columns)."""
-        if name not in self.crosses:
-            self.crosses[name] = torch.zeros(A.shape[1], B.shape[1], dtype=torch.float32, device=A.device)
-        self._backend.cross_accumulate(self.crosses[name], A, B)
+        self._backend.cross_accumulate(_zeros_in(self.crosses, name, A, B), A, B)
+
+
+def _zeros_in(sums: dict[str, Tensor], name: str, A: Tensor, B: Tensor) -> Tensor:
+    """The sum of this name, for A^T B; zeros at first."""
+    if name not in sums:
+        sums[name] = torch.zeros(A.shape[1], B.shape[1], dtype=torch.float32, device=A.device)
+    return sums[name]
 
 
 def capture(
@@ -81,7 +84,7 @@ def capture(
     move: Callable[[int, Any], None] = lambda j, ran: None,
     experts: frozenset[str] | None = None,
 ) -> Captured:
-    """Run a block over its calibration inputs; find its layers and accumulate the Gram matrices of their inputs.
+    """Run a block on its calibration inputs; find its layers and accumulate the Gram matrices of their inputs.
 
     Args:
         block: the block, on its device.
@@ -90,12 +93,12 @@ def capture(
         backend: its `gram_accumulate`, `mirror_lower` and `cross_accumulate` are used.
         selected: selects layers by their names inside the block. An input that no selected layer reads has no Gram
             matrix.
-        stage: watch its layers only, and run no more of the block than they need; None: the whole block.
-        dense: the dense model's block, and what runs one of its micro-batches; with them, cross matrices are
+        stage: watch its layers only, and run no more of the block than they need; None: watch the whole block.
+        dense: the dense model's block, and a function that runs one of its micro-batches; with them, cross matrices are
             accumulated, too.
-        unpadded: gives the positions of a micro-batch that count; None: all.
-        move: called behind each run of the dense model with the number of the micro-batch and what the run returned,
-            None if it ended before. What is made of outputs then, between two blocks, is no output of a layer.
+        unpadded: called with the number of a micro-batch; returns its positions that count, None: all.
+        move: called after each run of the dense model with the number of the micro-batch and the result of the run,
+            None if it ended before. What the model makes of a block's output then is no output of a layer.
         experts: names of modules that may be experts; None: those of `experts_of`.
 
     Raises:
@@ -108,8 +111,8 @@ def capture(
         # A new watch for each micro-batch, so that the outputs are freed with it.
         dense_watch = Watch(dense_names, experts, selected, stage=stage, record_outputs=True)
         move(j, dense_watch.through(partial(run_dense, j)))
-        for name, X, output in watch.outputs.pairs(unpadded(j)):
-            expected = dense_watch.outputs.output_of(name)
+        for name, X, output in watch.pairs(unpadded(j)):
+            expected = dense_watch.output_of(name)
             if expected is not None and expected.shape == output.shape:
                 # Rounded only once, whatever the dtype: torch subtracts in fp32.
                 sums.add_cross(name, (expected - output).to(X.dtype), X)
@@ -135,7 +138,7 @@ class Pair:
         number: number of the block.
         pruned: the windows in the pruned model, whose block is open.
         dense: the windows in the dense model.
-        dense_block: the dense model's block.
+        dense_block: the block of the dense model.
         experts: names of modules that may be experts; None: those of `experts_of`.
     """
 
@@ -153,16 +156,16 @@ def measure(
 
     Args:
         stage: the stage.
-        pair: the block. Its windows move on.
+        pair: the block in both models. Its windows move on.
         backend: its `gram_accumulate`, `mirror_lower` and `cross_accumulate` are used.
         selected: selects layers by their names inside the block.
-        keep: whether the pruned model's inputs are kept. The next run begins there, and not at the stage's start.
-        passing: numbers of the micro-batches that are not measured, and only move on.
+        keep: whether the inputs in the pruned model are kept. The next run begins there, and not at the stage's start.
+        passing: numbers of the micro-batches that only move on, and are not measured.
 
     Raises:
         InputError: the block runs differently from one micro-batch to the next, or activations hold NaN or Inf.
     """
-    kept = (stage.input, Activations(pair.pruned.store)) if keep and stage.input is not None else None
+    kept = (stage.input, Activations(pair.pruned.hidden.store)) if keep and stage.input is not None else None
     if stage.input is None:
         captured = _measure_watched(stage, pair, backend, selected, passing)
     else:
@@ -170,8 +173,8 @@ def measure(
     pair.pruned.arrive(stage.start, kept)
     if stage.final:
         pair.dense.arrive(INPUT)
-    elif stage.behind is not None:
-        pair.dense.arrive(stage.behind)
+    elif stage.next_start is not None:
+        pair.dense.arrive(stage.next_start)
     return captured
 
 
@@ -194,14 +197,14 @@ def _measure_known(
             sums.add_cross("", X, dense[input_point] - X)
         for layer in stage.layers:
             if write := stage.writes.get(layer.name):
-                # The layer is to fill the gap between the streams. Rounded only once: torch subtracts in fp32.
+                # The layer fills the gap between the streams. It is rounded only once: torch subtracts in fp32.
                 S, h = dense[write.sum], _as_matrix(taken[write.stream])
                 sums.add_cross(layer.name, (S - h).to(X.dtype), X)
                 if layer.bias is not None:
-                    # Apart from the gap, which it would make a number with more digits.
+                    # It is subtracted apart from the gap, which would have more digits with it.
                     sums.crosses[layer.name].addr_(layer.bias.float(), X.float().sum(0), alpha=-1)
     backend.mirror_lower(sums.grams[gram])
-    # X^T (X_dense - X), of all layers that do not write to the stream.
+    # X^T (X_dense - X) of all layers that do not write to the stream.
     shared = Cross("inputs", sums.crosses.pop("")) if "" in sums.crosses else None
     crosses = {name: Cross("streams", matrix) for name, matrix in sums.crosses.items()}
     crosses |= {layer.name: shared for layer in stage.layers if shared and layer.name not in crosses}
@@ -209,15 +212,16 @@ def _measure_known(
 
 
 def _dense_tensors(stage: Stage, pair: Pair, j: int) -> dict[Point | None, Tensor]:
-    """What a stage is compared with in micro-batch j of the dense model, which moves on.
+    """Find what a stage is compared with in micro-batch j of the dense model, and move the micro-batch on.
 
-    By point, the input if a layer needs it, and the streams behind the layers that write to them; None is the block's
-    output. All are matrices, (tokens, width).
+    Returns:
+        Matrices (tokens, width) by point: the input if a layer needs it, and the streams after the layers that write to
+        them. The block's output stands under None.
     """
     compared = {write.sum for write in stage.writes.values()}
     if len(stage.writes) < len(stage.layers):
         compared.add(stage.input)
-    wanted = {point for point in (*compared, stage.behind) if point is not None}
+    wanted = {point for point in (*compared, stage.next_start) if point is not None}
     end = None if stage.final or None in compared else max(wanted, key=lambda point: point.call)
     taken, output = pair.dense.part(pair.number, j, pair.dense_block, take=wanted, end=end)
     tensors: dict[Point | None, Tensor] = dict(taken.items())
@@ -225,24 +229,24 @@ def _dense_tensors(stage: Stage, pair: Pair, j: int) -> dict[Point | None, Tenso
         tensors[None] = hidden_of(output.returned)
     if stage.final and output is not None:
         pair.dense.leave(pair.number, j, output)
-    elif stage.behind is not None:
-        pair.dense.put(pair.number, j, taken[stage.behind])
+    elif stage.next_start is not None:
+        pair.dense.put(pair.number, j, taken[stage.next_start])
     return {point: _as_matrix(tensors[point]) for point in compared}
 
 
 def _measure_watched(
     stage: Stage, pair: Pair, backend: Backend, selected: Selector, passing: Container[int]
 ) -> Captured:
-    """Measure layers that have to be watched: experts, and layers whose outputs in both models are recorded."""
+    """Measure layers that have to be watched: experts, and layers whose outputs are recorded in both models."""
     run_dense = partial(pair.dense.part, pair.number, block=pair.dense_block)
 
     def move(j: int, ran: tuple[object, BlockRun] | None) -> None:
-        """Move the dense model's micro-batch on, with a run that is as long where there is one."""
+        """Move the dense model's micro-batch on; a run that went far enough is not made again."""
         if stage.final:
             pair.dense.leave(pair.number, j, ran[1] if ran else pair.dense.output(pair.number, j, pair.dense_block))
-        elif stage.behind is not None:
-            taken, _ = run_dense(j, take=(stage.behind,), end=stage.behind)
-            pair.dense.put(pair.number, j, taken[stage.behind])
+        elif stage.next_start is not None:
+            taken, _ = run_dense(j, take=(stage.next_start,), end=stage.next_start)
+            pair.dense.put(pair.number, j, taken[stage.next_start])
 
     micro_batches = range(len(pair.pruned))
     # Experts are not compared with the dense model.

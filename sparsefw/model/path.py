@@ -1,12 +1,12 @@
-"""What a model's own forward runs through: its blocks, in the order of their calls, and what they hand on.
+"""Find the path of a model's own forward: its blocks, in the order of their calls, and how they hand tensors on.
 
-A model may hold more: a tower for images or sound, blocks that look at what the tower puts out, layers that predict
+A model may have other parts: a tower for images or sound, blocks that read the tower's output, layers that predict
 further tokens. The forward itself shows what is used, on a few tokens or on a batch of a caller, so that no
-architecture is named here. Blocks of several lists are one after the other, as those of an encoder and a decoder are.
+architecture is named here. Blocks of several lists come one after the other, such as those of an encoder and a decoder.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,26 +20,32 @@ from transformers import PreTrainedModel
 from sparsefw.arithmetic import computed
 from sparsefw.data.batches import Batch, token_batch
 from sparsefw.errors import InputError
-from sparsefw.model.recorder import Recorder
-from sparsefw.model.recording import Recording, objects_of, rebuilt
-from sparsefw.model.slots import filled, slots_of
-from sparsefw.model.stand_ins import (
+from sparsefw.model.nested import objects_of, rebuilt
+from sparsefw.model.stubs import (
     BATCHES,
     TEXT,
     Forms,
     ForwardFailed,
+    MakeStub,
     NotABlock,
-    StandIn,
     block_type,
     explained,
-    run_replaced,
+    run_with_stubs,
 )
+from sparsefw.model.swap import filled, slots_of
+from sparsefw.model.tape import tensors_in
+from sparsefw.model.trace import Trace
+from sparsefw.model.tracer import Tracer
 
 # A few tokens are enough for every kind of attention.
 FEW_TOKENS = token_batch(torch.zeros(1, 8, dtype=torch.int64))
 
 # Modules whose weights are no layers.
 _NO_LAYERS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# Functions that ask a tensor for its form alone. Asking for the device needs the tensor there.
+_FORM = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "requires_grad", "is_meta")}
+_FORM |= {Tensor.size, Tensor.dim, Tensor.numel}
 
 # Inside its `with` block, the tensors of modules are where they are needed.
 Ready = Callable[[Iterable[nn.Module]], AbstractContextManager[None]]
@@ -50,18 +56,18 @@ Stacks = dict[str, dict[str, nn.Module]]
 
 @dataclass(frozen=True)
 class Path:
-    """What a forward runs through.
+    """The path of a forward through a model.
 
     Attributes:
         runs: the module whose forward it is: the model, or its text model where the model's own forward cannot do
             without other input.
-        input_kind: what the forward is given, in words.
+        input_kind: the kind of input, in words.
         blocks: the blocks by name.
-        order: their names in the order of their calls. One that is called twice stands there twice.
+        order: their names in the order of their calls. A block that is called twice stands there twice.
         unused: the blocks of the same lists that are not called, by name.
         reads: names of the parameters and stored buffers outside of the blocks that are read, all names of tied ones.
-        flow: how the blocks hand tensors on.
-        forms: what the blocks return.
+        flow: the trace of the forward.
+        forms: the forms of what the blocks return.
         logits_itemsize: bytes of an entry of the logits; 0 without any.
         passed_over: by the name of a list, why its modules are no blocks.
     """
@@ -72,14 +78,14 @@ class Path:
     order: list[str]
     unused: dict[str, nn.Module]
     reads: frozenset[str]
-    flow: Recording
+    flow: Trace
     forms: Forms
     logits_itemsize: int
     passed_over: dict[str, str] = field(default_factory=dict)
 
 
 def path_through(model: nn.Module, batch: Batch | None, outside: Ready, inside: Ready, device: torch.device) -> Path:
-    """The path of a batch through a model.
+    """Find the path of a batch through a model.
 
     Args:
         model: the model.
@@ -101,7 +107,7 @@ def path_through(model: nn.Module, batch: Batch | None, outside: Ready, inside: 
         except InputError as error:
             failed = failed or error
             if not isinstance(error, ForwardFailed):
-                # A forward that runs, and is refused for what it does, must not be replaced by another one.
+                # A forward that runs, and is refused for what it does, is not replaced by another one.
                 break
     assert failed is not None
     raise failed
@@ -128,7 +134,7 @@ def _path(model: nn.Module, runs: nn.Module, batch: Batch, input_kind: str, outs
 
 
 def _stacks(model: nn.Module, passed_over: dict[str, str]) -> Stacks:
-    """The outermost lists of modules that may be blocks."""
+    """Find the outermost lists of modules that may be blocks."""
     found: Stacks = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -150,13 +156,13 @@ def _may_be_block(module: nn.Module) -> bool:
 
 
 class _Forward:
-    """A model's own forward, with stand-ins for the blocks.
+    """A model's own forward, with stubs for the blocks.
 
     Args:
         runs: the model whose forward it is.
         stacks: lists of what may be its blocks.
         batch: the arguments of the forward.
-        input_kind: what these are, in words, for messages.
+        input_kind: the kind of input, in words, for messages.
         inside: inside its `with` block, modules of a block have their tensors where they are needed.
     """
 
@@ -165,7 +171,6 @@ class _Forward:
         self._batch, self._input_kind, self._inside = batch, input_kind, inside
         self._blocks = {name: block for stack in stacks.values() for name, block in stack.items()}
         self._forms = Forms()
-        self._logits_itemsize = 0
         # The attributes of modules before they were run.
         self._before: dict[nn.Module, dict[str, Any]] = {}
 
@@ -173,8 +178,8 @@ class _Forward:
     def path(self, model: nn.Module, outside: Ready) -> Path | None:
         """Run the forward, and look at what it uses; None if it calls no block.
 
-        The first block of each kind is run, and shows what the others return. So is each block that is given objects,
-        which it may change. Then the forward is run once more. Nothing in it may depend on what the blocks did.
+        The first block of each type is run, and shows what the others return. So is each block that is given objects,
+        which it may change. Then the forward is run once more with other stubs. Both runs have to do the same.
 
         Args:
             model: the whole model.
@@ -188,9 +193,12 @@ class _Forward:
         with outside(module for module in model.modules() if module not in in_blocks):
             slots = slots_of(model.named_modules(remove_duplicate=False))
             stored = {slot.path: id(slot.own) for slot in slots if not slot.own.is_meta}
+            weights = {f"{name}.{inner}": x for name, m in self._blocks.items() for inner, x in m.named_parameters()}
             watched = {key: name for name, key in stored.items()}
+            first = _Reads(self._kind, self._batch.tensors, weights, watched)
+            second = Tracer(self._kind, self._batch.tensors, weights)
             try:
-                first = self._run(self._run_block, watched)
+                returned = self._run(self._run_block, first)
             finally:
                 for module, attributes in self._before.items():
                     vars(module).clear()
@@ -198,12 +206,13 @@ class _Forward:
             if not (names := first.names):
                 return None
             try:
-                same = self._run(partial(self._run_block, again=True), watched).trace == first.trace
+                self._run(partial(self._run_block, again=True), second)
+                same = second.summary() == first.summary()
             except ForwardFailed:
                 same = False
             if not same:
-                # Made of blocks' outputs without a torch function, say, or of objects that blocks change: what is done
-                # with it would count as a constant.
+                # Something is made of blocks' outputs without a torch function, say, or of objects that blocks change:
+                # it would count as a constant.
                 raise InputError(
                     f"unsupported model {self._kind}: what its forward does around its blocks depends on what they "
                     "return or change in a way that cannot be followed, or on chance"
@@ -212,9 +221,10 @@ class _Forward:
                 raise InputError(
                     f"unsupported model {self._kind}: {names[0]} runs more than once in a forward, and so do all blocks"
                 )
-            recording = first.recording()
+            trace = first.trace()
         read = {stored[name] for name in first.read}
-        windows_first = self._input_kind != TEXT or recording.hidden.shape[:2] == FEW_TOKENS.tensors[0].shape
+        logits = getattr(returned, "logits", None)
+        windows_first = self._input_kind != TEXT or trace.hidden.shape[:2] == FEW_TOKENS.tensors[0].shape
         used = [stack for stack in self._stacks.values() if not stack.keys().isdisjoint(names)]
         return Path(
             runs=self._runs,
@@ -224,23 +234,19 @@ class _Forward:
             unused={name: block for stack in used for name, block in stack.items() if name not in names},
             reads=frozenset(name for name, key in stored.items() if key in read),
             # They are those of a few tokens, and may be copies of weights.
-            flow=replace(recording, constants=[], windows_first=windows_first),
+            flow=replace(trace, constants={}, windows_first=windows_first),
             forms=self._forms,
-            logits_itemsize=self._logits_itemsize,
+            logits_itemsize=logits.element_size() if isinstance(logits, Tensor) else 0,
         )
 
-    def _run(self, stand_in: StandIn, watched: dict[int, str]) -> Recorder:
+    def _run(self, make_stub: MakeStub, tracer: Tracer) -> Any:
         """Run the forward."""
-        recorder = Recorder(self._kind, self._batch.tensors, self._blocks, watched=watched)
-        returned = run_replaced(self._runs, self._blocks, self._batch, self._input_kind, stand_in, recorder)
-        logits = getattr(returned, "logits", None)
-        self._logits_itemsize = logits.element_size() if isinstance(logits, Tensor) else 0
-        return recorder
+        return run_with_stubs(self._runs, self._blocks, self._batch, self._input_kind, make_stub, tracer)
 
     def _run_block(self, i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool = False) -> Any:
-        """What stands for a block's output, with the block's changes to the objects that it is given.
+        """Make the stub for a block's output, with the block's changes to the objects that it is given.
 
-        In a second forward, `again`, it has other values, and there are no changes.
+        In the second forward, `again`, the stub has other numbers, and there are no changes.
         """
         block, objects = self._blocks[name], objects_of((*args, *kwargs.values()))
         kind = block_type(block)
@@ -256,8 +262,32 @@ class _Forward:
         return form.after(args[0], _other_values if again else Tensor.detach)
 
 
+class _Reads(Tracer):
+    """A tracer that notes which tensors the forward reads.
+
+    Args:
+        model, arguments, weights: as for `Tracer`.
+        watched: names of tensors, by their ids.
+
+    Attributes:
+        read: names of the watched tensors that a function reads, in a block or outside.
+    """
+
+    def __init__(
+        self, model: str, arguments: list[Tensor], weights: Mapping[str, Tensor], watched: Mapping[int, str]
+    ) -> None:
+        super().__init__(model, arguments, weights)
+        self._watched, self.read = watched, set[str]()
+
+    def record(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Make a call, and record it."""
+        if func not in _FORM:
+            self.read |= {self._watched[id(x)] for x in tensors_in((args, kwargs)) if id(x) in self._watched}
+        return super().record(func, args, kwargs)
+
+
 def _other_values(x: Tensor) -> Tensor:
-    """A tensor of the same form with other values; indices are those of the tensor in another order."""
+    """A tensor of the same form with other numbers; indices are those of the tensor in another order."""
     if not (x.is_floating_point() or x.is_complex()):
         return x.flip(tuple(range(x.dim())))
     return torch.linspace(0.5, 1.5, x.numel(), device=x.device).view(x.shape).to(x.dtype)
@@ -265,9 +295,10 @@ def _other_values(x: Tensor) -> Tensor:
 
 @contextmanager
 def zeros_in(modules: Iterable[nn.Module], in_fp32: bool = False) -> Iterator[None]:
-    """Inside the `with` block, these modules have zeros in place of tensors on the meta device; tied ones stay tied.
+    """Give modules zeros in place of tensors on the meta device inside the `with` block; tied tensors stay tied.
 
-    All of them are views of one piece of memory, as large as the largest, that is never written to. So it takes none.
+    All of them are views of one piece of memory, which is as large as the largest tensor. It is never written to, so
+    that the system gives no memory for it.
     """
     slots = [slot for slot in slots_of(("", module) for module in modules) if slot.own.is_meta]
     forms = {slot: computed(slot.own, in_fp32) for slot in slots}

@@ -1,4 +1,4 @@
-"""Settings under which a forward returns no more than a run needs, and shows all its products."""
+"""Settings of transformers and torch with which a forward returns no more than a run needs, and shows all products."""
 
 import types
 from collections.abc import Callable, Iterator
@@ -16,9 +16,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 @contextmanager
 def attention_by_calls() -> Iterator[None]:
-    """Inside the `with` block, `nn.MultiheadAttention` multiplies with one matrix at a time.
+    """Let `nn.MultiheadAttention` multiply with one matrix at a time inside the `with` block.
 
-    By itself it calls one fused function, or one function of Python whose inside a torch function mode does not see.
+    By default it calls one fused function, or one function of Python, and a torch function mode does not see the calls
+    inside.
     """
     fast, whole = torch.backends.mha.get_fastpath_enabled(), functional.multi_head_attention_forward
     try:
@@ -31,7 +32,7 @@ def attention_by_calls() -> Iterator[None]:
 
 
 def _not_dispatched(function: Any) -> Any:
-    """The same function of Python, which is not handed to a torch function mode as a whole."""
+    """Copy a function of Python so that a torch function mode sees the calls inside of it."""
     names = function.__globals__ | {"has_torch_function": lambda operands: False}
     same = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     same.__kwdefaults__ = function.__kwdefaults__
@@ -39,10 +40,11 @@ def _not_dispatched(function: Any) -> Any:
 
 
 def one_by_one(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """A forward of transformers' experts that multiplies with one at a time, and for which the host waits once.
+    """Run transformers' experts one at a time, with a single wait for the GPU.
 
-    Its calls are those of transformers' own loop, "eager", in the same order, so that they give the same bits. The loop
-    reads each expert's number and tokens, and waits for the GPU five times an expert; here tokens are sorted by expert.
+    The calls are those of transformers' own loop, "eager", in the same order, so that they give the same bits. That
+    loop reads each expert's number and tokens, and waits for the GPU five times an expert. Here tokens are sorted by
+    expert.
 
     Args:
         experts: a module of `use_experts_implementation`.
@@ -55,7 +57,7 @@ def one_by_one(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
         order = chosen.argsort(stable=True)
         numbers = torch.arange(experts.num_experts + 1, device=chosen.device)
         bounds = torch.searchsorted(chosen[order], numbers).tolist()
-        # By expert, and then as the loop has them: the place among a token's experts, and the token.
+        # Sorted by expert, and then in the loop's order: the place among a token's experts, and the token.
         places, tokens = order.div(max(1, count), rounding_mode="floor"), order % max(1, count)
 
     def product(x: Tensor, name: str, n: int) -> Tensor:
@@ -85,28 +87,28 @@ ALL_EXPERTS_FUNCTIONS.register(ONE_BY_ONE, one_by_one)
 
 @contextmanager
 def masks_kept() -> Iterator[None]:
-    """Inside the `with` block, blocks of transformers are given a mask wherever a batch has one, or they have a window.
+    """Give blocks of transformers a mask inside the `with` block wherever a batch has one, or the block has a window.
 
-    By itself it leaves out a mask that hides nothing. So a block would run otherwise for a batch without padding, or
-    for one that is shorter than the window, than for others.
+    By default transformers leaves out a mask that hides nothing. So a block would run differently for a batch without
+    padding, or shorter than the window.
     """
-    # They say whether a mask is left out.
+    # These functions say whether a mask is left out.
     names = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
     before = {name: getattr(masking_utils, name) for name in names}
     try:
-        vars(masking_utils).update({name: partial(_ignores_none, ignores) for name, ignores in before.items()})
+        vars(masking_utils).update({name: partial(_ignores_mask, ignores) for name, ignores in before.items()})
         yield
     finally:
         vars(masking_utils).update(before)
 
 
-def _ignores_none(ignores: Callable[..., bool], mask: Tensor | None, *sizes: Any) -> bool:
+def _ignores_mask(ignores: Callable[..., bool], mask: Tensor | None, *sizes: Any) -> bool:
     # The last of the sizes is the window.
     return mask is None and sizes[-1] is None and ignores(mask, *sizes)
 
 
-# Entries of a config, and their values in a run: a forward returns no more than is needed, and keeps no keys and values
-# of a cache; mixtures multiply with one expert at a time, where the input of each is seen.
+# Entries of a config, and their values in a run: a forward returns no more than is needed, and fills no cache of keys
+# and values; mixtures multiply with one expert at a time, so that the input of each is seen.
 _ENTRIES: dict[str, Any] = {"output_hidden_states": False, "output_attentions": False, "output_router_logits": False}
 _ENTRIES |= {"return_dict": True, "use_cache": False, "_experts_implementation_internal": ONE_BY_ONE}
 
@@ -126,9 +128,9 @@ def _ask(config: Any) -> None:
 
 @contextmanager
 def asked_for_no_more(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Inside the `with` block, a model in memory is in evaluation mode, and its configs have the entries of a run.
+    """Put a model in memory into evaluation mode, with the config entries of a run, inside the `with` block.
 
-    Yields a function that sets all back before its end: a model is written with its own config.
+    Yields a function that sets all back earlier: a model is written with its own config.
     """
     # Modules may share a config.
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()

@@ -1,4 +1,4 @@
-"""A checkpoint's model without its weights, how tensors get into it, and all else that is private to transformers.
+"""A checkpoint's model without its weights, the loading of tensors into it, and all else private to transformers.
 
 The skeleton is the model's own class, whole, and costs no memory: parameters are on the meta device, and only buffers
 that are computed, not stored (rotary tables, masks), are real. Tensors are loaded when they are needed, a block at a
@@ -38,7 +38,7 @@ from sparsefw.checkpoint.tensors import Loadable, TensorInfo
 from sparsefw.errors import InputError, errors_in_one_line, first_line, shown
 from sparsefw.memory import to_host
 from sparsefw.model.settings import ONE_BY_ONE, ask_for_no_more
-from sparsefw.model.slots import restore, slots_of
+from sparsefw.model.swap import restore, slots_of
 
 # Computed buffers of real models take a few MiB; a config that asks for more than its checkpoint's size is no model's.
 BUFFERS_ALLOWED = 64 * 2**20
@@ -68,7 +68,7 @@ class Skeleton:
     replaced: str = ""
 
     def load(self, tensors: Mapping[str, Loadable], device: torch.device) -> dict[str, Tensor]:
-        """Parameters made of tensors of the checkpoint, by their names. They may share the tensors' memory.
+        """Make parameters of tensors of the checkpoint, by their names. They may share the tensors' memory.
 
         Quantized tensors are dequantized on the device.
 
@@ -88,14 +88,14 @@ class Skeleton:
             restore(slots)
 
     def names_of(self, tensors: Iterable[str]) -> dict[str, list[str]]:
-        """Names of tensors by the parameter that they go into; those that go into none are left out."""
+        """List the names of tensors by the parameter that they go into, without those that go into no parameter."""
         names: dict[str, list[str]] = {}
         for name, parameter in _destinations(self.model, tensors, self.conversions).items():
             names.setdefault(parameter, []).append(name)
         return names
 
     def exported(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters by their names in the model, under the checkpoint's names and in its form, see `to_host`."""
+        """Turn parameters, by their names in the model, into the checkpoint's tensors, on the host, see `to_host`."""
         return {k: to_host(v) for k, v in revert_weight_conversion(self.model, tensors).items()}
 
 
@@ -103,7 +103,7 @@ def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
     """Build a checkpoint's model from its config, and compare it with the checkpoint's headers; reads no tensor.
 
     Args:
-        checkpoint: the checkpoint. Without tensors it is a config alone: all that its class has are taken to be there.
+        checkpoint: the checkpoint. Without tensors it is a config alone: all tensors of its class count as there.
         as_named: whether to take the class that the config names, though it may generate no text.
 
     Raises:
@@ -117,7 +117,7 @@ def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The config of a checkpoint, with the defaults of its class, and without quantization.
+    """Read the config of a checkpoint, with the defaults of its class, and without quantization.
 
     For a quantized model transformers would ask for the libraries and the GPU that it needs. The checkpoint's tensors
     are dequantized before transformers sees them.
@@ -173,10 +173,10 @@ def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
 def class_of(
     config: PretrainedConfig, place: Path, as_named: bool = False
 ) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """The class of a config's model, and the config that the class takes: the text part of one, for a class of text.
+    """Find the class of a config's model, and the config that the class takes: for a class of text, the text part.
 
-    It is the class that the config names, if transformers lists it for generating text. Otherwise it is what the lists
-    say for the config, models of text alone first. No code of a checkpoint is run.
+    It is the class that the config names, if transformers lists it for generating text. Otherwise it is the class that
+    the lists have for the config, models of text alone first. No code of a checkpoint is run.
 
     Args:
         config: the config as transformers has read it.
@@ -200,12 +200,12 @@ def class_of(
 
 
 def _generating_class(config: PretrainedConfig, as_named: bool) -> type[PreTrainedModel] | None:
-    """The class of transformers that the config names, if it is in a list of those that generate text, and takes it.
+    """Find the class that the config names, if transformers lists it for generating text, and it takes this config.
 
-    Otherwise the class that the lists have for this type of config; None if they have none. The config of an encoder
-    and a decoder has to name its class, and the class has to be in the first list: there are decoders in it that run
-    alone. Another one's decoder would be pruned without what it reads of the encoder. An encoder that fills in masked
-    tokens has to name a class that generates text, too: with another one it sees the tokens that it would predict.
+    Otherwise it is the class that the lists have for this type of config; None if there is no such class. The config of
+    an encoder and a decoder has to name its class, and the class has to be in the first list, where decoders run alone.
+    Another decoder would be pruned without the encoder's output, which it reads. An encoder that fills in masked tokens
+    has to name a class that generates text, too: with another class it sees the tokens that it would predict.
     """
     lists = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING") for task in _GENERATING]
     lists = lists[:1] if config.is_encoder_decoder else lists
@@ -225,7 +225,7 @@ def _generating_class(config: PretrainedConfig, as_named: bool) -> type[PreTrain
 
 
 def _on_batches(names: Any, place: Path) -> str:
-    """How a model of a class that a config names is pruned from Python."""
+    """Say how a model of a class that a config names is pruned from Python."""
     name = names[0] if isinstance(names, list) and has_class(names[:1]) else "AutoModel"
     reads = getattr(getattr(transformers, name), "main_input_name", "input_ids")
     return (
@@ -242,7 +242,7 @@ def has_class(names: object) -> bool:
 
 
 def max_seqlen(config: PretrainedConfig) -> int | None:
-    """Tokens in the longest window that a model takes; None if its config sets no limit."""
+    """Number of tokens in the longest window that a model takes; None if its config sets no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -254,18 +254,18 @@ def _load_tensors(
     device: torch.device,
     conversions: list[WeightTransform],
 ) -> Any:
-    """Convert tensors and put them into a model, as `from_pretrained` does; what transformers reports of it.
+    """Convert tensors and put them into a model, as `from_pretrained` does; returns the report of transformers.
 
     Args:
         model: the model, whose other parameters stay as they are.
         tensors: tensors of the checkpoint by name, all those of the parameters that they go into; or meta tensors.
         dtype: dtype for the parameters.
         device: device for the parameters.
-        conversions: how tensors of a checkpoint get into a model of its class; e.g. experts are stacked.
+        conversions: how tensors of a checkpoint are renamed and stacked for a model of its class.
 
     Raises:
-        OutOfMemoryError: the GPU's memory is full.
-        MemoryError: that of the host is.
+        OutOfMemoryError: the memory of the GPU is full.
+        MemoryError: the memory of the host is full.
     """
     conversions_of_all = getattr(model, "_weight_conversions", None)
     options = LoadStateDictConfig(
@@ -275,13 +275,13 @@ def _load_tensors(
         # Its annotation names two of the subclasses, and it takes all.
         weight_mapping=conversions,  # type: ignore[arg-type]
     )
-    # It lists all parameters of the model. Whoever watches for one that is read would take that for reading.
+    # It lists all parameters of the model, which must not count as reading them.
     with torch._C.DisableTorchFunction():
         report, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options)
     # Loading replaces these conversions by those of the loaded tensors. `Skeleton.exported` needs those of all tensors.
     if conversions_of_all is not None:
         model._weight_conversions = conversions_of_all
-    # transformers has caught what was raised while it joined tensors.
+    # transformers catches exceptions while it joins tensors.
     for text in report.conversion_errors.values():
         if "OutOfMemoryError" in text:
             raise torch.OutOfMemoryError(next(line for line in text.splitlines() if "OutOfMemoryError" in line))
@@ -291,7 +291,7 @@ def _load_tensors(
 
 
 def _destinations(model: PreTrainedModel, names: Iterable[str], conversions: list[WeightTransform]) -> dict[str, str]:
-    """The parameter that each tensor of a checkpoint becomes, or becomes a part of. Unused tensors are left out."""
+    """Find the parameter that each tensor of a checkpoint becomes, or becomes a part of, without unused tensors."""
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     state, parameter_of = model.state_dict(), {}
@@ -329,12 +329,12 @@ def _check(report: Any, empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
         text = f"{missing[0]}: this tensor is missing from the checkpoint ({len(missing)} in all)"
         named: Any = checkpoint.config.get("architectures")
         if has_class(named) and type(empty).__name__ not in named:
-            # Its own class may have all, as that of an encoder without a head has.
+            # Its own class may need no more, such as an encoder without a head.
             text += f": {named[0]} generates no text; prune it {_on_batches(named, checkpoint.folder)}"
         raise InputError(text)
     size = sum(buffer.nbytes for buffer in empty.buffers())
     if size > BUFFERS_ALLOWED + checkpoint.nbytes:
-        raise InputError(f"{checkpoint.folder / CONFIG}: asks for tables of {size / 2**30:.1f} GiB beside the weights")
+        raise InputError(f"{checkpoint.folder / CONFIG}: asks for tables of {size / 2**30:.1f} GiB besides the weights")
 
 
 def attention_implementation(model: PreTrainedModel) -> str:

@@ -1,9 +1,8 @@
-"""What one micro-batch through a block shows of its layers, and the stages in which they are pruned.
+"""Survey the layers of a block by one micro-batch, and find the stages in which they are pruned.
 
-A recorded forward shows how the block goes from its input to its output: which call makes a tensor, and which calls
-read it. A tensor is enough to go on from, if no later call reads anything that was made before it. A cut is such a
-tensor that has the form of the hidden states: the sum behind the attention is one in most models. It can take the
-block's input's place, and later layers need no more of the block than what lies behind it.
+A recorded forward shows how the block's output is made of its input. A cut is a tensor of the form of the hidden states
+after which no call reads anything that was made before it: in most models the sum after the attention is one. It can
+take the place of the block's input in memory, and later layers need only the part of the block after it.
 """
 
 from collections.abc import Callable
@@ -16,24 +15,24 @@ from torch import Tensor, nn
 
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.experts import experts_of
-from sparsefw.model.layers import BlockTape, Layer, ResidualWrite, Role, Stage, by_input, is_expert, record_block
-from sparsefw.model.parts import INPUT, SAME, Point, next_point, run_part
-from sparsefw.model.stand_ins import hidden_of
-from sparsefw.model.tape import Op, Value
+from sparsefw.model.layers import Layer, ResidualWrite, Role, Stage, by_input, is_expert
+from sparsefw.model.partial_forward import INPUT, SAME, Point, next_point, run_part
+from sparsefw.model.products import BlockTape, record_block
+from sparsefw.model.stubs import hidden_of
+from sparsefw.model.tape import READING, Op, TapeValue
 from sparsefw.model.watch import Outputs, Selector, Watch, everything
 
-# Stands for the block's caller, who reads its output after all calls.
+# The number of the block's caller, who reads its output after all calls.
 _CALLER = 1 << 60
 
-# Functions that read values of a tensor, by name. What a block does behind them may depend on what they read.
-_VALUES = {"__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "item", "tolist", "numpy"}
-_VALUES |= {"equal", "allclose", "is_nonzero", "nonzero", "argwhere", "unique", "unique_consecutive", "masked_select"}
+# Names of functions whose results have a shape that depends on the numbers in a tensor.
+_SHAPED = {"nonzero", "argwhere", "unique", "unique_consecutive", "masked_select"}
 
-# Runs a micro-batch through a block: called with the block's input, returns what the block does.
+# Runs a micro-batch through a block: called with the block's input, returns the block's output.
 RunBlock = Callable[[Tensor], Any]
 
-# Why blocks with a trace of this signature cannot be run in parts; empty if they can.
-Confirmed = dict[tuple, str]
+# By the signature of surveys, why their blocks cannot be run in parts; empty if they can.
+SplitFailures = dict[tuple, str]
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,11 @@ class Survey:
     Attributes:
         layers: the selected layers, in the order of use.
         roles: the role of each.
-        cuts: where the block can go on from its residual stream: the first cut between each two layers that are used
-            one after the other, where there is one.
+        cuts: the points at which the block can go on from its residual stream: the first cut between each two layers
+            that are used one after the other, where there is one.
         ignored: names of the layers that were seen and not selected.
         experts: names of modules that may be experts.
-        signature: surveys with equal ones are of blocks that make the same calls.
+        signature: a comparable form. Surveys with equal ones are of blocks that make the same calls.
     """
 
     layers: list[Layer]
@@ -65,24 +64,24 @@ def survey(
     selected: Selector = everything,
     *,
     handed_on: Callable[[Any], Any] = lambda returned: (),
-    confirmed: Confirmed | None = None,
+    split_failures: SplitFailures | None = None,
     experts: frozenset[str] | None = None,
 ) -> Survey:
-    """Look at the layers of a block.
+    """Survey the layers of a block.
 
     Args:
         block, run, hidden, handed_on: as for `record_block`.
         selected: selects the layers to look at.
-        confirmed: what is known of other blocks, see `confirm`.
+        split_failures: what is known of other blocks, see `confirm`.
         experts: names of modules that may be experts; None: those of `experts_of`.
     """
     tape, output = record_block(block, run, hidden, handed_on)
     found = survey_tape(tape, experts_of(block) if experts is None else experts, selected)
-    return confirm(found, run, hidden, output, {} if confirmed is None else confirmed)
+    return confirm(found, run, hidden, output, {} if split_failures is None else split_failures)
 
 
 def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector = everything) -> Survey:
-    """What a recorded forward shows of the layers of a block; whether it runs in parts is not known yet.
+    """Survey a recorded forward of a block; whether the block runs in parts is not known yet.
 
     Args:
         tape: the forward.
@@ -91,8 +90,7 @@ def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector = e
     """
     watch, flow = Watch(tape.names, experts, selected), _Dataflow(tape, experts)
     for op in tape.ops:
-        products = [*filter(watch.see, tape.products.get(op.number, ()))]
-        watch.outputs.follow(products, op.function, op.args, op.kwargs, op.inputs, op.out)
+        watch.outputs.follow(op, [*filter(watch.see, tape.products.get(op.number, ()))])
     roles = {name: flow.role(name, watch.outputs) for name in watch.layers}
     # Equal functions and forms of all outputs mean equal forwards.
     made = [(op.name, tuple(tuple(x.shape) for x in op.made)) for op in tape.ops]
@@ -100,8 +98,27 @@ def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector = e
     return Survey([*watch.layers.values()], roles, flow.cuts, tuple(watch.ignored), experts, signature)
 
 
+@dataclass
+class _Call:
+    """A call in the dataflow of a block. The block's input counts as call 0.
+
+    Attributes:
+        point: the point of its output.
+        last_read: number of the last call that reads its output.
+        same_as: number of the call whose output has the same numbers, perhaps in another shape.
+        follows: whether its output follows from the block's input.
+        like_hidden: whether its output has the form of the hidden states.
+    """
+
+    point: Point
+    last_read: int
+    same_as: int
+    follows: bool = False
+    like_hidden: bool = False
+
+
 class _Dataflow:
-    """What follows from the block's input in a recorded forward. A call is an operation; 0 is the block's input.
+    """What follows from the block's input in a recorded forward.
 
     Args:
         tape: the forward.
@@ -113,67 +130,67 @@ class _Dataflow:
 
     def __init__(self, tape: BlockTape, experts: frozenset[str]) -> None:
         self._tape, self._experts = tape, experts
-        self._points = [*accumulate(tape.ops, lambda point, op: next_point(point, op.function), initial=INPUT)]
-        self._follows = {0}
-        # By call: the last call that reads what it makes; and the call whose output holds the same numbers.
-        self._last_read = [0, *(op.number for op in tape.ops)]
-        self._same_as = [0, *(op.number for op in tape.ops)]
-        # The first call that reads values, on which later calls may depend; and the first that multiplies with an
-        # expert. Another micro-batch may number later calls differently: it takes another branch, or reaches others.
-        self._first_value = self._first_expert = _CALLER
-        # By layer, selected or not: the calls that multiply with it, and the points of their inputs. The point is None
-        # if it is not known, if the input was written to after it was made, or if the call multiplies with others, too.
+        points = accumulate(tape.ops, lambda point, op: next_point(point, op.function), initial=INPUT)
+        self._calls = [_Call(point, n, n) for n, point in enumerate(points)]
+        self._calls[0].follows = True
+        # The first call that reads numbers of a tensor, or multiplies with an expert. From there on another micro-batch
+        # may number calls differently: it takes another branch, or reaches other experts.
+        self._varying = _CALLER
+        # By layer, selected or not: the calls that multiply with it, and the points of their inputs. A point is None if
+        # it is not known, if the input was written to after it was made, or if the call multiplies with others, too.
         self._uses: dict[str, list[tuple[int, Point | None]]] = {}
-        # Calls that return something of the form of hidden states.
-        like_hidden: set[int] = set()
         for op in tape.ops:
-            sources = {call for x in op.inputs if (call := self._call_of(x)) is not None}
-            for product in tape.products.get(op.number, ()):
-                name, made = product.layer.name, self._unchanged(product.X) if product.alone else None
-                self._uses.setdefault(name, []).append((op.number, made))
-                if is_expert(name, experts):
-                    self._first_expert = min(self._first_expert, op.number)
-            if sources and _reads_values(op):
-                self._first_value = min(self._first_value, op.number)
-            # A shape or a dtype is the same for a tensor without data.
-            if not op.made or not sources:
-                continue
-            self._follows.add(op.number)
-            for call in sources:
-                self._last_read[call] = op.number
-            if op.name in SAME and len(sources) == 1:
-                self._same_as[op.number] = self._same_as[min(sources)]
-            if isinstance(op.out, Value) and (op.out.shape, op.out.dtype) == (tape.hidden.shape, tape.hidden.dtype):
-                like_hidden.add(op.number)
+            self._add(op)
         for x in (tape.output, *tape.handed_on):
             if (call := self._call_of(x)) is not None:
-                self._last_read[call] = _CALLER
-        self.cuts = self._find_cuts(like_hidden)
+                self._calls[call].last_read = _CALLER
+        self.cuts = self._find_cuts()
+
+    def _add(self, op: Op) -> None:
+        """Add the next call."""
+        sources = {call for x in op.inputs if (call := self._call_of(x)) is not None}
+        products = self._tape.products.get(op.number, ())
+        for product in products:
+            made = self._unchanged(product.X) if product.alone else None
+            self._uses.setdefault(product.layer.name, []).append((op.number, made))
+        if (sources and _reads_values(op)) or any(is_expert(p.layer.name, self._experts) for p in products):
+            self._varying = min(self._varying, op.number)
+        # A shape or a dtype is the same for a tensor without data.
+        if not op.made or not sources:
+            return
+        added = self._calls[op.number]
+        added.follows = True
+        for source in sources:
+            self._calls[source].last_read = op.number
+        if op.name in SAME and len(sources) == 1:
+            added.same_as = self._calls[min(sources)].same_as
+        hidden, out = self._tape.hidden, op.out
+        added.like_hidden = isinstance(out, TapeValue) and (out.shape, out.dtype) == (hidden.shape, hidden.dtype)
 
     def _call_of(self, x: object) -> int | None:
-        """The call that has made a value; None if it does not follow from the block's input."""
-        return x.maker if isinstance(x, Value) and x.maker in self._follows else None
+        """Number of the call that has made a value; None if it does not follow from the block's input."""
+        return x.maker if isinstance(x, TapeValue) and x.maker is not None and self._calls[x.maker].follows else None
 
     def _unchanged(self, x: object) -> Point | None:
         """The point of a value; None if it was written to by other means than the call itself."""
         if (call := self._call_of(x)) is None:
             return None
-        return self._points[call] if not call or x in self._tape.ops[call - 1].made else None
+        return self._calls[call].point if not call or x in self._tape.ops[call - 1].made else None
 
     def _varies(self, point: Point) -> bool:
         """Whether another micro-batch may number the point's call differently."""
-        return min(self._first_value, self._first_expert) <= point.call
+        return self._varying <= point.call
 
-    def _find_cuts(self, like_hidden: set[int]) -> list[Point]:
-        """The first cut between each two layers that are used one after the other, if there is one."""
-        calls = sorted(call for uses in self._uses.values() for call, _ in uses)
+    def _find_cuts(self) -> list[Point]:
+        """Find the first cut between each two layers that are used one after the other, if there is one."""
+        uses = sorted(call for uses in self._uses.values() for call, _ in uses)
         # By call: the last call that reads something made before it.
-        read_until = [0, *accumulate(self._last_read, max)]
+        read_until = [0, *accumulate((call.last_read for call in self._calls), max)]
         found = []
-        for before, after in pairwise(calls):
-            between = (call for call in range(before, after) if call in like_hidden and read_until[call] <= call)
-            if (cut := next(between, None)) is not None and not self._varies(self._points[cut]):
-                found.append(self._points[cut])
+        for before, after in pairwise(uses):
+            cuts = (n for n in range(before, after) if self._calls[n].like_hidden and read_until[n] <= n)
+            if (cut := next(cuts, None)) is not None and not self._varies(self._calls[cut].point):
+                found.append(self._calls[cut].point)
         return found
 
     def role(self, layer: str, outputs: Outputs) -> Role:
@@ -185,74 +202,74 @@ class _Dataflow:
             return Role(segment)
         stream, write = self.cuts[segment - 1] if segment else INPUT, None
         if sums := outputs.sums.get(layer):
-            behind = self.cuts[segment] if segment < len(self.cuts) else None
+            after = self.cuts[segment] if segment < len(self.cuts) else None
             other, out = sums[0]
-            ends = outputs.is_output(self._tape.output, layer) if behind is None else self._is_at(out, behind)
+            ends = outputs.pairs[layer][1] is self._tape.output if after is None else self._is_at(out, after)
             if len(sums) > 1 or not self._is_at(other, stream) or not ends:
                 return Role(segment)
-            write = ResidualWrite(stream, behind)
+            write = ResidualWrite(stream, after)
         saves = any(stream.call < use < made.call for uses in self._uses.values() for use, _ in uses)
-        return Role(segment, made, write, saves and self._enough(made, stream))
+        return Role(segment, made, write, saves and self._is_enough(made, stream))
 
     def _is_at(self, x: object, point: Point) -> bool:
-        """Whether a value holds the numbers of a point, perhaps in another shape."""
+        """Whether a value has the numbers of a point, perhaps in another shape."""
         call = self._call_of(x)
-        return call is not None and self._same_as[call] == self._same_as[point.call]
+        return call is not None and self._calls[call].same_as == self._calls[point.call].same_as
 
-    def _enough(self, point: Point, cut: Point) -> bool:
-        """Whether the block can go on from a point, if the cut before it is there as well."""
-        same = self._same_as[cut.call]
-        made_before = (n for n in range(point.call) if n < cut.call or self._same_as[n] != same)
-        return all(self._last_read[n] <= point.call for n in made_before)
+    def _is_enough(self, point: Point, cut: Point) -> bool:
+        """Whether the block can go on from a point, together with the cut before it."""
+        same = self._calls[cut.call].same_as
+        before = (call for n, call in enumerate(self._calls[: point.call]) if n < cut.call or call.same_as != same)
+        return all(call.last_read <= point.call for call in before)
 
 
 def _reads_values(op: Op) -> bool:
-    """Whether what follows a call, or the shape of its result, depends on values of tensors."""
+    """Whether later calls, or the shape of the result, may depend on the numbers in a tensor."""
     if op.name == "__getitem__":
         return any(x.dtype in (torch.bool, torch.uint8) for x in op.inputs[1:])
-    return op.name in _VALUES or (op.name == "where" and len(op.args) + len(op.kwargs) == 1)
+    return op.name in READING | _SHAPED or (op.name == "where" and len(op.args) + len(op.kwargs) == 1)
 
 
-def confirm(found: Survey, run: RunBlock, hidden: Tensor, output: Tensor, confirmed: Confirmed) -> Survey:
-    """A survey without the points of the block, unless the block runs in parts.
+def confirm(found: Survey, run: RunBlock, hidden: Tensor, output: Tensor, split_failures: SplitFailures) -> Survey:
+    """Take the points out of a survey, unless the block runs in parts.
 
     Args:
         found: the survey.
         run, hidden: as for `record_block`.
         output: the hidden states that the block returned.
-        confirmed: what is known of other blocks. The first block of a kind is run in parts, and the parts are compared
-            with the whole; those that make the same calls are not.
+        split_failures: what is known of other blocks. The first block of a kind is run in parts, and compared with
+            the whole. Blocks that make the same calls are not.
     """
-    if found.signature not in confirmed:
-        confirmed[found.signature] = _stays_whole(run, hidden, found, output)
-    if not confirmed[found.signature]:
+    if found.signature not in split_failures:
+        split_failures[found.signature] = _stays_whole(run, hidden, found, output)
+    if not split_failures[found.signature]:
         return found
     return replace(found, roles=dict.fromkeys(found.roles, Role()), cuts=[])
 
 
 def _stays_whole(run: RunBlock, hidden: Tensor, found: Survey, output: Tensor) -> str:
-    """Why a block cannot be run in parts; empty if its parts give what the whole gives, bit for bit."""
+    """Say why a block cannot be run in parts; empty if the parts give the output of the whole, bit for bit."""
     try:
         inputs = [(role, role.input) for role in found.roles.values() if role.input is not None]
         taken, whole = run_part(run, {INPUT: hidden}, {*found.cuts, *(point for _, point in inputs)})
         outputs = [hidden_of(whole)]
         starts: list[dict[Point, Tensor]] = [{INPUT: hidden}, *({cut: taken[cut]} for cut in found.cuts)]
-        kept = [starts[role.segment] | {point: taken[point]} for role, point in inputs if role.keepable]
+        kept = [starts[role.segment] | {point: taken[point]} for role, point in inputs if role.cacheable]
         outputs += [hidden_of(run_part(run, given)[1]) for given in (*starts[1:], *kept)]
     except torch.OutOfMemoryError:
         raise
     except (InputError, RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AttributeError) as error:
-        # A block that cannot do without data, because it branches on a value, say, is run as a whole.
+        # A block that cannot do without data, because it branches on a number, say, is run as a whole.
         return shown(first_line(error))
     same = all(torch.allclose(part, output, rtol=0, atol=0, equal_nan=True) for part in outputs)
     return "" if same else "its parts give other bits than the whole"
 
 
 def stages(surveyed: Survey) -> list[Stage]:
-    """The stages of a block in the order of use."""
+    """List the stages of a block in the order of use."""
     by_key = by_input(surveyed.layers, surveyed.experts)
     roles = [[surveyed.roles[layer.name] for layer in layers] for layers in by_key.values()]
-    # No layer of a stage, or of a later one, lies before the segment that its runs begin with.
+    # The runs of a stage begin with the lowest segment of its layers and of later ones.
     lowest = [min(role.segment for role in of_stage) for of_stage in roles]
     segments = [*accumulate(reversed(lowest), min)][::-1]
     starts, found = [INPUT, *surveyed.cuts], []
@@ -264,15 +281,15 @@ def stages(surveyed: Survey) -> list[Stage]:
             last=layers[-1].name if key == layers[0].gram else None,
             final=final,
             start=starts[segments[n]],
-            behind=starts[segments[n + 1]] if moves else None,
+            next_start=starts[segments[n + 1]] if moves else None,
         )
-        # Otherwise it has to be watched.
+        # Otherwise its layers have to be watched.
         if all(role.input is not None for role in roles[n]):
             first = roles[n][0]
             stage = replace(
                 stage,
                 input=first.input,
-                keepable=first.keepable and first.segment == segments[n],
+                cacheable=first.cacheable and first.segment == segments[n],
                 layers=tuple(layers),
                 writes={x.name: role.write for x, role in zip(layers, roles[n], strict=True) if role.write},
             )

@@ -1,15 +1,15 @@
 """A checkpoint's model, whose weights are in memory only while they are used.
 
-All other tensors of the checkpoint are never loaded: a tower for images, blocks that text does not run through, layers
-that the model's class has no use for.
+Tensors that no text needs are never loaded: a tower for images, blocks that text does not run through, layers that the
+model's class has no use for.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsefw import arithmetic
 from sparsefw.arithmetic import computed
@@ -20,11 +20,11 @@ from sparsefw.errors import counted
 from sparsefw.model import skeleton
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.path import path_through, zeros_in
-from sparsefw.model.slots import Slot, block_of, shared_parameters
+from sparsefw.model.swap import TensorSlot, block_of, shared_parameters
 
 
 class StreamedModel(BlockModel):
-    """Loads a checkpoint's model block by block.
+    """A checkpoint's model that is loaded block by block.
 
     Args:
         checkpoint: from `sparsefw.checkpoint.inspect`.
@@ -33,7 +33,7 @@ class StreamedModel(BlockModel):
         in_fp32: as for `BlockModel`.
 
     Attributes:
-        infos: all tensors of the checkpoint by name, none of them read.
+        infos: headers of all tensors of the checkpoint, by name.
 
     Raises:
         InputError: transformers cannot load it or run it on text, tensors are missing or do not fit, or no stack of
@@ -49,51 +49,42 @@ class StreamedModel(BlockModel):
     ) -> None:
         self._read_tensors, self._skeleton = read, skeleton.build(checkpoint)
         self.infos = self._skeleton.checkpoint.tensors
-        model = self._skeleton.model
-        for buffer in model.buffers():
-            if not buffer.is_meta:
-                buffer.data = computed(buffer.data, in_fp32)
+        model, goes_into = self._skeleton.model, self._skeleton.goes_into
+        _change_buffers(model, lambda x: computed(x, in_fp32))
         zeros = partial(zeros_in, in_fp32=in_fp32)
         path = path_through(model, None, zeros, zeros, torch.device("cpu"))
-        shared = shared_parameters(model, path.order, model.all_tied_weights_keys, self._skeleton.goes_into.values())
+        shared = shared_parameters(model, path.order, model.all_tied_weights_keys, goes_into.values())
         super().__init__(model, path, shared, device, in_fp32)
+        _change_buffers(model, lambda x: x.to(self.device))
         # The skeleton's own tensors; tied parameters are one.
         self._own = model.state_dict(keep_vars=True)
         reads = path.reads & self._own.keys()
         outside = {id(self._own[name]): computed(self._own[name], in_fp32).nbytes for name in reads}
         self.outside_bytes = sum(outside.values())
-        # The checkpoint's tensors by the name of a block; under None those outside of the blocks that are loaded.
+        # Names of the checkpoint's tensors by block; under None those outside of the blocks that are loaded.
         self._tensors: dict[str | None, list[str]] = defaultdict(list)
-        for name, parameter in self._skeleton.goes_into.items():
-            # All that it becomes.
+        for name, parameter in goes_into.items():
+            # All parameters that it becomes.
             places = [parameter, *(place for place, source in shared.sources.items() if source == parameter)]
             for block in {block_of(place, path.blocks) for place in places}:
                 if block is not None or not reads.isdisjoint(places):
                     self._tensors[block].append(name)
         self.pieces = self._cut(max(map(self._bytes_of, range(len(self.blocks)))))
         self.piece_bytes = [sum(self.infos[name].nbytes for name in piece) for piece in self.pieces]
-        self.notes = self._notes()
-        # Tensors that are written as they are, are dequantized one at a time.
-        together = [*self._tensors.values(), *([name] for piece in self.pieces for name in piece)]
-        stored = {name: x.stored_nbytes for name, x in self.infos.items() if isinstance(x, QuantizedInfo)}
-        if in_fp32:
-            stored = {name: stored.get(name, 0) + x.nbytes for name, x in self.infos.items()}
-        self.quantized_bytes = max(sum(stored.get(name, 0) for name in names) for names in together)
-        parts = Counter(self._skeleton.goes_into.values())
+        self.quantized_bytes = self._find_quantized_bytes()
+        parts = Counter(goes_into.values())
         self.joined_bytes = max((x.nbytes for name, x in model.named_parameters() if parts[name] > 1), default=0)
-        for buffer in model.buffers():
-            if not buffer.is_meta:
-                buffer.data = buffer.data.to(self.device)
+        self.notes = [*self._notes_of_model(), *self._notes_of_tensors()]
 
     def read(self, i: int | None) -> Mapping[str, Loadable]:
-        """Block i's tensors as they are stored, on the host; None: those outside of the blocks that text needs."""
+        """Read block i's tensors as they are stored, to the host; None: those outside of the blocks that text needs."""
         return self._read_tensors({name: self.infos[name] for name in self.tensors_of(i)}, self.device.type == "cuda")
 
-    def _slots(self, i: int | None) -> list[Slot]:
-        # Buffers that are computed are there.
+    def _slots(self, i: int | None) -> list[TensorSlot]:
+        # Computed buffers are in memory.
         return [slot for slot in super()._slots(i) if slot.path in self._own and slot.own.is_meta]
 
-    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[Slot], Tensor]:
+    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[TensorSlot], Tensor]:
         goes_into = self._skeleton.goes_into
         # Tensors that a block shares with others may be missing. They are never changed, so the checkpoint's are read.
         inside = "" if i is None else f"{self.names[i]}."
@@ -119,28 +110,29 @@ class StreamedModel(BlockModel):
         return {same.get(name, name): tensor for name, tensor in tensors.items()}
 
     def other_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors outside of the blocks as they are in the checkpoint, on the host; see `pieces`."""
+        """Read tensors outside of the blocks, as the checkpoint has them, to the host; see `pieces`."""
         read = dict(self._read_tensors({name: self.infos[name] for name in names}, False))
-        # A stored form goes as soon as it is dequantized.
+        # The stored form of a tensor leaves memory as soon as it is dequantized.
         return {name: dequantized(read.pop(name)) for name in [*read]}
 
     def tensors_of(self, i: int | None) -> list[str]:
-        """Names of the checkpoint's tensors that block i needs; None: that are needed outside of the blocks."""
+        """Names of the checkpoint's tensors that block i needs; None: those that are needed outside of the blocks."""
         return self._tensors[None if i is None else self.names[i]]
 
     def _bytes_of(self, i: int | None) -> int:
         return sum(self.infos[name].nbytes for name in self.tensors_of(i))
 
     def _cut(self, block_bytes: int) -> list[list[str]]:
-        """Cut the list of all tensors outside of the blocks into pieces; `block_bytes` are those of the largest block.
+        """Cut the list of all tensors outside of the blocks into pieces.
 
-        What text needs is held together in any case. A single tensor may be larger than a piece should be.
+        A piece is not larger than the largest block (`block_bytes`) or the tensors that text needs, which are held
+        together in any case. A single tensor may be larger.
         """
         most, size = max(block_bytes, self._bytes_of(None)), 0
         blocks, needed = frozenset(self.names), self.tensors_of(None)
         inside = {name for name, parameter in self._skeleton.goes_into.items() if block_of(parameter, blocks)}
         pieces: list[list[str]] = [[]]
-        # First what text needs.
+        # First the tensors that text needs.
         for name in (*needed, *sorted(self.infos.keys() - inside.union(needed))):
             nbytes = self.infos[name].nbytes
             if pieces[-1] and size + nbytes > most:
@@ -150,34 +142,51 @@ class StreamedModel(BlockModel):
             size += nbytes
         return pieces
 
-    def _notes(self) -> list[str]:
-        tensors, built, kind = self.infos, self._skeleton, type(self.model).__name__
+    def _find_quantized_bytes(self) -> int:
+        """Most bytes of tensors as they are stored that are in memory besides what is made of them."""
+        # Tensors that are written as they are, are dequantized one at a time.
+        together = [*self._tensors.values(), *([name] for piece in self.pieces for name in piece)]
+        stored = {name: x.stored_nbytes for name, x in self.infos.items() if isinstance(x, QuantizedInfo)}
+        if self.in_fp32:
+            stored = {name: stored.get(name, 0) + x.nbytes for name, x in self.infos.items()}
+        return max(sum(stored.get(name, 0) for name in names) for names in together)
+
+    def _notes_of_model(self) -> Iterator[str]:
+        """What the user should know of the class that is built, and of how it runs."""
+        built, kind = self._skeleton, type(self.model).__name__
         source = built.checkpoint
-        needed = {*self.tensors_of(None), *built.unused}
-        # By what is said of them: tensors outside of the blocks that are not loaded.
-        others = {
-            f"{kind} has no use for": built.unused,
-            "text does not run through": [name for piece in self.pieces for name in piece if name not in needed],
-        }
-        notes = [f"config.json names {built.replaced}: pruned as {kind}"] if built.replaced else []
+        if built.replaced:
+            yield f"config.json names {built.replaced}: pruned as {kind}"
         if self.runs is not self.model:
-            notes.append(f"{kind} does not run on text alone: its {type(self.runs).__name__} is run in its place")
-        notes += self.shared.notes + ([arithmetic.note(source.dtype)] if self.in_fp32 else [])
-        if dequantized := quantization.note(tensors.values(), source.quantization):
-            notes.append(dequantized)
+            yield f"{kind} does not run on text alone: its {type(self.runs).__name__} is run in its place"
+        yield from self.shared.notes
+        if self.in_fp32:
+            yield arithmetic.note(source.dtype)
+        if dequantized := quantization.note(self.infos.values(), source.quantization):
+            yield dequantized
         if source.config.get("auto_map"):
-            notes.append("auto_map is not written: it names code of the checkpoint, which is neither run nor copied")
-        for what, names in others.items():
+            yield "auto_map is not written: it names code of the checkpoint, which is neither run nor copied"
+
+    def _notes_of_tensors(self) -> Iterator[str]:
+        """What the user should know of tensors that are not pruned, or are written in another dtype."""
+        infos, unused, kind = self.infos, self._skeleton.unused, type(self.model).__name__
+        loaded = {*self.tensors_of(None), *unused}
+        others = [name for piece in self.pieces for name in piece if name not in loaded]
+        for why, names in ((f"{kind} has no use for", unused), ("text does not run through", others)):
             if names:
-                size = sum(tensors[name].nbytes for name in names) / 1e9
-                notes.append(f"not pruned: {len(names)} tensors that {what}, {size:.2f} GB, {names[0]} first")
+                size = sum(infos[name].nbytes for name in names) / 1e9
+                yield f"not pruned: {len(names)} tensors that {why}, {size:.2f} GB, {names[0]} first"
         changed: dict[torch.dtype, list[str]] = {}
         for name in (name for i in self.unique_blocks for name in self.tensors_of(i)):
-            dtype = self._own[built.goes_into[name]].dtype
-            if tensors[name].dtype.is_floating_point and tensors[name].dtype != dtype:
+            dtype = self._own[self._skeleton.goes_into[name]].dtype
+            if infos[name].dtype.is_floating_point and infos[name].dtype != dtype:
                 changed.setdefault(dtype, []).append(name)
         for dtype, names in changed.items():
-            notes.append(
-                f"read and written as {dtype}: {counted(len(names), 'tensor')} of another dtype, {names[0]} first"
-            )
-        return notes
+            yield f"read and written as {dtype}: {counted(len(names), 'tensor')} of another dtype, {names[0]} first"
+
+
+def _change_buffers(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace the data of a model's computed buffers."""
+    for buffer in model.buffers():
+        if not buffer.is_meta:
+            buffer.data = change(buffer.data)

@@ -1,13 +1,13 @@
-"""One recorded forward: its calls of torch functions, in order, over numbered tensors.
+"""The tape of a forward: its calls of torch functions, in order.
 
-What is to be known of a forward is a function over the list of its operations. In the place of tensors it has values: a
-value is a tensor between two writes to it. So it is made once, and never changes.
+All that has to be known of a forward is read off this list. An operation has values in place of tensors. A value is a
+tensor between two writes to it, so that it is made once and never changes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +15,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Types of values without tensors inside. They are told by their types: torch's own search, which knows all containers,
-# takes ten times as long.
+# Types without tensors inside. Looking at the type is ten times as fast as torch's own search through all containers.
 _PLAIN = frozenset(
     [type(None), type(...), bool, int, float, complex, str, slice, torch.Size, torch.dtype, torch.device, torch.layout]
 )
 
 
+# Names of functions whose results tell the numbers in a tensor. A forward may go on by what they tell.
+READING = {"__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "item", "tolist", "numpy"}
+READING |= {"equal", "allclose", "is_nonzero", "__array__", "__dlpack__"}
+
+
 class Calls(TorchFunctionMode):
-    """Inside the `with` block, every call of a torch function is handed on.
+    """Hand every call of a torch function inside the `with` block to another function.
 
     Args:
-        handle: called as handle(function, args, kwargs) in place of the function; returns its result. The calls that it
-            makes itself are handed to the modes outside of this one.
+        handle: called as handle(function, args, kwargs) in place of the torch function; returns the result. Calls that
+            it makes itself go to the modes outside of this one.
     """
 
     def __init__(self, handle: Callable[[Any, tuple, dict], Any]) -> None:
@@ -39,50 +43,34 @@ class Calls(TorchFunctionMode):
 
 
 @dataclass(frozen=True, eq=False)
-class Value:
-    """A tensor of a recorded forward, as it is between two writes to it. It has the tensor's form, not its numbers.
+class TapeValue:
+    """A tensor of a recorded forward between two writes to it. It has the tensor's form, and not its numbers.
 
     Attributes:
-        number: its number.
-        maker: number of the operation that has made or written it; 0: the forward is given it; None: it is a constant,
-            made by something else.
+        maker: number of the operation that has made it or written to it; 0: it is an argument of the forward; None: it
+            is a constant, which no recorded operation has made.
         shape, strides, dtype: its form.
         tensor: the tensor, if the tape holds it.
     """
 
-    number: int
     maker: int | None
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
     tensor: Tensor | None = None
-    # A tensor counts here how often it was written to.
-    _version: ClassVar[int] = 0
-
-    def dim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    def numel(self) -> int:
-        """Number of entries."""
-        return self.shape.numel()
-
-    def stride(self, axis: int) -> int:
-        """Step in memory along an axis."""
-        return self.strides[axis]
 
 
 @dataclass(frozen=True)
 class Op:
-    """A call of a torch function.
+    """An operation: a call of a torch function.
 
     Attributes:
-        number: its number, from 1.
+        number: number of the call, from 1.
         function: the function.
-        args, kwargs, out: what it is given and returns, with values in the place of tensors.
-        inputs, outputs: the values among them, in order. A function may return what it is given.
-        written: for each input that it writes to, and for the tensor of which that is a view, the values before and
-            after. A tensor that is returned and was written to is among the outputs as it is after.
+        args, kwargs, out: arguments and result, with values in place of tensors.
+        inputs, outputs: the values among them, in order. A function may return one of its arguments.
+        written: the values before and after the call of each input that the call writes to, and of the tensor that such
+            an input is a view of. Where the call returns this tensor, `outputs` has the value after the call.
     """
 
     number: int
@@ -90,9 +78,9 @@ class Op:
     args: tuple
     kwargs: dict[str, Any]
     out: Any
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...]
-    written: tuple[tuple[Value, Value], ...] = ()
+    inputs: tuple[TapeValue, ...]
+    outputs: tuple[TapeValue, ...]
+    written: tuple[tuple[TapeValue, TapeValue], ...] = ()
 
     @property
     def name(self) -> str:
@@ -100,44 +88,47 @@ class Op:
         return name_of(self.function)
 
     @property
-    def made(self) -> tuple[Value, ...]:
-        """What it returns, and what it has written to."""
+    def made(self) -> tuple[TapeValue, ...]:
+        """Values that the call has made: those that it returns, and those that it has written."""
         return (*self.outputs, *(after for _, after in self.written))
 
 
 @dataclass
 class Tape:
-    """Records a forward: `with Calls(tape.record): ...`.
+    """The tape that records a forward: `with Calls(tape.record): ...`.
 
     Attributes:
-        given: the tensors that the forward is given.
-        holds: whether the tape holds a tensor, so that it stays in memory, and is found in its value.
+        arguments: tensors among the arguments of the forward.
+        holds: whether the tape holds a tensor. Then the tensor stays in memory, as the attribute of its value.
         ops: the operations so far.
-        paused: whether calls are not recorded.
+        paused: whether calls are made without being recorded.
     """
 
-    given: Iterable[Tensor] = ()
+    arguments: Iterable[Tensor] = ()
     holds: Callable[[Tensor], bool] = lambda x: False
     ops: list[Op] = field(default_factory=list)
     paused: bool = False
-    # By tensor: its value, and how often it had been written to.
-    _known: MutableMapping[Tensor, tuple[Value, int]] = field(default_factory=WeakIdKeyDictionary)
-    # By the storage of a tensor: the last operation that wrote to it.
+    # The value of each tensor, and the number of writes to the tensor when the value was made.
+    _known: MutableMapping[Tensor, tuple[TapeValue, int]] = field(default_factory=WeakIdKeyDictionary)
+    # Number of the last operation that wrote to a storage.
     _writer: dict[int, int] = field(default_factory=dict)
-    _count: int = 0
 
     def __post_init__(self) -> None:
-        for x in self.given:
+        for x in self.arguments:
             self._add(x, 0)
 
     def record(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Make a call, and record it."""
-        if self.paused:
-            return func(*args, **kwargs)
-        operands: list[Tensor] = []
-        inputs: list[Value] = []
+        """Make a call, and record it; returns its result."""
+        return self.call(func, args, kwargs)[0]
 
-        def known(x: Tensor) -> Value:
+    def call(self, func: Any, args: tuple, kwargs: dict) -> tuple[Any, Op | None, list[Tensor]]:
+        """As `record`, and returns the operation (None while paused) and the tensors of its inputs, too."""
+        if self.paused:
+            return func(*args, **kwargs), None, []
+        operands: list[Tensor] = []
+        inputs: list[TapeValue] = []
+
+        def known(x: Tensor) -> TapeValue:
             operands.append(x)
             inputs.append(self.value(x))
             return inputs[-1]
@@ -146,7 +137,7 @@ class Tape:
         versions = [_version(x) for x in operands]
         out = func(*args, **kwargs)
         number = len(self.ops) + 1
-        written = dict[int, tuple[Value, Value]]()
+        written = dict[int, tuple[TapeValue, TapeValue]]()
         for x, before, version in zip(operands, inputs, versions, strict=True):
             if _version(x) != version and id(x) not in written:
                 self._writer[_storage(x)] = number
@@ -154,65 +145,64 @@ class Tape:
                 if base is not None and base in self._known:
                     written[id(base)] = self._known[base][0], self._add(base, number)
                 written[id(x)] = before, self._add(x, number)
-        outputs: list[Value] = []
+        outputs: list[TapeValue] = []
 
-        def made(x: Tensor) -> Value:
+        def made(x: Tensor) -> TapeValue:
             outputs.append(self._find(x) or self._add(x, number))
             return outputs[-1]
 
         result = with_tensors(out, made)
         self.ops.append(Op(number, func, own, others, result, tuple(inputs), tuple(outputs), tuple(written.values())))
-        return out
+        return out, self.ops[-1], operands
 
-    def value(self, x: Tensor) -> Value:
-        """The value of a tensor as it is now. One that was not met before is a constant.
+    def value(self, x: Tensor) -> TapeValue:
+        """Find the value of a tensor as it is now. A tensor that was not met before is a constant.
 
-        Outside of `record`, ask for it inside `pause`: a look at a tensor is a call, too.
+        Call it inside `pause`, unless it is called by `record`: looking at a tensor is a call, too.
         """
         if (found := self._find(x)) is not None:
             return found
-        # One that is known was written to by another view of its memory.
+        # A known tensor with another number of writes was written to by another view of its memory.
         return self._add(x, self._writer.get(_storage(x)) if x in self._known else None)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Inside the `with` block, nothing is recorded."""
+        """Record nothing inside the `with` block."""
         before, self.paused = self.paused, True
         try:
             yield
         finally:
             self.paused = before
 
-    def _find(self, x: Tensor) -> Value | None:
+    def _find(self, x: Tensor) -> TapeValue | None:
         value, version = self._known.get(x, (None, 0))
         return value if version == _version(x) else None
 
-    def _add(self, x: Tensor, maker: int | None) -> Value:
+    def _add(self, x: Tensor, maker: int | None) -> TapeValue:
         strides = x.stride() if x.layout is torch.strided else ()
-        value = Value(self._count, maker, x.shape, strides, x.dtype, x if self.holds(x) else None)
-        self._count += 1
+        value = TapeValue(maker, x.shape, strides, x.dtype, x if self.holds(x) else None)
         self._known[x] = value, _version(x)
         return value
 
 
 def name_of(function: Any) -> str:
-    """The name of a torch function."""
+    """Name a torch function."""
     return getattr(function, "__name__", str(function))
 
 
 def tensors_in(values: Any) -> list[Tensor]:
-    """All tensors among nested values, in order."""
+    """List all tensors inside nested containers, in order."""
     found: list[Tensor] = []
     with_tensors(values, found.append)
     return found
 
 
 def with_tensors(values: Any, leaf: Callable[[Tensor], Any]) -> Any:
-    """Nested values, in tuples, lists, dicts and other containers, with something else in the place of their tensors.
+    """Copy nested containers (tuples, lists, dicts and others) with something else in place of their tensors.
 
     Args:
-        values: what calls of torch functions are given and return.
-        leaf: called with every tensor, in order; returns what takes its place.
+        values: arguments or results of torch functions.
+        leaf: called with every tensor, in order; returns the replacement.
     """
     kind = type(values)
     if kind in _PLAIN:
@@ -227,10 +217,10 @@ def with_tensors(values: Any, leaf: Callable[[Tensor], Any]) -> Any:
 
 
 def _version(x: Tensor) -> int:
-    """How often a tensor has been written to. One that was made in inference mode does not tell."""
+    """Count the writes to a tensor; 0 for a tensor of inference mode, which has no count."""
     return 0 if x.is_inference() else x._version
 
 
 def _storage(x: Tensor) -> int:
-    """Tells apart the storages of tensors that are alive, with or without data."""
+    """Identify the storage of a tensor that is alive, with or without data."""
     return x.untyped_storage()._cdata

@@ -1,29 +1,28 @@
-"""See the layers of a block when they are used, with their inputs and, where wanted, their outputs."""
+"""Watch the layers of a block in a forward or on its tape: their inputs and, where wanted, their outputs."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsefw.errors import InputError
-from sparsefw.model.layers import Layer, Product, Reading, Stage, WeightNames, is_expert, kind_of, products_of
-from sparsefw.model.parts import ForwardIsOver
-from sparsefw.model.recording import without_padding
-from sparsefw.model.tape import Calls, Value, name_of, tensors_in
+from sparsefw.model.layers import Layer, Stage, is_expert, kind_of
+from sparsefw.model.padding import without_padding
+from sparsefw.model.partial_forward import ForwardIsOver
+from sparsefw.model.products import Product, Reading, WeightNames, products_of
+from sparsefw.model.tape import Calls, Op, Tape, TapeValue
 
 # Called with the name of a layer inside its block, such as "mlp.down_proj.weight" or "mlp.experts.down_proj[3]".
 Selector = Callable[[str], bool]
 
 Result = TypeVar("Result")
 
-# Functions that add a layer's output to something else, by name.
+# Names of functions that add a layer's output to something else.
 ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 
-# Functions that pass a layer's output on unchanged, or added to something else, by name.
+# Names of functions that pass a layer's output on, unchanged or added to something else.
 PASS_ON = ADDITIONS | {"reshape", "view", "dropout"}
 
 
@@ -33,86 +32,59 @@ def everything(layer: str) -> bool:
 
 
 class Outputs:
-    """Inputs and outputs of layers in one micro-batch: tensors in a forward, values of one that was recorded.
+    """Inputs and outputs of layers in one micro-batch, as values of a tape.
 
-    A layer's output is its product, or the sum that the product is added to: the output of a layer that writes to the
-    residual stream is the sum with the stream. Once a sum is read by something that does not just pass it on, such as a
-    norm, it is not followed into later sums: they depend on the layer's output by another way, too, and are not the
-    layer's to repair. Outputs of experts are not recorded: an expert sees other tokens in the dense model.
+    A layer's output is its product, or the sum that the product is added to. So the output of a layer that writes to
+    the residual stream is the sum with the stream. A sum that is read by a function that does not just pass it on, such
+    as a norm, is not followed into later sums: these depend on the layer's output by another way, too, and are not the
+    layer's to repair. Outputs of experts are not recorded: in the dense model an expert sees other tokens.
 
     Args:
         experts: names of modules that may be experts.
 
     Attributes:
-        sums: by layer, the sums that its output went into: what it was added to, and the sum.
+        sums: the sums that a layer's output went into, by layer: what it was added to, and the sum.
+        pairs: input and output of each layer.
     """
 
     def __init__(self, experts: frozenset[str]) -> None:
         self._experts = experts
-        self.sums: dict[str, list[tuple[Any, Any]]] = {}
-        # By layer: the tensor, and how often it had been written to when it was recorded.
-        self._inputs: dict[str, tuple[Any, int]] = {}
-        self._outputs: dict[str, tuple[Any, int]] = {}
-        # The layers whose output a tensor is, by the tensor's id. The tensor is held, so that no other one takes its
-        # id. A function may return what it is given.
-        self._layers_of: dict[int, tuple[Any, dict[str, None]]] = {}
-        # Ids of those tensors that are not followed any more.
-        self._read: set[int] = set()
+        self.sums: dict[str, list[tuple[Any, TapeValue]]] = {}
+        self.pairs: dict[str, tuple[TapeValue, TapeValue]] = {}
+        # The layers whose output a value is, and such values that are not followed any more.
+        self._layers_of: dict[TapeValue, dict[str, None]] = {}
+        self._read: set[TapeValue] = set()
 
-    def follow(
-        self, products: list[Product], func: Any, args: tuple, kwargs: dict, operands: Sequence[Any], out: Any
-    ) -> None:
-        """Record what a call returned, if it multiplied with layers, passed on an output, or added something to it.
+    def follow(self, op: Op, products: list[Product]) -> None:
+        """Record the output of a call that multiplies with layers, passes an output on, or adds something to it.
 
         Args:
-            products: the products with layers that it made.
-            func, args, kwargs, out: the call, and what it returned.
-            operands: the tensors among its arguments.
+            op: the call.
+            products: its products with layers.
         """
         # alpha scales one of the summands.
-        if products or name_of(func) not in PASS_ON or "alpha" in kwargs:
-            # Shapes, dtypes and the like are no tensors, and `to` may give back the tensor itself.
-            if isinstance(out, Tensor | Value | tuple) and not isinstance(out, torch.Size):
-                self._read.update(id(x) for x in operands if id(x) in self._layers_of and x is not out)
-            alone = {p.layer.name: p.X for p in products if p.alone and not is_expert(p.layer.name, self._experts)}
-            self._inputs |= {layer: (X, X._version) for layer, X in alone.items()}
-            self._add(alone, out)
+        if products or op.name not in PASS_ON or "alpha" in op.kwargs:
+            # Shapes and dtypes are no tensors, and `to` may return its argument.
+            if op.outputs:
+                self._read.update(x for x in op.inputs if x in self._layers_of and x is not op.out)
+            for p in products:
+                if p.alone and not is_expert(p.layer.name, self._experts):
+                    self._add(p.layer.name, p.X, op.out)
             return
-        followed = [self._layers_of[id(x)] for x in args[:2] if id(x) in self._layers_of and id(x) not in self._read]
-        for operand, layers in followed:
-            if out.numel() == operand.numel() and out.shape[-1] == operand.shape[-1]:
-                self._add(layers, out)
-                if name_of(func) in ADDITIONS:
-                    other = args[1] if operand is args[0] else args[0]
-                    for layer in layers:
-                        self.sums.setdefault(layer, []).append((other, out))
+        followed = [x for x in op.args[:2] if isinstance(x, TapeValue) and x in self._layers_of and x not in self._read]
+        for x in followed:
+            if op.out.shape.numel() != x.shape.numel() or op.out.shape[-1] != x.shape[-1]:
+                continue
+            for layer in [*self._layers_of[x]]:
+                self._add(layer, self.pairs[layer][0], op.out)
+                if op.name in ADDITIONS:
+                    other = op.args[1] if x is op.args[0] else op.args[0]
+                    self.sums.setdefault(layer, []).append((other, op.out))
 
-    def _add(self, layers: Iterable[str], out: Any) -> None:
-        """Record a tensor as the output of layers, in addition to those whose output it is already."""
-        for layer in [*layers]:
-            self._layers_of.setdefault(id(out), (out, {}))[1][layer] = None
-            self._outputs[layer] = out, out._version
-
-    def output_of(self, layer: str) -> Tensor | None:
-        """A layer's output, (tokens, out); None if there is none, or if it has been written to."""
-        return _as_matrix(self._outputs[layer]) if layer in self._outputs else None
-
-    def is_output(self, tensor: Any, layer: str) -> bool:
-        """Whether a tensor is the output of a layer, the object itself."""
-        return layer in self._outputs and self._outputs[layer][0] is tensor
-
-    def pairs(self, unpadded: Tensor | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, input (tokens, in), zero for padding, and output (tokens, out) of each layer that has both."""
-        for layer in self._outputs:
-            x, out = _as_matrix(self._inputs[layer], unpadded), self.output_of(layer)
-            if x is not None and out is not None:
-                yield layer, x, out
-
-
-def _as_matrix(recorded: tuple[Tensor, int], unpadded: Tensor | None = None) -> Tensor | None:
-    """The tensor as a matrix; None if it has been written to since it was recorded."""
-    tensor, version = recorded
-    return without_padding(tensor, unpadded).reshape(-1, tensor.shape[-1]) if tensor._version == version else None
+    def _add(self, layer: str, X: TapeValue, out: TapeValue) -> None:
+        """Record the output of a layer. A value may be the output of several layers."""
+        self._layers_of.setdefault(out, {})[layer] = None
+        self.pairs[layer] = X, out
 
 
 @dataclass
@@ -124,14 +96,14 @@ class _Input:
 
 
 class Watch:
-    """Sees the layers of a block when they are used, in a forward or on its tape.
+    """Watches the layers of a block in a forward, or on its tape.
 
     Args:
         names: the matrices of the block.
         experts: names of modules that may be experts.
-        selected: selects the layers to see.
+        selected: selects the layers to watch.
         take_input: called as take_input(gram, X) once for each input of selected layers, X (tokens, in).
-        stage: watch its layers only, and end a micro-batch's forward after them; None: the whole block.
+        stage: watch its layers only, and end a micro-batch's forward after them; None: watch the whole block.
         record_outputs: whether to record outputs of layers.
 
     Attributes:
@@ -152,16 +124,19 @@ class Watch:
     ) -> None:
         self._names, self._experts, self._selected = names, experts, functools.cache(selected)
         self._take_input, self._stage, self._record_outputs = take_input, stage, record_outputs
-        self._unpadded: Tensor | None = None
         self.layers: dict[str, Layer] = {}
         self.ignored: dict[str, None] = {}
-        self._restart()
+        self._restart(None)
 
-    def _restart(self) -> None:
+    def _restart(self, unpadded: Tensor | None) -> None:
         """Begin with another micro-batch."""
+        self._unpadded = unpadded
+        self._tape = Tape((), self._names.holds)
         # Inputs that layers have read, by how they are read.
-        self._inputs: MutableMapping[Any, dict[Reading, _Input]] = WeakIdKeyDictionary()
+        self._inputs: dict[tuple[TapeValue, Reading], _Input] = {}
         self.outputs = Outputs(self._experts)
+        # The tensors of the values in `outputs`.
+        self._tensors: dict[TapeValue, Tensor] = {}
         # Whether the layers of the stage have been used.
         self._complete = False
 
@@ -173,10 +148,9 @@ class Watch:
             unpadded: its positions that count; None: all.
 
         Returns:
-            What the run returns; None if it ended before.
+            The result of the run; None if it ended before.
         """
-        self._restart()
-        self._unpadded = unpadded
+        self._restart(unpadded)
         try:
             with Calls(self._call):
                 return run()
@@ -184,22 +158,27 @@ class Watch:
             return None
 
     def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        products = [*filter(self.see, products_of(func, args, kwargs, self._names))]
-        out = func(*args, **kwargs)
+        out, op, operands = self._tape.call(func, args, kwargs)
+        assert op is not None
+        tensors = dict(zip(op.inputs, operands, strict=True))
+        products = [p for p in products_of(op, self._names) if self.see(p, tensors[p.X])]
         if self._record_outputs:
-            self.outputs.follow(products, func, args, kwargs, tensors_in((args, kwargs)), out)
+            self.outputs.follow(op, products)
+            if isinstance(out, Tensor):
+                tensors[op.out] = out
+            self._tensors |= {x: tensors[x] for pair in self.outputs.pairs.values() for x in pair if x in tensors}
         return out
 
-    def see(self, product: Product) -> bool:
-        """Take the input of a product, if its layer is selected, and belongs to the stage; whether it is so.
+    def see(self, product: Product, X: Tensor | None = None) -> bool:
+        """Take the input of a product if its layer is selected and belongs to the stage; returns whether it does.
 
         Raises:
             ForwardIsOver: the stage is complete, and a layer reads another input.
         """
-        name, X = product.layer.name, product.X
+        name = product.layer.name
         # The Gram matrix is named after the first layer that reads the input, selected or not. So all experts agree on
         # the name, whichever of them are selected.
-        read = self._inputs.setdefault(X, {}).setdefault(product.reading, _Input(name))
+        read = self._inputs.setdefault((product.X, product.reading), _Input(name))
         if not (selected := self._selected(name)):
             self.ignored[name] = None
         if self._stage and self._stage.key != kind_of(read.gram, self._experts):
@@ -208,7 +187,7 @@ class Watch:
             return False
         if not selected:
             return False
-        if self._take_input and not read.taken:
+        if self._take_input and X is not None and not read.taken:
             read.taken = True
             self._take_input(read.gram, product.reading.rows(without_padding(X, self._unpadded)))
         layer = self.layers.setdefault(name, replace(product.layer, gram=read.gram))
@@ -216,3 +195,20 @@ class Watch:
             raise InputError(f"{name}: unsupported model: shared its input with {layer.gram}, later with {read.gram}")
         self._complete |= self._stage is not None and self._stage.last == name
         return True
+
+    def output_of(self, layer: str) -> Tensor | None:
+        """The output of a layer, (tokens, out); None: not recorded, or written to since."""
+        pair = self.outputs.pairs.get(layer)
+        return self._matrix(pair[1]) if pair else None
+
+    def pairs(self, unpadded: Tensor | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, input (tokens, in), zero for padding, and output (tokens, out) of each layer that has both."""
+        for layer, (read, made) in self.outputs.pairs.items():
+            X, out = self._matrix(read, unpadded), self._matrix(made)
+            if X is not None and out is not None:
+                yield layer, X, out
+
+    def _matrix(self, value: TapeValue, unpadded: Tensor | None = None) -> Tensor | None:
+        """A value as a matrix; None if its tensor was written to since."""
+        x = self._tensors[value]
+        return without_padding(x, unpadded).reshape(-1, x.shape[-1]) if self._tape.value(x) is value else None

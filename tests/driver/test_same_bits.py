@@ -11,7 +11,7 @@ from sparsefw.caller import settings_kept
 from sparsefw.cli import launched
 from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.model.gradients import refused
-from sparsefw.model.stand_ins import ForwardFailed
+from sparsefw.model.stubs import ForwardFailed
 
 FLAGS = ["--method", "wanda", "--include", "layers.0", "--reconstruct", "1"]
 # torch's modes: nothing is asked for; what has no deterministic algorithm is warned of; it is refused.

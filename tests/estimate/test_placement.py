@@ -15,7 +15,7 @@ from sparsefw.estimate.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.estimate.workload import Workload
 from sparsefw.model.activations import Placement
 from sparsefw.model.layers import ResidualWrite, Role
-from sparsefw.model.parts import INPUT
+from sparsefw.model.partial_forward import INPUT
 from sparsefw.solver.config import PruneConfig
 
 

@@ -20,7 +20,7 @@ def shape(folder):
 
 def ways(role):
     """A role without the numbers of calls, which depend on the tokens."""
-    return role.segment, role.input is None, role.write is None, role.keepable
+    return role.segment, role.input is None, role.write is None, role.cacheable
 
 
 @pytest.mark.parametrize("family", first_is_fast(["qwen2_moe", "llama", "gpt_neox", "mamba"]))
@@ -60,7 +60,7 @@ def test_heads_that_return_fp32(family, itemsize, tmp_path):
 
 
 def test_equal_blocks_stay_equal(tmp_path):
-    """All but the last one, whose output predicts tokens."""
+    """All blocks but the last one, after which tokens are predicted."""
     whole = shape(save_model(tmp_path, "llama", num_hidden_layers=4))
     assert [block.predicts for block in whole.blocks] == [False, False, False, True]
     assert sorted(Counter(whole.blocks).values()) == [1, 3]

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from sparsefw.checkpoint.source import inspect
 from sparsefw.model import HiddenStates, StreamedModel, embed
 from sparsefw.model.activations import Activations, Store
-from sparsefw.model.hidden_states import Carried
+from sparsefw.model.hidden_states import MicroBatch
 from sparsefw.model.layers import Layer, Stage, kind_of
 from sparsefw.model.measure import Pair
-from sparsefw.model.recording import Box, Call, Recording, Value
+from sparsefw.model.nested import ObjectRef, ValueRef
 from sparsefw.model.stages import Survey, stages, survey
-from sparsefw.model.stand_ins import TEXT
+from sparsefw.model.stubs import TEXT
+from sparsefw.model.trace import Call, Trace
 
 
 def damaged_pair(folder, tokens=TOKENS, store=None, loss: float = 1) -> Pair:
@@ -36,12 +37,11 @@ def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = (
     """A block of one's own, with its micro-batches and other arguments, in the place of a model's."""
     model = SimpleNamespace(model=None, input_kind=TEXT, blocks=[block], names=["block"], device=torch.device(DEVICE))
     block.requires_grad_(False).to(DEVICE)
-    call = Call(tuple(Box(n) for n in range(len(arguments))), {}, outputs=[0], form=Value(0), after=1)
-    store, n = Store(model.device), len(batches)
-    carried = [Carried([], [*arguments]) for _ in batches]
-    flow = Recording({0: call}, batches[0], {0: []})
-    states = HiddenStates(model, store, Activations(store), [{0: call}] * n, carried, flow)
+    call = Call(tuple(ObjectRef(n) for n in range(len(arguments))), {}, outputs=[0], form=ValueRef(0))
+    model.flow = Trace({0: call}, batches[0], {0: []})
+    states = HiddenStates(model, Activations(Store(model.device)))
     for batch in batches:
+        states.batches.append(MicroBatch(calls={0: call}, objects=[*arguments]))
         states.hidden.append(batch.to(DEVICE))
     return _damaged(Pair(0, states.fork(), states, copy.deepcopy(block)), 1)
 
@@ -99,7 +99,9 @@ def described(pair: Pair) -> list[str]:
         names = (kind_of(name, found.experts).removesuffix(".weight").split(".")[-1] for name in layers)
         line = [*dict.fromkeys(names), *dict.fromkeys(ways), str(cuts.index(stage.start.call))]
         line += [stage.input.function or "block"] if stage.input else []
-        line += ["kept"] * stage.keepable + (["to", str(cuts.index(stage.behind.call))] if stage.behind else [])
+        line += ["kept"] * stage.cacheable + (
+            ["to", str(cuts.index(stage.next_start.call))] if stage.next_start else []
+        )
         lines.append(" ".join(line))
     return lines
 

@@ -44,7 +44,7 @@ FAMILIES = {
 
 _GPT = dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, n_inner=48)
 
-# Blocks that are made otherwise: parallel branches, transposed weights, biases, scaled sums, norms behind layers,
+# Blocks that are made otherwise: parallel branches, transposed weights, biases, scaled sums, norms after layers,
 # linear attention, state spaces. `model_type` is given where it is not the name.
 OTHERS = {
     "llama with biases": dict(model_type="llama", attention_bias=True, mlp_bias=True),
@@ -75,7 +75,7 @@ _INDEXED = dict(
     indexer_types=["full", "shared", "shared"], **EXPERTS,
 )  # fmt: skip
 
-# Blocks that hand on more than hidden states: keys and values in a dict, indices, lists, sums of what lies before.
+# Blocks that hand on more than hidden states: keys and values in a dict, indices, lists, sums of earlier tensors.
 HANDING_ON = {
     "gemma3n_text": dict(
         altup_num_inputs=4, laurel_rank=8, intermediate_size=[48] * 6, activation_sparsity_pattern=[0.0] * 6,
@@ -96,7 +96,7 @@ HANDING_ON = {
 }  # fmt: skip
 
 
-# Checkpoints by what they were made of, each with the state of torch's generator behind it.
+# Checkpoints by what they were made of, each with the state of torch's generator after it.
 _MADE: dict[str, tuple[tempfile.TemporaryDirectory, torch.Tensor]] = {}
 
 

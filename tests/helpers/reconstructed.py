@@ -97,7 +97,7 @@ def no_loss(model, states) -> list[bool]:
             dense = states.fork()
             model.open(i)
             dense.advance(i)
-            compared.append(states.goes_on(i))
+            compared.append(states.is_chained(i))
             if compared[-1]:
                 run = SimpleNamespace(model=model)
                 fit = BlockFit(run, i, states, dense, [], [])

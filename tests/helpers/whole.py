@@ -1,4 +1,4 @@
-"""The whole model beside one that runs block by block."""
+"""The whole model, next to a model that runs block by block."""
 
 import torch
 from helpers.families import TOKENS
@@ -21,10 +21,10 @@ def whole_model(model, folder):
 
 
 def all_logits(model, states):
-    """The logits of TOKENS, from hidden states behind the last block."""
+    """The logits of TOKENS, from hidden states after the last block."""
     with model.outside():
         batches = zip(TOKENS.split(BATCH), states.hidden, range(len(states)), strict=True)
-        return torch.cat([logits(model, ids, hidden, states.behind_last(j)) for ids, hidden, j in batches])
+        return torch.cat([logits(model, ids, hidden, states.after_last(j)) for ids, hidden, j in batches])
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from sparsefw.data.batches import token_batch
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.forward import embed_batches
-from sparsefw.model.recording import Recording
+from sparsefw.model.trace import Trace
 
 
 class ChangedForward:
@@ -64,7 +64,7 @@ def each(step):
 
 
 def skip(blocks, hidden, given):
-    """What the first block returns is read behind the last one."""
+    """What the first block returns is read after the last one."""
     made = []
     for block in blocks:
         hidden = block(hidden, **given(hidden))
@@ -147,7 +147,7 @@ def read_between(blocks, hidden, given):
     return hidden
 
 
-def read_behind(blocks, hidden, given):
+def read_after(blocks, hidden, given):
     kept = {}
     for block in blocks:
         hidden = block(hidden, kept=kept, **given(hidden))
@@ -171,7 +171,7 @@ REFUSED = {
     # The comparison of two forwards shows what no call of a torch function does.
     "by chance": (each(lambda block, x, kwargs: block(x, **kwargs) * torch.rand(1)), UNSEEN),
     "an object between": (read_between, UNSEEN),
-    "an object behind": (read_behind, UNSEEN),
+    "an object after": (read_after, UNSEEN),
 }
 
 
@@ -239,9 +239,9 @@ def test_pieces_of_micro_batches_are_views_and_run_as_the_whole(family, tmp_path
 
 
 @pytest.mark.parametrize(
-    "more", [{"of_batch": {0}}, {"boxes": [{}]}, {"live": {0: [], 1: [1]}}, {"windows_first": False}]
+    "more", [{"batch_dependent": {0}}, {"objects": [{}]}, {"live": {0: [], 1: [1]}}, {"windows_first": False}]
 )
 def test_what_windows_have_beside_hidden_states_is_not_divided(more):
-    recording = Recording({}, torch.zeros(1), {0: []})
-    assert recording.divisible
-    assert not replace(recording, **more).divisible
+    trace = Trace({}, torch.zeros(1), {0: []})
+    assert trace.divisible
+    assert not replace(trace, **more).divisible

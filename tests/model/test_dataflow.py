@@ -62,7 +62,7 @@ def in_place(block, x):
     return out
 
 
-def branch_behind(block, x):
+def branch_after(block, x):
     h = x + block.a(x.tanh())
     y = h.sin() if h.sum() > -1e9 else h.cos()
     return h + block.c(block.b(y).relu())
@@ -80,14 +80,14 @@ def reads_an_earlier_tensor_again(block, x):
 
 
 def gated(block, x):
-    """The gate is made of another layer's output, before the input that could be kept, and read behind it."""
+    """The gate is made of another layer's output, before the input that could be kept, and read after it."""
     h = x + block.a(x.tanh())
     gate = block.d(h.sin())
     return h + gate * block.c(block.b(h.cos()).relu())
 
 
 def input_written_to(block, x):
-    """The layer's input is written to behind its product."""
+    """The layer's input is written to after its product."""
     t = x.tanh()
     h = x + block.a(t)
     t.zero_()
@@ -101,7 +101,7 @@ def used_twice(block, x):
 
 
 def stream_of_a_layer(block, x):
-    """The stream begins with a layer's output, which goes into a sum behind the next layer."""
+    """The stream begins with a layer's output, which goes into a sum after the next layer."""
     h = block.a(x)
     return h + block.b(h.relu())
 
@@ -123,7 +123,7 @@ BLOCKS = {
     post_norm: ["a writes 0 tanh to 1", "b reads 1 sin", "c outputs 1"],
     norm_before_the_sum: READING,
     in_place: SEQUENTIAL,
-    branch_behind: ["a writes 0 tanh to 1", "b outputs 1", "c outputs 1"],
+    branch_after: ["a writes 0 tanh to 1", "b outputs 1", "c outputs 1"],
     reads_the_input_again: HANDED_ON,
     reads_an_earlier_tensor_again: ["a outputs 0", "b reads 0 sin", "c reads 0 relu"],
     gated: ["a writes 0 tanh to 1", "d reads 1 sin", "b reads 1 cos", "c reads 1 relu"],
@@ -155,7 +155,7 @@ class TestStates:
     """Others read a tensor that is handed on in an argument."""
 
     def test_a_tensor_that_is_handed_on(self):
-        """Blocks that came later would receive a tensor without data if the part began behind it."""
+        """Blocks that came later would receive a tensor without data if the part began after it."""
 
         def forward(block, x, state):
             state[:] = [x.tanh()]
@@ -198,10 +198,10 @@ class TestExperts:
     """How often experts are called depends on the data."""
 
     class Experts(nn.Module):
-        def __init__(self, behind):
+        def __init__(self, after):
             super().__init__()
             torch.manual_seed(0)
-            self.behind = behind
+            self.after = after
             self.a, self.c = nn.Linear(D, D), nn.Linear(D, D)
             self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(3))
 
@@ -213,16 +213,18 @@ class TestExperts:
                 if len(chosen):
                     y = y.index_add(0, chosen, expert(h[chosen]))
             h = h + y
-            return h + self.c(h.sin()) if self.behind else h
+            return h + self.c(h.sin()) if self.after else h
 
-    @pytest.mark.parametrize("behind", [False, True])
-    def test_no_point_lies_behind_them(self, behind):
-        pair = damaged_module(self.Experts(behind), batches())
+    @pytest.mark.parametrize("after", [False, True])
+    def test_no_point_comes_after_them(self, after):
+        pair = damaged_module(self.Experts(after), batches())
         first, experts, *rest = stages_of(pair)
-        assert (first.key, first.behind.function, first.input.function) == ("a.weight", "add", "tanh")
-        assert (experts.key, experts.start) == ("experts.*.weight", first.behind)
-        assert experts.input is experts.behind is None
-        assert [(stage.key, stage.input, stage.start) for stage in rest] == [("c.weight", None, first.behind)] * behind
+        assert (first.key, first.next_start.function, first.input.function) == ("a.weight", "add", "tanh")
+        assert (experts.key, experts.start) == ("experts.*.weight", first.next_start)
+        assert experts.input is experts.next_start is None
+        assert [(stage.key, stage.input, stage.start) for stage in rest] == [
+            ("c.weight", None, first.next_start)
+        ] * after
 
     def test_nor_behind_those_that_are_multiplied_at_once(self):
         """Tokens without an expert may be zeros for it here, and be left out elsewhere."""

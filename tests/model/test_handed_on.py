@@ -1,4 +1,4 @@
-"""What blocks hand on beside hidden states arrives at later blocks as in the whole model, in every stream by itself."""
+"""Tensors that blocks hand on besides hidden states reach later blocks as in the whole model, each stream by itself."""
 
 import copy
 
@@ -95,9 +95,9 @@ def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
                 states.leave(i, j, states.output(i, j))
             most = max(most, sum(x.nbytes for x in states.between()))
             states.arrive(states.position)
-        differing = {*states.carried[0].constants} - {*states.carried[1].constants}
+        differing = {*states.batches[0].constants.values()} - {*states.batches[1].constants.values()}
         assert {x.read().data_ptr() for x in differing} <= {x.data_ptr() for x in states.between()}
-    expected = [x.nbytes(seqlen) for x in shape.between]
+    expected = shape.window_bytes(seqlen)
     # Indices are as many as there are tokens, up to a limit that few tokens do not reach.
     assert expected[0] == states.hidden[0].nbytes
     assert most <= sum(expected) <= (4 if family == "glm_moe_dsa" else 1) * most

@@ -12,15 +12,15 @@ from torch import nn
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model.activations import Store
 from sparsefw.model.measure import measure
-from sparsefw.model.parts import INPUT
-from sparsefw.model.stand_ins import hidden_of
+from sparsefw.model.partial_forward import INPUT
+from sparsefw.model.stubs import hidden_of
 from sparsefw.solver.targets import cross_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# By family: the layers that add their product to the residual stream, and the module that the sum behind them is the
+# By family: the layers that add their product to the residual stream, and the module that the sum after them is the
 # input of, "" for the output of the block. The stream before the first of them is the block's input, and that before
-# the second one the sum behind the first.
+# the second one the sum after the first.
 _LLAMA = {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": ""}
 WRITERS = {
     "llama with biases": _LLAMA,
@@ -60,7 +60,7 @@ class Seen:
         return torch.cat(self.outputs[name])
 
     def stream(self, module):
-        """The stream before a module; behind the block if the module is none."""
+        """The stream before a module, or after the block if there is no such module."""
         return self.input(module) if module else self.output("")
 
 
@@ -87,7 +87,7 @@ def error(B, truth):
 def measured_stages(pair, keep=False, loss=1, passing=()):
     """Measure and damage one stage after the other; yields what was measured."""
     for stage in stages_of(pair):
-        keeps = stage.keepable and keep
+        keeps = stage.cacheable and keep
         captured = measure(stage, pair, backend=TORCH, selected=is_layer, keep=keeps, passing=passing)
         yield captured
         damage(captured.layers, loss)
@@ -147,7 +147,7 @@ LINEAR = ("Linear", "Conv1D")
 
 
 def results_of(folder, place, keep):
-    """All matrices of a block, and its windows in both models behind it."""
+    """All matrices of a block, and its windows in both models after it."""
     pair, found = damaged_pair(folder, store=Store(DEVICE, place)), {}
     run, run_dense = whole_runs(pair)
     for n, captured in enumerate(measured_stages(pair, keep)):
@@ -198,7 +198,7 @@ class Counted:
 
 # By whether inputs are kept: the layers that run in each stage, in the pruned and in the dense model, and
 # those that run when the pruned model moves on. A stage ends at its layers' input. The dense model runs as far as the
-# sum behind a layer that writes to the stream, and from there in the next stages.
+# sum after a layer that writes to the stream, and from there in the next stages.
 RUNS = {
     False: ([("", ""), ("q k v", "q k v o"), ("q k v o", ""), ("gate up", "gate up down")], "gate up down"),
     True: ([("", ""), ("q k v", "q k v o"), ("o", ""), ("gate up", "gate up down")], "down"),
@@ -214,7 +214,7 @@ def test_layers_that_run(keep, tmp_path):
     order, runs = stages_of(pair), []
     pruned.taken()
     for stage in order:
-        captured = measure(stage, pair, backend=TORCH, selected=is_layer, keep=keep and stage.keepable)
+        captured = measure(stage, pair, backend=TORCH, selected=is_layer, keep=keep and stage.cacheable)
         runs.append((pruned.taken(), dense.taken()))
         damage(captured.layers)
     assert runs == expected
@@ -262,22 +262,22 @@ class TestOwnBlocks:
         pair = self.pair(forward, {})
         last = pair.dense.hidden[2].clone()
         assert self.checked(pair) == {"a": "outputs", "b": "inputs", "c": "outputs"}
-        (state,) = pair.dense.carried[2].boxes
+        (state,) = pair.dense.batches[2].objects
         assert torch.equal(state["t"].read(), last.tanh())
 
     def test_a_branch_on_values(self):
-        """Micro-batches take different paths, before the sum or behind it."""
+        """Micro-batches take different paths, before the sum or after it."""
 
         def before(block, x):
             h = x + block.a(x.tanh() if x[0, 0, 1] > 0 else x.sin().cos())
             return h + block.c(block.b(h.sin()).relu())
 
-        def behind(block, x):
+        def after(block, x):
             h = x + block.a(x.tanh())
             return h + block.c(block.b(h.tanh() if h[0, 0, 1] > 0 else h.sin().cos()).relu())
 
         assert self.checked(self.pair(before, batches=8)) == dict.fromkeys("abc", "outputs")
-        assert self.checked(self.pair(behind, batches=8)) == {"a": "streams", "b": "outputs", "c": "outputs"}
+        assert self.checked(self.pair(after, batches=8)) == {"a": "streams", "b": "outputs", "c": "outputs"}
 
     def test_a_stream_that_is_written_to(self):
         def forward(block, x):

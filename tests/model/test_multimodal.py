@@ -43,7 +43,7 @@ NOT_ON_TEXT = {"llama4": dict(text_config=_TEXT | _CHUNKED, vision_config=_VISIO
 # By model_type: config.
 MULTIMODAL = {
     "llava": dict(text_config=_TEXT | dict(model_type="llama"), vision_config=_VISION | _CLIP, image_token_index=3),
-    # A tied head, and classes of text alone beside it.
+    # A tied head, and classes of text alone.
     "gemma3": dict(text_config=_TEXT | dict(sliding_window=8), vision_config=_VISION, mm_tokens_per_image=4),
     "qwen3_vl": dict(text_config=_TEXT, vision_config=_QWEN_VISION),
     # Blocks that look at images only; text does not run through them.

@@ -49,7 +49,7 @@ def test_blocks_are_read_and_written_through_the_same_memory(source):
 def test_blocks_one_after_another_leave_nothing(source):
     with pretended_gpu() as gpu, StreamedModel(source, torch.device("cuda")) as model:
         for i in range(2):
-            model.open(i, ahead=False)
+            model.open(i, prefetch=False)
             assert gpu.host_held == 0
             model.close(i)
         assert gpu.host_peak == pinned(source, "model.layers.0.")

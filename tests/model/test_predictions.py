@@ -17,7 +17,7 @@ IDS = torch.randint(3, 250, (3, 10), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(params=first_is_fast(["gemma2", "llama"]))
 def opened(request, tmp_path):
-    """A model, and hidden states behind its last block, when it is pruned and when it is dense. One caps its logits."""
+    """A model, and hidden states after its last block, when it is pruned and when it is dense. One caps its logits."""
     kinds = {"layer_types": ["full_attention"]} if request.param == "gemma2" else {}
     source = save_model(tmp_path, request.param, num_hidden_layers=1, **kinds)
     model, generator = StreamedModel(inspect(source), CPU), torch.Generator().manual_seed(1)
@@ -46,23 +46,23 @@ def test_divergence_and_gradient(opened):
     x, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     found, wanted = divergence(model, IDS, x, dense), expected(source, exact, dense.double())
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
-    # The gradient is scaled by what comes behind the divergence.
+    # The gradient is scaled by what comes after the divergence.
     (7 * found).backward()
     (7 * wanted).backward()
     assert torch.allclose(x.grad.double(), exact.grad, rtol=1e-3, atol=1e-5 * exact.grad.abs().max().item())
 
 
 def test_the_models_forward_runs_once_for_each_shape(opened, monkeypatch):
-    """What it does behind the last block is made again with the same bits."""
+    """What it does after the last block is made again with the same bits."""
     _, model, _, hidden, dense = opened
-    run, runs, found = forward.run_replaced, [], []
-    monkeypatch.setattr(forward, "run_replaced", lambda *args: runs.append(args) or run(*args))
+    run, runs, found = forward.run_with_stubs, [], []
+    monkeypatch.setattr(forward, "run_with_stubs", lambda *args: runs.append(args) or run(*args))
     for some in (slice(None), slice(0, None, 3), slice(None)):
         x = hidden[:1, some].clone().requires_grad_()
         divergence(model, IDS[:1, some], x, dense[:1, some]).backward()
         found.append((divergence(model, IDS[:1, some], x, dense[:1, some]), x.grad))
     assert len(runs) == 2
-    monkeypatch.setattr(head, "logits_behind_blocks", lambda *args: forward.run_behind_blocks(*args, {}).logits)
+    monkeypatch.setattr(head, "logits_after_blocks", lambda *args: forward.run_after_blocks(*args, {}).logits)
     x = hidden[:1].clone().requires_grad_()
     divergence(model, IDS[:1], x, dense[:1]).backward()
     assert len(runs) == 4
@@ -73,7 +73,7 @@ def test_the_models_forward_runs_once_for_each_shape(opened, monkeypatch):
 
 @pytest.mark.parametrize("tokens", [0.5, 3])
 def test_pieces_change_nothing(tokens, opened, monkeypatch):
-    """Pieces of so many tokens, of a token at least."""
+    """Pieces of a number of tokens, of one token at least."""
     _, model, _, hidden, dense = opened
     found = []
     for entries in (head.PIECE["cpu"], int(tokens * model.model.config.vocab_size)):
@@ -144,6 +144,6 @@ def test_a_head_that_mixes_tokens_does_not_predict_one_by_one(opened):
     _, model, states, *_ = opened
     assert predicts(states, IDS, 2)
     mixed = model.model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].cumsum(1),))
-    model.behind_blocks.clear()
+    model.after_blocks.clear()
     assert not predicts(states, IDS, 2)
     mixed.remove()

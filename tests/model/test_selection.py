@@ -18,7 +18,7 @@ def measured_in_stages(pair, selected):
     """Names of the layers, Gram and cross matrices, and names left out, over all stages of a damaged block."""
     (run, run_dense), layers, grams, crosses, ignored = whole_runs(pair), [], {}, {}, set()
     for stage in stages_of(pair, selected):
-        captured = measure(stage, pair, backend=TORCH, selected=selected, keep=stage.keepable)
+        captured = measure(stage, pair, backend=TORCH, selected=selected, keep=stage.cacheable)
         layers += [layer.name for layer in captured.layers]
         grams |= {layer.name: captured.grams[layer.gram] for layer in captured.layers}
         assert set(captured.grams) == {layer.gram for layer in captured.layers}

@@ -18,7 +18,7 @@ from sparsefw.estimate.profile import shape_of
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.head import logits
 from sparsefw.model.skeleton import attention_implementation
-from sparsefw.model.slots import DenseBlock, shared_parameters, slots_of
+from sparsefw.model.swap import DenseBlock, shared_parameters, slots_of
 from sparsefw.selection import without_index
 
 # A model whose attention is one module at several depths.

@@ -69,7 +69,7 @@ class TestStages:
     def test_a_layer_alone_and_no_layer(self):
         x = torch.randn(20, 8)
         (stage,) = stages_of(damaged_module(nn.Linear(8, 8), [x]))
-        assert (stage.key, stage.last, stage.final, stage.behind) == ("weight", "weight", True, None)
+        assert (stage.key, stage.last, stage.final, stage.next_start) == ("weight", "weight", True, None)
         norm = nn.Sequential(nn.LayerNorm(8), nn.Unflatten(1, (2, 4)), nn.Flatten())
         norm.register_parameter("unused", nn.Parameter(torch.ones(2, 2)))
         assert stages_of(damaged_module(norm, [x])) == []
@@ -83,17 +83,17 @@ def test_blocks_of_a_kind_are_tried_once(tmp_path):
         runs.append(hidden)
         return pair.pruned.run_of(0, 0)(hidden)
 
-    first = survey(pruned_block(pair), counted, pair.pruned.hidden[0], confirmed=known)
+    first = survey(pruned_block(pair), counted, pair.pruned.hidden[0], split_failures=known)
     # The block as it is; whole, at its cut, and at the two inputs that can be kept.
     assert (len(runs), list(known.values())) == (5, [""])
     runs.clear()
-    second = survey(pruned_block(pair), counted, pair.pruned.hidden[0], confirmed=known)
+    second = survey(pruned_block(pair), counted, pair.pruned.hidden[0], split_failures=known)
     assert len(runs) == 1
     assert (second.roles, second.cuts) == (first.roles, first.cuts)
 
 
 class _Unseen(nn.Module):
-    """A layer that writes to the stream, and behind it a product in which no layer is seen."""
+    """A layer that writes to the stream, and after it a product in which no layer is seen."""
 
     def __init__(self, add):
         super().__init__()

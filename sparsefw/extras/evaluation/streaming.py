@@ -104,7 +104,7 @@ def scores_of(source: Checkpoint, requests: Sequence[Request], ranks: Ranks = AL
             check_token(max(max(request.targets) for request in mine.values()), opened.model.vocabulary)
         flow = opened.model.flow
         # In other models, logits depend on the places of tokens in a row.
-        if flow.windows_first and not flow.batch_behind and any(tree.branched for tree in trees):
+        if flow.windows_first and not flow.batch_after and any(tree.branched for tree in trees):
             try:
                 found = _scores_of_trees(opened, mine, trees)
             except InputError as error:
@@ -328,7 +328,7 @@ def _scores(
         for j, batch in enumerate(batches):
             hidden, ids, whole = states.hidden[j], ids_of(batch), None
             if not opened.shape.by_window:
-                whole = logits(opened.model, ids, hidden, states.behind_last(j))
+                whole = logits(opened.model, ids, hidden, states.after_last(j))
             for n, tree in enumerate(batch):
                 for number, path in tree.paths.items():
                     targets = torch.tensor(requests[number].targets, device=hidden.device)

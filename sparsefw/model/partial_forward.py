@@ -1,8 +1,11 @@
-"""Run a part of a block: begin at tensors that an earlier run has made, and end at one that is wanted.
+"""Run a part of a block: begin at tensors of an earlier run, and end at a tensor that is wanted.
 
 No architecture is named. The calls of torch functions in a block's forward are numbered, so a tensor is known by the
-call that makes it. Calls before the beginning run on meta tensors, which have no data and cost nothing. The output of
-the call that the part begins at is replaced by the tensor that is given, and from there on the block really runs.
+call that makes it. The block's own forward runs from its start, but calls before the beginning of the part get meta
+tensors, which have no data and cost nothing. At the beginning a given tensor replaces the output of the call, and from
+there on the block really runs.
+
+A trace is not replayed here: the block may go other ways in another micro-batch, with experts, say.
 """
 
 import zlib
@@ -26,7 +29,7 @@ class Point:
     Attributes:
         call: number of the call, from 1; 0 is the block's input.
         function: name of the function.
-        path: checksum of the names of all functions up to this call. A block that takes another path has other points.
+        path: checksum of the names of all functions up to this call. A block that goes another way has other points.
     """
 
     call: int
@@ -41,46 +44,46 @@ CANNOT_GO_ON = f"{UNSUPPORTED}: a block cannot go on from its residual stream as
 # The block's input, the hidden states.
 INPUT = Point(0)
 
-# Functions that give the same numbers in another form or precision, by name. They cost next to nothing.
+# Names of functions that return the same numbers in another form or precision. They cost next to nothing.
 SAME = {"reshape", "view", "dropout", "to", "float"}
 
-# Functions that say where a tensor is. What is made there, such as positions, is made as in a whole run.
+# Functions that tell the device of a tensor. Tensors that are made there, such as positions, are real in every part.
 _PLACES = {getattr(torch.Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu")}
 
-# The results of calls without data, by all that they depend on. Such calls compute nothing, yet torch takes 0.2 ms to
+# The results of calls without data, by all that they depend on. Such calls compute nothing, but torch takes 0.2 ms to
 # find the shape of a product and 2 ms for that of attention, and every part of every micro-batch makes them again.
 _results: dict[tuple, Any] = {}
 
-# More results are not remembered: they are forgotten, and found again. One takes about a kilobyte.
+# When there are more results, all are forgotten. One takes about a kilobyte.
 MOST_RESULTS = 10_000
 
 
 class ForwardIsOver(Exception):
-    """Ends a forward early, of a block or of the model."""
+    """Ends a forward of a block or of the model early."""
 
 
 def next_point(last: Point, function: Any) -> Point:
-    """The point of the call of a function that follows another call."""
+    """The point of a call, from the function and the point of the call before."""
     name = name_of(function)
     return Point(last.call + 1, name, zlib.crc32(name.encode(), last.path))
 
 
 class _Part:
-    """Makes the calls of a block's forward in a part of it, see `run_part`."""
+    """A part of a block's forward while it runs, see `run_part`."""
 
     def __init__(self, given: dict[Point, Tensor], take: set[Point], end: Point | None) -> None:
         self.last = INPUT
         self._given = {point.call: (point, tensor) for point, tensor in given.items()}
         self.begin, self._take, self._end = max(self._given), take, end
         self._place = next(iter(given.values()))
-        # The given tensors of the calls so far. What is made of them before the beginning is a meta tensor, too.
+        # Given tensors, once their calls are reached. Before the beginning, what is made of them is a meta tensor, too.
         self._known = [tensor for point, tensor in given.items() if point == INPUT]
         self.taken = {point: tensor for point, tensor in given.items() if point in take}
-        # Given and wanted tensors, and how often they had been written to when they were given or made.
+        # Given and wanted tensors, with the number of writes to them when they were given or made.
         self._versions = [(tensor, tensor._version) for tensor in given.values()]
 
     def unchanged(self) -> bool:
-        """Whether no given or wanted tensor was written to."""
+        """Whether no given or wanted tensor was written to since."""
         return all(tensor._version == version for tensor, version in self._versions)
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -100,14 +103,14 @@ class _Part:
 
     def _make(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Make a call in a part that does not begin at the block's input."""
-        behind = self.last.call > self.begin
-        sources = [x for x in tensors_in((args, kwargs)) if x.is_meta or (not behind and self._is_known(x))]
+        begun = self.last.call > self.begin
+        sources = [x for x in tensors_in((args, kwargs)) if x.is_meta or (not begun and self._is_known(x))]
         if not sources:
-            # It does not depend on the block's input, or on nothing that was skipped.
+            # Nothing that the call depends on was skipped.
             return func(*args, **kwargs)
         if func in _PLACES:
             return func(self._place)
-        if not behind and self.last.function in SAME and self._is_known(sources[0]):
+        if not begun and self.last.function in SAME and self._is_known(sources[0]):
             self._known.append(func(*args, **kwargs))
             return self._known[-1]
         try:
@@ -115,7 +118,7 @@ class _Part:
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise InputError(CANNOT_GO_ON) from error
         # A shape or a dtype may be asked of any tensor.
-        if behind and tensors_in(out):
+        if begun and tensors_in(out):
             raise InputError(CANNOT_GO_ON)
         return out
 
@@ -138,13 +141,13 @@ def run_part(
 
     Args:
         run: runs the block, called with its input.
-        given: tensors that the run begins with, the hidden states first. It begins behind the latest of them, and reads
+        given: tensors that the run begins with, the hidden states first. It begins after the latest of them, and reads
             no other tensor that was made before.
         take: points whose tensors are wanted.
-        end: the run ends with this point; None runs to the end of the block.
+        end: the run ends with this point; None: with the end of the block.
 
     Returns:
-        The wanted tensors, and what the block returned; None if the run ended before.
+        The wanted tensors, and the output of the block; None if the run ended before.
 
     Raises:
         InputError: the block does not make these tensors, reads others, or writes to them.
@@ -152,7 +155,7 @@ def run_part(
     part, output = _Part(given, wanted := set(take), end), None
     if runs := end not in given:
         hidden = given[INPUT] if INPUT in given else next(iter(given.values())).to("meta")
-        # A whole run has no call that has to be seen.
+        # In a whole run without wanted tensors no call has to be seen.
         seen = Calls(part.call) if part.begin or wanted or end else nullcontext()
         # no_grad is entered first: it is a call, too.
         with suppress(ForwardIsOver), torch.no_grad(), seen:
@@ -166,18 +169,15 @@ def run_part(
 
 
 def call_without_data(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Call a function with meta tensors in place of its tensors.
+    """Call a function with meta tensors in place of tensors, and return its result.
 
     Args:
         func: a torch function.
-        args, kwargs: what it is given. Tensors with data are not touched, and a device is taken for the meta device.
-
-    Returns:
-        What the function returns.
+        args, kwargs: its arguments. Tensors with data are not touched. The meta device takes the place of a device.
     """
     # Modes would see how tensors are looked at.
     with torch._C.DisableTorchFunction():
-        # Values are told by how they are written: 1, 1.0 and True are equal.
+        # By their text, since 1, 1.0 and True are equal.
         key = func, torch.get_default_dtype(), repr(with_tensors((args, kwargs), _form))
         if key in _results:
             return with_tensors(_results[key], Tensor.detach)
@@ -193,7 +193,7 @@ def call_without_data(func: Any, args: tuple, kwargs: dict) -> Any:
     out = func(*args, **kwargs)
     written = versions != [x._version for x in operands]
     made = tensors_in(out)
-    # Some functions return what they are given, and it may be asked whether they do.
+    # Some functions return one of their arguments, and the block may ask whether they did.
     if made and not written and all(x.is_meta and not any(x is y for y in operands) for x in made):
         if len(_results) >= MOST_RESULTS:
             _results.clear()
@@ -202,5 +202,5 @@ def call_without_data(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:
-    """All of a tensor that the form of a result depends on."""
+    """The properties of a tensor that the form of a result depends on."""
     return type(x), x.dtype, x.layout, tuple(x.shape), x.stride() if x.layout is torch.strided else ()

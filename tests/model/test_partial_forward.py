@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsefw.errors import InputError
-from sparsefw.model import parts
-from sparsefw.model.parts import INPUT, call_without_data, next_point, run_part
+from sparsefw.model import partial_forward
+from sparsefw.model.partial_forward import INPUT, call_without_data, next_point, run_part
 from sparsefw.model.tape import Calls
 
 TOKENS, D = 5, 8
@@ -86,7 +86,7 @@ class TestParts:
     @pytest.mark.parametrize(
         ("given", "end", "products"),
         [
-            # Only the layers behind the sum run, and the block's input is not needed.
+            # Only the layers after the sum run, and the block's input is not needed.
             (["add"], None, 2),
             # The tensors before are given: the stream, which is the block's input or the sum, and a layer's input.
             (["input", "tanh"], None, 3),
@@ -108,7 +108,7 @@ class TestParts:
         assert whole is None if end else torch.equal(whole, output)
 
     def test_what_does_not_depend_on_the_input_is_made_for_real(self):
-        """Positions that are made before the sum may be read behind it, and states are written step by step."""
+        """Positions that are made before the sum may be read after it, and states are written step by step."""
 
         def recurrent(block, x):
             positions = torch.arange(len(x), device=x.device).to(x.device, x.dtype)
@@ -142,17 +142,17 @@ class Other(Block):
 
 
 def behind_sum(block):
-    """The points and outputs of a whole run, and those that a part behind the first sum begins with."""
+    """The points and outputs of a whole run, and those that a part after the first sum begins with."""
     calls, output = recorded(block, hidden())
     return calls, output, {calls.named("add"): calls.outputs[calls.named("add")]}
 
 
-def reading(behind):
-    """A forward that reads something behind its sum: the input, the layer's output or the sum."""
+def reading(after):
+    """A forward that reads something after its sum: the input, the layer's output or the sum."""
 
     def forward(block, x):
         y = block.a(x.tanh())
-        return behind(x, y, x.add(y))
+        return after(x, y, x.add(y))
 
     return forward
 
@@ -167,7 +167,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         "second",
         [
-            # The same function where the part begins, behind another one.
+            # The same function where the part begins, after another one.
             lambda block, x: (x + block.a(x.sigmoid())) + block.c(block.b(x).relu()),
             # Another shape.
             lambda block, x: x[None] + block.a(x.tanh()),
@@ -258,7 +258,7 @@ CALLS = [
 
 def test_calls_without_data_give_the_forms_that_torch_gives_also_when_they_are_made_again(monkeypatch):
     results = {}
-    monkeypatch.setattr(parts, "_results", results)
+    monkeypatch.setattr(partial_forward, "_results", results)
     found = [[call_without_data(func, args, {}) for func, *args in CALLS] for _ in range(2)]
     for (func, *args), *both in zip(CALLS, *found, strict=True):
         assert forms(both[0]) == forms(both[1]) == forms(func(*args), meta=True)

@@ -1,6 +1,6 @@
-"""Places of tensors in modules, which can hold other tensors for a while, and parameters that have several places.
+"""Swap the tensors of modules for others for a while, and find parameters that several blocks share.
 
-A parameter may be used at several depths of a model: by several blocks, or by one that runs more than once.
+A parameter may be used at several depths of a model: by several blocks, or by a block that runs more than once.
 """
 
 import copy
@@ -18,14 +18,14 @@ from sparsefw.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
-class Slot:
-    """A place of a parameter or buffer.
+class TensorSlot:
+    """A place in a module for a parameter or a buffer.
 
     Attributes:
         tensors: the parameters or the buffers of the module.
-        name: its name there.
-        path: its name in the model, or inside the block that was asked for.
-        own: the tensor that is there by itself.
+        name: name of the slot among them.
+        path: its name in the model, or inside the block whose slots were listed.
+        own: the module's own tensor.
     """
 
     tensors: dict[str, Any]
@@ -34,24 +34,24 @@ class Slot:
     own: Tensor
 
 
-def slots_of(modules: Iterable[tuple[str, nn.Module]]) -> list[Slot]:
-    """The places of all tensors of modules, which come with their names."""
+def slots_of(modules: Iterable[tuple[str, nn.Module]]) -> list[TensorSlot]:
+    """List the slots of all tensors of modules, which are given with their names."""
     slots = []
     for path, module in modules:
         stored: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for tensors in stored:
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    slots.append(Slot(tensors, name, f"{path}.{name}".removeprefix("."), tensor))
+                    slots.append(TensorSlot(tensors, name, f"{path}.{name}".removeprefix("."), tensor))
     return slots
 
 
-def fill(slots: Iterable[Slot], make: Callable[[Slot], Tensor]) -> None:
-    """Put other tensors in these places. A tensor that has several places gets one other tensor.
+def fill(slots: Iterable[TensorSlot], make: Callable[[TensorSlot], Tensor]) -> None:
+    """Put other tensors into slots. A tensor with several slots is replaced by one other tensor.
 
     Args:
-        slots: the places.
-        make: makes the tensor for a place.
+        slots: the slots.
+        make: makes the tensor for a slot.
     """
     made: dict[int, Tensor] = {}
     for slot in slots:
@@ -62,14 +62,14 @@ def fill(slots: Iterable[Slot], make: Callable[[Slot], Tensor]) -> None:
         slot.tensors[slot.name] = made[id(slot.own)]
 
 
-def restore(slots: Iterable[Slot]) -> None:
-    """Put the places' own tensors back."""
+def restore(slots: Iterable[TensorSlot]) -> None:
+    """Put the modules' own tensors back into their slots."""
     for slot in slots:
         slot.tensors[slot.name] = slot.own
 
 
 class DenseBlock(nn.Module):
-    """A block that runs with the tensors that it has now: copies take their places, whatever becomes of them there."""
+    """A block that goes on running with copies of the tensors that it has now, whatever becomes of these."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class DenseBlock(nn.Module):
         self._parameters_of = block.parameters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block. No torch function is called but by the block."""
+        """Run the block. Only the block calls torch functions."""
         try:
             for slot in self._slots:
                 slot.tensors[slot.name] = self._copies[id(slot.own)]
@@ -100,14 +100,14 @@ class DenseBlock(nn.Module):
 
 
 def addresses(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of a tensor's first entry, and behind its last one."""
+    """The address of a tensor's first entry, and the address after its last one."""
     last = sum(step * (size - 1) for step, size in zip(tensor.stride(), tensor.shape, strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 @contextmanager
-def filled(slots: list[Slot], make: Callable[[Slot], Tensor]) -> Iterator[None]:
-    """Inside the `with` block other tensors are in these places, see `fill`."""
+def filled(slots: list[TensorSlot], make: Callable[[TensorSlot], Tensor]) -> Iterator[None]:
+    """Put other tensors into slots inside the `with` block, see `fill`."""
     try:
         fill(slots, make)
         yield
@@ -117,9 +117,9 @@ def filled(slots: list[Slot], make: Callable[[Slot], Tensor]) -> Iterator[None]:
 
 @contextmanager
 def on_device(modules: Iterable[nn.Module], device: torch.device, in_fp32: bool = False) -> Iterator[None]:
-    """Inside the `with` block the tensors of modules are on a device, and none of them was made in inference mode.
+    """Put the tensors of modules on a device inside the `with` block; no tensor is one of inference mode there.
 
-    Buffers are copies in any case: the modules may write to them.
+    Buffers are always copied: the modules may write to them.
 
     Args:
         modules: the modules.
@@ -139,11 +139,10 @@ def is_copied(tensor: Tensor, device: torch.device, in_fp32: bool) -> bool:
 
 @dataclass(frozen=True)
 class SharedParameters:
-    """Parameters of blocks that stay dense, by their names in the model: they have inputs of several depths.
+    """Parameters of blocks that stay dense because they have inputs of several depths, by their names in the model.
 
     Attributes:
-        names: those that are one tensor with another parameter, or lie in the same memory, with that one, and those of
-            repeated blocks.
+        names: all parameters that are one tensor with others, or lie in the same memory, and those of repeated blocks.
         sources: for each parameter that the checkpoint has no tensor for, the parameter whose tensor it is.
         repeated: names of the blocks that run more than once in a forward.
     """
@@ -165,7 +164,7 @@ class SharedParameters:
 
 
 def block_of(parameter: str, blocks: Container[str]) -> str | None:
-    """The name of the block that a parameter belongs to; None if it is outside of the blocks."""
+    """Name the block that a parameter belongs to; None if it is outside of the blocks."""
     parts = parameter.split(".")
     return next((name for n in range(1, len(parts)) if (name := ".".join(parts[:n])) in blocks), None)
 
@@ -173,7 +172,7 @@ def block_of(parameter: str, blocks: Container[str]) -> str | None:
 def shared_parameters(
     model: nn.Module, blocks: Iterable[str], tied: dict[str, str], stored: Collection[str]
 ) -> SharedParameters:
-    """The parameters that blocks share with each other, or with the rest of the model.
+    """Find the parameters that blocks share with each other, or with the rest of the model.
 
     Args:
         model: the model, whose parameters may be on the meta device.
@@ -204,9 +203,9 @@ def shared_parameters(
 
 
 def _named(model: nn.Module, blocks: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
-    """All parameters with all their names, those inside a block as the block names them.
+    """List all parameters with all their names; inside a block these are the block's names, which layers have, too.
 
-    A block that is a wrapper may name its parameters otherwise than the model does, and layers have the block's names.
+    A block that is a wrapper may name its parameters otherwise than the model does.
     """
     slots = slots_of(model.named_modules(remove_duplicate=False))
     parameters = {slot.path: slot.own for slot in slots if isinstance(slot.own, nn.Parameter)}
@@ -221,7 +220,7 @@ def _named(model: nn.Module, blocks: Iterable[str]) -> list[tuple[str, nn.Parame
 
 
 def _groups(parameters: list[tuple[str, nn.Parameter]], tied: dict[str, str]) -> list[list[str]]:
-    """Names of parameters that are one tensor, or lie in the same memory, those of a tensor together."""
+    """Group the names of parameters that are one tensor, or lie in the same memory."""
     pairs, last = [*tied.items()], ("", 0, "")
     for memory, start, end, name in sorted((*_memory_of(x), name) for name, x in parameters):
         # Disjoint parts of one storage are not the same.
@@ -238,7 +237,7 @@ def _groups(parameters: list[tuple[str, nn.Parameter]], tied: dict[str, str]) ->
 
 
 def _memory_of(x: nn.Parameter) -> tuple[str, int, int]:
-    """The memory of a parameter, and its addresses there. Tensors without data have no address: each counts as one."""
+    """Name the memory of a parameter, with its addresses there. A tensor without data counts as a memory of its own."""
     if x.is_meta or not x.numel() or not x.data_ptr():
         return f"tensor {id(x)}", 0, 1
     return str(x.device), *addresses(x)
