@@ -1,4 +1,4 @@
-.PHONY: lint format test test-all test-gpu test-llmcompressor versions bench bench-once
+.PHONY: lint format test test-all test-pretended test-gpu test-llmcompressor versions bench bench-once
 
 # Workers of pytest: one a core, and one thread each (conftest.py).
 WORKERS ?= auto
@@ -23,6 +23,12 @@ test:
 # pruned models) is made once; in the order of the files, or the longest one, which has few tests, would come last.
 test-all:
 	pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# On the pretended GPU, whose tensors are computed on the CPU: five minutes. CI runs those that find most for their time.
+PRETENDED = kernels driver extras/evaluation extras/test_pack.py extras/test_recovery.py model/test_multimodal.py \
+    $(patsubst %,test_%.py,api batches examples in_memory unusual_models)
+test-pretended:
+	PYTHONPATH=tests pytest -q -p helpers.all_on_gpu --tiles sm_90 -m "not slow" $(addprefix tests/,$(PRETENDED))
 
 # What computes on the GPU, and what only makes sense there. One process: one GPU. The others compare bits with a CPU's,
 # or fork.

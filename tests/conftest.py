@@ -1,6 +1,6 @@
 """Checkpoints on disk, outputs of runs and settings of torch that several test files start from.
 
-Fixtures import what they take: the process that hands tests to workers waits for no import of torch.
+Fixtures import what they need, so that the process that hands tests to workers does not import torch.
 """
 
 import os
@@ -12,10 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_runs():
-    """Blocks are reconstructed in one round, also where others would pay: tests of rounds set how many there are.
-
-    Nothing waits for the disk: no test ends the machine. What is computed in does not depend on the processor.
-    """
+    """Make runs quick: one round of reconstruction, no wait for the disk, and a dtype that no timing chooses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         # A test that prunes a model has imported it.
@@ -62,7 +59,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def pruned(tmp_path_factory):
-    """Source and output of a run, see `verifying.outputs`."""
+    """pruned(*flags, family, dtype) -> source and output of a small run.
+
+    A run is made once in a session, with its report, and shared: nobody may change its folders. Tests that only look at
+    an output take this one. `copied` is for tests that change it.
+    """
     from helpers.verifying import outputs
 
     return outputs(tmp_path_factory)
@@ -70,7 +71,7 @@ def pruned(tmp_path_factory):
 
 @pytest.fixture
 def copied(pruned, tmp_path):
-    """Source and a copy of the output that may be changed, see `verifying.copies`."""
+    """copied(*flags, family, dtype) -> source and a copy of the output of `pruned`, which the test may change."""
     from helpers.verifying import copies
 
     return copies(pruned, tmp_path)

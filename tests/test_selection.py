@@ -55,32 +55,25 @@ def test_included_and_not_ignored(include, ignore, expected):
     assert [layer for layer in layers if selected(layer, iter(include), iter(ignore))] == expected
 
 
-@pytest.mark.parametrize("pattern", ["re:(", "re:*", "re:(?P<x>a)(?P<x>b)", "re:a{99999999999}", "re:" + "(" * 5000])
-def test_not_a_regular_expression(pattern):
-    with pytest.raises(InputError, match=r"^include='re:.*: not a regular expression \(.*\)$"):
-        check_patterns("include", [pattern])
-    check_patterns("include", ["down_proj", "re:.*", "(", "re:a|b"])
-    for empty in ("", "re:"):
-        with pytest.raises(InputError, match=r"^ignore: empty; give the name of a layer or block, or re:PATTERN$"):
-            check_patterns("ignore", ["mlp", empty])
-
-
 LAYERS = ("model.layers.0.q.weight", "model.layers.0.k.weight", "model.layers.10.q.weight")
+
+
+@pytest.mark.parametrize("pattern", ["re:(", "re:a{99999999999}", "re:" + "(" * 5000, "", "re:"])
+def test_patterns_that_are_none_are_refused(pattern):
+    with pytest.raises(InputError, match=r"^include.*: "):
+        check_patterns("include", ["mlp", pattern])
 
 
 def test_every_pattern_stands_for_something():
     for include, ignore in (((), ()), (("q",), ()), (("layers.0",), ("k",)), ((), ("re:.*k",))):
         check_used(iter(LAYERS), iter(include), iter(ignore))
-    for name, pattern, hint in (
-        ("include", "down_proj", f"; one is {LAYERS[0]}"),
-        ("ignore", "layers.1", "; did you mean layers.10 or layers.0 or model.layers?"),
-        ("ignore", "re:.*layrs", "; did you mean layers?"),
-        ("include", "model.layers.*.q", "; did you mean model.layers.0.q or model.layers.10.q or model.layers.0.k?"),
+    for include, ignore, hint in (
+        (("k", "down_proj"), (), LAYERS[0]),
+        ((), ("layers.1",), r"did you mean layers\.10"),
+        ((), ("re:.*layrs",), r"did you mean layers\?"),
     ):
-        given = {"include": (), "ignore": ()} | {name: ("k", pattern)}
-        with pytest.raises(InputError) as error:
-            check_used(LAYERS, *given.values())
-        assert str(error.value) == f"{name}={pattern!r}: no layer of the model has this name{hint}"
+        with pytest.raises(InputError, match=f"no layer of the model has this name.*{hint}"):
+            check_used(LAYERS, include, ignore)
     # A head is never pruned: to ignore it is no mistake, as it is with libraries that would prune it.
     check_used(LAYERS, (), ("lm_head", "re:.*head", "k"), ("model", "lm_head"))
     with pytest.raises(InputError, match=r"^include='lm_head': is never pruned; one is model"):

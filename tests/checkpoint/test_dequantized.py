@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from helpers.pretended_gpu import pretended_gpu
 from helpers.quantized import fp8, mxfp4
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from sparsefw.checkpoint import quantization
-from sparsefw.checkpoint.quantization import BYTES_OF_CHUNK, Fp8, Mxfp4
+from sparsefw.checkpoint.quantization import Fp8, Mxfp4
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -79,35 +78,3 @@ def test_mxfp4_is_what_transformers_makes_of_it(dtype, chunk, monkeypatch):
     scales = torch.tensor([0, 1, 100, 127, 128, 139, 140, 251] * 2, dtype=torch.uint8).view(1, 4, 4)
     expected = convert_moe_packed_tensors(values, scales, dtype=dtype)
     assert torch.equal(bits(Mxfp4().dequantize(values, scales, dtype)), bits(expected))
-
-
-def of_method(method, values, scales):
-    if method == "mxfp4":
-        return Mxfp4().dequantize(values, scales, torch.bfloat16)
-    return Fp8((16, 16)).dequantize(values, scales, torch.bfloat16)
-
-
-def on_gpu(method, values, scales):
-    """The result, the number of operations, and the most bytes beside the operands and the result."""
-    with pretended_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
-        calls, compute = [], gpu.compute
-        patch.setattr(gpu, "compute", lambda func, *args: (calls.append(func), compute(func, *args))[1])
-        stored = values.to("cuda"), scales.to("cuda")
-        before = gpu.peak = gpu.allocated
-        result = of_method(method, *stored)
-        return result.inner, len(calls), gpu.peak - before - result.nbytes
-
-
-@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
-def test_a_gpu_makes_a_matrix_at_once(method, monkeypatch):
-    """Every chunk takes launches; its memory is what plans count."""
-    x = random(2, 128, 64)
-    stored = mxfp4(x) if method == "mxfp4" else fp8(x.reshape(256, 64), (16, 16))
-    whole, calls, peak = on_gpu(method, *stored)
-    monkeypatch.setattr(quantization, "CHUNK", dict.fromkeys(quantization.CHUNK, 1024))
-    pieces, more_calls, _ = on_gpu(method, *stored)
-    assert more_calls > 3 * calls
-    assert torch.equal(bits(whole), bits(pieces))
-    assert torch.equal(bits(whole), bits(of_method(method, *stored)))
-    entries = (x if method == "fp8" else x[0]).numel()
-    assert entries * BYTES_OF_CHUNK / 2 < peak < 1.1 * entries * BYTES_OF_CHUNK

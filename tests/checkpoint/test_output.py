@@ -45,7 +45,7 @@ def test_a_model_in_the_hubs_cache_stays(folder, hub):
 
 
 def test_a_text_that_a_run_reads_stays(old, folder):
-    """Also one that lies elsewhere, but is named by a link in the output, and one that lies there behind a link."""
+    """Also a text elsewhere to which a link in the output leads, and a text in the output to which a link leads."""
     outside, linked, link = old.parent / "text.txt", old / "linked.txt", old.parent / "link.txt"
     outside.write_text("")
     linked.symlink_to(outside)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import filelock
 import pytest
 import torch
-from helpers.checkpoints import TENSORS, contents, make_hub_cache, refused
+from helpers.checkpoints import TENSORS, contents, refused
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -87,19 +87,6 @@ class TestOutput:
         assert inspect(output).tensors["a"].shape == (3, 2)
         assert os.listdir(output.parent) == ["pruned"]
 
-    def test_permissions_are_the_usual_ones(self, folder, tmp_path):
-        umask = os.umask(0o027)
-        try:
-            write(tmp_path / "pruned", folder)
-        finally:
-            os.umask(umask)
-        assert (tmp_path / "pruned").stat().st_mode & 0o777 == 0o750
-        assert {path.stat().st_mode & 0o777 for path in (tmp_path / "pruned").iterdir()} == {0o640}
-
-    def test_the_hubs_cache_as_source_gives_files_not_links(self, folder, tmp_path, hub):
-        write(tmp_path / "pruned", make_hub_cache(folder, hub))
-        assert not any(path.is_symlink() for path in (tmp_path / "pruned").iterdir())
-
     def test_configs_without_code_and_quantization(self, folder, tmp_path):
         config = {"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}, "a": [{"auto_map": 1}], "n": float("nan")}
         (folder / "config.json").write_text(json.dumps(config))
@@ -157,7 +144,7 @@ class TestInterrupted:
         assert contents(tmp_path) == before
 
     @pytest.mark.parametrize("owner", [files, Path, shutil])
-    def test_at_any_step_it_goes_on_to_the_same_bytes(self, folder, tmp_path, owner, monkeypatch):
+    def test_an_end_at_any_step_is_resumed_to_the_same_bytes(self, folder, tmp_path, owner, monkeypatch):
         """Every step of the disk is one time the last, as of a process that is killed: nothing is tidied up."""
         name = {files: "_sync", Path: "rename", shutil: "rmtree"}[owner]
         write(tmp_path / "expected", folder)
@@ -257,7 +244,7 @@ class TestSavedOtherwise:
             assert writer.path(1).exists()
             writer.finish(save or self.save)
 
-    def test_it_goes_on_until_the_output_is_there(self, tmp_path):
+    def test_it_is_resumed_until_the_output_is_there(self, tmp_path):
         output = tmp_path / "pruned"
         begin(output, 2, source=None)
 

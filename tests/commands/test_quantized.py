@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers.commands import interrupted_at, run, tensors_of
-from helpers.families import config_of, first_is_fast
+from helpers.commands import run, tensors_of
+from helpers.families import first_is_fast
 from helpers.quantized import change_stored, dequantized, fp8, save_fp8, save_mxfp4
 from helpers.verifying import change_tensor, flip_bit, only_failure, put, verdict
 from safetensors.torch import load_file
@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.quantization import Fp8
 from sparsefw.checkpoint.source import CONFIG, SINGLE, inspect
-from sparsefw.estimate.plan import describe
 from sparsefw.estimate.profile import shape_of
 
 OUT = "model.layers.1.self_attn.o_proj.weight"
@@ -88,18 +87,6 @@ def test_verify_compares_with_the_dequantized_source(name, source, text, tmp_pat
     assert NORM in only_failure(capsys, tmp_path / "out", "others")
 
 
-@pytest.mark.slow
-def test_an_interrupted_run_goes_on(source, text, tmp_path, monkeypatch, capsys):
-    folder = source("gpt_oss")
-    assert run(folder, text, tmp_path / "expected") == 0
-    with monkeypatch.context() as patched:
-        interrupted_at(patched, 14)
-        assert run(folder, text, tmp_path / "out") == 130
-    assert run(folder, text, tmp_path / "out") == 0
-    assert "resuming an unfinished run: " in capsys.readouterr().out
-    assert_equal_files(tmp_path / "out", tmp_path / "expected")
-
-
 def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, capsys):
     """Embeddings, and a layer that the model's class has no use for, larger than a block."""
     folder = save_fp8(tmp_path / "model", "qwen3")
@@ -123,14 +110,3 @@ def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, capsys):
         assert torch.equal(written[name], expected)
     change_tensor(tmp_path / "out", unused, put((5, 5), flip_bit))
     assert unused in only_failure(capsys, tmp_path / "out", "others")
-
-
-@pytest.mark.parametrize("name", first_is_fast(["gpt_oss", "qwen3"]))
-def test_estimates_know_both_sizes(name, source, tmp_path):
-    """A plan reads the config alone, or the headers where they are."""
-    plain = shape_of(inspect(dequantized(source(name), tmp_path / "plain")))
-    alone = config_of(source(name), tmp_path / "alone")
-    shapes = [shape_of(inspect(source(name))), *(describe(str(folder)).shape for folder in (source(name), alone))]
-    assert [shape.blocks for shape in shapes] == [plain.blocks] * 3
-    assert plain.quantized == 0
-    assert all(0 < shape.quantized < shape.blocks[1].nbytes for shape in shapes)

@@ -104,7 +104,7 @@ def test_a_model_that_computes_in_fp32_goes_on_with_the_same_bytes(place, monkey
     assert content(place, "in-fp32-interrupted") == content(place, "in-fp32")
 
 
-def test_what_finished_blocks_hand_on_is_made_again(tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_makes_again_what_finished_blocks_hand_on(tmp_path, monkeypatch, capsys):
     """Later blocks read keys and values of the blocks that are finished, as each method has pruned them."""
     save_model(tmp_path / "model", "gemma3n_text")
     (tmp_path / "text.txt").write_text(TEXT)
@@ -145,7 +145,7 @@ def test_other_arguments_model_or_text_are_refused(place, tmp_path, monkeypatch,
     assert content(place, "other") == content(place, "undisturbed")
 
 
-def test_a_run_that_goes_on_knows_what_it_has_to_write(place, monkeypatch, capsys):
+def test_a_resumed_run_needs_disk_space_for_the_rest_alone(place, monkeypatch, capsys):
     """The last block by both methods, and the other tensors."""
     with monkeypatch.context() as patched:
         interrupted_at(patched, 17)

@@ -6,48 +6,47 @@ import pytest
 import torch
 from helpers.commands import run, tensors_of
 from helpers.families import first_is_fast, save_model
+from helpers.verifying import WANDA
 from safetensors.torch import load_file, save_file
 
 from sparsefw.verify import main as verify_main
 
 
-class TestSelection:
-    def test_what_is_ignored_stays_as_it_was(self, tmp_path, text, capsys):
-        source = save_model(tmp_path / "model", "llama", torch.bfloat16)
-        flags = ["--ignore", "down_proj", "--ignore", "re:model.layers.1.self_attn", "--method", "wanda"]
-        assert run(source, text, tmp_path / "out", *flags) == 0
-        before, after = tensors_of(source), tensors_of(tmp_path / "out")
-        report = json.loads((tmp_path / "out" / "report.json").read_text())
-        ignored = {name for name in before if "down_proj" in name or "layers.1.self_attn" in name}
-        pruned = {name for name in before if "_proj" in name} - ignored
-        assert {row["name"] for row in report["layers"]} == pruned
-        assert set(report["kept_dense"]) == ignored
-        assert all(torch.equal(before[name], after[name]) == (name not in pruned) for name in before)
-        assert verify_main([str(tmp_path / "out")]) == 0
-        out = capsys.readouterr().out
-        assert "kept dense: " in out
+def test_what_is_ignored_stays_as_it_was(pruned, capsys):
+    source, output = pruned("--ignore", "down_proj", "--ignore", "re:model.layers.1.self_attn", *WANDA)
+    before, after = tensors_of(source), tensors_of(output)
+    report = json.loads((output / "report.json").read_text())
+    ignored = {name for name in before if "down_proj" in name or "layers.1.self_attn" in name}
+    chosen = {name for name in before if "_proj" in name} - ignored
+    assert {row["name"] for row in report["layers"]} == chosen
+    assert set(report["kept_dense"]) == ignored
+    assert all(torch.equal(before[name], after[name]) == (name not in chosen) for name in before)
+    assert verify_main([str(output)]) == 0
+    assert "kept dense: " in capsys.readouterr().out
 
-    @pytest.mark.parametrize(
-        "flags", first_is_fast([["--sparsity", "2:4"], ["--method", "sparsegpt", "--sparsity", "0.1"]]), ids=" ".join
-    )
-    def test_fewer_weights_than_the_pattern_keeps_are_as_they_should_be(self, flags, tmp_path, text):
-        """A group with more zeros than the pattern removes has fewer weights left than the pattern keeps."""
-        source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
-        for path in source.glob("*.safetensors"):
-            tensors = load_file(path)
-            for name, weight in tensors.items():
-                if "_proj" in name:
-                    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.3] = 0
-            save_file(tensors, path, metadata={"format": "pt"})
-        assert run(source, text, tmp_path / "out", "--keep-zeros", *flags) == 0
-        assert verify_main([str(tmp_path / "out")]) == 0
 
-    def test_a_layer_that_does_not_fit_the_pattern_is_found_before_the_run(self, tmp_path, text, capsys):
-        source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
-        capsys.readouterr()
-        assert run(source, text, tmp_path / "out", "--method", "wanda", "--sparsity", "16:32") == 2
-        said = capsys.readouterr()
-        assert "model.layers.0.mlp.down_proj.weight: 48 inputs do not divide into groups of 32" in said.err
-        assert "memory: " not in said.out
-        flags = ["--method", "wanda", "--sparsity", "16:32", "--ignore", "down_proj"]
-        assert run(source, text, tmp_path / "out", *flags) == 0
+@pytest.mark.parametrize(
+    "flags", first_is_fast([["--sparsity", "2:4"], ["--method", "sparsegpt", "--sparsity", "0.1"]]), ids=" ".join
+)
+def test_fewer_weights_than_the_pattern_keeps_are_as_they_should_be(flags, tmp_path, text):
+    """A group with more zeros than the pattern removes has fewer weights left than the pattern keeps."""
+    source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
+    for path in source.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, weight in tensors.items():
+            if "_proj" in name:
+                weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.3] = 0
+        save_file(tensors, path, metadata={"format": "pt"})
+    assert run(source, text, tmp_path / "out", "--keep-zeros", *flags) == 0
+    assert verify_main([str(tmp_path / "out")]) == 0
+
+
+def test_a_layer_that_does_not_fit_the_pattern_is_found_before_the_run(tmp_path, text, capsys):
+    source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
+    capsys.readouterr()
+    assert run(source, text, tmp_path / "out", "--method", "wanda", "--sparsity", "16:32") == 2
+    said = capsys.readouterr()
+    assert "model.layers.0.mlp.down_proj.weight: 48 inputs do not divide into groups of 32" in said.err
+    assert "memory: " not in said.out
+    flags = ["--method", "wanda", "--sparsity", "16:32", "--ignore", "down_proj"]
+    assert run(source, text, tmp_path / "out", *flags) == 0

@@ -79,7 +79,7 @@ def test_a_share_of_a_mixture_by_another_seed(written, tmp_path, capsys):
     assert not any((row == ids).all(1).any() for row in other)
 
 
-def test_a_killed_run_goes_on_with_its_text(written, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_is_resumed_with_its_text(written, tmp_path, monkeypatch, capsys):
     child = os.fork()
     if not child:
         interrupted_at(monkeypatch, 14, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -94,12 +94,6 @@ def test_a_killed_run_goes_on_with_its_text(written, tmp_path, monkeypatch, caps
     first, second = tensors_of(written), tensors_of(tmp_path / "out")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert own(tmp_path / "out")[0] == own(written)[0]
-
-
-def test_nothing_is_written_where_another_text_is_missing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generation, "write_tokens", None)
-    assert run(tmp_path / "out", "--eval", str(tmp_path / "none.txt")) == 2
-    assert "none.txt" in capsys.readouterr().err
 
 
 def test_half_are_conversations_by_the_template():
@@ -119,11 +113,6 @@ def test_half_are_conversations_by_the_template():
     tokenizer.chat_template = TEMPLATE.replace("<|end|>", "plain")
     assert generation._conversation(tokenizer, lines.append) is None
     assert "no conversations" in lines[-1]
-
-
-def test_the_template_follows_each_turn():
-    row, sampled = generation._chat([1, 2], [7, 3], [8, 4]), [0, 10, 11, 7, 0, 12, 8, 0, 0, 0, 13]
-    assert [next(row), *map(row.send, sampled)] == [1, 2, 10, 11, 7, 3, 12, 8, 4, 1, 2, 13]
 
 
 def test_tokens_are_drawn_from_the_nucleus(monkeypatch):

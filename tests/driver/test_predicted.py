@@ -1,6 +1,4 @@
-"""Where the last block is fitted to predictions: where plans have it, if the data agree, and on all ranks alike."""
-
-import re
+"""The last block is fitted to predictions: as the plan says, if the data allow it, and the same on all ranks."""
 
 import pytest
 from helpers.families import first_is_fast
@@ -65,18 +63,6 @@ def test_a_run_predicts_where_its_plan_does(family, changes, predicts, tmp_path,
     # Nothing is read for models that predict nothing: no plan counts it.
     assert seen.asked == [True] * predicts
     assert seen.beside_head == [len(planned) - 1] * predicts
-
-
-@pytest.mark.parametrize(("small", "rounds"), [(steps_of.SMALL_HEAD, 1), (2**15, 2)])
-def test_the_log_foretells_the_steps_of_the_last_block(small, rounds, tmp_path, monkeypatch, capsys):
-    """The head costs eight times what the block does. Where that is large, a round that fits hidden states is first."""
-    monkeypatch.setattr(steps_of, "SMALL_HEAD", small)
-    monkeypatch.setattr(steps_of, "MIN_TOKENS", 12)
-    report, _ = run(make_place(tmp_path, "llama", num_hidden_layers=2, vocab_size=2048), tmp_path / "out", *FLAGS)
-    (steps,) = re.findall("reconstruction: .*; (.*) in the last block", capsys.readouterr().out)
-    steps = [int(n) for n in steps.split(" + ")]
-    assert len(steps) == rounds
-    assert report.blocks[-1].reconstruction.steps == sum(steps)
 
 
 def test_data_that_show_no_predictions_let_the_head_go(llama, tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def weights_of(module, *models):
 
 
 def test_layers_approximate_what_the_dense_model_puts_out(tmp_path):
-    """Errors are those of their definition, with inputs behind all layers pruned before, even in the same block."""
+    """Errors follow their definition, on inputs that come from the layers pruned before, even in the same block."""
     lost = {}
     for target in ("layer", "dense"):
         _, report = prune(tmp_path, *FEW_STEPS, "--target", target, "--overwrite")
@@ -145,7 +145,7 @@ def test_experts_that_no_token_reaches_are_no_model(tmp_path, capsys):
 
 
 def test_windows_run_no_more_than_they_must_around_the_blocks_that_are_pruned(tmp_path, monkeypatch):
-    """Before the first one all hidden states are the dense model's; behind the last one nothing is calibrated."""
+    """Before the first such block all hidden states are dense; after the last one nothing is calibrated."""
     flags = ["--include", "layers.1", "--compare", "magnitude", "--eval", str(tmp_path / "text.txt"), *FEW_STEPS]
     ran, advance = Counter(), HiddenStates.advance
     monkeypatch.setattr(HiddenStates, "advance", lambda self, i, *block: (ran.update([i]), advance(self, i, *block)))
@@ -180,11 +180,9 @@ def test_next_block_is_read_and_the_last_one_written_beside_the_work(pruned):
     for i in range(2):
         assert of("read", i + 1)[0] < of("main", i, "calibrate", "solve")[1]
         assert of("write", i)[0] < of("main", i + 1, "calibrate", "solve")[1]
-    assert [block["name"] for block in report["blocks"]] == [f"model.layers.{i}" for i in range(3)]
     for i, block in enumerate(report["blocks"]):
         spent = sum(s["end"] - s["start"] for s in spans if s["lane"] == "main" and s["block"] == i)
         assert sum(block["seconds"].values()) == pytest.approx(spent)
-        assert block["host_bytes"] > 2**26
 
 
 def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, monkeypatch, capsys):
@@ -230,15 +228,6 @@ def test_a_layer_that_only_real_data_reaches_is_refused(method, tmp_path, monkey
     few_steps = FEW_STEPS if method == "sparsefw" else []
     assert prune(tmp_path, "--nsamples", "2", "--method", method, *few_steps, num_hidden_layers=1) == (2, None)
     assert "model.layers.0.mlp.up_proj.weight: unsupported model" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("passes", "kept"), [("0", "self_attn.o_proj.weight, mlp.down_proj.weight"), ("1", "self_attn.o_proj.weight")]
-)
-def test_inputs_that_a_reconstruction_drops_are_not_kept(passes, kept, tmp_path):
-    flags = f"--steps 2 --refit 1 --reconstruct {passes} --nsamples 8".split()
-    _, report = prune(tmp_path, *flags, num_hidden_layers=1)
-    assert {block["way"].partition("; ")[2] for block in report["blocks"]} == {f"kept: the input of {kept}"}
 
 
 def test_a_kind_of_block_that_does_not_run_in_parts_is_named_once(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The kept weights of a block are fitted together to the dense model's hidden states behind it."""
+"""A reconstruction fits the kept weights of a block together to the dense block's output."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,8 @@ from sparsefw.data.batches import token_batch
 from sparsefw.data.windows import calibration_windows
 from sparsefw.driver import reconstruct
 from sparsefw.driver.reconstruct import BlockFit
-from sparsefw.model import StreamedModel, embed, head
+from sparsefw.estimate import steps as steps_of
+from sparsefw.model import StreamedModel, embed
 from sparsefw.model.activations import HELD_OUT, split_batches
 from sparsefw.model.forward import embed_batches
 from sparsefw.ranks import ALONE
@@ -40,7 +41,7 @@ def windows_of(folder: Path) -> torch.Tensor:
 
 @torch.no_grad()
 def behind_blocks(model: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
-    """The hidden states behind every block, by the model's own forward, in double; behind the last one predictions.
+    """The hidden states after each block, by the model's own forward, in double; after the last block, the predictions.
 
     These are the logarithms of the probabilities of all next tokens.
     """
@@ -71,7 +72,7 @@ def reconstructed(request, llama, constants):
 
 
 def test_losses_are_those_of_their_definition(reconstructed, llama):
-    """On the windows that are held out, behind blocks that are reconstructed themselves, by transformers' forward."""
+    """On the held-out windows, after reconstructed blocks, by the forward of transformers."""
     output, report, seen = reconstructed
     learned, held_out = split_batches(WINDOWS)
     ids = windows_of(llama)[held_out]
@@ -159,7 +160,7 @@ def test_gradients_that_fp16_has_no_room_for_as_sums(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", HANDING_ON)
 def test_a_dense_block_has_no_loss(family, tmp_path):
-    """It is compared with what it puts out itself, whatever blocks hand on beside it."""
+    """It is compared with its own output, whatever else blocks hand on."""
     model = StreamedModel(inspect(save_model(tmp_path, family)), CPU)
     assert all(no_loss(model, embed(model, TOKENS, 4)))
 
@@ -186,7 +187,7 @@ def test_one_token_does_not_outweigh_others():
 def test_steps_compare_some_predictions_and_losses_all_of_them(least, every, passes, llama, tmp_path, monkeypatch):
     """A step looks at every eighth token of a long window, in each pass at others, and there are twice the passes."""
     seen, divergence_of = [], reconstruct.divergence
-    monkeypatch.setattr(head, "LEAST", least)
+    monkeypatch.setattr(steps_of, "MIN_TOKENS", least)
 
     def spy(model, ids, hidden, dense):
         assert hidden.shape[:2] == dense.shape[:2] == ids.shape

@@ -1,4 +1,4 @@
-"""Runs with a reconstruction: in rounds, put back, gone on with, and in the log."""
+"""Runs with a reconstruction: its rounds, blocks that are put back, and resumed runs."""
 
 import itertools
 import math
@@ -68,7 +68,7 @@ def test_nothing_is_fitted_to_what_is_held_out(way, family, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_goes_on_with_the_same_bytes(llama, tmp_path, monkeypatch):
+def test_a_resumed_run_writes_the_same_bytes(llama, tmp_path, monkeypatch):
     """Finished blocks keep their reconstructed weights, and their losses."""
     flags = [*METHODS["masks only, dense targets"], "--compare", "wanda", "--reconstruct", "1"]
     expected, _ = run(llama, tmp_path / "whole", *flags)
@@ -87,16 +87,6 @@ def test_goes_on_with_the_same_bytes(llama, tmp_path, monkeypatch):
     assert min(seen.weights) == 1
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
     assert without_times(report) == without_times(expected)
-
-
-@pytest.mark.parametrize(("windows", "said"), first_is_fast([(1, True), (2, False)]))
-def test_one_window_is_too_few_and_the_log_says_so(windows, said, llama, tmp_path, capsys):
-    report, _ = run(llama, tmp_path / "out", "--nsamples", str(windows))
-    assert all((block.reconstruction is None) == said for block in report.blocks)
-    assert (report.arguments["reconstruct"] == 0) == said
-    assert (
-        "note: no block is reconstructed: that takes two calibration windows on every rank" in capsys.readouterr().out
-    ) == said
 
 
 FIRST_BLOCK = ["--method", "wanda", "--include", "layers.0", "--reconstruct", "1"]
@@ -128,7 +118,7 @@ def test_rounds_follow_each_other_as_long_as_they_pay(found, steps, after, put_b
 
 
 @pytest.mark.parametrize(("rate", "gains"), first_is_fast([(1e3, False), (RATE, True)]), ids=["loses", "gains"])
-def test_a_second_round_begins_behind_the_first_and_is_put_back_to_there(rate, gains, llama, tmp_path, monkeypatch):
+def test_a_second_round_begins_where_the_first_ended(rate, gains, llama, tmp_path, monkeypatch):
     losses, weights, measure = [], [], BlockFit.loss
 
     def watched(fit):

@@ -155,7 +155,7 @@ class GPU(TorchDispatchMode):
         return _changed(out, lambda x: same[id(x)] if id(x) in same else self.put(x) if stays else x)
 
     def limit(self, most: float) -> None:
-        """Allow at most so many bytes at once from now on."""
+        """Limit the bytes that may be allocated at once, from now on."""
         self.most = most
 
     def lock_pages(self, tensor: Tensor) -> None:

@@ -24,7 +24,7 @@ SEQLEN = 24
 
 
 def on_ranks(count: int, do: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call do(ranks, *args) on so many ranks; returns what it returns on each of them.
+    """Call do(ranks, *args) on `count` ranks; returns the result of each rank.
 
     Raises:
         AssertionError: it has failed on a rank; the message is the traceback.

@@ -1,4 +1,4 @@
-"""Sums over tokens: gram_accumulate with mirror_lower, cross_accumulate, and the bulk copies behind both.
+"""Sums over tokens: gram_accumulate with mirror_lower, cross_accumulate, and the bulk copies of both.
 
 All are compared with the specification in float64.
 """
@@ -23,7 +23,6 @@ from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels import cross as cross_module
 from sparsefw.kernels import gram as gram_module
 from sparsefw.kernels import mirror as mirror_module
-from sparsefw.kernels.accumulate import suits
 from sparsefw.kernels.launch import platform
 from sparsefw.kernels.product import DESCRIPTORS
 
@@ -175,29 +174,6 @@ def test_other_operands_take_the_other_kernels(X, monkeypatch):
     plain = X.float().T @ X.float()
     assert_near(triton_ops.mirror_lower(triton_ops.gram_accumulate(G, X)), plain, truth)
     assert_near(triton_ops.cross_accumulate(B, X, X), plain, truth)
-
-
-def on_meta(*shape, dtype=torch.float32):
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-@pytest.mark.parametrize("where", ["sm_90", "sm_80", "hip"])
-def test_bulk_copies_are_for_targets_and_operands_that_have_them(where, monkeypatch):
-    """16-bit operands on Hopper and later, with aligned rows, and enough tiles for all programs."""
-    monkeypatch.setattr(accumulate_module, "platform", lambda: where)
-    for dtype in DTYPES:
-        S, X = on_meta(4096, 4096), on_meta(100, 4096, dtype=dtype)
-        expected = where == "sm_90" and dtype != torch.float32
-        assert suits(S, X, X, triangle=True) == suits(S, X, X, triangle=False) == expected
-    X = on_meta(100, 576, dtype=torch.bfloat16)
-    assert not suits(on_meta(576, 576), X, X, triangle=True)
-    operands = dict(S=on_meta(4096, 2048), D=on_meta(96, 4096, dtype=torch.bfloat16),
-                    X=on_meta(96, 2048, dtype=torch.bfloat16))  # fmt: skip
-    assert suits(**operands, triangle=False) == (where == "sm_90")
-    for name, x in operands.items():
-        m, n = x.shape
-        for other in (on_meta(n, m, dtype=x.dtype).T, on_meta(m, n + 1, dtype=x.dtype)[:, :n]):
-            assert not suits(**operands | {name: other}, triangle=False)
 
 
 @needs_gpu

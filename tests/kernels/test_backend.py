@@ -7,9 +7,8 @@ import torch
 from helpers.families import first_is_fast
 from helpers.kernel_inputs import DEVICE, SHAPES, gram, normal, uniform
 
-from sparsefw.kernels import backend as module
 from sparsefw.kernels import cpu, triton_ops
-from sparsefw.kernels.backend import Backend, Terms, load_backend
+from sparsefw.kernels.backend import Backend, Terms
 from sparsefw.kernels.definitions import PRECISIONS
 from sparsefw.kernels.vertex_products import FIRST, REFRESH
 
@@ -91,13 +90,6 @@ def test_errors_are_exact_whatever_the_precision(precision, operations):
     # Products of bf16 would not do.
     rough = (E * Backend(cpu, "bf16").product(E, G)).sum(1).double()
     assert not ((rough - truth).abs() <= 2e-6 * terms).all()
-
-
-def test_torch_imports_no_triton(monkeypatch):
-    seen = []
-    monkeypatch.setattr(module, "importlib", SimpleNamespace(import_module=lambda *args: seen.append(args) or cpu))
-    load_backend("torch", "ieee")
-    assert seen == [(".cpu", "sparsefw.kernels")]
 
 
 @OPERATIONS

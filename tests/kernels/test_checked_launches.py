@@ -8,8 +8,6 @@ from helpers.kernel_inputs import DEVICE
 from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparsefw.kernels import launch
-
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="launches are checked in the interpreter")
 
 
@@ -69,11 +67,3 @@ def test_bulk_copies_are_accesses_like_others():
     _shift_kernel[(1,)](X=described, BLOCK=8, BY=12)
     with pytest.raises(InterpreterError, match="store of X at byte 0, which another program has read"):
         _shift_kernel[(2,)](X=described, BLOCK=8, BY=-8)
-
-
-def test_the_tiles_are_those_of_a_gpu(pytestconfig):
-    assert launch.platform() == (pytestconfig.getoption("tiles") or "interpreter")
-
-
-def test_a_test_may_keep_the_tiles_of_the_interpreter(own_tiles):
-    assert launch.platform() == "interpreter"

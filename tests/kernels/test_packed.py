@@ -115,7 +115,7 @@ def test_threads_do_not_change_a_bit(level):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_read_behind_the_values(level, dtype):
-    """The values end where the memory does: a byte behind them ends the process."""
+    """The values end where the memory does: to read one byte more ends the process."""
     W, (values, mask, _) = packed_matrix(4, 64, dtype, share=0.1)
     page = mmap.PAGESIZE
     memory = mmap.mmap(-1, 2 * page)

@@ -48,13 +48,6 @@ def test_every_run_has_its_own_numbers(runs, gpu):
         assert graphs == ([(2, runs - 1)] if runs >= MIN_RUNS else [])
 
 
-def test_a_cpu_takes_the_numbers_as_they_are():
-    seen = []
-    for _ in repeat(lambda *numbers: seen.append(numbers), [(1, 2.5)] * MIN_RUNS, torch.empty(1)):
-        assert seen[-1] == (1, 2.5)
-    assert len(seen) == MIN_RUNS
-
-
 @pytest.mark.parametrize(
     ("sparsity", "alpha", "penalty", "precision", "open_loop"),
     first_is_fast([("3:5", 0.5, 0.0, "bf16", True), ("0.6", 0.5, 0.3, "tf32x3", False)]),

@@ -12,7 +12,7 @@ ROWS, D = 37, 131
 
 
 def inputs(rows=ROWS, d=D, dtype=torch.float32):
-    """W, G, and vertices in which some, all, one or none of a row's entries change, so many that a refresh is due."""
+    """W, G, and vertices in which some, all, one or no entry of a row changes, more vertices than a refresh takes."""
     W, G, V = normal(rows, d, dtype=dtype).cpu(), gram(d).cpu(), uniform(rows, d).cpu() < 0.4
     single = torch.zeros_like(V)
     single[:, d // 2] = True
@@ -89,7 +89,7 @@ def test_most_products_are_made_of_changes_and_the_way_back_costs_nothing(monkey
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_rows_panels_and_threads_change_nothing(threads, set_threads, monkeypatch):
-    """No bit of a row depends on the rows beside it; for products from scratch that takes multiples of 64 rows."""
+    """No bit of a row depends on other rows; products from scratch need multiples of 64 rows for that."""
     W, G, vertices = inputs(192, 260)
 
     def run(rows):

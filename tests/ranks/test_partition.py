@@ -31,8 +31,3 @@ def test_balanced_by_brute_force():
         least = min(map(work, itertools.product(range(3), repeat=7)))
         # Graham's bound for three ranks: 4/3 - 1/9.
         assert least <= work(owners) <= 11 / 9 * least
-
-
-def test_equal_costs_go_round():
-    assert balanced([5.0] * 6, 3) == [0, 1, 2, 0, 1, 2]
-    assert balanced([], 3) == []

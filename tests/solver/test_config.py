@@ -9,9 +9,7 @@ import torch
 
 from sparsefw.errors import InputError
 from sparsefw.fields import DEPENDS
-from sparsefw.kernels import cpu, triton_ops
-from sparsefw.kernels.backend import KERNELS, Backend
-from sparsefw.kernels.definitions import PRECISIONS
+from sparsefw.kernels import triton_ops
 from sparsefw.solver import config
 from sparsefw.solver.config import PruneConfig
 
@@ -33,15 +31,12 @@ PAPER = dict(step_rule="open-loop", alpha=0.9, steps=2000, penalty=0, refit=0, s
         ({}, dict(sparsity="0.6", method="sparsefw", compare=(), preset="sparsefw", include=(), ignore=())),
         ({}, dict(keep_zeros=False, warm_start="wanda", step_rule="line-search", alpha=0, penalty=0.7, swaps=0)),
         ({}, dict(steps=12, refit=2, rounds=3, target="dense", damp=0.1, reconstruct=2)),
-        (dict(reconstruct=1, steps=5), dict(steps=5, refit=2)),
         (dict(reconstruct=0), dict(steps=24, refit=4)),
         (dict(refit=0), dict(steps=40, penalty=1, swaps=100, rounds=0, target="layer", damp=0.2, reconstruct=0)),
-        (dict(refit=0, swaps=0, damp=0, reconstruct=2), dict(steps=40, refit=0, swaps=0, damp=0, reconstruct=2)),
         # The run reconstructs Wanda's blocks.
         (dict(method="wanda", reconstruct=3, compare=("sparsefw",)), dict(steps=24, refit=4, reconstruct=3)),
         (dict(method="wanda", compare=("sparsefw",)), dict(reconstruct=0)),
         (dict(preset="fast"), dict(steps=3, penalty=1, refit=4, rounds=0, target="layer", damp=0.1, reconstruct=0)),
-        (dict(preset="fast", refit=0), dict(steps=10, swaps=0, refit=0, rounds=0, target="layer", damp=0.2)),
         (dict(preset="paper"), PAPER | dict(target="layer", damp=0)),
         (dict(preset="paper", refit=2), PAPER | dict(refit=2, target="dense", damp=0.1)),
     ],
@@ -67,53 +62,40 @@ def test_every_field_that_depends_has_a_default(preset, refit):
     assert all(getattr(found, name) is not DEPENDS for name in FIELDS)
 
 
-class TestRefused:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            (dict(method="newton"), "method='newton': expected one of sparsefw, sparsegpt, magnitude, wanda, ria"),
-            (dict(compare=("wanda", "newton")), "compare='newton': expected one of sparsefw, sparsegpt, magnitude"),
-            (dict(steps=-1), "steps=-1: expected at least 0"),
-            (dict(alpha=1.5), "alpha=1.5: expected at least 0 and at most 1"),
-            (dict(damp=float("inf")), "damp=inf: expected at least 0 and at most 1048576"),
-            (dict(sparsity="4:2"), "sparsity='4:2': n:m keeps n of every m weights"),
-            (dict(include=("down_proj", "")), "include: empty"),
-            (dict(refit=0, rounds=2), "rounds: masks for refitted weights, and refit=0 refits none"),
-            *(
-                (dict(preset="paper", sparsity="layer:0.6") | {name: 1}, f"{name}: not of preset='paper' with layer:")
-                for name in ("penalty", "swaps", "refit")
-            ),
-        ],
-        ids=str,
-    )
-    def test_values_and_combinations(self, options, message):
-        with pytest.raises(InputError) as error:
-            PruneConfig(**options)
-        assert str(error.value).startswith(message)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(method="newton"), "method='newton'"),
+        (dict(compare=("wanda", "newton")), "compare='newton'"),
+        (dict(steps=-1), "steps=-1"),
+        (dict(damp=float("inf")), "damp=inf"),
+        (dict(sparsity="4:2"), "sparsity='4:2'"),
+        (dict(include=("down_proj", "")), "include"),
+        (dict(refit=0, rounds=2), "rounds"),
+        (dict(preset="paper", sparsity="layer:0.6", swaps=1), "swaps"),
+    ],
+    ids=str,
+)
+def test_values_and_combinations_that_are_refused(options, named):
+    with pytest.raises(InputError, match=f"^{named}: ") as error:
+        PruneConfig(**options)
+    assert "\n" not in str(error.value)
 
-    @pytest.mark.parametrize("name", FRANK_WOLFE)
-    def test_options_that_a_method_does_not_use(self, name):
+
+def test_options_of_frank_wolfe_go_with_it_alone():
+    """Options that are not marked go with any method."""
+    assert set(FRANK_WOLFE) == set(OTHER)
+    for name, value in OTHER.items():
         with pytest.raises(InputError, match=f"^{name}: not used by method='wanda', only by sparsefw$"):
-            PruneConfig(method="wanda", **{name: OTHER[name]})
+            PruneConfig(method="wanda", **{name: value})
         # A compared method may use it.
-        assert getattr(PruneConfig(method="wanda", compare="sparsefw", **{name: OTHER[name]}), name) == OTHER[name]
-
-    def test_every_option_of_frank_wolfe_is_marked(self):
-        """Options that are not marked go with any method."""
-        assert set(FRANK_WOLFE) == set(OTHER)
-        others = dict(sparsity="2:4", compare="ria", preset="paper", include="mlp", ignore="down_proj", keep_zeros=True)
-        others |= dict(method="wanda", kernel="torch", precision="tf32", reconstruct=3)
-        assert set(others) | set(FRANK_WOLFE) == set(FIELDS)
-        assert PruneConfig(**others).given == others | {n: (others[n],) for n in ("compare", "include", "ignore")}
+        assert getattr(PruneConfig(method="wanda", compare="sparsefw", **{name: value}), name) == value
 
 
 class TestValues:
     def test_several_take_lists_and_strings(self):
         found = PruneConfig(compare="wanda", include=["mlp", "re:.*attn"], ignore=iter(["down_proj"]))
         assert (found.compare, found.include, found.ignore) == (("wanda",), ("mlp", "re:.*attn"), ("down_proj",))
-        assert found.selects("model.layers.0.mlp.up_proj.weight")
-        assert not found.selects("model.layers.0.mlp.down_proj.weight")
 
     def test_methods_once_and_the_written_one_last(self):
         found = PruneConfig(method="ria", compare=["wanda", "ria", "sparsefw", "wanda"])
@@ -129,30 +111,19 @@ class TestValues:
         first = PruneConfig(sparsity="2:4", alpha=0.5)
         masks = first.replace(refit=0)
         assert masks == PruneConfig(sparsity="2:4", alpha=0.5, refit=0)
-        assert (masks.steps, masks.swaps, masks.target, masks.damp, masks.alpha) == (40, 100, "layer", 0.2, 0.5)
         assert masks.replace(refit=2) == first
-        assert first.replace(sparsity="0.3").pattern.sparsity == PruneConfig(sparsity="0.3").pattern.sparsity
         with pytest.raises(InputError, match="rounds: "):
             PruneConfig(rounds=2).replace(refit=0)
-        with pytest.raises(TypeError, match="stepps"):
-            PruneConfig().replace(stepps=1)
 
 
-class TestBackend:
-    def test_of_the_kernel_at_the_precision(self):
-        assert {*FIELDS["kernel"].metadata["choices"]} == {*KERNELS}
-        assert FIELDS["precision"].metadata["choices"] == PRECISIONS
-        assert PruneConfig(kernel="torch", precision="tf32").backend == Backend(cpu, "tf32")
-        assert PruneConfig(kernel="triton", precision="bf16").backend == Backend(triton_ops, "bf16")
-
-    def test_triton_is_told_to_interpret_in_time(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setenv("TRITON_INTERPRET", "0")
-        with pytest.raises(InputError, match=r"Triton was imported before.*set TRITON_INTERPRET=1"):
-            _ = PruneConfig(kernel="triton", precision="ieee").backend
-        monkeypatch.delitem(sys.modules, "triton")
-        assert PruneConfig(kernel="triton", precision="ieee").backend.operations == triton_ops
-        assert os.environ["TRITON_INTERPRET"] == "1"
+def test_triton_is_told_to_interpret_in_time(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(InputError, match=r"Triton was imported before.*set TRITON_INTERPRET=1"):
+        _ = PruneConfig(kernel="triton", precision="ieee").backend
+    monkeypatch.delitem(sys.modules, "triton")
+    assert PruneConfig(kernel="triton", precision="ieee").backend.operations == triton_ops
+    assert os.environ["TRITON_INTERPRET"] == "1"
 
 
 class TestForCalibration:
@@ -162,21 +133,13 @@ class TestForCalibration:
         ("tokens", "damp"),
         [(16, 0.4), (32_768, 0.4), (65_536, 0.2), (100_000, 0.13), (131_072, 0.1), (10**6, 0.1)],
     )
-    def test_of_a_refit(self, tokens, damp):
-        for options in (
-            dict(reconstruct=0),
-            dict(preset="fast"),
-            dict(method="wanda", compare=("sparsefw",)),
-            dict(method="wanda", reconstruct=2, compare=("sparsefw",)),
-        ):
+    def test_damping_of_a_refit(self, tokens, damp):
+        for options in (dict(reconstruct=0), dict(preset="fast"), dict(method="wanda", compare=("sparsefw",))):
             config = PruneConfig(**options)
             assert config.for_calibration(2, tokens // 2) == config.replace(damp=damp)
-
-    @pytest.mark.parametrize("tokens", [16, 32_768, 10**9])
-    def test_of_a_refit_before_a_reconstruction(self, tokens):
-        for options in ({}, dict(preset="fast", reconstruct=1)):
-            config = PruneConfig(**options)
-            assert config.for_calibration(2, tokens // 2) == config.replace(damp=1.6)
+        before_a_reconstruction = PruneConfig()
+        found = before_a_reconstruction.for_calibration(2, tokens // 2)
+        assert found == before_a_reconstruction.replace(damp=1.6)
 
     @pytest.mark.parametrize(
         "options", [dict(damp=0.3), dict(damp=0), dict(refit=0), dict(preset="paper"), dict(method="wanda")]
@@ -185,32 +148,14 @@ class TestForCalibration:
         config = PruneConfig(**options)
         assert config.for_calibration(2, 8) == config
 
-    @pytest.mark.parametrize(
-        ("options", "few", "many"),
-        [
-            ({}, 2, 1),
-            (dict(damp=0.3), 2, 1),
-            (dict(reconstruct=2), 2, 2),
-            (dict(reconstruct=0), 0, 0),
-            (dict(refit=0), 0, 0),
-            (dict(method="wanda", reconstruct=3), 3, 3),
-        ],
-    )
-    def test_passes(self, options, few, many):
-        config = PruneConfig(**options)
-        assert config.for_calibration(127, 16).reconstruct == few
-        assert config.for_calibration(128, 16).reconstruct == many
-
     def test_passes_go_by_the_windows_of_one_rank(self):
         config = PruneConfig()
         assert [config.for_calibration(n, 16, 4).reconstruct for n in (7, 8, 508, 509)] == [0, 2, 2, 1]
+        assert PruneConfig(reconstruct=2).for_calibration(128, 16).reconstruct == 2
 
-    @pytest.mark.parametrize(("windows", "ranks"), [(1, 1), (3, 2)])
-    def test_too_few_windows_to_reconstruct(self, windows, ranks):
-        # All is as in a run that is to reconstruct nothing.
-        found = PruneConfig().for_calibration(windows, 16, ranks)
+    def test_too_few_windows_to_reconstruct(self):
+        """All is as in a run that is to reconstruct nothing."""
+        found = PruneConfig().for_calibration(3, 16, 2)
         assert (found.reconstruct, found.steps, found.refit, found.damp) == (0, 24, 4, 0.4)
-        for method in ("sparsefw", "wanda"):
-            asked = PruneConfig(method=method, reconstruct=2)
-            with pytest.raises(InputError, match=r"reconstruct=2: takes 2 calibration .* one rank has 1; give more"):
-                asked.for_calibration(windows, 16, ranks)
+        with pytest.raises(InputError, match=r"^reconstruct=2: takes 2 calibration"):
+            PruneConfig(reconstruct=2).for_calibration(3, 16, 2)
