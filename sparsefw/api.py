@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from sparsefw.arguments import Dataset, batch_inputs, check_model, text_inputs, tokenizer_of
+from sparsefw.call_inputs import Dataset, batch_inputs, check_model, text_inputs, tokenizer_of
 from sparsefw.caller import bars_wanted, on_cpu_by_default, settings_kept, to_logger, unwrapped
 from sparsefw.errors import InputError
 from sparsefw.fields import check_names, checked_path

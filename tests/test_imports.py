@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sparsefw"
 LEVELS = [
     ["run", "plan"],
     ["cli", "api"],
-    ["arguments"],
+    ["call_inputs"],
     ["driver"],
     ["probe"],
     ["report"],

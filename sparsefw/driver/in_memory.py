@@ -32,7 +32,8 @@ from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches
 from sparsefw.driver.job import Job, Run, Samples
-from sparsefw.driver.run import Describe, carry_out, computes_in_fp32, resumed, settled
+from sparsefw.driver.resume import computes_in_fp32, resumed
+from sparsefw.driver.run import Describe, carry_out, settled
 from sparsefw.driver.texts import read_texts, with_defaults
 from sparsefw.errors import InputError, errors_in_one_line, shown
 from sparsefw.estimate.profile import shape_of_resident, shape_of_text

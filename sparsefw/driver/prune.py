@@ -20,7 +20,8 @@ from sparsefw.driver.block import (
 from sparsefw.driver.finished import Finished, FinishedBlock, OnBlock, Outcome, Written
 from sparsefw.driver.job import Run
 from sparsefw.driver.reconstruct import reconstruct
-from sparsefw.driver.streams import DENSE, Streams, embedded, pass_block, replay_block
+from sparsefw.driver.resume import replay_block
+from sparsefw.driver.streams import DENSE, Streams, embedded, pass_block
 from sparsefw.errors import InputError
 from sparsefw.memory import trim_memory
 from sparsefw.model.activations import held_out_batches

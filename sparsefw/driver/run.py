@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,8 +18,9 @@ from sparsefw.data.windows import Windows
 from sparsefw.driver.finished import Outcome
 from sparsefw.driver.job import Job, Run, limits_of, workload_of
 from sparsefw.driver.prune import prune_model
+from sparsefw.driver.resume import computes_in_fp32, identity, resumed, rounds_products
 from sparsefw.driver.texts import read_texts
-from sparsefw.errors import counted, fitted, flag_of
+from sparsefw.errors import counted, fitted
 from sparsefw.estimate.memory import disk_space, memory_needs
 from sparsefw.estimate.placement import place
 from sparsefw.estimate.profile import shape_of
@@ -28,19 +28,11 @@ from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.steps import reconstruction_line, reconstruction_steps
 from sparsefw.estimate.workload import pruned_shape
 from sparsefw.model import StreamedModel
-from sparsefw.model.block_model import BlockModel
 from sparsefw.report import content, log
 from sparsefw.timeline import of_rank
 
 # Writes report.html and the model card into a folder; None: there are none.
 Describe = Callable[[Path], None] | None
-
-# Inputs that a resumed run may name otherwise: their contents are compared.
-BY_CONTENT = {"model", "dataset", "evaluate"}
-
-# Names of the arithmetic among the values that a resumed run must share with the unfinished one.
-IN_FP32 = "whether it computes in fp32"
-ROUNDED = "whether steps of a reconstruction round the operands of their products"
 
 
 def run_job(job: Job) -> content.Report:
@@ -72,31 +64,6 @@ def run_job(job: Job) -> content.Report:
             source=job.folder,
         )
         return carry_out(settled(run, written), lambda writer, describe: writer.finish(None, describe))
-
-
-def resumed(job: Job) -> Job:
-    """The job with what the unfinished run that it resumes has settled."""
-    begun = job.ranks.on_first(lambda: Writer(job.output.folder, 0, restart=job.output.restart).begun())
-    return replace(job, begun=begun)
-
-
-def computes_in_fp32(job: Job, dtype: torch.dtype, device: torch.device) -> bool:
-    """Choose as `arithmetic.computes_in_fp32` does, or as the unfinished run of a resumed one did, and say so."""
-    found = arithmetic.computes_in_fp32(dtype, device)
-    begun = job.begun.get("identity", {}).get(IN_FP32, found)
-    if begun == found or dtype not in arithmetic.HALF:
-        return found
-    own = str(dtype).removeprefix("torch.")
-    job.say(f"computed in {'fp32' if begun else own}, as in the unfinished run that this one resumes")
-    return begun
-
-
-def rounds_products(job: Job, model: BlockModel, dtype: torch.dtype, width: int) -> bool:
-    """Choose as `arithmetic.rounds_products` does, unless the user asks for exact products, or as an unfinished run."""
-    if not job.config.reconstruct or job.config.given.get("precision") in ("ieee", "tf32x3"):
-        return False
-    found = arithmetic.rounds_products(torch.float32 if model.in_fp32 else dtype, model.device, width)
-    return job.begun.get("identity", {}).get(ROUNDED, found)
 
 
 def settled(run: Run, written: int = 0, saved: int = 0, fixed: dict[str, int] | None = None) -> Run:
@@ -142,12 +109,12 @@ def carry_out(run: Run, finish: Callable[[Writer, Describe], None]) -> content.R
         InputError, FloatingPointError: as `run_job`.
     """
     job, model, ranks, calibration = run.job, run.model, run.ranks, run.calibration
-    identity = _identity(run)
-    ranks.agree(identity | {"--output": str(job.output.folder.resolve())})
+    values = identity(run)
+    ranks.agree(values | {"--output": str(job.output.folder.resolve())})
     with Writer(
         job.output.folder,
         len(model.unique_blocks) + len(model.pieces),
-        identity | {"the model's files": run.files},
+        values | {"the model's files": run.files},
         {"batch": run.placement.batch, "solver": run.placement.solver},
         source=job.folder,
         overwrite=job.output.overwrite,
@@ -215,19 +182,6 @@ def _say_what_is_pruned(run: Run, whole: ModelShape) -> None:
     for line in lines:
         for part in fitted(line):
             run.say(part)
-
-
-def _identity(run: Run) -> dict[str, Any]:
-    """Collect the values that a resumed run must share with the unfinished one, by their names in messages."""
-    values = asdict(run.job.inputs) | asdict(run.config)
-    for name in ("include", "ignore"):
-        # Their order makes no difference.
-        values[name] = sorted(values[name])
-    flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
-    texts = {f"the evaluation text {samples.source}": samples.hash for samples in run.evaluation}
-    read = {"the model": run.fingerprint, "the calibration text": run.calibration.hash} | texts
-    work = {IN_FP32: run.model.in_fp32, ROUNDED: run.rounded, "the number of ranks": run.ranks.count}
-    return flags | read | work | content.machine(run.model.device)
 
 
 def _report(run: Run, outcome: Outcome) -> content.Report:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsefw.checkpoint.tensors import read_shard
-from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.windows import Windows
 from sparsefw.driver.block import kept_dense, tensors_of
 from sparsefw.driver.finished import FinishedBlock, Written
@@ -41,11 +39,11 @@ class Streams:
 
     def advance(self, run: Run, i: int, phase: str, name: str) -> None:
         """Run the calibration windows of a method through block i as it is now."""
-        _advance(run, i, phase, [self.calibration[name]])
+        advance(run, i, phase, [self.calibration[name]])
 
     def evaluate(self, run: Run, i: int, name: str) -> None:
         """Run the evaluation windows of a method through block i as it is now."""
-        _advance(run, i, "evaluate", self.evaluation[name])
+        advance(run, i, "evaluate", self.evaluation[name])
 
     def perplexities(self, run: Run) -> dict[str, dict[str, float]]:
         """Perplexities after the last block: by evaluation text, then by DENSE and method."""
@@ -99,7 +97,7 @@ def pass_block(run: Run, i: int, streams: Streams, written: bool) -> tuple[Finis
     for n, group in enumerate(equal):
         # After the last pruned block they differ by method.
         moving = group[:1] if calibration else group
-        _advance(run, i, "evaluate" if n else "forward", moving)
+        advance(run, i, "evaluate" if n else "forward", moving)
         for other in group[len(moving) :]:
             other.go_back(group[0].fork())
     tensors = dict.fromkeys(run.config.methods, tensors_of(run, i, run.config.method)) if written else Written()
@@ -109,23 +107,7 @@ def pass_block(run: Run, i: int, streams: Streams, written: bool) -> tuple[Finis
     return block, tensors
 
 
-def replay_block(run: Run, i: int, streams: Streams, writer: Writer) -> None:
-    """Move all windows through block i, which an unfinished run has pruned, or which repeats an earlier block."""
-    model = run.model
-    if streams.of(DENSE):
-        model.open(i, run.placement.ahead)
-        _advance(run, i, "forward", streams.of(DENSE))
-    for method in run.config.methods:
-        with model.timeline.span("read", i):
-            path = None
-            if i in model.unique_blocks:
-                path = writer.path(model.unique_blocks.index(i), None if method == run.config.method else method)
-            model.open_alone(i, read_shard(path) if path else None)
-        _advance(run, i, "forward", streams.of(method))
-    model.close(i)
-
-
-def _advance(run: Run, i: int, phase: str, several: Sequence[HiddenStates]) -> None:
+def advance(run: Run, i: int, phase: str, several: Sequence[HiddenStates]) -> None:
     """Run hidden states through block i as it is now."""
     if several:
         with run.model.timeline.span(phase, i):

@@ -22,11 +22,11 @@ from sparsefw.estimate.live_bytes import FEW, MORE, Line, count_forward
 from sparsefw.estimate.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.model.block_model import BlockModel, ResidentModel
 from sparsefw.model.experts import choose_all_over, experts_of, find_no_layers, without_parts_in_turn
+from sparsefw.model.find_layers import record_block
 from sparsefw.model.forward import embed, embed_batches
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.layers import Layer, is_expert, kind_of, slices_of
 from sparsefw.model.partial_forward import INPUT
-from sparsefw.model.products import record_block
 from sparsefw.model.skeleton import attention_implementation
 from sparsefw.model.stages import confirm, survey_tape
 from sparsefw.model.streamed import StreamedModel

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefw.model.products import MIXING, BlockTape, Reading
+from sparsefw.model.find_layers import MIXING, BlockTape, Reading
 from sparsefw.model.tape import Op, TapeValue, name_of
 
 # Names of functions that choose among the entries of a tensor.

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from sparsefw.kernels.backend import Backend
 from sparsefw.model.activations import Activations
 from sparsefw.model.experts import experts_of
+from sparsefw.model.find_layers import WeightNames
 from sparsefw.model.hidden_states import BlockRun, HiddenStates
 from sparsefw.model.layers import Layer, Stage, is_expert
 from sparsefw.model.padding import without_padding
 from sparsefw.model.partial_forward import INPUT, Point
-from sparsefw.model.products import WeightNames
 from sparsefw.model.stubs import hidden_of
 from sparsefw.model.watch import Selector, Watch, everything
 from sparsefw.solver.targets import Cross

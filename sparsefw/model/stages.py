@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.experts import experts_of
+from sparsefw.model.find_layers import BlockTape, record_block
 from sparsefw.model.layers import Layer, ResidualWrite, Role, Stage, by_input, is_expert
 from sparsefw.model.partial_forward import INPUT, SAME, Point, next_point, run_part
-from sparsefw.model.products import BlockTape, record_block
 from sparsefw.model.stubs import hidden_of
 from sparsefw.model.tape import READING, Op, TapeValue
 from sparsefw.model.watch import Outputs, Selector, Watch, everything

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from sparsefw.errors import InputError
+from sparsefw.model.find_layers import Product, Reading, WeightNames, products_of
 from sparsefw.model.layers import Layer, Stage, is_expert, kind_of
 from sparsefw.model.padding import without_padding
 from sparsefw.model.partial_forward import ForwardIsOver
-from sparsefw.model.products import Product, Reading, WeightNames, products_of
 from sparsefw.model.tape import Calls, Op, Tape, TapeValue
 
 # Called with the name of a layer inside its block, such as "mlp.down_proj.weight" or "mlp.experts.down_proj[3]".

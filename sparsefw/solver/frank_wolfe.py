@@ -120,7 +120,7 @@ def check_errors(errors: Tensor) -> None:
         )
 
 
-def line_search(steps: int, penalty: float) -> Schedule:
+def penalty_schedule(steps: int, penalty: float) -> Schedule:
     """Make the schedule of an exact line search in each row, with a penalty that grows to its final weight."""
     return list(pairwise([0.0] + [penalty * min(1.0, t / (RAMP * steps)) for t in range(1, steps + 1)]))
 

@@ -60,7 +60,7 @@ def choose_frank_wolfe(problem: Problem, config: PruneConfig, backend: Backend) 
     warm = backend.lmo(problem.saliency, problem.k, group=problem.group, checked=False)
     if config.alpha:
         problem = replace(problem, fixed=paper.fixed_entries(problem, warm, config.alpha, backend))
-    schedule = frank_wolfe.line_search(config.steps, config.penalty)
+    schedule = frank_wolfe.penalty_schedule(config.steps, config.penalty)
     if config.step_rule == "open-loop":
         schedule = paper.open_loop(schedule)
     # Where the mask is chosen again after a refit, choosing the first one on H made no difference.

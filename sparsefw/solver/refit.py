@@ -154,7 +154,7 @@ def reselect(
     if rounds == 0:
         return best
     T, score = candidates()
-    schedule = frank_wolfe.line_search(round(RESTART * steps), penalty)
+    schedule = frank_wolfe.penalty_schedule(round(RESTART * steps), penalty)
     best.take_better(fit(_restart(problem, T, score, schedule, backend), T), backend)
     margin = torch.zeros_like(best.error)
     for _ in range(rounds):

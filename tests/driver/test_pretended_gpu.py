@@ -61,7 +61,7 @@ def test_a_solve_waits_once_in_the_end(sparsity, alpha, precision, penalty, gpu,
     """Everything is launched before the host checks that the errors are finite: no step waits."""
     problem = problem_on_gpu(make_problem(5, 24, sparsity, alpha))
     problem, warm = replace(problem, H=problem.G * 1.5, target_gap=problem.W / 2), warm_of(problem)
-    backend, schedule = Backend(triton_ops, precision), frank_wolfe.line_search(3, penalty)
+    backend, schedule = Backend(triton_ops, precision), frank_wolfe.penalty_schedule(3, penalty)
     schedule = paper.open_loop(schedule) if alpha else schedule
     gpu.waits.clear()
     assert len([state.error for state in frank_wolfe.iterate(problem, warm, schedule, backend=backend)]) == 3

@@ -55,7 +55,7 @@ def test_every_run_has_its_own_numbers(runs, gpu):
 def test_a_solve_has_the_bits_of_one_step_by_step(sparsity, alpha, penalty, precision, open_loop, gpu):
     problem = on_gpu(make_problem(5, 40, sparsity, alpha))
     problem = replace(problem, target_gap=problem.W.roll(1, 0) / 8)
-    schedule = frank_wolfe.line_search(8, penalty)
+    schedule = frank_wolfe.penalty_schedule(8, penalty)
     schedule = paper.open_loop(schedule) if open_loop else schedule
     backends = [Backend(operations, precision) for operations in (triton_ops, STEP_BY_STEP)]
     solved = [frank_wolfe.solve(problem, warm_of(problem), schedule, backend=backend) for backend in backends]

@@ -206,7 +206,7 @@ def test_a_nan_ends_a_search_from_any_threshold(row_backend):
 def test_a_solve_carries_thresholds_from_step_to_step():
     problem, last = make_problem(9, 40), None
     problem = problem if DEVICE == "cpu" else on_gpu(problem)
-    schedule = frank_wolfe.line_search(10, 1.0)
+    schedule = frank_wolfe.penalty_schedule(10, 1.0)
     steps = frank_wolfe.iterate(problem, warm_of(problem), schedule, backend=Backend(triton_ops))
     for (_, theta), state in zip(schedule, steps, strict=True):
         q = problem.W**2 * problem.H.diagonal()

@@ -9,8 +9,8 @@ from sparsefw.data.batches import batches_of
 from sparsefw.estimate.profile import shape_of_resident
 from sparsefw.model import resident
 from sparsefw.model.experts import experts_of, without_parts_in_turn
+from sparsefw.model.find_layers import record_block
 from sparsefw.model.layers import is_expert, kind_of
-from sparsefw.model.products import record_block
 from sparsefw.model.settings import ONE_BY_ONE
 
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")

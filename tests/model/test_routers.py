@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sparsefw.model.experts import find_no_layers
-from sparsefw.model.products import record_block
+from sparsefw.model.find_layers import record_block
 
 TOKENS, D, E = 6, 8, 4
 

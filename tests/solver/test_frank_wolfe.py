@@ -12,7 +12,7 @@ from helpers.problems import TRITON, exhaustive, make_problem, on_gpu, penalized
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.solver import frank_wolfe, paper
-from sparsefw.solver.frank_wolfe import line_search, mask_error, or_warm_start
+from sparsefw.solver.frank_wolfe import mask_error, or_warm_start, penalty_schedule
 from sparsefw.solver.methods import SALIENCIES
 from sparsefw.solver.targets import damped
 
@@ -22,7 +22,7 @@ PATTERNS = ("0.6", "layer:0.6", "2:4", "3:5")
 def solve(problem, steps=60, penalty=1.0, **options):
     """The solution that a run takes: never worse than the warm start."""
     warm = warm_of(problem)
-    return or_warm_start(frank_wolfe.solve(problem, warm, line_search(steps, penalty), **options), warm)
+    return or_warm_start(frank_wolfe.solve(problem, warm, penalty_schedule(steps, penalty), **options), warm)
 
 
 def with_target(problem):
@@ -49,7 +49,7 @@ class TestIterates:
     @pytest.mark.parametrize(("alpha", "penalty"), [(0.0, 1.0), (0.5, 0.0), (0.5, 1.0)])
     def test_every_one_is_feasible(self, sparsity, alpha, penalty):
         problem = make_problem(7, 20, sparsity, alpha)
-        for state in frank_wolfe.iterate(problem, warm_of(problem), line_search(12, penalty)):
+        for state in frank_wolfe.iterate(problem, warm_of(problem), penalty_schedule(12, penalty)):
             assert state.M.min() >= 0
             assert state.M.max() <= 1
             sums = state.M.double().view(7, -1, problem.group or 20).sum(2)
@@ -62,7 +62,7 @@ class TestIterates:
         problem = make_problem(9, 24, sparsity)
         last = mask_error(problem.W, warm_of(problem), problem.G)
         gaps = []
-        for state in frank_wolfe.iterate(problem, warm_of(problem), line_search(100, 0.0)):
+        for state in frank_wolfe.iterate(problem, warm_of(problem), penalty_schedule(100, 0.0)):
             assert (state.error <= last * (1 + 1e-5)).all()
             gaps.append(state.error - frank_wolfe.lower_bound(problem, state))
             assert (gaps[-1] >= -1e-4 * state.error).all()
@@ -74,7 +74,7 @@ class TestIterates:
         """R and the error are carried along by recursion; after many steps they still match their definitions."""
         problem = make_problem(6, 33, "0.5", 0.5)
         problem = with_target(problem) if target else problem
-        *_, state = frank_wolfe.iterate(problem, warm_of(problem), line_search(60, 1.0))
+        *_, state = frank_wolfe.iterate(problem, warm_of(problem), penalty_schedule(60, 1.0))
         removed = problem.W.double() * (1 - state.M.double())
         R = (removed + (problem.target_gap if target else 0)) @ problem.H.double()
         torch.testing.assert_close(state.R.double(), R, rtol=0, atol=1e-5 * R.abs().max().item())
@@ -107,7 +107,7 @@ class TestSolve:
     @pytest.mark.parametrize("warm_start", SALIENCIES)
     def test_exact_budget_and_never_worse_than_the_warm_start(self, sparsity, open_loop, warm_start):
         problem = make_problem(7, 20, sparsity, 0.5, warm_start=warm_start)
-        schedule, warm = line_search(10, 1.0), warm_of(problem)
+        schedule, warm = penalty_schedule(10, 1.0), warm_of(problem)
         solution = frank_wolfe.solve(problem, warm, paper.open_loop(schedule) if open_loop else schedule)
         solution = or_warm_start(solution, warm)
         assert_budget(problem, solution.mask)
@@ -177,7 +177,7 @@ class TestDamping:
         problem = make_problem(30, 16, "0.5")
         H = damped(problem.G, 0.5)
         solution, by_hand, undamped = (
-            frank_wolfe.solve(p, warm_of(p), line_search(40, 1.0), swaps=swaps)
+            frank_wolfe.solve(p, warm_of(p), penalty_schedule(40, 1.0), swaps=swaps)
             for p in (replace(problem, H=H), replace(problem, G=H, H=H, exact=H), problem)
         )
         assert (solution.mask == by_hand.mask).all(1).double().mean() >= 0.9
@@ -224,7 +224,7 @@ class TestPaper:
         def transcribed(steps):
             return papers_algorithm(problem.W, problem.H, problem.saliency, problem.k, unit, alpha, steps)
 
-        schedule = paper.open_loop(line_search(300, 0.0))
+        schedule = paper.open_loop(penalty_schedule(300, 0.0))
         *_, state = frank_wolfe.iterate(problem, warm, schedule[:12], backend=backend)
         torch.testing.assert_close(state.M.double(), transcribed(12)[0], rtol=0, atol=1e-6)
         solution = frank_wolfe.solve(problem, warm, schedule, backend=backend)
@@ -237,7 +237,7 @@ class TestPaper:
     def test_the_bound_of_a_whole_matrix_holds_for_every_split_of_the_budget(self):
         whole = paper.WholeMatrix(cpu)
         problem = make_problem(4, 4, "layer:0.5", whole=True)
-        schedule = paper.open_loop(line_search(100, 0.0))
+        schedule = paper.open_loop(penalty_schedule(100, 0.0))
         solution = frank_wolfe.solve(problem, warm_of(problem, whole), schedule, backend=whole)
         errors = []
         for kept in itertools.combinations(range(16), 8):

@@ -12,7 +12,7 @@ from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.solver import frank_wolfe, patterns, stack
 from sparsefw.solver import refit as module
-from sparsefw.solver.frank_wolfe import line_search
+from sparsefw.solver.frank_wolfe import penalty_schedule
 from sparsefw.solver.methods import wanda
 from sparsefw.solver.refit import RowFit, inverse_diagonal, refit, reselect
 
@@ -157,7 +157,7 @@ def make_problem(rows=48, d=40, sparsity="0.6", k=None):
 
 def solve(problem, *, steps=24, rounds=3, refit_steps=6, backend=TORCH):
     """Frank-Wolfe, then re-selection from its mask."""
-    mask = frank_wolfe.solve(problem, warm_of(problem, backend), line_search(steps, 1.0), backend=backend).mask
+    mask = frank_wolfe.solve(problem, warm_of(problem, backend), penalty_schedule(steps, 1.0), backend=backend).mask
     options = {"steps": steps, "penalty": 1.0, "refit_steps": refit_steps, "rounds": rounds}
     return reselect(problem, mask, **options, backend=backend)
 

@@ -1,0 +1,76 @@
+"""Resume an unfinished run: the values that both runs must share, the choices that are taken over, and the replay."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from sparsefw import arithmetic
+from sparsefw.checkpoint.tensors import read_shard
+from sparsefw.checkpoint.writer import Writer
+from sparsefw.driver.job import Job, Run
+from sparsefw.driver.streams import DENSE, Streams, advance
+from sparsefw.errors import flag_of
+from sparsefw.model.block_model import BlockModel
+from sparsefw.report import content
+
+# Inputs that a resumed run may name otherwise: their contents are compared.
+BY_CONTENT = {"model", "dataset", "evaluate"}
+
+# Names of the arithmetic among the values that a resumed run must share with the unfinished one.
+IN_FP32 = "whether it computes in fp32"
+ROUNDED = "whether steps of a reconstruction round the operands of their products"
+
+
+def resumed(job: Job) -> Job:
+    """Return the job with the values and choices of the unfinished run in its output folder, if there is one."""
+    begun = job.ranks.on_first(lambda: Writer(job.output.folder, 0, restart=job.output.restart).begun())
+    return replace(job, begun=begun)
+
+
+def computes_in_fp32(job: Job, dtype: torch.dtype, device: torch.device) -> bool:
+    """Choose as `arithmetic.computes_in_fp32` does, or as the unfinished run of a resumed one did, and say so."""
+    found = arithmetic.computes_in_fp32(dtype, device)
+    begun = job.begun.get("identity", {}).get(IN_FP32, found)
+    if begun == found or dtype not in arithmetic.HALF:
+        return found
+    own = str(dtype).removeprefix("torch.")
+    job.say(f"computed in {'fp32' if begun else own}, as in the unfinished run that this one resumes")
+    return begun
+
+
+def rounds_products(job: Job, model: BlockModel, dtype: torch.dtype, width: int) -> bool:
+    """Choose as `arithmetic.rounds_products` does, unless the user asks for exact products, or as an unfinished run."""
+    if not job.config.reconstruct or job.config.given.get("precision") in ("ieee", "tf32x3"):
+        return False
+    found = arithmetic.rounds_products(torch.float32 if model.in_fp32 else dtype, model.device, width)
+    return job.begun.get("identity", {}).get(ROUNDED, found)
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """Collect the values that a resumed run must share with the unfinished one, by their names in messages."""
+    values = asdict(run.job.inputs) | asdict(run.config)
+    for name in ("include", "ignore"):
+        # Their order makes no difference.
+        values[name] = sorted(values[name])
+    flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
+    texts = {f"the evaluation text {samples.source}": samples.hash for samples in run.evaluation}
+    read = {"the model": run.fingerprint, "the calibration text": run.calibration.hash} | texts
+    work = {IN_FP32: run.model.in_fp32, ROUNDED: run.rounded, "the number of ranks": run.ranks.count}
+    return flags | read | work | content.machine(run.model.device)
+
+
+def replay_block(run: Run, i: int, streams: Streams, writer: Writer) -> None:
+    """Move all windows through block i, which an unfinished run has pruned, or which repeats an earlier block."""
+    model = run.model
+    if streams.of(DENSE):
+        model.open(i, run.placement.ahead)
+        advance(run, i, "forward", streams.of(DENSE))
+    for method in run.config.methods:
+        with model.timeline.span("read", i):
+            path = None
+            if i in model.unique_blocks:
+                path = writer.path(model.unique_blocks.index(i), None if method == run.config.method else method)
+            model.open_alone(i, read_shard(path) if path else None)
+        advance(run, i, "forward", streams.of(method))
+    model.close(i)
