@@ -1,10 +1,10 @@
-"""Kill real runs at random moments until one comes through, and compare it with an undisturbed one.
+"""Kill runs at random moments, and compare their outputs with that of an undisturbed run.
 
     python bench/runs/kill_runs.py FOLDER --kills 50
     python bench/runs/kill_runs.py FOLDER --kills 20 --ranks 3
 
-A run that is killed is started again with the same command. Once it has come through, the next one begins anew. All
-outputs must have the bytes of the undisturbed run. The runs prune the built-in model, into FOLDER. Of several ranks one
+The runs prune the built-in model, into FOLDER. After a kill the same command resumes the run, until it comes to its
+end. Then its output must have the bytes of the undisturbed run, and the next run begins. With several ranks one of them
 is killed, and the others must end by themselves.
 """
 
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-# These hold times, digests of files with times, or the output's name.
+# Files that hold times, digests of such files, or the output's name.
 TIMED = {"report.json", "report.html", "SHA256SUMS", "README.md"}
 
 
@@ -38,6 +38,13 @@ def start(output: Path, ranks: int) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def kill(run: subprocess.Popen, ranks: int) -> None:
+    """Kill a run, or one of its ranks; returns when all its processes have ended."""
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(random.choice(children)) if ranks > 1 and children else run.pid, signal.SIGKILL)
+    run.wait(60)
+
+
 def main() -> None:
     """Kill runs, and compare their outputs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,32 +53,31 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
     arguments = parser.parse_args()
-    folder, drawn = arguments.folder, random.Random(arguments.seed)
+    random.seed(arguments.seed)
+    folder, ranks, kills = arguments.folder, arguments.ranks, 0
     folder.mkdir(parents=True)
     began = time.perf_counter()
-    assert start(folder / "undisturbed", arguments.ranks).wait() == 0
-    length = time.perf_counter() - began
-    expected, output, finished = outputs(folder / "undisturbed"), folder / "killed", []
-    while len(finished) < arguments.kills:
-        run = start(output, arguments.ranks)
+    assert start(folder / "undisturbed", ranks).wait() == 0
+    seconds = time.perf_counter() - began
+    expected, output = outputs(folder / "undisturbed"), folder / "killed"
+    while kills < arguments.kills or not output.exists():
+        if output.exists():
+            shutil.rmtree(output)
+        run = start(output, ranks)
         try:
-            # To a little beyond the end.
-            assert run.wait(drawn.uniform(0, 1.1 * length)) == 0
+            # A moment may be a little after the end.
+            assert run.wait(random.uniform(0, 1.1 * seconds) if kills < arguments.kills else None) == 0
+            assert not (folder / ".killed.partial").exists()
         except subprocess.TimeoutExpired:
-            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-            os.kill(int(drawn.choice(children)) if arguments.ranks > 1 and children else run.pid, signal.SIGKILL)
-            run.wait(60)
-            finished.append(len(list(folder.glob(".killed.partial/records/*.json"))))
-        # A run that was killed may have put its output in place before.
+            kill(run, ranks)
+            kills += 1
+            finished = len(list(folder.glob(".killed.partial/records/*.json")))
+            print(f"kill {kills}: {finished} shards finished", flush=True)
+        # A run may also be killed after its output is in place.
         if output.exists():
             assert outputs(output) == expected
-            shutil.rmtree(output)
             shutil.rmtree(folder / ".killed.partial", ignore_errors=True)
-    assert start(output, arguments.ranks).wait() == 0
-    assert outputs(output) == expected
-    assert not (folder / ".killed.partial").exists()
-    counts = ", ".join(f"{finished.count(n)} with {n}" for n in sorted(set(finished)))
-    print(f"{len(finished)} runs of {length:.1f} s were killed ({counts} shards finished); all have the same bytes")
+    print(f"{kills} runs of {seconds:.1f} s were killed; all outputs have the same bytes")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python bench/runs/packed.py product [--threads N] [--tiny]
     python bench/runs/packed.py generate CHECKPOINT DTYPE [--threads N]
 
-Products are those of bf16 weights, by torch also of fp32 ones; "loop" is dense.cpp. They read several matrices in turn,
-which no cache holds. The fastest of 7 rounds counts. `generate` prints the seconds to load a checkpoint, the memory of
-the process, and tokens a second of greedy text.
+`product` multiplies with matrices that are dense in bf16 and fp32, or packed at 50, 60 and 70 %. "loop" is dense.cpp.
+The matrices of a product take turns, and no cache holds all of them. The fastest product counts. `generate` prints the
+seconds to load a checkpoint, the memory of the process, and tokens a second of greedy text.
 """
 
 import argparse
@@ -26,94 +26,84 @@ from torch import Tensor
 from sparsefw.checkpoint.packed import pack
 from sparsefw.kernels import packed_cpu
 
-SHAPES, SPARSITIES, BATCHES = [(4096, 4096), (11008, 4096), (4096, 11008)], (0.5, 0.6, 0.7), (1, 2, 4, 8, 16)
-TINY = [(64, 128)]
+SHAPES, TINY = [(4096, 4096), (11008, 4096), (4096, 11008)], [(64, 128)]
 COPIES, ROUNDS, TOKENS = 8, 7, 64
 
 
-def least_ms(call: Callable, matrices: list) -> float:
-    """Measure the least time of a call with a matrix, in ms; each round goes through all matrices."""
-    times = []
-    for _ in range(ROUNDS):
-        for matrix in matrices:
-            begin = time.perf_counter()
-            call(matrix)
-            times.append(time.perf_counter() - begin)
-    return 1e3 * min(times)
+def compile_loop() -> Callable[[Tensor, Tensor], None]:
+    """Compile dense.cpp for this processor, as a function of x (1, d) and W (rows, d) that computes W x."""
+    library = f"{tempfile.mkdtemp()}/dense.so"
+    flags = ["-march=native", "-O3", "-fopenmp", "-fPIC", "-shared", "-o", library]
+    subprocess.run(["g++", *flags, Path(__file__).with_name("dense.cpp")], check=True)
+    product = ctypes.CDLL(library).dense_product
+
+    def loop(x: Tensor, W: Tensor) -> None:
+        x32, y = x.float(), torch.empty(len(W))
+        x_at, x32_at, W_at, y_at = (ctypes.c_void_p(t.data_ptr()) for t in (x, x32, W, y))
+        product(torch.get_num_threads(), x_at, x32_at, W_at, *map(ctypes.c_int64, W.shape), y_at)
+
+    return loop
 
 
-def dense_loop() -> Callable[[Tensor, Tensor], None]:
-    """Compile dense.cpp for this processor, as a function of x and W that computes W x."""
-    library = Path(tempfile.mkdtemp()) / "dense.so"
-    flags = ["-march=native", "-O3", "-fopenmp", "-fPIC", "-shared", "-o", str(library)]
-    subprocess.run(["g++", *flags, str(Path(__file__).with_name("dense.cpp"))], check=True)
-    product = ctypes.CDLL(str(library)).dense_product
-
-    def call(x: Tensor, W: Tensor) -> None:
-        y = torch.empty(len(W))
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, x.float(), W)]
-        sizes = [ctypes.c_int64(n) for n in W.shape]
-        product(torch.get_num_threads(), *pointers, *sizes, ctypes.c_void_p(y.data_ptr()))
-
-    return call
-
-
-def products(shapes: list[tuple[int, int]]) -> None:
-    """Print ms of torch in bf16 and fp32, of a dense loop, and of packed matrices, by shape, rows of x and sparsity."""
-    loop = dense_loop()
-    print(f"{packed_cpu.LEVELS[packed_cpu.level()]}, {torch.get_num_threads()} threads, ms")
-    names = ("torch bf16", "torch fp32", "loop", *(f"{s:.0%}" for s in SPARSITIES))
-    print(f"{'matrix':14}{'rows of x':>10}", *(f"{name:>10}" for name in names))
-    for rows, cols in shapes:
-        dense = [torch.randn(rows, cols).bfloat16() for _ in range(COPIES)]
-        wide = [W.float() for W in dense]
-        packed = []
-        for sparsity in SPARSITIES:
-            removed = int(sparsity * cols)
-            places = [torch.rand(W.shape).topk(removed).indices for W in dense]
-            zeroed = [W.scatter(1, index, 0) for W, index in zip(dense, places, strict=True)]
-            packed.append([pack("W", W, cols - removed, False) for W in zeroed])
-        for batch in BATCHES:
-            x = torch.randn(batch, cols)
-            half = x.bfloat16()
-            times = [least_ms(lambda W, x=half: x @ W.T, dense), least_ms(lambda W, x=x: x @ W.T, wide)]
-            times.append(least_ms(lambda W, x=half: loop(x, W), dense) if batch == 1 else float("nan"))
-            times += [least_ms(lambda W, x=half: packed_cpu.packed_product(x, *W), matrices) for matrices in packed]
-            print(f"{f'{rows} x {cols}':14}{batch:>10}", *(f"{t:>10.2f}" for t in times))
+def time_products(rows: int, d: int, loop: Callable[[Tensor, Tensor], None]) -> None:
+    """Print the ms of products with matrices (rows, d), by the number of rows of x."""
+    dense = [torch.randn(rows, d).bfloat16() for _ in range(COPIES)]
+    ways: dict[str, tuple[Callable, list]] = {
+        "torch bf16": (lambda x, W: x @ W.T, dense),
+        "torch fp32": (lambda x, W: x @ W.T, [W.float() for W in dense]),
+        "loop": (loop, dense),
+    }
+    for sparsity in (0.5, 0.6, 0.7):
+        removed = int(sparsity * d)
+        zeroed = [W.scatter(1, torch.rand(W.shape).topk(removed).indices, 0) for W in dense]
+        packed = [pack("W", W, d - removed, False) for W in zeroed]
+        ways[f"{sparsity:.0%}"] = lambda x, W: packed_cpu.packed_product(x, *W), packed
+    for batch in (1, 2, 4, 8, 16):
+        print(f"{rows} x {d}, {batch} rows of x, ms")
+        for name, (multiply, matrices) in ways.items():
+            if name != "loop" or batch == 1:
+                x, times = torch.randn(batch, d, dtype=matrices[0][0].dtype), []
+                for W in ROUNDS * matrices:
+                    begin = time.perf_counter()
+                    multiply(x, W)
+                    times.append(time.perf_counter() - begin)
+                print(f"{name:>14}{1e3 * min(times):8.2f}", flush=True)
 
 
-def generate(folder: str, dtype: str) -> None:
-    """Load a checkpoint, generate, and print seconds, GB of the process and tokens a second."""
+def time_text(checkpoint: str, dtype: str) -> None:
+    """Generate text by a checkpoint; print the seconds to load it, GB of the process, and tokens a second."""
     from transformers import AutoModelForCausalLM
 
     import sparsefw.packed  # noqa: F401  # tells transformers how to load packed checkpoints
 
     begin = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    loaded, prompt = time.perf_counter() - begin, torch.arange(1, 17).view(1, 16)
-    options = dict(do_sample=False, pad_token_id=0)
-    model.generate(prompt, min_new_tokens=4, max_new_tokens=4, **options)
-    begin = time.perf_counter()
-    model.generate(prompt, min_new_tokens=TOKENS, max_new_tokens=TOKENS, **options)
-    rate = TOKENS / (time.perf_counter() - begin)
-    print(
-        f"loaded in {loaded:.1f} s, {psutil.Process().memory_full_info().uss / 1e9:.2f} GB, {rate:.2f} tokens a second"
-    )
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    print(f"loaded in {time.perf_counter() - begin:.1f} s")
+    prompt = torch.arange(1, 17).view(1, 16)
+    # The first tokens warm up.
+    for tokens in (4, TOKENS):
+        begin = time.perf_counter()
+        model.generate(prompt, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        rate = tokens / (time.perf_counter() - begin)
+    print(f"{psutil.Process().memory_full_info().uss / 1e9:.2f} GB, {rate:.2f} tokens a second")
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["product", "generate"])
-    parser.add_argument("arguments", nargs="*")
+    parser.add_argument("checkpoint", nargs="*", metavar="CHECKPOINT DTYPE")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tiny", action="store_true", help="a tiny matrix")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.what == "product":
-        products(TINY if arguments.tiny else SHAPES)
-    else:
-        generate(*arguments.arguments)
+    if arguments.what == "generate":
+        time_text(*arguments.checkpoint)
+        return
+    print(f"{packed_cpu.LEVELS[packed_cpu.level()]}, {torch.get_num_threads()} threads")
+    loop = compile_loop()
+    for shape in TINY if arguments.tiny else SHAPES:
+        time_products(*shape, loop)
 
 
 if __name__ == "__main__":
