@@ -1,29 +1,24 @@
 """Time benchmarks on a GPU by events in the GPU's queue."""
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    # The process that hands benchmarks to workers waits for no import of torch.
+    # pytest's main process collects nothing with `-n`, so it does not wait for torch.
     from operations import Operation
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Name at the end the benchmarks that are left out, and why."""
+    """Let pytest list the benchmarks that it skips, and why."""
     config.option.reportchars += "s"
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the GPU time its benchmarks."""
     from timing import GPU, Moment
 
-    names = sorted({re.split(r"[\[ ]", item.name)[1] for item in items if item.path.name == "bench_operations.py"})
-    yield
-    if names and not items:
-        raise pytest.UsageError(f"no benchmark has this name; operations: {', '.join(names)}")
     for item in items:
         if GPU:
             item.add_marker(pytest.mark.benchmark(timer=Moment))
@@ -31,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
 
 @pytest.fixture
 def measure(benchmark) -> Callable[["Operation", str], None]:
-    """Compare a way of an operation with torch's, time it, and record the least flops and bytes."""
+    """Compare a way of an operation with torch's, time it, and record its least flops and bytes."""
     import torch
     import triton
     from timing import GPU, Moment, keep_busy, rounds_of
@@ -54,7 +49,7 @@ def measure(benchmark) -> Callable[["Operation", str], None]:
             started = Moment()
             run(*arguments)
             seconds = Moment() - started
-            # The next ones are made while these would still be there.
+            # Their memory is free before the next arguments are made.
             del arguments
         benchmark.pedantic(run, setup=prepare, rounds=rounds_of(seconds), warmup_rounds=1)
 
