@@ -3,9 +3,10 @@
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,10 @@ from sparsefw.kernels import triton_ops
 from sparsefw.kernels.definitions import RowState
 from sparsefw.kernels.rounding import rounding_order
 
-ROWS, TOKENS, SWAPS = 4096, 2048, 100
+ALL, NVIDIA = ("sm_80", "sm_90", "sm_100", "gfx942"), ("sm_80", "sm_90", "sm_100")
+BULK, HOPPER = ("sm_90", "sm_100"), ("sm_90",)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ROWS, TOKENS = 4096, 2048
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,11 @@ class Case:
     name: str
     targets: tuple[str, ...]
     launch: partial
+
+
+def case(name: str, targets: tuple[str, ...], operation: Callable, *arguments: Any, **options: Any) -> Case:
+    """Make the case of an operation that is called with these arguments."""
+    return Case(name, targets, partial(operation, *arguments, **options))
 
 
 def operations(case: Case) -> list[str]:
@@ -40,61 +49,32 @@ def select(text: str) -> list[Case]:
     every, names, imported = list(cases()), {}, {}
     for case in every:
         module = sys.modules[case.launch.func.__module__]
-        names[case] = [case.name, module.__name__.rpartition(".")[2], *operations(case)]
+        names[case] = [module.__name__.rpartition(".")[2], *operations(case)]
         imported[case] = re.findall(r"^from \.(\w+) import", inspect.getsource(module), re.MULTILINE)
-    chosen = [case for case in every if text in names[case][0] or text in names[case]]
+    chosen = [case for case in every if text in case.name or text in names[case]]
     if chosen := chosen or [case for case in every if text in imported[case]]:
         return chosen
-    known = sorted({name for case in every for name in (*names[case][1:], *imported[case])})
+    known = sorted({name for case in every for name in (*names[case], *imported[case])})
     sys.exit(f"{text}: no launch, no operation and no file of kernels/; there are {', '.join(known)}")
 
 
-def empty(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(rows, columns, dtype=dtype, device="meta")
-
-
-ALL, NVIDIA = ("sm_80", "sm_90", "sm_100", "gfx942"), ("sm_80", "sm_90", "sm_100")
-BULK, HOPPER = ("sm_90", "sm_100"), ("sm_90",)
-BF16, FP32 = torch.bfloat16, torch.float32
+def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    """Make a tensor without data."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def cases() -> Iterator[Case]:
-    """Yield launches of realistic shapes, with each configuration of each kernel at least once."""
+    """Yield all launches."""
     yield from _products()
     yield from _accumulations()
-    for d, targets in ((576, HOPPER), (4096, ALL), (8192, HOPPER), (14336, ALL), (28672, ALL), (65536, ALL)):
-        yield _lmo(str(d), targets, d, d // 2, fixed=True, positive=True)
-        yield _step(str(d), targets, d, d // 2)
-    for n, m in ((2, 4), (16, 32)):
-        yield _lmo(f"{n}:{m} 4096", ALL, 4096, n, group=m)
-        yield _step(f"{n}:{m} 4096", HOPPER, 4096, n, group=m)
-        yield _step(f"{n}:{m} 14336", ALL, 14336, n, group=m)
-    yield _step("of a target 4096", HOPPER, 4096, 2048, target_gap=True)
-    yield _step("of a target 28672", HOPPER, 28672, 14336, target_gap=True)
-    yield _step("3:5 4095", HOPPER, 4095, 3, group=5)
-    yield _step("open loop 3:5 320", ALL, 320, 3, group=5, open_loop=True)
-    yield _step("open loop 4096", HOPPER, 4096, empty(ROWS, 1, torch.int32)[:, 0], fixed=False, open_loop=True)
-    for d, targets in ((576, HOPPER), (4096, ALL), (28672, ALL)):
-        yield _swaps(str(d), targets, d)
-    for m, d in ((4, 4096), (32, 14336), (5, 4095)):
-        yield _swaps(f"of {m} {d}", ALL, d, group=m, fixed=m == 4)
-    yield _conjugate("576", NVIDIA, 576)
-    yield _conjugate("1536", NVIDIA, 1536)
-    yield _conjugate("8192", HOPPER, 8192)
-    for d in (4096, 28672):
-        yield _conjugate(str(d), ALL, d)
-        for place in ("first", "last"):
-            yield _conjugate(f"{place} {d}", HOPPER, d, **{place: True})
-    yield _conjugate("target 4096", HOPPER, 4096, mask=False)
-    for d in (4096, 28672):
-        yield _conjugate(f"fp32 {d}", HOPPER, d, P=FP32)
-    for dtype, index in ((BF16, torch.int32), (torch.float16, torch.int32), (FP32, torch.int32), (BF16, torch.int64)):
-        yield _adam(dtype, index)
+    yield from _steps()
+    yield from _swaps()
+    yield from _conjugate_steps()
+    yield from _adam_steps()
     yield from _packed()
-    G = empty(4096, 4096)
-    yield Case("mirror 4096", ALL, partial(triton_ops.mirror_lower, G))
+    yield case("mirror 4096", ALL, triton_ops.mirror_lower, empty(4096, 4096))
     for d, targets in ((576, HOPPER), (4096, ALL), (28672, HOPPER)):
-        yield from _fits(str(d), targets, d)
+        yield from _fits(targets, d)
 
 
 def _products() -> Iterator[Case]:
@@ -118,12 +98,11 @@ def _products() -> Iterator[Case]:
         # Operands of a bf16 weight and an fp32 Gram matrix.
         ("mixed", HOPPER, 4096, 14336, BF16, FP32, "tf32"),
     ):
-        launch = partial(triton_ops.product, empty(rows, d, E), empty(d, d, G), precision=precision)
-        yield Case(f"product {text} {rows}x{d}", targets, launch)
+        operands = empty(rows, d, dtype=E), empty(d, d, dtype=G)
+        yield case(f"product {text} {rows}x{d}", targets, triton_ops.product, *operands, precision=precision)
     for rows, d, targets in ((4096, 4096, ALL), (8192, 28672, HOPPER), (576, 576, HOPPER)):
-        operands, out = (empty(rows, d, BF16), empty(d, d, BF16)), empty(rows, d)
-        launch = partial(triton_ops.product, *operands, precision="bf16", out=out, add=True)
-        yield Case(f"product added {rows}x{d}", targets, launch)
+        operands, added = (empty(rows, d, dtype=BF16), empty(d, d, dtype=BF16)), dict(out=empty(rows, d), add=True)
+        yield case(f"product added {rows}x{d}", targets, triton_ops.product, *operands, precision="bf16", **added)
 
 
 def _accumulations() -> Iterator[Case]:
@@ -131,30 +110,41 @@ def _accumulations() -> Iterator[Case]:
         ("bf16", HOPPER, 576, BF16, "ieee"),
         ("bf16", ALL, 4096, BF16, "ieee"),
         ("bf16", BULK, 14336, BF16, "ieee"),
-        ("fp16", HOPPER, 28672, torch.float16, "ieee"),
+        ("fp16", HOPPER, 28672, FP16, "ieee"),
         # Rows are not aligned for bulk copies.
         ("bf16", BULK, 4100, BF16, "ieee"),
         ("tf32", NVIDIA, 4096, FP32, "tf32"),
     ):
-        launch = partial(triton_ops.gram_accumulate, empty(d, d), empty(TOKENS, d, dtype), precision=precision)
-        yield Case(f"gram {text} {d}", targets, launch)
+        operands = empty(d, d), empty(TOKENS, d, dtype=dtype)
+        yield case(f"gram {text} {d}", targets, triton_ops.gram_accumulate, *operands, precision=precision)
     for text, targets, rows, d, dtype, precision in (
         ("bf16", HOPPER, 1536, 576, BF16, "ieee"),
         ("bf16", ALL, 4096, 4096, BF16, "ieee"),
         ("bf16", HOPPER, 4096, 14336, BF16, "ieee"),
-        ("fp16", HOPPER, 8192, 28672, torch.float16, "ieee"),
+        ("fp16", HOPPER, 8192, 28672, FP16, "ieee"),
         ("bf16", BULK, 4100, 4100, BF16, "ieee"),
         ("tf32", NVIDIA, 4096, 4096, FP32, "tf32"),
         ("ieee", NVIDIA, 576, 576, FP32, "ieee"),
     ):
-        operands = empty(rows, d), empty(TOKENS, rows, dtype), empty(TOKENS, d, dtype)
-        launch = partial(triton_ops.cross_accumulate, *operands, precision=precision)
-        yield Case(f"cross {text} {rows}x{d}", targets, launch)
+        operands = empty(rows, d), empty(TOKENS, rows, dtype=dtype), empty(TOKENS, d, dtype=dtype)
+        yield case(f"cross {text} {rows}x{d}", targets, triton_ops.cross_accumulate, *operands, precision=precision)
 
 
-def _lmo(text: str, targets: tuple[str, ...], d: int, k: int, *, fixed: bool = False, **options) -> Case:
-    launch = partial(triton_ops.lmo, empty(ROWS, d), k, fixed=empty(ROWS, d, torch.bool) if fixed else None, **options)
-    return Case(f"lmo {text}", targets, launch)
+def _steps() -> Iterator[Case]:
+    """Yield selections of vertices, and steps of Frank-Wolfe."""
+    for d, targets in ((576, HOPPER), (4096, ALL), (8192, HOPPER), (14336, ALL), (28672, ALL), (65536, ALL)):
+        fixed = empty(ROWS, d, dtype=torch.bool)
+        yield case(f"lmo {d}", targets, triton_ops.lmo, empty(ROWS, d), d // 2, fixed=fixed, positive=True)
+        yield _step(f"{d}", targets, d, d // 2)
+    for n, m in ((2, 4), (16, 32)):
+        yield case(f"lmo {n}:{m} 4096", ALL, triton_ops.lmo, empty(ROWS, 4096), n, fixed=None, group=m)
+        yield _step(f"{n}:{m} 4096", HOPPER, 4096, n, group=m)
+        yield _step(f"{n}:{m} 14336", ALL, 14336, n, group=m)
+    yield _step("of a target 4096", HOPPER, 4096, 2048, target_gap=True)
+    yield _step("of a target 28672", HOPPER, 28672, 14336, target_gap=True)
+    yield _step("3:5 4095", HOPPER, 4095, 3, group=5)
+    yield _step("open loop 3:5 320", ALL, 320, 3, group=5, open_loop=True)
+    yield _step("open loop 4096", HOPPER, 4096, empty(ROWS, dtype=torch.int32), fixed=False, open_loop=True)
 
 
 def _step(
@@ -165,77 +155,105 @@ def _step(
 
     Without `open_loop` the search for the vertex starts from a threshold.
     """
-    W, x, V = empty(ROWS, d, FP32 if target_gap else BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
-    E, number, vector = empty(ROWS, d, BF16), empty(1, 1)[0, 0], empty(ROWS, 1)[:, 0]
-    fixed = fixed and not target_gap
-    options = dict(group=group, fixed=V if fixed else None, target_gap=x if target_gap else None)
-    options["threshold"] = None if open_loop else vector
-    state = RowState(W, x[0], x, x, x, V, E, k, vector, vector, **options)
-    numbers = dict(theta=number, next_theta=number) | (dict(eta=number) if open_loop else {})
-    return Case(f"step {text}", targets, partial(triton_ops.row_step, state, **numbers))
+    W, x, V = empty(ROWS, d, dtype=FP32 if target_gap else BF16), empty(ROWS, d), empty(ROWS, d, dtype=torch.bool)
+    E, of_rows, theta = empty(ROWS, d, dtype=BF16), empty(ROWS), empty()
+    state = RowState(
+        *(W, x[0], x, x, x, V, E, k, of_rows, of_rows),
+        group=group,
+        fixed=V if fixed and not target_gap else None,
+        target_gap=x if target_gap else None,
+        threshold=None if open_loop else of_rows,
+    )
+    eta = dict(eta=theta) if open_loop else {}
+    return case(f"step {text}", targets, triton_ops.row_step, state, theta=theta, next_theta=theta, **eta)
 
 
-def _swaps(text: str, targets: tuple[str, ...], d: int, *, group: int = 0, fixed: bool = True) -> Case:
-    W, G, R, V = empty(ROWS, d, BF16), empty(d, d), empty(ROWS, d), empty(ROWS, d, torch.bool)
-    launch = partial(triton_ops.row_swaps, W, G, R, V, SWAPS, group=group, fixed=V if fixed else None)
-    return Case(f"swaps {text}", targets, launch)
+def _swaps() -> Iterator[Case]:
+    for text, targets, d, group in (
+        ("576", HOPPER, 576, 0),
+        ("4096", ALL, 4096, 0),
+        ("28672", ALL, 28672, 0),
+        ("of 4 4096", ALL, 4096, 4),
+        ("of 32 14336", ALL, 14336, 32),
+        ("of 5 4095", ALL, 4095, 5),
+    ):
+        V = empty(ROWS, d, dtype=torch.bool)
+        operands = empty(ROWS, d, dtype=BF16), empty(d, d), empty(ROWS, d), V
+        fixed = V if group in (0, 4) else None
+        yield case(f"swaps {text}", targets, triton_ops.row_swaps, *operands, 100, group=group, fixed=fixed)
 
 
-def _conjugate(
-    text: str, targets: tuple[str, ...], d: int, *, P: torch.dtype = BF16, mask: bool = True, **place: bool
-) -> Case:
-    state, (rz, inverse) = empty(ROWS, d), (empty(n, 1)[:, 0] for n in (ROWS, d))
-    options = dict(mask=empty(ROWS, d, torch.bool) if mask else None, **place)
-    launch = partial(triton_ops.conjugate_step, state, state, empty(ROWS, d, P), state, rz, rz, inverse, **options)
-    return Case(f"conjugate {text}", targets, launch)
+def _conjugate_steps() -> Iterator[Case]:
+    for text, targets, d, dtype in (
+        ("576", NVIDIA, 576, BF16),
+        ("1536", NVIDIA, 1536, BF16),
+        ("8192", HOPPER, 8192, BF16),
+        ("4096", ALL, 4096, BF16),
+        ("first 4096", HOPPER, 4096, BF16),
+        ("last 4096", HOPPER, 4096, BF16),
+        ("28672", ALL, 28672, BF16),
+        ("first 28672", HOPPER, 28672, BF16),
+        ("last 28672", HOPPER, 28672, BF16),
+        # Without a mask.
+        ("target 4096", HOPPER, 4096, BF16),
+        ("fp32 4096", HOPPER, 4096, FP32),
+        ("fp32 28672", HOPPER, 28672, FP32),
+    ):
+        Z, P, of_rows = empty(ROWS, d), empty(ROWS, d, dtype=dtype), empty(ROWS)
+        options = {place: True for place in ("first", "last") if place in text}
+        options["mask"] = None if "target" in text else empty(ROWS, d, dtype=torch.bool)
+        operands = Z, Z, P, Z, of_rows, of_rows, empty(d)
+        yield case(f"conjugate {text}", targets, triton_ops.conjugate_step, *operands, **options)
 
 
-def _adam(dtype: torch.dtype, index: torch.dtype) -> Case:
-    W, (place, weight) = empty(1, ROWS * ROWS, dtype)[0], (empty(1, ROWS * ROWS // 2, t)[0] for t in (index, FP32))
-    launch = partial(triton_ops.adam_step, W, W, place, weight, weight, weight, rate=0.01, step=3)
-    name, of = (str(x).removeprefix("torch.") for x in (dtype, index))
-    return Case(f"adam {name} {of}", ALL if dtype == BF16 else HOPPER, launch)
+def _adam_steps() -> Iterator[Case]:
+    for text, targets, dtype, index in (
+        ("bfloat16 int32", ALL, BF16, torch.int32),
+        ("float16 int32", HOPPER, FP16, torch.int32),
+        ("float32 int32", HOPPER, FP32, torch.int32),
+        ("bfloat16 int64", ALL, BF16, torch.int64),
+    ):
+        entries = ROWS * ROWS
+        W, place, weight = empty(entries, dtype=dtype), empty(entries // 2, dtype=index), empty(entries // 2)
+        state = W, W, place, weight, weight, weight
+        yield case(f"adam {text}", targets, triton_ops.adam_step, *state, rate=0.01, step=3)
 
 
 def _packed() -> Iterator[Case]:
     """Yield matrices at 60 % with row budgets, or with `starts`."""
-    for text, targets, dtype, batch, cols, ragged in (
-        ("bf16 1", ALL, BF16, 1, 8192, False),
-        ("bf16 16", ALL, BF16, 16, 8192, False),
-        ("fp16 16", HOPPER, torch.float16, 16, 28672, False),
-        ("bf16 8 of starts", ALL, BF16, 8, 4096, True),
-        ("fp32 1", ALL, FP32, 1, 4096, False),
-        ("fp32 16", ALL, FP32, 16, 4096, False),
+    for text, targets, dtype, batch, cols in (
+        ("bf16 1", ALL, BF16, 1, 8192),
+        ("bf16 16", ALL, BF16, 16, 8192),
+        ("fp16 16", HOPPER, FP16, 16, 28672),
+        ("bf16 8 of starts", ALL, BF16, 8, 4096),
+        ("fp32 1", ALL, FP32, 1, 4096),
+        ("fp32 16", ALL, FP32, 16, 4096),
         # Words of 8 columns.
-        ("bf16 1", HOPPER, BF16, 1, 4104, False),
+        ("bf16 1", HOPPER, BF16, 1, 4104),
     ):
-        kept, starts = empty(ROWS, cols * 2 // 5, dtype), empty(1, ROWS + 1, torch.int64)[0]
-        matrix = (kept.flatten() if ragged else kept, empty(ROWS, cols // 8, torch.uint8), starts if ragged else None)
-        product = partial(triton_ops.packed_product, empty(batch, cols, dtype), *matrix)
-        yield Case(f"packed_product {text} {cols}", targets, product)
+        values, mask = empty(ROWS, cols * 2 // 5, dtype=dtype), empty(ROWS, cols // 8, dtype=torch.uint8)
+        starts = empty(ROWS + 1, dtype=torch.int64)
+        matrix = (values.flatten(), mask, starts) if "starts" in text else (values, mask, None)
+        x = empty(batch, cols, dtype=dtype)
+        yield case(f"packed_product {text} {cols}", targets, triton_ops.packed_product, x, *matrix)
         if batch == 1:
-            name = f"unpack {text.split()[0]} {cols}"
-            yield Case(name, targets, partial(triton_ops.unpack, *matrix, cols=cols))
+            yield case(f"unpack {text.split()[0]} {cols}", targets, triton_ops.unpack, *matrix, cols=cols)
 
 
-def _fits(text: str, targets: tuple[str, ...], d: int) -> Iterator[Case]:
+def _fits(targets: tuple[str, ...], d: int) -> Iterator[Case]:
     """Yield the operations of refits, rounds and errors but products and steps: bf16 weights, products in bf16."""
-    W, x, V = empty(ROWS, d, BF16), empty(ROWS, d), empty(ROWS, d, torch.bool)
-    of_rows, of_columns, taken = empty(ROWS, 1)[:, 0], empty(d, 1)[:, 0], empty(ROWS, 1, torch.bool)[:, 0]
-    searched = partial(triton_ops.candidates, x, x, V, of_columns, of_columns, margin=of_rows, support=V)
-    bounded = partial(triton_ops.bound_scores, W, x, x, target_gap=x, damping=of_columns)
-    for name, launch in (
-        ("removed", partial(triton_ops.removed, W, V)),
-        ("removed of a target", partial(triton_ops.removed, W, V, x)),
-        ("begin_fit", partial(triton_ops.begin_fit, W, x, V, dtype=BF16)),
-        ("row_errors", partial(triton_ops.row_errors, W, x)),
-        ("row_errors of a fit", partial(triton_ops.row_errors, W, x, x)),
-        ("take_rows", partial(triton_ops.take_rows, x, x, taken)),
-        ("take_rows of a mask", partial(triton_ops.take_rows, V, V, taken)),
-        ("candidates", searched),
-        ("bound_scores", bounded),
-        ("bound_sums", partial(triton_ops.bound_sums, x, x, V)),
-        # The second of the three launches of round_mask.
-        ("rounding", partial(rounding_order, x, V, x)),
-    ):
-        yield Case(f"{name} {text}", targets, launch)
+    W, x, V = empty(ROWS, d, dtype=BF16), empty(ROWS, d), empty(ROWS, d, dtype=torch.bool)
+    of_rows, of_columns, taken = empty(ROWS), empty(d), empty(ROWS, dtype=torch.bool)
+    ops, fit = triton_ops, (x, x, V, of_columns, of_columns)
+    yield case(f"removed {d}", targets, ops.removed, W, V)
+    yield case(f"removed of a target {d}", targets, ops.removed, W, V, x)
+    yield case(f"begin_fit {d}", targets, ops.begin_fit, W, x, V, dtype=BF16)
+    yield case(f"row_errors {d}", targets, ops.row_errors, W, x)
+    yield case(f"row_errors of a fit {d}", targets, ops.row_errors, W, x, x)
+    yield case(f"take_rows {d}", targets, ops.take_rows, x, x, taken)
+    yield case(f"take_rows of a mask {d}", targets, ops.take_rows, V, V, taken)
+    yield case(f"candidates {d}", targets, ops.candidates, *fit, margin=of_rows, support=V)
+    yield case(f"bound_scores {d}", targets, ops.bound_scores, W, x, x, target_gap=x, damping=of_columns)
+    yield case(f"bound_sums {d}", targets, ops.bound_sums, x, x, V)
+    # The second of the three launches of round_mask.
+    yield case(f"rounding {d}", targets, rounding_order, x, V, x)
