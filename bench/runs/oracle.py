@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -52,6 +52,9 @@ BUILT_IN = {
 # The flags of runs of tiny models on two texts.
 TINY = ["--nsamples", "6", "--seqlen", "32", "--eval-windows", "4"]
 
+# A run takes an empty folder, and returns what is compared.
+Run = Callable[[Path], dict[str, Any]]
+
 
 def tensors_digest(folder: Path) -> str:
     """Digest all tensors of a checkpoint, by name."""
@@ -69,41 +72,41 @@ def result_of(folder: Path) -> dict[str, Any]:
     return {"tensors": tensors_digest(folder), "perplexity": [text["perplexity"] for text in report["evaluation"]]}
 
 
-def run(*flags: str, ranks: int = 1) -> Callable[[Path], dict[str, Any]]:
+def run(folder: Path, *flags: str, ranks: int = 1) -> dict[str, Any]:
     """Make a run by the command line."""
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command += ["-m", "sparsefw.run", "--kernel", "torch", "--output", str(folder / "out"), *flags]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr[-2000:]}")
+    return result_of(folder / "out")
+
+
+def built_in(*flags: str, ranks: int = 1) -> Run:
+    """Return a run of the built-in model."""
+    return lambda folder: run(folder, *flags, ranks=ranks)
+
+
+def tiny(helper: str, *arguments: Any, flags: Sequence[str] = (), ranks: int = 1, **changes: Any) -> Run:
+    """Return a run on a tiny random checkpoint, calibrated on a mixture of two texts.
+
+    Args:
+        helper: the function that writes the checkpoint: a module of tests/helpers, and its name there.
+        arguments, changes: its arguments after the folder.
+        flags, ranks: of the run.
+    """
 
     def do(folder: Path) -> dict[str, Any]:
-        command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        command += ["-m", "sparsefw.run", "--kernel", "torch", "--output", str(folder / "out"), *flags]
-        environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr[-2000:]}")
-        return result_of(folder / "out")
-
-    return do
-
-
-def tiny(save: Callable[[Path], Any], *flags: str, ranks: int = 1) -> Callable[[Path], dict[str, Any]]:
-    """Make a run on a tiny random checkpoint, calibrated on a mixture of two texts."""
-
-    def do(folder: Path) -> dict[str, Any]:
-        save(folder / "model")
+        module, _, function = helper.partition(".")
+        getattr(import_module(f"helpers.{module}"), function)(folder / "model", *arguments, **changes)
         (folder / "a.txt").write_text(TEXT)
         lines = (json.dumps({"text": OTHER[i : i + 500]}) + "\n" for i in range(0, 9000, 500))
         (folder / "b.jsonl").write_text("".join(lines))
         texts = ["--dataset", "a.txt=2", "--dataset", "b.jsonl", "--eval", "a.txt"]
-        return run("--model", str(folder / "model"), *texts, *TINY, *flags, ranks=ranks)(folder)
+        return run(folder, "--model", str(folder / "model"), *texts, *TINY, *flags, ranks=ranks)
 
     return do
-
-
-def _saved(module: str, function: str, *args: Any, **changes: Any) -> Callable[[Path], Any]:
-    """Make a function that writes a checkpoint of a function of tests/helpers."""
-    return lambda folder: getattr(import_module(f"helpers.{module}"), function)(folder, *args, **changes)
-
-
-_family = partial(_saved, "families", "save_model")
 
 
 def in_memory(folder: Path) -> dict[str, Any]:
@@ -136,33 +139,29 @@ def on_batches(folder: Path) -> dict[str, Any]:
     return result_of(folder / "out")
 
 
-RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    **{name: run(*flags) for name, flags in BUILT_IN.items()},
-    "llama": tiny(_family("llama")),
-    "mixture": tiny(_family("mixtral"), "--reconstruct", "1"),
-    "experts-bf16": tiny(_family("qwen2_moe", dtype=torch.bfloat16), "--sparsity", "2:4"),
-    "handed-on": tiny(_family("gemma3n_text")),
-    "parallel": tiny(_family("gptj")),
-    "fp8": tiny(_saved("quantized", "save_fp8", "deepseek_v3")),
-    "mxfp4": tiny(_saved("quantized", "save_mxfp4")),
+FAMILY = "families.save_model"
+RUNS: dict[str, Run] = {
+    **{name: built_in(*flags) for name, flags in BUILT_IN.items()},
+    "llama": tiny(FAMILY, "llama"),
+    "mixture": tiny(FAMILY, "mixtral", flags=["--reconstruct", "1"]),
+    "experts-bf16": tiny(FAMILY, "qwen2_moe", dtype=torch.bfloat16, flags=["--sparsity", "2:4"]),
+    "handed-on": tiny(FAMILY, "gemma3n_text"),
+    "parallel": tiny(FAMILY, "gptj"),
+    "fp8": tiny("quantized.save_fp8", "deepseek_v3"),
+    "mxfp4": tiny("quantized.save_mxfp4"),
     "in-memory": in_memory,
     "batches": on_batches,
-    "ranks": run(*SHORT, ranks=2),
-    "ranks-mixture": tiny(_family("qwen3_moe"), ranks=2),
+    "ranks": built_in(*SHORT, ranks=2),
+    "ranks-mixture": tiny(FAMILY, "qwen3_moe", ranks=2),
 }
 
 
-def smollm2(model: str) -> Callable[[Path], dict[str, Any]]:
+def smollm2(folder: Path, model: str) -> dict[str, Any]:
     """Make a run on the first two blocks of SmolLM2, see bench/quality/smollm2.py."""
+    (folder / "a.txt").write_text(TEXT)
     blocks = ["--include", r"re:model\.layers\.[01]\.", "--nsamples", "8", "--seqlen", "256"]
     # Otherwise the processor would decide whether steps round their operands.
-    blocks += ["--precision", "ieee"]
-
-    def do(folder: Path) -> dict[str, Any]:
-        (folder / "a.txt").write_text(TEXT)
-        return run("--model", model, "--dataset", "a.txt", *blocks)(folder)
-
-    return do
+    return run(folder, "--model", model, "--dataset", "a.txt", *blocks, "--precision", "ieee")
 
 
 def machine() -> dict[str, str]:
@@ -179,9 +178,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}, smollm2 (default: all)")
     parser.add_argument("--write", action="store_true", help="write the digests")
-    parser.add_argument("--smollm2", metavar="FOLDER", help="checkpoint of SmolLM2: one more run")
+    parser.add_argument("--smollm2", type=Path, metavar="FOLDER", help="checkpoint of SmolLM2: one more run")
     arguments = parser.parse_args()
-    runs = RUNS | ({"smollm2": smollm2(str(Path(arguments.smollm2).resolve()))} if arguments.smollm2 else {})
+    runs = dict(RUNS)
+    if arguments.smollm2:
+        runs["smollm2"] = partial(smollm2, model=str(arguments.smollm2.resolve()))
     if unknown := [name for name in arguments.names if name not in runs]:
         parser.error(f"{', '.join(unknown)}: no such run; there are {', '.join(runs)}")
     known = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {}
