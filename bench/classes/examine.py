@@ -5,7 +5,6 @@ transformers itself does not build, run or reload the class on token ids.
 """
 
 import contextlib
-import hashlib
 import io
 import re
 import traceback
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 import sparsefw.run
@@ -40,43 +39,19 @@ class Ended(Exception):
 
 def examine(case: Case, folder: Path) -> dict[str, Any]:
     """Prune a class, with an empty folder for the checkpoints; returns the row of the results: JSON."""
-    row = case.row
+    row = case.row | {"outcome": WORKS, "reason": ""}
     try:
         _examine(case, folder, row)
-        return row | {"outcome": WORKS, "reason": ""}
     except Ended as ended:
-        return row | dict(zip(("outcome", "reason"), ended.args, strict=True))
+        row["outcome"], row["reason"] = ended.args
+    return row
 
 
 def _examine(case: Case, folder: Path, row: dict[str, Any]) -> None:
-    windows, dense, original, loading = _write_source(case, folder)
-    row["architecture"] = type(original).__name__
-    _prune(folder)
-    report = read_report(folder / OUTPUT / "report.json")
-    with _ended_as(TRACEBACK, "load the output"):
-        pruned, pruned_loading = load(folder / OUTPUT)
-    row |= _pruned_part(report, pruned)
-    row["perplexity"] = {"plain": dense, **report.evaluation[0].perplexity}
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if more := sorted(map(str, set(pruned_loading[what]) - set(loading[what]))):
-            raise Ended(WRONG, f"loading the output: {what} {', '.join(more[:3])} ({len(more)} in all)")
-    _compare_perplexities(report, windows, dense, pruned)
-    _compare_weights(report, original, pruned)
-    status, line = _run("verify", sparsefw.verify.main, [str(folder / OUTPUT), "--against", str(folder / SOURCE)])
-    if status:
-        outcome, what = (WRONG, "verify") if status == 1 else (TRACEBACK, f"verify ended with status {status}")
-        raise Ended(outcome, f"{what}: {line}")
-
-
-def _write_source(case: Case, folder: Path) -> tuple[Tensor, float, PreTrainedModel, dict[str, Any]]:
-    """Write the checkpoint of a class and two texts.
-
-    Returns:
-        The evaluation windows, the perplexity of plain transformers on them, the model as transformers loads it from
-        the checkpoint, and what loading reports.
+    """Fill the row of a class that works.
 
     Raises:
-        Ended: transformers does not build, run, save or load it.
+        Ended: the class does not work.
     """
     tokenizer, text = byte_tokenizer(), random_text(1, EVALUATED * SEQLEN)
     (folder / CALIBRATION).write_text(random_text(0, WINDOWS * SEQLEN))
@@ -91,10 +66,28 @@ def _write_source(case: Case, folder: Path) -> tuple[Tensor, float, PreTrainedMo
         model.save_pretrained(folder / SOURCE, max_shard_size="1MB")
         tokenizer.save_pretrained(folder / SOURCE)
         original, loading = load(folder / SOURCE)
-        dense = perplexity(original, windows)
-        if not _alike(dense, in_memory):
-            raise ValueError(f"perplexity {in_memory:.6g} before save_pretrained, {dense:.6g} after from_pretrained")
-    return windows, dense, original, loading
+        plain = perplexity(original, windows)
+        if not _alike(plain, in_memory):
+            raise ValueError(f"perplexity {in_memory:.6g} before save_pretrained, {plain:.6g} after from_pretrained")
+    row["architecture"] = type(original).__name__
+    _prune(folder)
+    with _ended_as(TRACEBACK, "load the output"):
+        pruned, pruned_loading = load(folder / OUTPUT)
+    report = read_report(folder / OUTPUT / "report.json")
+    found = report.evaluation[0].perplexity
+    row |= _pruned_part(report, pruned) | {"perplexity": {"plain": plain, **found}}
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if more := sorted(map(str, set(pruned_loading[what]) - set(loading[what]))):
+            raise Ended(WRONG, f"loading the output: {what} {', '.join(more[:3])} ({len(more)} in all)")
+    if not _alike(found["dense"], plain):
+        raise Ended(WRONG, f"dense perplexity {found['dense']:.6g}, of plain transformers {plain:.6g}")
+    loaded, reported = perplexity(pruned, windows), found[report.method]
+    if not _alike(reported, loaded):
+        raise Ended(WRONG, f"pruned perplexity {reported:.6g}, of the loaded output {loaded:.6g}")
+    _compare_weights(report, original, pruned)
+    status, line = _run("verify", sparsefw.verify.main, [str(folder / OUTPUT), "--against", str(folder / SOURCE)])
+    if status:
+        raise Ended(WRONG if status == 1 else TRACEBACK, f"verify: {line}")
 
 
 def _prune(folder: Path) -> None:
@@ -115,8 +108,8 @@ def _run(name: str, main: Callable[[list[str]], int], arguments: list[str]) -> t
     out, err = io.StringIO(), io.StringIO()
     with _ended_as(TRACEBACK, name), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(arguments)
-    lines = [line.removeprefix("sparsefw: ") for line in err.getvalue().splitlines() if line.startswith("sparsefw: ")]
-    failures = [line.strip() for line in out.getvalue().splitlines() if line.startswith("  ")]
+    lines = re.findall(r"^sparsefw: (.*)", err.getvalue(), re.MULTILINE)
+    failures = re.findall(r"^  +(.*)", out.getvalue(), re.MULTILINE)
     return status, "; ".join(lines or failures[:2])
 
 
@@ -137,24 +130,12 @@ def _alike(one: float, other: float) -> bool:
     return abs(one - other) <= TOLERANCE * min(one, other)
 
 
-def _compare_perplexities(report: Report, windows: Tensor, dense: float, pruned: PreTrainedModel) -> None:
-    text = report.evaluation[0]
-    if text.hash != hashlib.sha256(windows.numpy().tobytes()).hexdigest():
-        raise Ended(WRONG, "the report's evaluation windows are not the first windows of the text")
-    if not _alike(text.perplexity["dense"], dense):
-        raise Ended(WRONG, f"dense perplexity {text.perplexity['dense']:.6g}, of plain transformers {dense:.6g}")
-    loaded, reported = perplexity(pruned, windows), text.perplexity[report.method]
-    if not _alike(reported, loaded):
-        raise Ended(WRONG, f"pruned perplexity {reported:.6g}, of the loaded output {loaded:.6g}")
-
-
 def _compare_weights(report: Report, original: PreTrainedModel, pruned: PreTrainedModel) -> None:
+    """Compare all weights that the report does not name; `verify` looks at those of the layers."""
     before, after = original.state_dict(), pruned.state_dict()
-    layers = report.layers_of(report.method)
-    if not layers:
+    touched = {re.sub(r"\[\d+\]$", "", layer.name) for layer in report.layers_of(report.method)}
+    if not touched:
         raise Ended(WRONG, "no layer was pruned")
-    # `verify` looks at the zeros of each layer.
-    touched = {re.sub(r"\[\d+\]$", "", layer.name) for layer in layers}
     tied = getattr(original, "all_tied_weights_keys", {})
     for name, tensor in before.items():
         if name not in touched and tied.get(name) not in touched and not torch.equal(tensor, after[name]):
@@ -166,13 +147,12 @@ def _compare_weights(report: Report, original: PreTrainedModel, pruned: PreTrain
 
 def _routers(model: nn.Module) -> Iterator[str]:
     """Yield names of the matrices that choose experts: of any router, and of a gate of a module with experts."""
-    for path, module in model.named_modules():
-        children = dict(module.named_children())
-        with_experts = any(name.endswith("experts") for name in children)
-        for name, child in children.items():
-            if re.search(r"(^|_)router$", name) or (with_experts and re.search(r"(^|_)gate$", name)):
-                matrices = [inner for inner, p in child.named_parameters() if p.dim() >= 2]
-                yield from (".".join(filter(None, (path, name, inner))) for inner in matrices)
+    names = [name for name, _ in model.named_modules()]
+    parents = {name.rpartition(".")[0] for name in names if name.endswith("experts")}
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        if re.search(r"(^|_)router$", child) or (parent in parents and re.search(r"(^|_)gate$", child)):
+            yield from (f"{name}.{inner}" for inner, p in model.get_submodule(name).named_parameters() if p.dim() >= 2)
 
 
 def _pruned_part(report: Report, model: PreTrainedModel) -> dict[str, Any]:

@@ -31,7 +31,6 @@ CAPS = [
     (r"index(er)?_n_heads", 32),
     (r"index_top|index_block|rotary_dim", 8),
     (r"tokens_per_(image|side)", 4),
-    (r"kv_shared|shared_kv", 2),
     (r"dense_(replace|layers)|num_dense|hash_layers|layer_start|start_layer", 1),
     (r"experts_per_tok|experts_per_token|top_?k(_experts)?$|moe_k$|selected_experts|num_activated", 2),
     (r"topk_group", 1),
@@ -46,7 +45,6 @@ CAPS = [
     (r"layers?$|^depths?$|_depth$|^num_blocks$|n_blocks|nlayers|layers_per|_layers_", LAYERS),
     (r"rank", HEAD_DIM),
     (r"state_size|d_state|state_dim|ssm_state", 8),
-    (r"top_?k", 8),
     # Longer than a window, as by default: some classes go through the blocks several times from there on.
     (r"max_.*chunk", 128),
     (r"window|chunk|block_size|block_len|stride_len|context_size", WINDOW),
@@ -66,13 +64,6 @@ LAYER_LIST = re.compile(r"index(es)?$|indices$|layers?$|layer_ids?$|blocks?$|idx
 # Entries that some classes need and leave empty.
 NEEDED = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS}
 NEEDED |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
-
-
-# Names of the number of heads of queries, and of the number of layers.
-QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
-DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "decoder_layers")
-# Entries of every config, which are no part of the model.
-COMMON = set(vars(PretrainedConfig()))
 
 
 def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
@@ -99,7 +90,7 @@ def tiny_entries(config: PretrainedConfig, new_ids: Iterator[int]) -> dict[str, 
     names, fresh, values = {f.name for f in fields(kind)}, vars(kind()), vars(config)
     tiny: dict[str, Any] = {}
     for key, value in values.items():
-        if key not in names or key in COMMON:
+        if key not in names:
             continue
         if isinstance(value, PretrainedConfig):
             named = {"model_type": value.model_type} if value.model_type else {}
@@ -114,7 +105,7 @@ def tiny_entries(config: PretrainedConfig, new_ids: Iterator[int]) -> dict[str, 
         if small != default or changed:
             tiny[key] = small
     rope = getattr(config, "rope_parameters", None) or {}
-    sectioned = "mrope_section" in {*rope, *getattr(config, "ignore_keys_at_rope_validation", ())}
+    sectioned = "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ())
     if rope and sectioned and rope.get("partial_rotary_factor", 1.0) >= 0.5:
         # Sections of half of a head: time, height, width.
         tiny["rope_parameters"] = rope | {"mrope_section": [3, 3, 2]}
@@ -130,48 +121,38 @@ def tiny_value(key: str, value: Any, values: dict[str, Any], new_ids: Iterator[i
         values: all entries of the config.
         new_ids: ids for special tokens.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int:
         return tiny_number(key, value, values, new_ids)
     if not isinstance(value, list | tuple) or not value:
         return value
-    depth = next((values[name] for name in DEPTHS if isinstance(values.get(name), int)), 0)
-    if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+    if all(type(item) is int for item in value):
         if TOKEN_ID.search(key) and "token" in key:
-            return [tiny_number(key, item, values, new_ids) for item in value][:1]
-        if LAYER_LIST.search(key) and len(value) != depth:
+            return [token_id(key, new_ids)]
+        if LAYER_LIST.search(key):
             fitting = sorted({item for item in value if item < LAYERS})
             return type(value)(fitting or [LAYERS - 1])
         value = type(value)(tiny_number(key, item, values, new_ids) for item in value)
-    # One entry for each layer.
-    return value[:LAYERS] if depth and len(value) == depth > LAYERS else value
+    one_per_layer = len(value) == values.get("num_hidden_layers")
+    return value[:LAYERS] if one_per_layer else value
 
 
 def tiny_number(key: str, value: int, values: dict[str, Any], new_ids: Iterator[int]) -> int:
     """Find the tiny value of a number by its name."""
     if TOKEN_ID.search(key) and ("token" in key or value >= VOCABULARY):
-        return token_id(key, value, new_ids)
-    if value <= 0:
-        return value
+        return token_id(key, new_ids)
     unknown = HIDDEN if value > UNKNOWN and not NO_SIZES.search(key) else value
     cap = next((cap for pattern, cap in CAPS if re.search(pattern, key)), unknown)
-    if cap == 2 and re.search("kv|key", key) and value in (values.get(name) for name in QUERY_HEADS):
-        # As many as there are heads of queries.
-        cap = HEADS
-    if cap == HEADS and re.search("head", key) and value == 3:
-        # Widths are powers of two.
-        return 2
-    return min(value, cap)
+    as_many_as_queries = cap == 2 and re.search("kv|key", key) and value == values.get("num_attention_heads")
+    return min(value, HEADS if as_many_as_queries else cap)
 
 
-def token_id(key: str, value: int, new_ids: Iterator[int]) -> int:
+def token_id(key: str, new_ids: Iterator[int]) -> int:
     """Choose the id of a special token: that of the tokenizer, or a new one."""
-    if value < 0:
-        return value
     if re.search("bos|decoder_start", key):
         return 0
     if re.search("eos|pad", key) and not re.search("image|video|audio|vision|patch", key):
         return 1
-    return min(next(new_ids), VOCABULARY - 1)
+    return next(new_ids)
 
 
 def merged(entries: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:

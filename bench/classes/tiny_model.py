@@ -11,6 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto import modeling_auto
 
@@ -55,9 +56,7 @@ def cases() -> Iterator[Case]:
     """Yield every class once for each of its configs."""
     kinds: dict[tuple[str, str], str] = {}
     for kind, mapping in MAPPINGS.items():
-        for model_type, classes in getattr(modeling_auto, mapping, {}).items():
-            for class_name in (classes,) if isinstance(classes, str) else classes:
-                kinds[model_type, class_name] = kind
+        kinds |= dict.fromkeys(getattr(modeling_auto, mapping, {}).items(), kind)
     for (model_type, class_name), kind in kinds.items():
         # AutoModelForCausalLM makes these of the text part of the config, which has a name of its own.
         if (f"{model_type}_text", class_name) not in kinds:
@@ -82,9 +81,8 @@ def config_of(case: Case) -> PretrainedConfig:
     """Make the tiny config of a class: its own, or the part that it takes of a config with several parts."""
     wanted = getattr(transformers, case.class_name).config_class
     config = tiny_config(CONFIG_MAPPING[case.model_type])
-    parts = [part for part in parts_of(config) if isinstance(part, wanted)]
     # A class may have two names, and the second a config of its own.
-    return parts[0] if parts else config
+    return next((part for part in parts_of(config) if isinstance(part, wanted)), config)
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -109,7 +107,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
         logits = model(input_ids=window[None], use_cache=False).logits
         if logits.shape[:2] != (1, len(window)) or logits.shape[2] < TOKENS:
             raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(window)} tokens")
-        total += torch.nn.functional.cross_entropy(logits[0, :-1].float(), window[1:]).item()
+        total += F.cross_entropy(logits[0, :-1].float(), window[1:]).item()
     mean = total / len(windows)
     if not math.isfinite(mean) or mean > 500:
         raise FloatingPointError(f"the mean negative log-likelihood is {mean}")
@@ -124,9 +122,8 @@ def random_text(seed: int, words: int) -> str:
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Make a tokenizer with one token per byte, after <s> and </s>."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
