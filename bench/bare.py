@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from sparsefw.kernels.definitions import RowState
-
 
 def bare_product(E: Tensor, G: Tensor, *, precision: str, out: Tensor | None = None) -> Tensor:
     """Multiply E G in fp32, by torch's library (cuBLAS on a GPU) alone.
@@ -37,20 +35,3 @@ def topk_lmo(score: Tensor, k: int, *, group: int = 0, out: Tensor | None = None
     V = torch.zeros_like(units, dtype=torch.bool)
     V = V.scatter_(1, units.topk(k, dim=1).indices, True).view(score.shape)
     return V if out is None else out.copy_(V)
-
-
-def topk_step(state: RowState, *, theta: float = 0.0, next_theta: float = 0.0) -> None:
-    """Do `row_step` with line search as a chain of torch's operations, `topk` and a scatter among them."""
-    W, M, R, V = state.W.float(), state.M, state.R, state.V
-    q, D, B = W * W * state.diag, V.float() - M, state.U - R
-    lin = (D * (-2 * W * R + theta * q * (1 - 2 * M))).sum(1)
-    quad = -(W * D * B).sum(1) - theta * (q * D * D).sum(1)
-    state.eta.copy_(torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), (lin + quad < 0).float()))
-    M += state.eta[:, None] * D
-    R += state.eta[:, None] * B
-    score = 2 * W * R - next_theta * q * (1 - 2 * M)
-    V.copy_(topk_lmo(score, state.k, group=state.group))
-    if next_theta < 1:
-        V &= score > 0
-    state.E.copy_(W * ~V)
-    state.error.copy_((W * (1 - M) * R).sum(1))

@@ -5,11 +5,11 @@ Without a GPU they are tiny, and the Triton kernels run in the interpreter, whos
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
-from bare import bare_product, operands, topk_lmo, topk_step
+from bare import bare_product, operands, topk_lmo
 from timing import FLUSH, GPU
 from torch import Tensor
 from torch.nn import functional as F
@@ -82,15 +82,15 @@ class Operation:
         return tuple(x.clone() for x in self.ways[way](*self.fresh()))
 
 
-def ways(name: str, way: Callable[[Callable], Callable[..., Tensors]], **rivals: Callable) -> dict[str, Callable]:
-    """Make the ways to do the operation `name`; `way` makes one of any implementation of it."""
+def ways(name: str, call: Callable[..., Tensors], **rivals: Callable) -> dict[str, Callable[..., Tensors]]:
+    """Make the ways to do the operation `name`: `call` takes an implementation of it and the fresh arguments."""
     plain = getattr(cpu, name)
     implementations = {"torch": plain, "triton": getattr(triton_ops, name)} | rivals
     if GPU:
         # torch's compiler takes seconds to import: not before it is called.
         made = cache(lambda: torch.compile(plain, dynamic=False))
         implementations[COMPILE] = lambda *args, **kwargs: made()(*args, **kwargs)
-    return {label: way(implementation) for label, implementation in implementations.items()}
+    return {label: partial(call, implementation) for label, implementation in implementations.items()}
 
 
 def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -123,19 +123,20 @@ def gram(d: int) -> Tensor:
     return cpu.mirror_lower(cpu.gram_accumulate(torch.zeros(d, d, device=DEVICE), X))
 
 
-def numbers(implementation: Callable, **values: float) -> dict[str, float | Tensor]:
+@cache
+def thetas(implementation: Callable) -> dict[str, float | Tensor]:
     """Make the scalars of a step: tensors for the Triton kernel on a GPU, as in a solve; floats for other ways."""
     stored = GPU and implementation is triton_ops.row_step
-    return {name: torch.tensor(value, device=DEVICE) if stored else value for name, value in values.items()}
+    return {name: torch.tensor(value, device=DEVICE) if stored else value for name, value in THETAS.items()}
 
 
 def budget(d: int, group: int) -> tuple[int, int]:
-    """(k, d): 0.4 of a row, or 2 of every 4 with d rounded down to a multiple of 4."""
+    """Choose k = 0.4 d; or k = 2 of every 4, and d rounded down to a multiple of 4. Returns (k, d)."""
     return (2, d - d % group) if group else (int(0.4 * d), d)
 
 
 def product(rows: int, d: int, *, precision: str = PRECISION) -> Operation:
-    """U = E G; bare is the library's product of two operands of one type."""
+    """Multiply U = E G. The way "bare" is the library's product of two operands of one type."""
     E, G = normal(rows, d, dtype=WEIGHT), gram(d)
     G = G.bfloat16() if precision == "bf16" else G
     of_one_type, out = operands(E, G, precision), torch.empty(rows, d, device=DEVICE)
@@ -143,55 +144,55 @@ def product(rows: int, d: int, *, precision: str = PRECISION) -> Operation:
     # U is written in fp32.
     least = Cost(times * 2 * rows * d * d, rows * d * (E.itemsize + 4) + d * d * G.itemsize)
 
-    def way(implementation: Callable) -> Callable[[], Tensors]:
-        pair = of_one_type if implementation is bare_product else (E, G)
-        return lambda: (implementation(*pair, precision=precision, out=out),)
+    def call(multiply: Callable) -> Tensors:
+        pair = of_one_type if multiply is bare_product else (E, G)
+        return (multiply(*pair, precision=precision, out=out),)
 
-    return Operation(ways("product", way, bare=bare_product), least, near(PRECISIONS[precision]), unit=unit)
+    return Operation(ways("product", call, bare=bare_product), least, near(PRECISIONS[precision]), unit=unit)
 
 
 def gram_accumulate(tokens: int, d: int) -> Operation:
-    """Lower triangle of G += X^T X, undefined above the diagonal; bare is the library's full square."""
+    """Add X^T X to the lower triangle of G. The way "bare" is the library's full square."""
     X = normal(tokens, d, dtype=WEIGHT)
-    rivals = {"bare": lambda G, X: bare_product(X.T, X, precision="ieee")}
-    made = ways("gram_accumulate", lambda implementation: lambda G: (implementation(G, X),), **rivals)
+    square = lambda G, X: bare_product(X.T, X, precision="ieee")  # noqa: E731
+    made = ways("gram_accumulate", lambda accumulate, G: (accumulate(G, X),), bare=square)
     # Products of one triangle, which is read and written.
     least = Cost(tokens * d * (d + 1), tokens * d * X.itemsize + 4 * d * (d + 1))
     return Operation(made, least, near(SUMS, lower=True), lambda: (torch.zeros(d, d, device=DEVICE),), PRECISION)
 
 
 def cross_accumulate(tokens: int, rows: int, d: int) -> Operation:
-    """B += D^T X; bare is the library's product."""
+    """Add D^T X to B. The way "bare" is the library's product."""
     D, X = normal(tokens, rows, dtype=WEIGHT), normal(tokens, d, dtype=WEIGHT, seed=1)
-    rivals = {"bare": lambda B, D, X: bare_product(D.T, X, precision="ieee")}
-    made = ways("cross_accumulate", lambda implementation: lambda B: (implementation(B, D, X),), **rivals)
+    multiply = lambda B, D, X: bare_product(D.T, X, precision="ieee")  # noqa: E731
+    made = ways("cross_accumulate", lambda accumulate, B: (accumulate(B, D, X),), bare=multiply)
     least = Cost(2 * tokens * rows * d, tokens * (rows + d) * X.itemsize + 8 * rows * d)
     return Operation(made, least, near(SUMS), lambda: (torch.zeros(rows, d, device=DEVICE),), PRECISION)
 
 
 def mirror_lower(d: int) -> Operation:
-    """G made symmetric."""
+    """Copy the lower triangle of G to the upper one."""
     G = normal(d, d)
-    made = ways("mirror_lower", lambda implementation: lambda: (implementation(G),))
+    made = ways("mirror_lower", lambda mirror: (mirror(G),))
     # One triangle is read, the other one is written, without the diagonal.
     return Operation(made, Cost(0, 4 * d * (d - 1)), near(0.0))
 
 
 def lmo(rows: int, d: int, *, group: int = 0) -> Operation:
-    """The k best scores of every row, or n of every m; topk is `torch.topk` and a scatter."""
+    """Select the k best scores of every row, or n of every m. The way "topk" is `torch.topk` and a scatter."""
     k, d = budget(d, group)
     score, out = normal(rows, d), torch.empty(rows, d, dtype=torch.bool, device=DEVICE)
 
-    def way(implementation: Callable) -> Callable[[], Tensors]:
+    def call(select: Callable) -> Tensors:
         # As in a solve. A check for NaN would wait for the GPU, and the wait would count. `topk` makes no check.
-        options = {} if implementation is topk_lmo else {"checked": False}
-        return lambda: (implementation(score, k, group=group, out=out, **options),)
+        options = {} if select is topk_lmo else {"checked": False}
+        return (select(score, k, group=group, out=out, **options),)
 
-    return Operation(ways("lmo", way, topk=topk_lmo), Cost(0, 5 * rows * d), near(0.0))
+    return Operation(ways("lmo", call, topk=topk_lmo), Cost(0, 5 * rows * d), near(0.0))
 
 
 def row_step(rows: int, d: int, *, group: int = 0, target_gap: bool = False) -> Operation:
-    """A Frank-Wolfe step of weights, or of fp32 weights with a gap to their target; topk is a chain with `topk`."""
+    """Make a Frank-Wolfe step of weights, or of fp32 weights with a target gap."""
     k, d = budget(d, group)
     W, G = normal(rows, d, dtype=torch.float32 if target_gap else WEIGHT), gram(d)
     gap = 0.1 * normal(rows, d, seed=5) if target_gap else None
@@ -206,14 +207,9 @@ def row_step(rows: int, d: int, *, group: int = 0, target_gap: bool = False) -> 
         state = W, diag, warm.float(), R.clone(), U.clone(), V.clone(), E, k, eta, error
         return (RowState(*state, group=group, target_gap=gap),)
 
-    def way(implementation: Callable) -> Callable[[RowState], Tensors]:
-        thetas = numbers(implementation, **THETAS)
-
-        def run(state: RowState) -> Tensors:
-            implementation(state, **thetas)
-            return state.error, state.V, state.eta, state.M, state.R, state.E
-
-        return run
+    def call(step: Callable, state: RowState) -> Tensors:
+        step(state, **thetas(step))
+        return state.error, state.V, state.eta, state.M, state.R, state.E
 
     def check(got: Tensors, expected: Tensors) -> None:
         assert_near(got[0], expected[0], 1e-4)
@@ -222,55 +218,20 @@ def row_step(rows: int, d: int, *, group: int = 0, target_gap: bool = False) -> 
     # W, M, R, U, V and the gap are read; M, R, V, E are written.
     entry = W.itemsize + 13 + 4 * target_gap + 9 + WEIGHT.itemsize
     least = Cost(30 * rows * d, rows * d * entry)
-    return Operation(ways("row_step", way, topk=topk_step), least, check, fresh)
-
-
-def iteration(rows: int, d: int, *, precision: str = PRECISION) -> Operation:
-    """A whole Frank-Wolfe iteration, product and row step; bare is the library's product alone.
-
-    For a bf16 weight and bf16 products the row step reads and writes 26 bytes an entry, and the product does 2 d flops.
-    On a GPU that does f flops in the time of a byte, both one after the other take at least 1 + 13 f / d of the
-    product's time.
-    """
-    multiply, step = product(rows, d, precision=precision), row_step(rows, d)
-    G = Backend(cpu, precision).operand(gram(d))
-
-    def way(multiplied: Callable, stepped: Callable) -> Callable[[RowState], Tensors]:
-        thetas = numbers(stepped, **THETAS)
-
-        def run(state: RowState) -> Tensors:
-            multiplied(state.E, G, precision=precision, out=state.U)
-            stepped(state, **thetas)
-            return (state.error,)
-
-        return run
-
-    def fresh() -> tuple:
-        (state,) = step.fresh()
-        # The vertex's operand, whose product takes the place of U.
-        state.E.copy_(state.W.masked_fill(state.V, 0))
-        return (replace(state, E=Backend(cpu, precision).operand(state.E)),)
-
-    made = {"torch": way(cpu.product, cpu.row_step), "topk": way(cpu.product, topk_step)}
-    made |= {"triton": way(triton_ops.product, triton_ops.row_step), "bare": lambda state: multiply.ways["bare"]()[1:]}
-    least = Cost(multiply.cost.flops + step.cost.flops, multiply.cost.bytes + step.cost.bytes)
-    return Operation(made, least, near(1e-3), fresh, precision)
+    return Operation(ways("row_step", call), least, check, fresh)
 
 
 def row_swaps(rows: int, d: int, *, group: int = 0) -> Operation:
-    """The search for the best 1-swaps that follows Frank-Wolfe."""
+    """Make the best 1-swaps of every row, as after Frank-Wolfe."""
     k, d = budget(d, group)
     W, G = normal(rows, d, dtype=WEIGHT), gram(d)
     # From Wanda's mask every row has enough swaps to make.
     V = cpu.lmo(W.float().abs() * G.diagonal().sqrt(), k, group=group)
     R = cpu.product(W.masked_fill(V, 0), G, precision=PRECISION)
 
-    def way(implementation: Callable) -> Callable[..., Tensors]:
-        def run(R: Tensor, V: Tensor) -> Tensors:
-            implementation(W, G, R, V, SWAPS, group=group)
-            return R, V
-
-        return run
+    def call(swap: Callable, R: Tensor, V: Tensor) -> Tensors:
+        swap(W, G, R, V, SWAPS, group=group)
+        return R, V
 
     def check(got: Tensors, expected: Tensors) -> None:
         # Swaps that are equal up to rounding may be made in either order, so the final errors are compared.
@@ -278,11 +239,11 @@ def row_swaps(rows: int, d: int, *, group: int = 0) -> Operation:
 
     # W, R, V are read, R and V written; three rows of G for every swap. Every row is taken to make all swaps.
     least = Cost(30 * SWAPS * rows * d, rows * d * (W.itemsize + 10) + 12 * SWAPS * rows * d)
-    return Operation(ways("row_swaps", way), least, check, lambda: (R.clone(), V.clone()))
+    return Operation(ways("row_swaps", call), least, check, lambda: (R.clone(), V.clone()))
 
 
 def conjugate_step(rows: int, d: int) -> Operation:
-    """A step of conjugate gradients without its product."""
+    """Make a step of conjugate gradients without its product."""
     G = gram(d)
     inverse, mask = 1 / G.diagonal(), normal(rows, d, seed=3) > 0
     Z, R = (normal(rows, d, seed=seed) for seed in range(2))
@@ -293,39 +254,33 @@ def conjugate_step(rows: int, d: int) -> Operation:
         rz = torch.ones(rows, device=DEVICE)
         return Z.clone(), R.clone(), P.clone(), U, rz, 1e-12 * rz, inverse
 
-    def way(implementation: Callable) -> Callable[..., Tensors]:
-        def run(*state: Tensor) -> Tensors:
-            implementation(*state, mask=mask)
-            return state[:3]
-
-        return run
+    def call(step: Callable, *state: Tensor) -> Tensors:
+        step(*state, mask=mask)
+        return state[:3]
 
     # Z, R, P, U and the mask are read; Z, R, P are written.
     least = Cost(12 * rows * d, rows * d * (21 + 2 * P.itemsize))
-    return Operation(ways("conjugate_step", way), least, near(1e-4, 1e-4, 1e-2), fresh)
+    return Operation(ways("conjugate_step", call), least, near(1e-4, 1e-4, 1e-2), fresh)
 
 
 def adam_step(rows: int, d: int) -> Operation:
-    """A step of Adam of two of five entries, as a reconstruction makes it of every matrix."""
+    """Make a step of Adam on two of five entries, as a reconstruction does for every matrix."""
     W, gradient = (normal(rows * d, dtype=WEIGHT, seed=seed) for seed in range(2))
     index = torch.nonzero(normal(rows * d, seed=2) > 0.25).flatten().int()
     weight, zeros = W[index.long()].float(), torch.zeros(len(index), device=DEVICE)
 
-    def way(implementation: Callable) -> Callable[..., Tensors]:
-        def run(*state: Tensor) -> Tensors:
-            implementation(W, gradient, index, *state, rate=0.01, step=1)
-            return (*state, W)
-
-        return run
+    def call(step: Callable, *state: Tensor) -> Tensors:
+        step(W, gradient, index, *state, rate=0.01, step=1)
+        return (*state, W)
 
     # The index, the entries, m and v are read, the last three written; W and its gradient go over whole.
     least = Cost(12 * len(index), 28 * len(index) + 3 * W.nbytes)
-    made = ways("adam_step", way)
+    made = ways("adam_step", call)
     return Operation(made, least, near(1e-5, 1e-5, 1e-5, 1e-2), lambda: (weight.clone(), zeros.clone(), zeros.clone()))
 
 
 def packed_product(rows: int, d: int, *, batch: int = 1) -> Operation:
-    """x W^T with two of five weights of W, packed; bare is the library's product with its zeros.
+    """Multiply x W^T, with two of five weights of W packed. The way "bare" is the library's product with the zeros.
 
     A call multiplies with copies of W one after the other. Together they do not fit into a cache.
     """
@@ -336,18 +291,17 @@ def packed_product(rows: int, d: int, *, batch: int = 1) -> Operation:
     values, mask = W[kept].view(rows, -1), bits.sum(-1).to(torch.uint8)
     copies = max(1, FLUSH // W.nbytes) if GPU else 1
     dense, packed = ([[t.clone() for t in each] for _ in range(copies)] for each in ((W,), (values, mask)))
-
-    def way(implementation: Callable, matrices: list[list[Tensor]]) -> Callable[[], Tensors]:
-        return lambda: tuple(implementation(x, *matrix) for matrix in matrices)
-
-    made = {"torch": way(packed_cpu.packed_product, packed), "triton": way(triton_ops.packed_product, packed)}
-    made |= {"bare": way(F.linear, dense)}
+    made: dict[str, Callable[..., Tensors]] = {
+        "torch": lambda: tuple(packed_cpu.packed_product(x, *matrix) for matrix in packed),
+        "triton": lambda: tuple(triton_ops.packed_product(x, *matrix) for matrix in packed),
+        "bare": lambda: tuple(F.linear(x, *matrix) for matrix in dense),
+    }
     least = copies * (values.nbytes + mask.nbytes + batch * (rows + d) * x.itemsize)
     return Operation(made, Cost(2 * copies * batch * rows * d, least), near(1e-2))
 
 
 def copy(size: int) -> Operation:
-    """A copy on the device, read once and written once: the roof of bytes."""
+    """Copy bytes on the device, each read once and written once: the roof of bytes."""
     source = torch.ones(size, dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     return Operation({"torch": lambda: (target.copy_(source),)}, Cost(0, 2 * size), near(0.0))
