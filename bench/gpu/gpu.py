@@ -10,18 +10,14 @@ Without PART these parts run, within ten minutes in all:
 
 and the others when they are named, each within four minutes:
 
-    compile          all kernels for this GPU, with many processes
     roofs            rates of a copy and of the library's products, with which later parts compare
     products, accumulations, packed
                      operations compared with the library's, and their share of the roof
-    repeats          each operation hundreds of times: the same bits?
-    8B cold, 8B warm, 8B killed, 8B within 16 GiB
-                     two blocks with no kernel compiled, with all compiled, killed and resumed, in little memory
+    8B cold, 8B warm, 8B within 16 GiB
+                     two blocks with no kernel compiled, with all compiled, in little memory
     70B block, 70B in host memory, mixture block
                      blocks of Llama-3-70B's and Qwen3-30B-A3B's sizes; activations on the GPU, and on the host
-    8B profiled, 70B profiled
-                     a block under the profiler: idle share of the GPU, its longest kernels, waits of the host
-    recovery         8B blocks fitted together
+    8B profiled      a block under the profiler: busy share of the GPU, its longest kernels, waits of the host
 
 FOLDER/results.md is the page to send: how each part ended, and the last lines of its output. It is written after every
 part. Each part is a process with a time limit of its own, so neither a hang nor a fault of the GPU ends the others. Its
@@ -133,45 +129,6 @@ def kernel_tests(part: Part) -> None:
     python("-m", "pytest", "-v", *options, tests)
 
 
-def compile_case(name: str, capability: int) -> dict[str, Any]:
-    """Compile a launch of `bench/compiled.py` for exactly this GPU; returns its row of the table.
-
-    Triton's cache has it then for launches of the same shape and types.
-    """
-    import compiled
-
-    compiled.TARGETS["here"] = compiled.GPUTarget("cuda", capability, 32)
-    (case,) = (case for case in compiled.select("") if case.name == name)
-    started = time.perf_counter()
-    row = compiled.compile_launch("here", case)
-    return {"case": name, **row, "seconds": round(time.perf_counter() - started, 2)}
-
-
-def compile_kernels(part: Part) -> None:
-    """Compile all kernels for this GPU, or without one for an H100."""
-    # The interpreter compiles nothing. Set before anything imports Triton, for the workers too.
-    os.environ["TRITON_INTERPRET"] = "0"
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-
-    import compiled
-    import torch
-
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-    target = "sm_100" if major >= 10 else f"sm_{major}0"
-    names = ["lmo 576"] if part.tiny else [case.name for case in compiled.select("") if target in case.targets]
-    troubled = []
-    # Not forked: this process may have used the GPU.
-    with ProcessPoolExecutor(1 if part.tiny else WORKERS, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(compile_case, name, 10 * major + minor): name for name in names}
-        for future in as_completed(futures):
-            error = future.exception()
-            row = {"case": futures[future], "error": f"{error}"[:2000]} if error else future.result()
-            part.add(**row)
-            troubled += [row["case"]] * bool(error or row["spills"] or row["stack"])
-    part.add(cases=len(names), with_errors_or_spills=troubled)
-
-
 def parts() -> dict[str, tuple[int, Callable[[Part], None]]]:
     """List all parts by name: the limit in seconds, and the function."""
     import gpu_operations as operations
@@ -182,23 +139,18 @@ def parts() -> dict[str, tuple[int, Callable[[Part], None]]]:
         "first command": (110, first_command),
         "kernel tests": (230, kernel_tests),
         "8B block": (140, runs.prune),
-        "row kernels": (90, operations.row_kernels),
-        "compile": (120, compile_kernels),
+        "row kernels": (90, operations.compare),
         "roofs": (60, operations.roofs),
-        "products": (150, operations.products),
-        "accumulations": (100, operations.accumulations),
-        "packed": (60, operations.packed),
-        "repeats": (100, operations.repeats),
+        "products": (150, operations.compare),
+        "accumulations": (100, operations.compare),
+        "packed": (60, operations.compare),
         "8B cold": (120, runs.prune_cold),
         "8B warm": (100, runs.prune),
-        "8B killed": (150, runs.prune_killed),
         "8B within 16 GiB": (120, runs.prune),
         "70B block": (160, runs.prune),
         "70B in host memory": (200, runs.prune),
         "mixture block": (160, runs.prune),
         "8B profiled": (120, runs.profile),
-        "70B profiled": (160, runs.profile_masks),
-        "recovery": (150, runs.recovery),
     }
 
 
@@ -268,8 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     # Kernels are compiled into a cache of these parts.
     os.environ["TRITON_CACHE_DIR"] = str(scratch / "cache")
     if arguments.tiny:
-        # Set before a part imports triton.
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+        # Set before a part imports torch and triton. Tiny sizes are those without a GPU.
+        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     known = parts()
     if arguments.run:
         known[arguments.run][1](Part(arguments.run, folder, scratch, arguments.tiny))

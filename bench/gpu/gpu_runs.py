@@ -4,9 +4,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections import Counter
@@ -15,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import Part
+from gpu import Part, python
 from kill_runs import outputs
 
 GPU = torch.cuda.is_available()
-RUN = [sys.executable, "-m", "sparsefw.run"]
-# Places, kernels and gaps that are listed.
+# Places and kernels that are listed.
 LISTED = 25
 
 LLAMA = {"vocab_size": 2048, "num_key_value_heads": 8, "max_position_embeddings": 2048}
@@ -43,14 +39,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "8B block": dict(model="8B"),
     "8B cold": dict(model="8B", blocks=TWO_BLOCKS),
     "8B warm": dict(model="8B", blocks=TWO_BLOCKS, same_as="8B cold"),
-    "8B killed": dict(model="8B", blocks=TWO_BLOCKS, same_as="8B warm"),
     "8B within 16 GiB": dict(model="8B", blocks=TWO_BLOCKS, gpu=16, host=16, same_as="8B warm"),
     "70B block": dict(model="70B", windows=256, gpu=75),
     "70B in host memory": dict(model="70B", windows=256, gpu=24, same_as="70B block"),
     "mixture block": dict(model="mixture"),
     "8B profiled": dict(model="8B", windows=8),
-    "70B profiled": dict(model="70B"),
-    "recovery": dict(model="8B", blocks=TWO_BLOCKS, windows=4),
 }
 
 
@@ -74,7 +67,7 @@ def checkpoint(part: Part, name: str) -> Path:
 def flags(
     part: Part, model: str, blocks: str = ONE_BLOCK, windows: int = 64, gpu: int = 0, host: int = 0, same_as: str = ""
 ) -> list[str]:
-    """Make the flags of a part of RUNS, which calibrates on random numbers as text."""
+    """Make the flags of a run. It calibrates on a text of random numbers."""
     text, drawn = part.scratch / "text.txt", random.Random(0)
     if not text.exists():
         text.write_text(" ".join(str(drawn.randrange(10**6)) for _ in range(250_000)))
@@ -104,99 +97,44 @@ def figures(output: Path) -> dict[str, Any]:
     }
 
 
-def prune(part: Part, *more: str) -> None:
+def prune(part: Part) -> None:
     """Prune in a process of its own, and add a line of figures.
 
     Raises:
         SystemExit: the run failed.
     """
     started, same_as = time.perf_counter(), RUNS[part.name].get("same_as", "")
-    if status := subprocess.run([*RUN, *flags(part, **RUNS[part.name]), *more], check=False).returncode:
-        raise SystemExit(status)
+    python("-m", "sparsefw.run", *flags(part, **RUNS[part.name]))
     other = output_of(replace(part, name=same_as))
     same = {f"same bytes as {same_as}": outputs(output_of(part)) == outputs(other)} if other.exists() else {}
     part.add(process_seconds=round(time.perf_counter() - started, 1), **figures(output_of(part)), **same)
 
 
 def prune_cold(part: Part) -> None:
-    """Prune with no kernel compiled before."""
+    """Prune after the cache of compiled kernels has been removed."""
     shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
     prune(part)
 
 
-def prune_killed(part: Part) -> None:
-    """Kill a run after its first block, and give the same command again."""
-    output = output_of(part)
-    shutil.rmtree(output, ignore_errors=True)
-    process = subprocess.Popen([*RUN, *flags(part, **RUNS[part.name]), "--restart"])
-    records = output.with_name(f".{output.name}.partial") / "records"
-    while process.poll() is None and not list(records.glob("*.json")):
-        time.sleep(0.02)
-    process.kill()
-    part.add(killed=process.wait() == -signal.SIGKILL, finished_blocks=len(list(records.glob("*.json"))))
-    prune(part)
+def profile(part: Part) -> None:
+    """Prune under the profiler, and add where the host waits, and the GPU's busy share and longest kernels.
 
-
-def profile(part: Part, *more: str) -> None:
-    """Prune under the profiler, and add where the host waits and what `summary` finds."""
+    The trace, for Perfetto or chrome://tracing, stays in the scratch folder.
+    """
     import sparsefw.run
 
     activity = torch.profiler.ProfilerActivity.CUDA if GPU else torch.profiler.ProfilerActivity.CPU
+    started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught, torch.profiler.profile(activities=[activity]) as profiled:
         warnings.simplefilter("always")
         if GPU:
             torch.cuda.set_sync_debug_mode("warn")
-        if status := sparsefw.run.main([*flags(part, **RUNS[part.name]), *more]):
+        if status := sparsefw.run.main(flags(part, **RUNS[part.name])):
             raise SystemExit(status)
+    took = time.perf_counter() - started
     part.add(**figures(output_of(part)))
     waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
     part.add(waits_of_the_host=dict(waits.most_common(LISTED)))
-    trace = part.scratch / "trace.json"
-    profiled.export_chrome_trace(str(trace))
-    part.add(**summary(json.loads(trace.read_text("utf-8", errors="replace"))))
-
-
-def profile_masks(part: Part) -> None:
-    """Profile a run without a reconstruction."""
-    profile(part, "--reconstruct", "0")
-
-
-def summary(trace: dict[str, Any]) -> dict[str, Any]:
-    """Summarize a trace of torch.profiler.
-
-    Returns:
-        Seconds from the first kernel to the last, the share of them without a kernel, the longest gaps between kernels,
-        and seconds of kernels and of copies by name.
-    """
-    events = [event for event in trace["traceEvents"] if event.get("cat") in ("kernel", "gpu_memcpy")]
-    kernels = sorted((event for event in events if event["cat"] == "kernel"), key=lambda event: event["ts"])
-    if not kernels:
-        return {"kernels": 0}
-    first, end, gaps = kernels[0]["ts"], kernels[0]["ts"], []
-    for kernel in kernels:
-        if kernel["ts"] > end:
-            gaps.append((kernel["ts"] - end, kernel["name"][:80]))
-        end = max(end, kernel["ts"] + kernel["dur"])
-    seconds: dict[str, float] = {}
-    for event in events:
-        seconds[event["name"][:120]] = seconds.get(event["name"][:120], 0.0) + event["dur"] / 1e6
-    return {
-        "kernels": len(kernels),
-        "span_s": (end - first) / 1e6,
-        "idle_share": sum(gap for gap, _ in gaps) / (end - first),
-        "longest_gaps_ms": [(gap / 1e3, f"before {name}") for gap, name in sorted(gaps, reverse=True)[:LISTED]],
-        "longest_kernels_and_copies_s": dict(sorted(seconds.items(), key=lambda item: -item[1])[:LISTED]),
-    }
-
-
-def recovery(part: Part) -> None:
-    """Fit 8B blocks together after they have been pruned, and add seconds and memory."""
-    import sparsefw.recover
-    from sparsefw import memory
-
-    prune(part, "--reconstruct", "0")
-    started, pruned = time.perf_counter(), output_of(part)
-    windows = ["--nsamples", "32", "--seqlen", "32" if part.tiny else "512", "--overwrite"]
-    if status := sparsefw.recover.main([str(pruned), str(pruned.with_name("recovered")), *windows]):
-        raise SystemExit(status)
-    part.add(recovery_seconds=time.perf_counter() - started, peak_memory=memory.peak_memory())
+    seconds = Counter({event.key[:120]: event.self_device_time_total / 1e6 for event in profiled.key_averages()})
+    part.add(busy_share=sum(seconds.values()) / took, longest_kernels_and_copies_s=dict(seconds.most_common(LISTED)))
+    profiled.export_chrome_trace(str(part.scratch / "trace.json"))
