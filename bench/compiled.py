@@ -47,18 +47,19 @@ BULK_COPY = "cp.async.bulk.tensor"
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "bench/results/compiled.json"
-# The name of a test and its body, up to the next name at the margin.
-TEST = re.compile(r"^def (test_\w+)(.*?)(?=^[\w@]|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def stub_driver(target: GPUTarget) -> SimpleNamespace:
     """Make the part of a driver that compiling needs."""
-    functions = {"device": lambda: 0, "stream": lambda device=None: 0, "target": lambda: target}
-    return SimpleNamespace(**{f"get_current_{name}": function for name, function in functions.items()})
+    return SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=None: 0,
+        get_current_target=lambda: target,
+    )
 
 
 class Compiled(Exception):
-    """Takes the place of a launch. It carries the compiled kernel, or None for a known one, and its options."""
+    """The end of a launch. Its arguments are the compiled kernel, or None for a known one, and its options."""
 
 
 def fingerprint(function: triton.JITFunction, specialization: str) -> str:
@@ -75,7 +76,7 @@ def fingerprint(function: triton.JITFunction, specialization: str) -> str:
     return hashlib.sha256(f"{function.cache_key}{json.dumps(inputs, sort_keys=True)}".encode()).hexdigest()[:16]
 
 
-def compile_launch(target: str, case: Case, known: Mapping[str, dict] | None = None) -> dict:
+def compile_launch(target: str, case: Case, known: Mapping[str, dict]) -> dict:
     """Compile a launch for a target; returns its row: configuration, registers, bytes of stack and shared memory.
 
     Args:
@@ -87,7 +88,7 @@ def compile_launch(target: str, case: Case, known: Mapping[str, dict] | None = N
 
     def is_known(fn, compile, **others) -> bool:
         found.append(fingerprint(fn.jit_function, compile["specialization_data"]))
-        return found[-1] in (known or {})
+        return found[-1] in known
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         # The keys of this cache hold the device's number only, so it would return the binary of the last target.
@@ -162,18 +163,16 @@ def problems(row: dict) -> list[str]:
 
 
 def run_tests(chosen: Iterable[Case]) -> int:
-    """Run the tests of these cases' operations in the interpreter, with its tiles and those of GPUs; returns a status.
+    """Run the test files that name an operation of these cases, with the interpreter's tiles and those of GPUs.
 
-    They are in files that name one of the operations. A test that calls only other operations is left out.
+    Returns:
+        The exit status of pytest.
     """
-    named, every = ({name for case in of for name in operations(case)} for of in (chosen, select("")))
-    tests = []
-    for path in sorted((REPO / "tests/kernels").glob("test_*.py")):
-        called = [(test, {*re.findall(r"\.(\w+)", body)}) for test, body in TEST.findall(path.read_text())]
-        if named & {*re.findall(r"\w+", path.read_text())}:
-            tests += [f"{path}::{test}" for test, names in called if named & names or not every & names]
+    named = {name for case in chosen for name in operations(case)}
+    files = [p for p in (REPO / "tests/kernels").glob("test_*.py") if named & {*re.findall(r"\w+", p.read_text())}]
     for tiles in ((), ("--tiles=sm_80",), ("--tiles=sm_90",)):
-        if status := subprocess.run([sys.executable, "-m", "pytest", "-q", *tiles, *tests], cwd=REPO).returncode:
+        command = [sys.executable, "-m", "pytest", "-q", *tiles, *sorted(files)]
+        if status := subprocess.run(command, cwd=REPO).returncode:
             return status
     return 0
 
@@ -196,7 +195,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--only", default="", metavar="TEXT", help="launches with this name, or of this operation or file of kernels/")
     add("--test", action="store_true", help="run the tests of these kernels first")
     add("--json", type=Path, metavar="FILE", help="write the rows there (committed: results/compiled.json)")
-    add("--known", type=Path, default=RESULTS, metavar="FILE", help="rows of launches that are the same are from there")
     arguments = parser.parse_args(argv)
     chosen = select(arguments.only)
     if arguments.only and arguments.json and arguments.json.resolve() == RESULTS:
@@ -205,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(status)
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
-    known = read_known(arguments.known)
+    known = read_known(RESULTS)
     rows = [{"name": c.name} | compile_launch(target, c, known) for c in chosen for target in c.targets]
     if arguments.json:
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)

@@ -101,31 +101,36 @@ def _products() -> Iterator[Case]:
         operands = empty(rows, d, dtype=E), empty(d, d, dtype=G)
         yield case(f"product {text} {rows}x{d}", targets, triton_ops.product, *operands, precision=precision)
     for rows, d, targets in ((4096, 4096, ALL), (8192, 28672, HOPPER), (576, 576, HOPPER)):
-        operands, added = (empty(rows, d, dtype=BF16), empty(d, d, dtype=BF16)), dict(out=empty(rows, d), add=True)
-        yield case(f"product added {rows}x{d}", targets, triton_ops.product, *operands, precision="bf16", **added)
+        operands, out = (empty(rows, d, dtype=BF16), empty(d, d, dtype=BF16)), empty(rows, d)
+        name = f"product added {rows}x{d}"
+        yield case(name, targets, triton_ops.product, *operands, precision="bf16", out=out, add=True)
 
 
 def _accumulations() -> Iterator[Case]:
-    for text, targets, d, dtype, precision in (
-        ("bf16", HOPPER, 576, BF16, "ieee"),
-        ("bf16", ALL, 4096, BF16, "ieee"),
-        ("bf16", BULK, 14336, BF16, "ieee"),
-        ("fp16", HOPPER, 28672, FP16, "ieee"),
+    # The dtype of the inputs, and the precision of their products.
+    inputs = {"bf16": (BF16, "ieee"), "fp16": (FP16, "ieee"), "tf32": (FP32, "tf32"), "ieee": (FP32, "ieee")}
+    for text, targets, d in (
+        ("bf16", HOPPER, 576),
+        ("bf16", ALL, 4096),
+        ("bf16", BULK, 14336),
+        ("fp16", HOPPER, 28672),
         # Rows are not aligned for bulk copies.
-        ("bf16", BULK, 4100, BF16, "ieee"),
-        ("tf32", NVIDIA, 4096, FP32, "tf32"),
+        ("bf16", BULK, 4100),
+        ("tf32", NVIDIA, 4096),
     ):
+        dtype, precision = inputs[text]
         operands = empty(d, d), empty(TOKENS, d, dtype=dtype)
         yield case(f"gram {text} {d}", targets, triton_ops.gram_accumulate, *operands, precision=precision)
-    for text, targets, rows, d, dtype, precision in (
-        ("bf16", HOPPER, 1536, 576, BF16, "ieee"),
-        ("bf16", ALL, 4096, 4096, BF16, "ieee"),
-        ("bf16", HOPPER, 4096, 14336, BF16, "ieee"),
-        ("fp16", HOPPER, 8192, 28672, FP16, "ieee"),
-        ("bf16", BULK, 4100, 4100, BF16, "ieee"),
-        ("tf32", NVIDIA, 4096, 4096, FP32, "tf32"),
-        ("ieee", NVIDIA, 576, 576, FP32, "ieee"),
+    for text, targets, rows, d in (
+        ("bf16", HOPPER, 1536, 576),
+        ("bf16", ALL, 4096, 4096),
+        ("bf16", HOPPER, 4096, 14336),
+        ("fp16", HOPPER, 8192, 28672),
+        ("bf16", BULK, 4100, 4100),
+        ("tf32", NVIDIA, 4096, 4096),
+        ("ieee", NVIDIA, 576, 576),
     ):
+        dtype, precision = inputs[text]
         operands = empty(rows, d), empty(TOKENS, rows, dtype=dtype), empty(TOKENS, d, dtype=dtype)
         yield case(f"cross {text} {rows}x{d}", targets, triton_ops.cross_accumulate, *operands, precision=precision)
 
@@ -241,7 +246,7 @@ def _packed() -> Iterator[Case]:
 
 
 def _fits(targets: tuple[str, ...], d: int) -> Iterator[Case]:
-    """Yield the operations of refits, rounds and errors but products and steps: bf16 weights, products in bf16."""
+    """Yield the other operations of refits, rounds and errors, with bf16 weights and products in bf16."""
     W, x, V = empty(ROWS, d, dtype=BF16), empty(ROWS, d), empty(ROWS, d, dtype=torch.bool)
     of_rows, of_columns, taken = empty(ROWS), empty(d), empty(ROWS, dtype=torch.bool)
     ops, fit = triton_ops, (x, x, V, of_columns, of_columns)
