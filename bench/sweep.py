@@ -8,28 +8,72 @@ become docs/models.md.
 
 import argparse
 import json
+import multiprocessing
+import os
+import resource
+import signal
 import sys
+import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # The package of this checkout, whatever is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
-from classes.examine import NOT_RUN, OUTCOMES, WORKS
-from classes.process import examine_in_process
+from classes.examine import NOT_RUN, OUTCOMES, TRACEBACK, WORKS, examine
 from classes.table import page
-from classes.tiny_model import cases
+from classes.tiny_model import Case, cases
 
-import sparsefw
+# Children take the modules that are imported here from their parent. Importing takes longer than examining a class.
+import sparsefw.driver.run
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = REPO / "bench" / "results" / "sweep.json", REPO / "docs" / "models.md"
+# Processes that examine a class begin as copies of this one, which multiplies nothing itself.
+FORK = multiprocessing.get_context("fork")
+# Name in the folder of a class.
+ROW = "row.json"
+# Limits of one class: seconds of wall time, and GiB of memory beyond that of the imports.
+SECONDS, MEMORY = 180, 4
+
+
+def examine_in_process(case: Case) -> dict[str, Any]:
+    """Make the row of a class, whatever happens to the process."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
+        process = FORK.Process(target=_child, args=(case, Path(folder)))
+        process.start()
+        process.join()
+        if (made := Path(folder, ROW)).exists():
+            row = json.loads(made.read_text())
+        else:
+            code = process.exitcode or 0
+            end = signal.Signals(-code).name if code < 0 else f"status {code}"
+            why = f"took more than {SECONDS} s" if end == "SIGALRM" else f"the process ended with {end}"
+            row = case.row | {"outcome": TRACEBACK, "reason": why}
+    return row | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def _child(case: Case, folder: Path) -> None:
+    # The system ends this process if it is still there.
+    signal.alarm(SECONDS)
+    # Libraries print much.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    allowed = pages * resource.getpagesize() + MEMORY * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
+    torch.set_num_threads(1)
+    (folder / ROW).write_text(json.dumps(examine(case, folder)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -41,9 +41,8 @@ def page(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
     rows = sorted(results["rows"].values(), key=lambda row: (row["model_type"].lower(), row["class"]))
     counts = Counter((row["kind"], row["outcome"]) for row in rows)
-    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
-    summary = [["outcome", *(KINDS[kind] for kind in kinds), "what it means"]]
-    summary += [[end, *(str(counts[kind, end]) for kind in kinds), MEANING[end]] for end in OUTCOMES]
+    summary = [["outcome", *KINDS.values(), "what it means"]]
+    summary += [[end, *(str(counts[kind, end]) for kind in KINDS), MEANING[end]] for end in OUTCOMES]
     classes = [["model type", "class", "outcome", "pruned", "dense, or the reason"]]
     for row in rows:
         works = row["outcome"] == WORKS

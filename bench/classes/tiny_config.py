@@ -62,8 +62,9 @@ TOKEN_ID = re.compile(r"(^|_)token(_id|_index|_idx)?s?$|(^|_)(id|ids|index)$")
 LAYER_LIST = re.compile(r"index(es)?$|indices$|layers?$|layer_ids?$|blocks?$|idxs?$|_ids$")
 
 # Entries that some classes need and leave empty.
-NEEDED = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS}
-NEEDED |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+NEEDED = dict(
+    head_dim=HEAD_DIM, num_key_value_heads=HEADS, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2
+)
 
 
 def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
