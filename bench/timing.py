@@ -60,13 +60,18 @@ class Times:
 
     @property
     def median(self) -> float:
-        """The median round."""
+        """Seconds of the median round."""
         return statistics.median(self.rounds)
 
     def as_dict(self) -> dict[str, float]:
-        """Give median, fastest and slowest round in milliseconds, the number of rounds, and of those that waited."""
-        ms = {"ms": self.median, "least_ms": min(self.rounds), "most_ms": max(self.rounds)}
-        return {name: 1e3 * value for name, value in ms.items()} | {"rounds": len(self.rounds), "late": self.late}
+        """Return median, fastest and slowest round in milliseconds, the number of rounds, and the number of late ones."""
+        return dict(
+            ms=1e3 * self.median,
+            least_ms=1e3 * min(self.rounds),
+            most_ms=1e3 * max(self.rounds),
+            rounds=len(self.rounds),
+            late=self.late,
+        )
 
 
 @cache

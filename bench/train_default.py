@@ -2,7 +2,7 @@
 
 It makes a byte-level BPE tokenizer and a small Llama, both from `training_text`. The model is small and is trained for
 long, so that it has few weights to spare and pruning shows. Validation windows of the training text decide which step
-is kept. The evaluation text is used only at the end, for the perplexity that is printed.
+is kept. `python -m sparsefw.evaluate default --eval default --seqlen 128` tells the held-out perplexity.
 
 The seed and a single thread fix the bytes of the result, on one kind of CPU, one version of torch and one version of
 Python's topics.
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparsefw.default.text import evaluation_text, training_text
+from sparsefw.default.text import training_text
 from sparsefw.inputs import DEFAULT_MODEL
 
 END = "<|endoftext|>"
-STEPS, WARMUP, BATCH, SEQLEN, EVAL_SEQLEN = 1500, 100, 6, 256, 128
+STEPS, WARMUP, BATCH, SEQLEN, VALIDATION_SEQLEN = 1500, 100, 6, 256, 128
 VALIDATION_EVERY = 200
 # The last rate is a fraction of the first one.
 LEARNING_RATE, LAST_LEARNING_RATE = 8e-3, 0.02
@@ -65,8 +65,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def windows(ids: Tensor) -> Tensor:
-    """Cut tokens into consecutive windows, (n, EVAL_SEQLEN); the rest is left out."""
-    return ids[: len(ids) // EVAL_SEQLEN * EVAL_SEQLEN].view(-1, EVAL_SEQLEN)
+    """Cut tokens into consecutive windows, (n, VALIDATION_SEQLEN); the rest is left out."""
+    return ids[: len(ids) // VALIDATION_SEQLEN * VALIDATION_SEQLEN].view(-1, VALIDATION_SEQLEN)
 
 
 def losses(model: LlamaForCausalLM, rows: Tensor, reduction: str) -> Tensor:
@@ -119,21 +119,16 @@ def train(model: LlamaForCausalLM, ids: Tensor) -> None:
 
 
 def main(output: Path) -> None:
-    """Train, save in bf16 and print the perplexity of the saved model."""
+    """Train, and save in bf16."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(training_text())
-
-    def encode(text: str) -> Tensor:
-        return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
+    text = training_text()
+    tokenizer = train_tokenizer(text)
     model = make_model(tokenizer)
-    train(model, encode(training_text()))
+    train(model, torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
     # The annotation of `to` is lost in a decorator of transformers.
     model.to(torch.bfloat16).save_pretrained(output)  # type: ignore[arg-type]
     tokenizer.save_pretrained(output)
-    saved = LlamaForCausalLM.from_pretrained(output, dtype=torch.float32)
-    print(f"held-out perplexity {perplexity(saved, windows(encode(evaluation_text()))):.2f}")
 
 
 if __name__ == "__main__":

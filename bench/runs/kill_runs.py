@@ -50,10 +50,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
     arguments = parser.parse_args()
-    random.seed(arguments.seed)
+    random.seed(0)
     folder, ranks, kills = arguments.folder, arguments.ranks, 0
     folder.mkdir(parents=True)
     began = time.perf_counter()
