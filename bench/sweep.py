@@ -26,6 +26,7 @@ from typing import Any
 # The package of this checkout, whatever is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import psutil
 import torch
 import transformers
 from classes.examine import NOT_RUN, OUTCOMES, TRACEBACK, WORKS, examine
@@ -37,8 +38,6 @@ import sparsefw.driver.run
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = REPO / "bench" / "results" / "sweep.json", REPO / "docs" / "models.md"
-# Processes that examine a class begin as copies of this one, which multiplies nothing itself.
-FORK = multiprocessing.get_context("fork")
 # Name in the folder of a class.
 ROW = "row.json"
 # Limits of one class: seconds of wall time, and GiB of memory beyond that of the imports.
@@ -49,7 +48,8 @@ def examine_in_process(case: Case) -> dict[str, Any]:
     """Make the row of a class, whatever happens to the process."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
-        process = FORK.Process(target=_child, args=(case, Path(folder)))
+        # A copy of this process, which multiplies nothing itself.
+        process = multiprocessing.get_context("fork").Process(target=_child, args=(case, Path(folder)))
         process.start()
         process.join()
         if (made := Path(folder, ROW)).exists():
@@ -69,8 +69,7 @@ def _child(case: Case, folder: Path) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    allowed = pages * resource.getpagesize() + MEMORY * 2**30
+    allowed = psutil.Process().memory_info().vms + MEMORY * 2**30
     resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
     torch.set_num_threads(1)
     (folder / ROW).write_text(json.dumps(examine(case, folder)))

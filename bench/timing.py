@@ -64,7 +64,7 @@ class Times:
         return statistics.median(self.rounds)
 
     def as_dict(self) -> dict[str, float]:
-        """Return median, fastest and slowest round in milliseconds, the number of rounds, and the number of late ones."""
+        """Return median, fastest and slowest round in milliseconds, and the numbers of all and of late rounds."""
         return dict(
             ms=1e3 * self.median,
             least_ms=1e3 * min(self.rounds),

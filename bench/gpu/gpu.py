@@ -45,7 +45,6 @@ REPO = Path(__file__).resolve().parents[2]
 PATHS = [str(REPO / folder) for folder in ("", "bench", "bench/gpu", "bench/runs")]
 sys.path[:0] = PATHS
 
-WORKERS = 12
 # Lines of each part's output on the page.
 SHOWN = 40
 # The first command in seconds, on a CPU.
@@ -125,7 +124,7 @@ def kernel_tests(part: Part) -> None:
     tests = "tests/kernels/test_launch.py" if part.tiny else "tests/kernels"
     options = ["--gpu"] * torch.cuda.is_available()
     if find_spec("xdist") and not part.tiny:
-        options += ["-n", WORKERS]
+        options += ["-n", 12]
     python("-m", "pytest", "-v", *options, tests)
 
 

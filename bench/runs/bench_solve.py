@@ -26,7 +26,7 @@ WAYS = ["torch", *["triton", "step by step"] * GPU, "products"]
 
 
 def solve(rows: int, d: int, steps: int) -> Operation:
-    """Prune a layer; the result is its error. A solve makes a product a step, and three for the start and the errors."""
+    """Prune a layer; the result is its error. It makes a product a step, and three for start and errors."""
     W, config = 0.02 * normal(rows, d), CONFIG(steps=steps)
     # Inputs that are correlated, as those of layers are.
     X = normal(min(4096, 2 * d), d, seed=1) @ normal(d, d, seed=2) / d**0.5

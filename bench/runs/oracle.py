@@ -185,11 +185,11 @@ def main() -> int:
         runs["smollm2"] = partial(smollm2, model=str(arguments.smollm2.resolve()))
     if unknown := [name for name in arguments.names if name not in runs]:
         parser.error(f"{', '.join(unknown)}: no such run; there are {', '.join(runs)}")
-    known = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {}
-    if arguments.write and known.get("machine") != machine():
+    known = json.loads(DIGESTS.read_text())
+    if known["machine"] != machine():
+        if not arguments.write:
+            sys.exit(f"{DIGESTS}: made on {known['machine']}, this is {machine()}: --write them before the change")
         known = {"machine": machine(), "runs": {}}
-    if known.get("machine") != machine():
-        sys.exit(f"{DIGESTS}: made on {known.get('machine')}, this is {machine()}: --write them before the change")
     changed = []
     for name in arguments.names or runs:
         with tempfile.TemporaryDirectory() as scratch:
