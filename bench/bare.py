@@ -23,12 +23,6 @@ def bare_product(E: Tensor, G: Tensor, *, precision: str, out: Tensor | None = N
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def operands(E: Tensor, G: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """Convert E and G to the dtype that `bare_product` needs."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return E.to(dtype), G.to(dtype)
-
-
 def topk_lmo(score: Tensor, k: int, *, group: int = 0, out: Tensor | None = None) -> Tensor:
     """Do `lmo` by `torch.topk` and a scatter, except that ties go to any of the equal scores."""
     units = score.reshape(-1, group or score.shape[1])

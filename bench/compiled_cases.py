@@ -149,23 +149,24 @@ def _steps() -> Iterator[Case]:
     yield _step("of a target 28672", HOPPER, 28672, 14336, target_gap=True)
     yield _step("3:5 4095", HOPPER, 4095, 3, group=5)
     yield _step("open loop 3:5 320", ALL, 320, 3, group=5, open_loop=True)
-    yield _step("open loop 4096", HOPPER, 4096, empty(ROWS, dtype=torch.int32), fixed=False, open_loop=True)
+    yield _step("open loop 4096", HOPPER, 4096, empty(ROWS, dtype=torch.int32), open_loop=True)
 
 
 def _step(
-    text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, group: int = 0, fixed: bool = True,
-    target_gap: bool = False, open_loop: bool = False
+    text: str, targets: tuple[str, ...], d: int, k: int | Tensor, *, group: int = 0, target_gap: bool = False,
+    open_loop: bool = False
 ) -> Case:  # fmt: skip
-    """Make a step of bf16 weights, or with `target_gap` of fp32 candidates without fixed entries; products are in bf16.
+    """Make a step of bf16 weights, or with `target_gap` of fp32 candidates; products are in bf16.
 
-    Without `open_loop` the search for the vertex starts from a threshold.
+    Entries are fixed, but not of candidates, nor with a budget for each row. Without `open_loop` the search for the
+    vertex starts from a threshold.
     """
     W, x, V = empty(ROWS, d, dtype=FP32 if target_gap else BF16), empty(ROWS, d), empty(ROWS, d, dtype=torch.bool)
     E, of_rows, theta = empty(ROWS, d, dtype=BF16), empty(ROWS), empty()
     state = RowState(
         *(W, x[0], x, x, x, V, E, k, of_rows, of_rows),
         group=group,
-        fixed=V if fixed and not target_gap else None,
+        fixed=None if target_gap or isinstance(k, Tensor) else V,
         target_gap=x if target_gap else None,
         threshold=None if open_loop else of_rows,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-from bare import bare_product, operands, topk_lmo
+from bare import bare_product, topk_lmo
 from timing import FLUSH, GPU
 from torch import Tensor
 from torch.nn import functional as F
@@ -138,8 +138,9 @@ def budget(d: int, group: int) -> tuple[int, int]:
 def product(rows: int, d: int, *, precision: str = PRECISION) -> Operation:
     """Multiply U = E G. The way "bare" is the library's product of two operands of one type."""
     E, G = normal(rows, d, dtype=WEIGHT), gram(d)
-    G = G.bfloat16() if precision == "bf16" else G
-    of_one_type, out = operands(E, G, precision), torch.empty(rows, d, device=DEVICE)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    G = G.to(dtype)
+    of_one_type, out = (E.to(dtype), G), torch.empty(rows, d, device=DEVICE)
     times, unit = (3, "tf32") if precision == "tf32x3" else (1, precision)
     # U is written in fp32.
     least = Cost(times * 2 * rows * d * d, rows * d * (E.itemsize + 4) + d * d * G.itemsize)

@@ -17,7 +17,7 @@ and the others when they are named, each within four minutes:
                      two blocks with no kernel compiled, with all compiled, in little memory
     70B block, 70B in host memory, mixture block
                      blocks of Llama-3-70B's and Qwen3-30B-A3B's sizes; activations on the GPU, and on the host
-    8B profiled      a block under the profiler: busy share of the GPU, its longest kernels, waits of the host
+    8B profiled      a block under the profiler: share of time in kernels, the longest ones, waits of the host
 
 FOLDER/results.md is the page to send: how each part ended, and the last lines of its output. It is written after every
 part. Each part is a process with a time limit of its own, so neither a hang nor a fault of the GPU ends the others. Its

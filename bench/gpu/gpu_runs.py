@@ -117,7 +117,7 @@ def prune_cold(part: Part) -> None:
 
 
 def profile(part: Part) -> None:
-    """Prune under the profiler, and add where the host waits, and the GPU's busy share and longest kernels.
+    """Prune under the profiler, and add where the host waits, the share of time in kernels, and the longest kernels.
 
     The trace, for Perfetto or chrome://tracing, stays in the scratch folder.
     """
@@ -135,6 +135,8 @@ def profile(part: Part) -> None:
     part.add(**figures(output_of(part)))
     waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
     part.add(waits_of_the_host=dict(waits.most_common(LISTED)))
-    seconds = Counter({event.key[:120]: event.self_device_time_total / 1e6 for event in profiled.key_averages()})
-    part.add(busy_share=sum(seconds.values()) / took, longest_kernels_and_copies_s=dict(seconds.most_common(LISTED)))
+    seconds = Counter({event.key: event.self_device_time_total / 1e6 for event in profiled.key_averages()})
+    # Copies run at the same time as kernels.
+    kernels = sum(s for name, s in seconds.items() if not name.startswith("Mem"))
+    part.add(share_of_kernels=kernels / took, longest_kernels_and_copies_s=dict(seconds.most_common(LISTED)))
     profiled.export_chrome_trace(str(part.scratch / "trace.json"))
