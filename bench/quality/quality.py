@@ -9,6 +9,8 @@ and on tasks made of the far texts (tasks.py). It adds a cell to the results fil
 not measure a cell of the file again: the same command resumes a study. FOLDER gets the model, the texts and the pruned
 checkpoints, 270 MB each. A checkpoint there is not pruned again, so another version of the code needs a new FOLDER.
 
+The far texts have two halves of other documents. Choose settings by `--half choose`, into other --results, and report
+results of the other half.
 With --tiny the built-in model is pruned in seconds, and nothing is downloaded.
 """
 
@@ -30,7 +32,7 @@ from statistics import fmean
 
 from smollm2 import build_checkpoint
 from tasks import CHANCE, write_tasks
-from texts import FAR, REFERENCE, SOURCES, write_texts
+from texts import HALVES, REFERENCE, SOURCES, write_texts
 
 REPO = Path(__file__).resolve().parents[2]
 RESULTS = REPO / "bench/results/quality.json"
@@ -115,7 +117,7 @@ def measure(row: str, sparsity: str, folder: Path, pruning: list[str], evaluatio
     return made, json.loads((output / "evaluation.json").read_text("utf-8"))
 
 
-def evaluated(evaluation: dict, model: str) -> dict:
+def evaluated(evaluation: dict, model: str, half: str) -> dict:
     """Read the part of a model's cell that evaluation.json holds.
 
     Returns:
@@ -126,11 +128,11 @@ def evaluated(evaluation: dict, model: str) -> dict:
     dense = evaluation["against"]
     texts = {Path(text["source"]).stem: text["results"] for text in evaluation["texts"]}
     tasks = {task["task"]: task["results"] for task in evaluation["tasks"] if task["metric"] == "acc"}
-    logs = [math.log(by[model]["value"] / by[dense]["value"]) for name, by in texts.items() if name.startswith(FAR)]
+    logs = [math.log(by[model]["value"] / by[dense]["value"]) for name, by in texts.items() if name.startswith(half)]
     lost, errors = [], []
     for name, by in tasks.items():
         # The tiny model knows less than nothing of some tasks.
-        above = max(by[dense]["value"] - CHANCE[name.removeprefix(f"{FAR}_")], 0.01)
+        above = max(by[dense]["value"] - CHANCE[name.removeprefix(f"{half}_")], 0.01)
         lost.append((by[dense]["value"] - by[model]["value"]) / above)
         errors.append((by[model]["difference"] or {"stderr": 0})["stderr"] / above)
     return {
@@ -143,7 +145,7 @@ def evaluated(evaluation: dict, model: str) -> dict:
 
 def near(cell: dict) -> str:
     """Write the perplexities of the texts that are not far ones."""
-    return " / ".join(f"{x:.1f}" for name, x in cell["perplexity"].items() if not name.startswith(FAR))
+    return " / ".join(f"{x:.1f}" for name, x in cell["perplexity"].items() if not name.startswith(HALVES))
 
 
 # The figures of the tables with a column for each sparsity.
@@ -186,25 +188,25 @@ def markdown(rows: dict[str, dict[str, str]]) -> str:
 
 def study(arguments: argparse.Namespace, results: dict[str, dict]) -> None:
     """Measure the cells that are missing, and write the results after each."""
-    folder = arguments.folder.resolve()
+    folder, half = arguments.folder.resolve(), arguments.half
     calibration, *held_out = (path.resolve() for path in arguments.texts)
     model, windows, evaluation = str(folder / "smollm2"), WINDOWS, EVALUATION
-    sources = SOURCES
+    sources = [REFERENCE, *(source for source in SOURCES if source.name.startswith(half))]
     if arguments.tiny:
         model, windows, evaluation = "default", TINY_WINDOWS, TINY_EVALUATION
-        sources = (replace(REFERENCE, name=f"{FAR}_reference"),)
+        sources = [replace(REFERENCE, name=f"{half}_reference")]
     elif not Path(model).exists():
         build_checkpoint(Path(model))
-    suite = folder / FAR
+    suite = folder / half
     if not suite.exists():
         documents = write_texts(suite, sources, calibration)
         # In comments of code there is English, too.
-        prose = [name for name in documents if name.startswith(FAR) and "code" not in name]
-        write_tasks(suite, FAR, [document for name in prose for document in documents[name]])
+        prose = [name for name in documents if name.startswith(half) and "code" not in name]
+        write_tasks(suite, half, [document for name in prose for document in documents[name]])
     held_out += sorted(suite.glob("*.txt"))
     check_texts(results, [calibration, *held_out])
     texts = [flag for path in held_out for flag in ("--eval", str(path))]
-    evaluation = ["--against", model, *texts, "--tasks", FAR, "--include-path", str(suite), *evaluation]
+    evaluation = ["--against", model, *texts, "--tasks", half, "--include-path", str(suite), *evaluation]
     pruning = ["--model", model, "--dataset", str(calibration), *windows]
     for sparsity, row in product(SPARSITIES, ROWS):
         key = f"{row} | {sparsity}"
@@ -212,8 +214,8 @@ def study(arguments: argparse.Namespace, results: dict[str, dict]) -> None:
             continue
         made, found = measure(row, sparsity, folder, pruning, evaluation)
         pruned = next(name for name in found["models"] if name != model)
-        results["cells"].setdefault(f"dense | {DETAILED}", evaluated(found, model))
-        results["cells"][key] = made | evaluated(found, pruned)
+        results["cells"].setdefault(f"dense | {DETAILED}", evaluated(found, model, half))
+        results["cells"][key] = made | evaluated(found, pruned, half)
         # The file is never there in part.
         partial = arguments.results.with_suffix(".partial")
         partial.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
@@ -228,6 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     add("texts", type=Path, nargs="*", metavar="TEXT.txt", help="calibration text, then texts of its kind")
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="default: bench/results/quality.json")
     add("--only", default="", metavar="TEXT", help="measure cells with this in their name, such as 'Wanda | 0.6'")
+    add("--half", choices=HALVES, default="report", help="half of the far texts (default: report)")
     add("--table", action="store_true", help="measure nothing, and print the tables of the results")
     add("--tiny", action="store_true", help="prune the built-in model in place of SmolLM2")
     arguments = parser.parse_intermixed_args(argv)

