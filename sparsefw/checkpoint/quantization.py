@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsefw.checkpoint import packed
 from sparsefw.checkpoint.packed import MASK
-from sparsefw.checkpoint.tensors import EXPONENT, Quantization, QuantizedInfo, TensorInfo
+from sparsefw.checkpoint.tensors import EXPONENT, QuantizedInfo, TensorInfo
 from sparsefw.errors import InputError, shown
 
 KEY = "quantization_config"
@@ -56,8 +56,12 @@ CHUNK = {"cpu": 2**20, "cuda": 2**24}
 BYTES_OF_CHUNK = 12
 
 
+# The shape of a quantized tensor in the model, () if its scales do not fit its values; and what would fit, in words.
+Fit = tuple[tuple[int, ...], str]
+
+
 @dataclass(frozen=True)
-class Fp8(Quantization):
+class Fp8:
     """Values in FP8, with a scale for each block of a matrix.
 
     Attributes:
@@ -65,41 +69,42 @@ class Fp8(Quantization):
     """
 
     block: tuple[int, int] | None = None
-    method = "fp8"
-    words = ("quantized (fp8)", "dequantized")
+    method: ClassVar[str] = "fp8"
+    form: ClassVar[str] = "quantized (fp8)"
 
     def share(self, dtype: torch.dtype) -> float:
-        """See `Quantization`."""
+        """Return the stored bytes of a tensor for each byte that it has in another dtype."""
         return (1 + (4 / math.prod(self.block) if self.block else 0)) / dtype.itemsize
 
-    def join(self, stored: dict[str, TensorInfo], name: str) -> tuple[str, QuantizedInfo] | None:
-        """See `Quantization`."""
-        values, stem = stored[name], name.removesuffix(".weight")
-        names = [f"{name}{SCALE}", *(f"{stem}{other}" for other in OTHER_SCALES if stem != name)]
-        scale = next((other for other in names if other in stored), None)
-        if values.dtype != FP8:
-            if scale == f"{name}{SCALE}":
-                raise InputError(
-                    f"{values.file}: tensor {name} has a scale, {scale}, but is not in FP8 ({values.dtype})"
-                )
-            return None
-        if scale is None:
+    def find(self, stored: dict[str, TensorInfo], name: str) -> tuple[str, str] | None:
+        """Return the name in the model, and the name of the scales, of a tensor in FP8; None if it is in no FP8.
+
+        Raises:
+            InputError: a tensor that is not in FP8 has scales.
+        """
+        stem = name.removesuffix(".weight")
+        scales = [f"{name}{SCALE}", *(f"{stem}{other}" for other in OTHER_SCALES if stem != name)]
+        dtype = stored[name].dtype
+        if dtype == FP8:
+            return name, next((scale for scale in scales if scale in stored), scales[0])
+        if scales[0] in stored:
             raise InputError(
-                f"{values.file}: tensor {name} is in FP8, and its scale {name}{SCALE} is missing; {ORIGINAL}"
+                f"{stored[name].file}: tensor {name} has a scale, {scales[0]}, but is not in FP8 ({dtype})"
             )
-        scales, shape = stored[scale], values.shape
-        *lead, rows, columns = shape if len(shape) >= 2 and all(shape) else (0, 0)
+        return None
+
+    def fit(self, values: TensorInfo, scales: TensorInfo) -> Fit:
+        """Find the shape of a tensor with these scales."""
+        shape = values.shape
+        if len(shape) < 2 or not all(shape):
+            return (), "FP8 has matrices"
+        *lead, rows, columns = shape
         height, width = self.block or (rows, columns)
-        grid = (*lead, -(-rows // height), -(-columns // width)) if rows else ()
+        grid = (*lead, -(-rows // height), -(-columns // width))
         # One scale for a matrix may have fewer dimensions.
-        fewer = {(1,), ()} if not lead else {tuple(lead)}
-        fits = scales.shape == grid or (self.block is None and scales.shape in fewer)
-        if not rows or not fits or scales.dtype not in SCALE_DTYPES:
-            raise InputError(
-                f"{scales.file}: tensor {scale} of shape {scales.shape} and dtype {scales.dtype} does not fit {name} "
-                f"of shape {shape} in blocks of {height} x {width}, which needs {grid} in floating point"
-            )
-        return name, QuantizedInfo(values.file, MODEL_DTYPES[0], shape, self, {name: values, scale: scales})
+        fewer = [] if self.block else [tuple(lead)] if lead else [(), (1,)]
+        fits = scales.shape in (grid, *fewer) and scales.dtype in SCALE_DTYPES
+        return shape if fits else (), f"blocks of {height} x {width} need {grid} in floating point"
 
     def dequantize(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Multiply every block of values by its scale in fp32, and round once.
@@ -129,35 +134,29 @@ class Fp8(Quantization):
 
 
 @dataclass(frozen=True)
-class Mxfp4(Quantization):
+class Mxfp4:
     """4-bit floats, with an exponent for each group of 32. A tensor holds the matrices of all experts."""
 
-    method = "mxfp4"
-    words = ("quantized (mxfp4)", "dequantized")
+    method: ClassVar[str] = "mxfp4"
+    form: ClassVar[str] = "quantized (mxfp4)"
 
     def share(self, dtype: torch.dtype) -> float:
-        """See `Quantization`."""
+        """Return the stored bytes of a tensor for each byte that it has in another dtype."""
         return (GROUP_BYTES + 1) / (2 * GROUP_BYTES * dtype.itemsize)
 
-    def join(self, stored: dict[str, TensorInfo], name: str) -> tuple[str, QuantizedInfo] | None:
-        """See `Quantization`."""
-        values = stored[name]
-        if values.dtype != torch.uint8 or not name.endswith(BLOCKS):
-            return None
+    def find(self, stored: dict[str, TensorInfo], name: str) -> tuple[str, str] | None:
+        """Return the name in the model, and the name of the exponents, of a tensor in MXFP4; None if it is in none."""
         joint = name.removesuffix(BLOCKS)
-        scale = f"{joint}{SCALES}"
-        if scale not in stored:
-            raise InputError(f"{values.file}: tensor {name} is in MXFP4, and {scale} is missing; {ORIGINAL}")
-        scales = stored[scale]
+        return (joint, f"{joint}{SCALES}") if joint != name and stored[name].dtype == torch.uint8 else None
+
+    def fit(self, values: TensorInfo, scales: TensorInfo) -> Fit:
+        """Find the shape of a tensor with these exponents."""
+        needs = f"MXFP4 has (experts, rows, groups, {GROUP_BYTES}) and a byte a group"
         sound = len(values.shape) == 4 and values.shape[-1] == GROUP_BYTES and all(values.shape)
         if not sound or (scales.dtype, scales.shape) != (torch.uint8, values.shape[:-1]):
-            raise InputError(
-                f"{scales.file}: tensor {scale} of shape {scales.shape} and dtype {scales.dtype} does not fit "
-                f"{name} of shape {values.shape}; MXFP4 has (experts, rows, groups, {GROUP_BYTES}) and a byte a group"
-            )
+            return (), needs
         experts, rows, groups, width = values.shape
-        shape = (experts, groups * 2 * width, rows)
-        return joint, QuantizedInfo(values.file, MODEL_DTYPES[0], shape, self, {name: values, scale: scales})
+        return (experts, groups * 2 * width, rows), needs
 
     def dequantize(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Multiply every group of floats by its power of two, and transpose the matrices as the model needs them.
@@ -186,7 +185,7 @@ class Mxfp4(Quantization):
 
 
 @dataclass(frozen=True)
-class Packed(Quantization):
+class Packed:
     """Matrices without their zeros, with a mask in place of scales, see `packed`.
 
     Attributes:
@@ -194,37 +193,32 @@ class Packed(Quantization):
     """
 
     kept: float = 0.0
-    method = "sparsefw"
-    words = ("packed", "unpacked")
-    has_dtype = True
+    method: ClassVar[str] = "sparsefw"
+    form: ClassVar[str] = "packed"
 
     def share(self, dtype: torch.dtype) -> float:
-        """See `Quantization`."""
+        """Return the stored bytes of a tensor for each byte that it has unpacked."""
         return self.kept + 1 / (8 * dtype.itemsize)
 
-    def join(self, stored: dict[str, TensorInfo], name: str) -> tuple[str, QuantizedInfo] | None:
-        """See `Quantization`."""
-        values, mask = stored[name], stored.get(name + MASK)
-        if mask is None:
-            return None
-        kept = (*mask.shape[:-1], values.shape[-1]) if values.shape else ()
-        sound = mask.dtype == torch.uint8 and len(mask.shape) > 1 and values.shape in (kept, kept[-1:])
-        if not sound or not values.dtype.is_floating_point:
-            raise InputError(
-                f"{mask.file}: tensor {name}{MASK} of shape {mask.shape} and dtype {mask.dtype} does not fit {name} of "
-                f"shape {values.shape}; a mask has a row for each row, and a byte for 8 columns"
-            )
-        shape = (*mask.shape[:-1], 8 * mask.shape[-1])
-        return name, QuantizedInfo(values.file, values.dtype, shape, self, {name: values, name + MASK: mask})
+    def find(self, stored: dict[str, TensorInfo], name: str) -> tuple[str, str] | None:
+        """Return the name of a packed matrix, and the name of its mask; None if the tensor is not packed."""
+        return (name, name + MASK) if name + MASK in stored else None
+
+    def fit(self, values: TensorInfo, scales: TensorInfo) -> Fit:
+        """Find the shape of a matrix with this mask."""
+        lead, width = scales.shape[:-1], scales.shape[-1:]
+        sound = scales.dtype == torch.uint8 and bool(lead) and values.dtype.is_floating_point
+        sound = sound and bool(values.shape) and values.shape in ((*lead, values.shape[-1]), values.shape[-1:])
+        shape = (*lead, 8 * width[0]) if sound else ()
+        return shape, "a mask has a row for each row, and a byte for 8 columns"
 
     def dequantize(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `Quantization`."""
+        """Put the zeros back into a matrix."""
         return packed.unpack(values, scales).to(dtype)
 
-    def check(self, info: QuantizedInfo, values: Tensor, scales: Tensor) -> None:
-        """See `Quantization`."""
-        name, _ = info.parts
-        packed.check(name, values, scales)
+
+# A format: `method` is its name in a config, and `form` what messages call its tensors.
+Quantization = Fp8 | Mxfp4 | Packed
 
 
 def quantization_of(config: dict[str, Any], path: Path) -> Quantization | None:
@@ -289,13 +283,29 @@ def joined(
     Raises:
         InputError: no tensor is quantized, scales are missing, or scales or values have a wrong dtype or shape.
     """
-    quantized = dict(found for name in stored if (found := quantization.join(stored, name)))
+    quantized: dict[str, QuantizedInfo] = {}
+    for name, values in stored.items():
+        if found := quantization.find(stored, name):
+            joint, scale = found
+            if scale not in stored:
+                raise InputError(
+                    f"{values.file}: tensor {name} is {quantization.form}, and {scale} is missing; {ORIGINAL}"
+                )
+            scales = stored[scale]
+            shape, needs = quantization.fit(values, scales)
+            if not shape:
+                raise InputError(
+                    f"{scales.file}: tensor {scale} of shape {scales.shape} and dtype {scales.dtype} does not fit "
+                    f"{name} of shape {values.shape}; {needs}"
+                )
+            parts = {name: values, scale: scales}
+            quantized[joint] = QuantizedInfo(values.file, values.dtype, shape, quantization, parts)
     if not quantized:
         raise InputError(f"{path}: {KEY} says {quantization.method}, but no tensor is quantized; remove the entry")
     used = {part for info in quantized.values() for part in info.parts}
     used |= {name for name in stored if _scales_activations(name, stored)}
     others = {name: info for name, info in stored.items() if name not in used}
-    if quantization.has_dtype:
+    if isinstance(quantization, Packed):
         return quantized | others, most_bytes([*quantized.values(), *others.values()]) or MODEL_DTYPES[0]
     dtype = dtype_in(config) or most_bytes(others.values()) or MODEL_DTYPES[0]
     return {name: replace(info, dtype=dtype) for name, info in quantized.items()} | others, dtype
@@ -324,9 +334,8 @@ def note(used: Iterable[TensorInfo], quantization: Quantization | None) -> str:
         return ""
     written, read = sum(info.nbytes for info in infos), sum(info.stored_nbytes for info in infos)
     dtype = str(quantized[0].dtype).removeprefix("torch.")
-    stored, done = quantization.words
     return (
-        f"the source is {stored}: {len(quantized)} tensors are {done} and written as {dtype}, all tensors take "
+        f"the source is {quantization.form}: {len(quantized)} tensors are converted to {dtype}, all tensors take "
         f"{written / 1e9:.3g} GB instead of {read / 1e9:.3g} GB"
     )
 

@@ -8,7 +8,6 @@ checked.
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from sparsefw.checkpoint import files
 from sparsefw.checkpoint.files import CONFIG, parse_object, read_bounded, roots_of
-from sparsefw.checkpoint.quantization import FP8_DTYPES, joined, most_bytes, quantization_of
-from sparsefw.checkpoint.tensors import Quantization, TensorInfo, stamp_of
+from sparsefw.checkpoint.quantization import FP8_DTYPES, Quantization, joined, most_bytes, quantization_of
+from sparsefw.checkpoint.tensors import TensorInfo, in_files, stamp_of
 from sparsefw.errors import InputError, errors_in_one_line, first_line, shown
 
 SINGLE = "model.safetensors"
@@ -46,20 +45,17 @@ TEMPLATES = "additional_chat_templates"
 
 # Patterns of the names, in lower case, of the files that make a model's inputs: of tokens; of images, sound and video.
 TOKENIZERS = (
-    *("tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "vocab-*.json", "*_vocab.json", "merges.txt", "dict.txt", "bpe.codes"),
-    *("tokenizer.model", "tokenizer.model.v*", "sentencepiece*.model", "spiece.model", "spm.model", "spm_char.model"),
-    *("*.spm", "*.tiktoken", "tekken.json", "prophetnet.tokenizer"),
-    *("normalizer.json", "emoji.json", "byte_maps.json", "word_shape.json", "word_pronunciation.json"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.json", "vocab.txt", "merges.txt"),
+    *("*.model", "tokenizer.model.v*", "*.spm", "*.tiktoken", "tekken.json", "dict.txt", "bpe.codes", "*.tokenizer"),
+    *("normalizer.json", "emoji.json", "byte_maps.json", "word_*.json"),
 )
 PROCESSORS = ("*processor_config.json", "audio_tokenizer_config.json")
 
 # Patterns of the files, in lower case, that are copied from a source to the output. A folder may hold any other file
 # besides those of its checkpoint, so this lists the files that belong to a model.
 COPIED = (
-    *("config.json", "generation_config.json"),
+    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja"),
     *(*PROCESSORS, *TOKENIZERS),
-    *("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja"),
     # sentence-transformers' steps before and after the model: pooling, or a dense layer with its weights.
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("[0-9]_*/*.json", "[0-9]_*/model.safetensors"),
@@ -109,15 +105,13 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
     It depends neither on where the files are nor on how the tensors are spread over them.
     """
-    stored = {part: info for name, x in checkpoint.tensors.items() for part, info in x.stored(name).items()}
-    tensors = sorted((name, str(info.dtype), info.shape) for name, info in stored.items())
+    tensors = sorted((name, str(info.dtype), info.shape) for name, info in in_files(checkpoint.tensors).items())
     return hashlib.sha256((checkpoint.folder / CONFIG).read_bytes() + repr(tensors).encode()).hexdigest()
 
 
 def stamps(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     """Return size and time of every file of tensors by name, which tell whether a checkpoint has changed."""
-    infos = (info for name, x in checkpoint.tensors.items() for info in x.stored(name).values())
-    return {info.file.name: info.stamp for info in infos}
+    return {info.file.name: info.stamp for info in in_files(checkpoint.tensors).values()}
 
 
 def locate(model: str, wanted: list[str] = WANTED) -> Path:
@@ -137,16 +131,11 @@ def locate(model: str, wanted: list[str] = WANTED) -> Path:
         return path
     if not model or path.exists() or model.startswith((".", "/", "~")):
         raise InputError(f"{model or repr(model)}: no such folder; give the folder of a checkpoint or a Hub id")
-    with from_hub(model):
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted, ignore_patterns=UNWANTED))
-
-
-def from_hub(model: str) -> AbstractContextManager[None]:
-    """Turn a failed download inside the `with` block into an error of one line."""
-    return errors_in_one_line(
+    with errors_in_one_line(
         f"{model}: no such folder, and it could not be downloaded from the Hub",
         "check the name, log in with `hf auth login` if the model is gated, or give the path of a local checkpoint",
-    )
+    ):
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted, ignore_patterns=UNWANTED))
 
 
 def inspect(folder: Path) -> Checkpoint:
@@ -174,7 +163,7 @@ def inspect(folder: Path) -> Checkpoint:
     if os.path.lexists(folder / TOKENIZER_CONFIG):
         check_config(read_json(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
     quantization = quantization_of(config, folder / CONFIG)
-    tensors = _read_headers(folder, FILE_DTYPES | (FP8_DTYPES if quantization else {}))
+    tensors = _find_tensors(folder, FILE_DTYPES | (FP8_DTYPES if quantization else {}))
     dtype = most_bytes(tensors.values())
     if quantization:
         tensors, dtype = joined(tensors, quantization, config, folder / CONFIG)
@@ -253,10 +242,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_object(read_bounded(path, files.MAX_JSON_BYTES), path)
 
 
-def _read_headers(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
+def _find_tensors(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
     """Read the headers of all tensors of a checkpoint. `dtypes` are those allowed, by their names in the files."""
     if os.path.lexists(folder / SINGLE):
-        return _merged(folder, [SINGLE], dtypes)
+        return read_headers(folder, [SINGLE], dtypes)
     if not os.path.lexists(folder / INDEX):
         raise InputError(
             f"{folder}: neither {SINGLE} nor {INDEX}; give a checkpoint in safetensors: pickle files are never read, "
@@ -265,7 +254,7 @@ def _read_headers(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, Ten
     shard_of = read_json(folder / INDEX).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(x, str) for x in shard_of.values()):
         raise InputError(f"{folder / INDEX}: no weight_map with names of files in it; {AGAIN}")
-    tensors = _merged(folder, sorted({*shard_of.values()}), dtypes)
+    tensors = read_headers(folder, sorted({*shard_of.values()}), dtypes)
     for name in [*tensors, *shard_of]:
         if name not in shard_of or name not in tensors or tensors[name].file != folder / shard_of[name]:
             raise InputError(f"{folder / INDEX}: tensor {shown(name)} is not where it says; {AGAIN}")
@@ -278,14 +267,24 @@ def tensors_in(folder: Path) -> dict[str, TensorInfo]:
     Raises:
         InputError: there is no such file, a file is damaged, or two files have a tensor of the same name.
     """
-    tensors = _merged(folder, sorted(path.name for path in folder.glob("*.safetensors")), FILE_DTYPES | OTHER_DTYPES)
+    tensors = read_headers(
+        folder, sorted(path.name for path in folder.glob("*.safetensors")), FILE_DTYPES | OTHER_DTYPES
+    )
     if not tensors:
         raise InputError(f"{folder}: no tensors in safetensors files; give a folder that sparsefw.run wrote")
     return tensors
 
 
-def _merged(folder: Path, names: Iterable[str], dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
-    """Read the headers of several files. A tensor in more than one of them is refused."""
+def read_headers(
+    folder: Path, names: Iterable[str], dtypes: dict[str, torch.dtype] = FILE_DTYPES
+) -> dict[str, TensorInfo]:
+    """Read the headers of safetensors files. A tensor in more than one of them is refused.
+
+    Args:
+        folder: folder of the files.
+        names: names of the files.
+        dtypes: the allowed dtypes, by their names in the files.
+    """
     tensors: dict[str, TensorInfo] = {}
     for path in (folder / name for name in names):
         check_file(path, folder)

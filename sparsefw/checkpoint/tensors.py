@@ -9,17 +9,21 @@ keeps its stored form until a model is loaded with it.
 
 import math
 import os
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsefw.arithmetic import check_finite
+from sparsefw.checkpoint import packed
+from sparsefw.checkpoint.packed import MASK
 from sparsefw.errors import InputError
+
+if TYPE_CHECKING:
+    from sparsefw.checkpoint.quantization import Quantization
 
 # An exponent without sign and mantissa (E8M0): a power of two.
 EXPONENT = torch.float8_e8m0fnu
@@ -63,44 +67,6 @@ class TensorInfo:
         return {name: self}
 
 
-class Quantization(ABC):
-    """Format in which a checkpoint stores some of its tensors.
-
-    Attributes:
-        method: its `quant_method` in a config.
-        words: two words for messages: the tensors are the first, and a run makes them the second.
-        has_dtype: whether the stored values have the dtype of the model's tensor.
-    """
-
-    method: ClassVar[str]
-    words: ClassVar[tuple[str, str]]
-    has_dtype: ClassVar[bool] = False
-
-    @abstractmethod
-    def share(self, dtype: torch.dtype) -> float:
-        """Return the stored bytes of a tensor for each byte that it has in another dtype."""
-
-    @abstractmethod
-    def join(self, stored: dict[str, TensorInfo], name: str) -> "tuple[str, QuantizedInfo] | None":
-        """Find the quantized tensor with values of this name in the files.
-
-        Returns:
-            The tensor's name in the model, and the tensor; None if no quantized tensor has such values.
-
-        Raises:
-            InputError: the scales or the mask are missing, or do not fit the values.
-        """
-
-    @abstractmethod
-    def dequantize(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """Compute the tensor of the model."""
-
-    def check(self, info: "QuantizedInfo", values: Tensor, scales: Tensor) -> None:
-        """Raise InputError unless the scales, or the mask, that were read are sound."""
-        _, name = info.parts
-        check_finite(name, (scales.view(EXPONENT) if scales.dtype == torch.uint8 else scales).float())
-
-
 @dataclass(frozen=True)
 class QuantizedInfo(TensorInfo):
     """Place and form of a quantized tensor: `file` holds its values, dtype and shape are those in the model.
@@ -110,12 +76,17 @@ class QuantizedInfo(TensorInfo):
         parts: its values and its scales (or mask) in the files, in this order, by name.
     """
 
-    quantization: Quantization
+    quantization: "Quantization"
     parts: dict[str, TensorInfo]
 
     def stored(self, name: str) -> dict[str, TensorInfo]:
         """See `TensorInfo`."""
         return self.parts
+
+
+def in_files(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the tensors in the files that make up tensors of a model, by name."""
+    return {part: info for name, tensor in tensors.items() for part, info in tensor.stored(name).items()}
 
 
 class QuantizedTensor:
@@ -160,7 +131,7 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
         InputError: a file has changed since the check, a scale is NaN or Inf, or a mask does not fit its values.
         OSError: a file is gone, or cannot be read.
     """
-    stored = {part: info for name, tensor in tensors.items() for part, info in tensor.stored(name).items()}
+    stored = in_files(tensors)
     by_file: dict[Path, list[str]] = {}
     for name in sorted(stored, key=lambda name: stored[name].offset):
         by_file.setdefault(stored[name].file, []).append(name)
@@ -176,8 +147,11 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
     loadable: dict[str, Loadable] = {}
     for name, info in tensors.items():
         if isinstance(info, QuantizedInfo):
-            values, scales = (read[part] for part in info.parts)
-            info.quantization.check(info, values, scales)
+            (part, values), (scale, scales) = ((part, read[part]) for part in info.parts)
+            if scale == part + MASK:
+                packed.check(part, values, scales)
+            else:
+                check_finite(scale, (scales.view(EXPONENT) if scales.dtype == torch.uint8 else scales).float())
             loadable[name] = QuantizedTensor(info, values, scales)
         else:
             loadable[name] = read[name]

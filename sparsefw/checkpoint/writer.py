@@ -10,6 +10,7 @@
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -36,7 +37,7 @@ from sparsefw.checkpoint.files import (
     parse_object,
 )
 from sparsefw.checkpoint.quantization import without_quantization
-from sparsefw.checkpoint.source import INDEX, TOKENIZER_CONFIG, companions, matches, read_json
+from sparsefw.checkpoint.source import INDEX, TOKENIZER_CONFIG, companions, matches, read_headers, read_json
 from sparsefw.errors import InputError, first_line, invocation, option, shown, worded
 from sparsefw.ranks import ALONE, Ranks
 
@@ -48,17 +49,13 @@ class Record:
     """Record of a finished shard.
 
     Attributes:
-        names: names of its tensors.
-        bytes: bytes of its tensors.
-        parameters: number of the entries of its tensors.
-        digests: SHA-256 of its files by their paths in the hidden folder. The shard itself comes first, then those of
+        bytes: bytes of its tensors, with those of compared methods.
+        digests: SHA-256 of its files by their paths in the hidden folder: of the shard itself, and of the shards of
             compared methods.
         note: JSON values that a run needs to resume after the shard.
     """
 
-    names: list[str]
     bytes: int
-    parameters: int
     digests: dict[str, str]
     note: Any
 
@@ -74,9 +71,8 @@ class Writer:
         output: folder for the checkpoint.
         shards: number of shards, each written by a call of `write`.
         identity: JSON values that must be the same for a run to resume, by names for messages.
-        chosen: values that the run has chosen itself. A run that resumes takes those of the run that began the output.
         source: folder of the checkpoint that is read, whose other files are copied. None: the model is in memory, and
-            the output holds no shards but the files that `finish` saves.
+            its shards are not part of the output.
         overwrite: whether an older checkpoint may be replaced.
         restart: whether to discard the shards of an unfinished run.
         ranks: the ranks that write, each its own shards. Rank 0 opens the folder and finishes it.
@@ -85,7 +81,6 @@ class Writer:
         output: folder for the checkpoint, with links resolved.
         folder: folder of the checkpoint until `finish`. A file that is put here is not copied from the source.
         records: records of the finished shards by number; of other ranks only those from before this writer.
-        chosen: choices of the run that began the output.
     """
 
     def __init__(
@@ -93,14 +88,13 @@ class Writer:
         output: Path,
         shards: int,
         identity: dict[str, Any] | None = None,
-        chosen: dict[str, int] | None = None,
         *,
         source: Path | None = None,
         overwrite: bool = False,
         restart: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.output, self.shards, self.chosen = output.resolve(), shards, chosen or {}
+        self.output, self.shards = output.resolve(), shards
         # As it is read back from JSON, where a tuple becomes a list.
         self._identity: dict[str, Any] = json.loads(json.dumps(identity or {}))
         self._source, self._overwrite, self._restart, self._ranks = source, overwrite, restart, ranks
@@ -124,38 +118,44 @@ class Writer:
             except BaseException:
                 self._leave()
                 raise
-        self.records, self.chosen = self._ranks.broadcast_object((self.records, self.chosen))
+        self.records = self._ranks.broadcast_object(self.records)
         if not self.folder.is_dir():
             raise InputError(f"{self.output}: rank 0 writes there, and this machine does not see it; share the folder")
         return self
 
     def _open(self) -> None:
-        """Load the records of an unfinished run of the same identity, or begin anew."""
+        """Load the records of an unfinished run of the same identity, or begin anew, and delete all other files."""
         self._restore_old()
         check_free(self.output, self._overwrite)
-        if not (before := self.begun()):
-            self._clear()
+        before = self.begun()
+        if before:
+            self._check_identity(before["identity"])
+            # Ranks finish shards in any order. Shards after a gap are made again.
+            for n in takewhile(lambda n: self._record(n).exists(), count()):
+                self.records[n] = self._read(self._record(n), Record)
+        else:
+            # First, so that no run resumes with the files that a kill leaves of the others.
+            self._identity_file.unlink(missing_ok=True)
+        known = {self._partial / name for record in self.records.values() for name in record.digests}
+        known |= {*map(self._record, self.records)}
+        for path in self._partial.glob("*/*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path not in known:
+                path.unlink()
+        if not before:
             for name in ("new", "kept", "records"):
-                (self._partial / name).mkdir()
-            self._write_identity()
-            return
+                (self._partial / name).mkdir(exist_ok=True)
+            self.choose({})
+
+    def _check_identity(self, before: dict[str, Any]) -> None:
         for name, now in self._identity.items():
-            if (then := before["identity"].get(name)) != now:
+            if (then := before.get(name)) != now:
                 raise InputError(
                     f"{self.output}: an unfinished run of other input is there: {worded(name)} was {shown(then, 60)}, "
                     f"and is {shown(now, 60)}; give the same to go on, or {option('restart', True)} to discard it, or "
                     "choose another folder"
                 )
-        self.chosen = before["chosen"]
-        # Ranks finish shards in any order. Shards after a gap are made again.
-        for n in takewhile(lambda n: self._record(n).exists(), count()):
-            self.records[n] = self._read(self._record(n), Record)
-        known = {self._partial / name for record in self.records.values() for name in record.digests}
-        known |= {*map(self._record, self.records)}
-        # A kill may have left other files.
-        for path in self._partial.glob("*/*"):
-            if path not in known and path.parent != self._old:
-                _delete(path)
 
     def begun(self) -> dict[str, dict[str, Any]]:
         """Read identity and choices of the unfinished run that this one resumes; empty if there is none.
@@ -167,6 +167,11 @@ class Writer:
             return {}
         return self._read(self._identity_file, dict[str, dict[str, Any]])
 
+    def choose(self, chosen: dict[str, int]) -> None:
+        """Store what the run has chosen itself, for a run that resumes it and reads it by `begun`."""
+        if self._ranks.first:
+            durably(self._identity_file, json.dumps({"identity": self._identity, "chosen": chosen}))
+
     def _restore_old(self) -> None:
         """Put an older output back if a run was killed while it replaced the output."""
         if self._old.exists() and not self.output.exists():
@@ -175,13 +180,6 @@ class Writer:
     def _goes_on(self) -> bool:
         """Tell whether there are finished shards, damaged or not, after which a run may resume."""
         return all(path.exists() for path in (self._identity_file, self.folder, self._record(0)))
-
-    def _clear(self) -> None:
-        # First, so that no run resumes with the files that a kill leaves of the others.
-        self._identity_file.unlink(missing_ok=True)
-        for path in self._partial.iterdir():
-            if path.name != "lock":
-                _delete(path)
 
     def _record(self, n: int) -> Path:
         return self._partial / "records" / f"{n + 1:05d}.json"
@@ -202,16 +200,8 @@ class Writer:
 
     @property
     def written(self) -> int:
-        """Count the bytes of the tensors in finished shards."""
+        """Count the bytes of the tensors in finished shards, with those of compared methods."""
         return sum(record.bytes for record in self.records.values())
-
-    def choose(self, chosen: dict[str, int]) -> None:
-        """Replace the choices of the run, for a run that resumes it."""
-        self.chosen = chosen
-        self._write_identity()
-
-    def _write_identity(self) -> None:
-        durably(self._identity_file, json.dumps({"identity": self._identity, "chosen": self.chosen}))
 
     def check_space(self, size: int) -> None:
         """Refuse a run for which the disk has too little space; `size` bytes are still to be written."""
@@ -250,29 +240,22 @@ class Writer:
         Raises:
             OSError, SafetensorError: the disk is full or fails.
         """
-        files = {self.path(n): tensors}
-        files |= {self.path(n, method): others for method, others in (compared or {}).items()}
-        digests = {path.relative_to(self._partial).as_posix(): self._save(path, x) for path, x in files.items()}
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        parameters = sum(tensor.numel() for tensor in tensors.values())
-        record = Record([*tensors], size, parameters, digests, note)
+        size, digests = 0, {}
+        for method, pruned in ({None: tensors} | (compared or {})).items():
+            path = self.path(n, method)
+            on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in pruned.items()}
+            durably(path, partial(save_file, on_host, metadata={"format": "pt"}))
+            size += sum(tensor.nbytes for tensor in on_host.values())
+            # The system still has the file in memory.
+            digests[path.relative_to(self._partial).as_posix()] = file_digest(path)
+        record = Record(size, digests, note)
         durably(self._record(n), json.dumps(asdict(record)))
         self.records[n] = record
 
-    def _save(self, path: Path, tensors: dict[str, Tensor]) -> str:
-        """Write a file of tensors, and return its digest."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        durably(path, partial(save_file, tensors, metadata={"format": "pt"}))
-        # The system still has the file in memory.
-        return file_digest(path)
-
-    def finish(
-        self, save: Callable[[Path], None] | None = None, describe: Callable[[Path], None] | None = None
-    ) -> None:
+    def finish(self, describe: Callable[[Path], None] | None = None) -> None:
         """Complete the output, write SHA256SUMS, and move the output into place.
 
         Args:
-            save: writes a model in memory into a folder.
             describe: writes pages about a complete model into its folder. SHA256SUMS leaves the model card out.
 
         Raises:
@@ -280,10 +263,9 @@ class Writer:
         """
         self.records = {n: r for records in self._ranks.gather(self.records) for n, r in records.items()}
         if self._ranks.first:
-            if save:
-                save(self.folder)
             if self._source is not None:
-                self._complete(self._source)
+                self._write_index()
+                copy_companions(self._source, self.folder)
             if describe:
                 describe(self.folder)
             written = {self._partial / name: d for r in self.records.values() for name, d in r.digests.items()}
@@ -302,18 +284,16 @@ class Writer:
         self._done = True
         self._ranks.barrier()
 
-    def _complete(self, source: Path) -> None:
-        """Write the index, and copy the source's `companions`: config, tokenizer and others."""
-        records = [self.records[n] for n in range(self.shards)]
+    def _write_index(self) -> None:
+        tensors = read_headers(self.folder, [self.path(n).name for n in range(self.shards)])
         index = {
             "metadata": {
-                "total_parameters": sum(record.parameters for record in records),
-                "total_size": sum(record.bytes for record in records),
+                "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+                "total_size": sum(tensor.nbytes for tensor in tensors.values()),
             },
-            "weight_map": {name: self.path(n).name for n, record in enumerate(records) for name in record.names},
+            "weight_map": {name: tensor.file.name for name, tensor in tensors.items()},
         }
         durably(self.folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-        copy_companions(source, self.folder)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -335,48 +315,37 @@ class Writer:
         self._restore_old()
         finished = 0 if self._done or not self._goes_on() else len([*self._record(0).parent.glob("*.json")])
         if not finished:
-            self._clear()
+            self._identity_file.unlink(missing_ok=True)
             shutil.rmtree(self._partial)
         self._lock.release()
         return finished
 
 
 def copy_companions(source: Path, folder: Path, ignored: Iterable[str] = ()) -> None:
-    """Copy a source's `companions`, changed as `rewritten` says. Existing files and `ignored` patterns are left out."""
-    texts = rewritten(source)
+    """Copy a source's `companions`. Files that exist, and those that match `ignored` patterns, are left out."""
     for path in companions(source):
         target = folder / path.relative_to(source)
         if not matches(path.name.lower(), ignored) and not target.exists():
             target.parent.mkdir(exist_ok=True)
             # Only the content is copied, since the source's files may be read-only or links.
-            durably(target, texts.get(str(target.relative_to(folder))) or partial(shutil.copyfile, path))
+            durably(target, rewritten(path, source) or partial(shutil.copyfile, path))
 
 
-def rewritten(folder: Path) -> dict[str, str]:
-    """Make the configs that are written in place of the source's, by file name.
+def rewritten(path: Path, source: Path) -> str:
+    """Make the text that is written in place of a source's config; empty if a file is copied as it is.
 
     The code of a checkpoint is never copied, so `auto_map`, which names it, is removed. Outputs are not quantized, so
-    the quantization config is removed as well. Other files are copied unchanged.
+    the quantization config is removed as well.
 
     Args:
-        folder: folder of the source, which `inspect` has checked.
+        path: a file of the source.
+        source: folder of the source, which `inspect` has checked.
     """
-    texts = {}
-    for name in (CONFIG, TOKENIZER_CONFIG):
-        if (folder / name).is_file():
-            content = read_json(folder / name)
-            changed = without_quantization(content) if name == CONFIG else content
-            # Texts are compared, since a config may hold NaN, which does not equal itself.
-            plain = json.loads(json.dumps(changed), object_hook=lambda x: {k: x[k] for k in x if k != "auto_map"})
-            text = json.dumps(plain, indent=2) + "\n"
-            if text != json.dumps(content, indent=2) + "\n":
-                texts[name] = text
-    return texts
-
-
-def _delete(path: Path) -> None:
-    """Delete a file, a link, or a folder with its content."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    if path not in (source / CONFIG, source / TOKENIZER_CONFIG):
+        return ""
+    content = read_json(path)
+    changed = without_quantization(content) if path.name == CONFIG else content
+    plain = json.loads(json.dumps(changed), object_hook=lambda x: {k: x[k] for k in x if k != "auto_map"})
+    text = json.dumps(plain, indent=2) + "\n"
+    # Texts are compared, since a config may hold NaN, which does not equal itself.
+    return text if text != json.dumps(content, indent=2) + "\n" else ""

@@ -91,7 +91,9 @@ def run_in_memory(
             for n, i in enumerate(opened.unique_blocks):
                 opened.change(i, read_shard(writer.path(n)))
             opened.set_back()
-            writer.finish(*((write, describe) if saves else ()))
+            if saves and job.ranks.first:
+                write(writer.folder)
+            writer.finish(describe if saves else None)
 
         return carry_out(run, finish)
 

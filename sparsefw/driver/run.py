@@ -63,7 +63,7 @@ def run_job(job: Job) -> content.Report:
             files=stamps(source) if job.ranks.first else {},
             source=job.folder,
         )
-        return carry_out(settled(run, written), lambda writer, describe: writer.finish(None, describe))
+        return carry_out(settled(run, written), Writer.finish)
 
 
 def settled(run: Run, written: int = 0, saved: int = 0, fixed: dict[str, int] | None = None) -> Run:
@@ -115,20 +115,18 @@ def carry_out(run: Run, finish: Callable[[Writer, Describe], None]) -> content.R
         job.output.folder,
         len(model.unique_blocks) + len(model.pieces),
         values | {"the model's files": run.files},
-        {"batch": run.placement.batch, "solver": run.placement.solver},
         source=job.folder,
         overwrite=job.output.overwrite,
         restart=job.output.restart,
         ranks=ranks,
     ) as writer:
+        writer.choose({"batch": run.placement.batch, "solver": run.placement.solver})
         if writer.finished:
             run.say(f"resuming an unfinished run: {len(writer.finished)} of {writer.shards} shards are finished")
         if ranks.first and isinstance(calibration, Windows) and calibration.own:
             # So that a resumed run has the same text.
             durably(writer.folder / OWN_TEXT, calibration.own)
-        # The disk has the finished blocks of every method.
-        there = len(run.config.methods) * writer.written
-        writer.check_space(run.disk - there)
+        writer.check_space(run.disk - writer.written)
         run.say(log.layer_header())
         while True:
             limited = memory.gpu_limited(run.limits.get("gpu"), job.output.gpu_memory is not None)

@@ -78,8 +78,7 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
             dtype = MODEL_DTYPES[0]
             notes.append(f"{path}: names no dtype of weights that can be pruned: taken for {dtype}")
         if quantization:
-            stored, done = quantization.words
-            notes.append(f"{path}: {stored}: tensors are {done} and written as {str(dtype).removeprefix('torch.')}")
+            notes.append(f"{path}: {quantization.form}: converted to {str(dtype).removeprefix('torch.')}")
         checkpoint = Checkpoint(folder, {}, {}, dtype)
     with without_weights(checkpoint, computes_in_fp32(checkpoint.dtype, device)) as built:
         shape = shape_of_text(built)

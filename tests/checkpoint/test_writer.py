@@ -27,9 +27,9 @@ NAMES = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 def write(output: Path, source: Path, overwrite: bool = False, restart: bool = False) -> list:
     """Write what is not finished; returns the notes of what was."""
     choices = dict(source=source, overwrite=overwrite, restart=restart)
-    with Writer(output, 2, {"x": (1, 2)}, {"batch": 3}, **choices) as writer:
+    with Writer(output, 2, {"x": (1, 2)}, **choices) as writer:
         finished = writer.finished
-        assert writer.chosen == {"batch": 3}
+        writer.choose({"batch": 3})
         for n, (name, others) in enumerate((("a", {"b": TENSORS["b"]}), ("c", {}))):
             if n >= len(finished):
                 compared = {"wanda": {name: TENSORS[name] + 1}}
@@ -43,7 +43,8 @@ def write(output: Path, source: Path, overwrite: bool = False, restart: bool = F
 
 def begin(output: Path, shards: int = 1, source: Path | None = Path("source")) -> Path:
     """Leave an unfinished run with some shards; returns its folder."""
-    with suppress(KeyboardInterrupt), Writer(output, 2, {"x": (1, 2)}, {"batch": 3}, source=source) as writer:
+    with suppress(KeyboardInterrupt), Writer(output, 2, {"x": (1, 2)}, source=source) as writer:
+        writer.choose({"batch": 3})
         for n, name in enumerate("ac"[:shards]):
             tensors = {name: TENSORS[name].t()} | ({} if n else {"b": TENSORS["b"]})
             writer.write(n, tensors, [n], {"wanda": {name: TENSORS[name] + 1}})
@@ -213,14 +214,15 @@ class TestInterrupted:
         begin(tmp_path / "pruned")
         with refused(r"an unfinished run of other input is there: x was \[1, 2\], and is \[1, 3\]; .*restart=True"):
             Writer(tmp_path / "pruned", 2, {"x": (1, 3)}).__enter__()
-        # The choice of the first run holds.
-        with Writer(tmp_path / "pruned", 2, {"x": (1, 2)}, {"batch": 4}, source=folder) as writer:
-            assert writer.chosen == {"batch": 3}
+        begun = Writer(tmp_path / "pruned", 0).begun()
+        assert begun == {"identity": {"x": [1, 2]}, "chosen": {"batch": 3}}
+        assert not Writer(tmp_path / "pruned", 0, restart=True).begun()
+        with Writer(tmp_path / "pruned", 2, {"x": (1, 2)}, source=folder) as writer:
             writer.write(1, {"c": TENSORS["c"]})
             writer.finish()
 
     def test_one_run_at_a_time(self, folder, tmp_path):
-        with Writer(tmp_path / "pruned", 2, {"x": (1, 2)}, {"batch": 3}, source=folder) as writer:
+        with Writer(tmp_path / "pruned", 2, {"x": (1, 2)}, source=folder) as writer:
             with refused("pruned: another run is writing it; wait for its end or choose another folder"):
                 write(tmp_path / "pruned", folder)
             writer.write(0, {"a": TENSORS["a"]})
@@ -242,7 +244,8 @@ class TestSavedOtherwise:
             assert writer.finished == [[0], [1]]
             (writer.folder / "report.json").write_text("{}")
             assert writer.path(1).exists()
-            writer.finish(save or self.save)
+            (save or self.save)(writer.folder)
+            writer.finish()
 
     def test_it_is_resumed_until_the_output_is_there(self, tmp_path):
         output = tmp_path / "pruned"

@@ -59,7 +59,7 @@ def test_pruned_as_the_checkpoint_that_transformers_dequantizes(name, source, te
     notes = json.loads((tmp_path / "out" / "report.json").read_text())["notes"]
     count = sum(name.endswith(("_scale_inv", "_scales")) for name in load_file(source(name) / SINGLE))
     method = "mxfp4" if name == "gpt_oss" else "fp8"
-    begin = f"the source is quantized ({method}): {count} tensors are dequantized and written as bfloat16, all tensors "
+    begin = f"the source is quantized ({method}): {count} tensors are converted to bfloat16, all tensors "
     assert [note.startswith(begin) for note in notes] == [True] + [False] * (len(notes) - 1)
     assert f"note: {notes[0]}\n" in said
     assert notes[0] in (tmp_path / "out" / "report.html").read_text()

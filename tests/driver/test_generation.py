@@ -82,7 +82,7 @@ def test_a_share_of_a_mixture_by_another_seed(written, tmp_path, capsys):
 def test_a_killed_run_is_resumed_with_its_text(written, tmp_path, monkeypatch, capsys):
     child = os.fork()
     if not child:
-        interrupted_at(monkeypatch, 14, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        interrupted_at(monkeypatch, 16, lambda: os.kill(os.getpid(), signal.SIGKILL))
         run(tmp_path / "out")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

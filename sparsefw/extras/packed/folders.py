@@ -188,6 +188,6 @@ def rewrite(
             durably(writer.folder / name, content)
         written = writer.folder / REPORT
         report = read_report(written) if written.is_file() else None
-        writer.finish(None, partial(write_pages, report, writer.output, folder, to_logger) if report else None)
+        writer.finish(partial(write_pages, report, writer.output, folder, to_logger) if report else None)
         before = sum(info.stored_nbytes for info in checkpoint.tensors.values())
         return before, writer.written
