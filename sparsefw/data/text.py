@@ -5,12 +5,14 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparsefw.errors import InputError, errors_in_one_line, option, shown
+
+if TYPE_CHECKING:
+    from sparsefw.data.tokens import Tokenizer
 
 # Part of a dataset: for calibration, or for evaluation.
 Split = Literal["train", "test"]
@@ -50,20 +52,12 @@ TEXTS, TOKENS = "texts", "token ids"
 CHARACTERS, ROWS = 2**16, 64
 
 
-@dataclass(frozen=True, eq=False)
-class Text:
-    """Text whose documents are read one after the other, when they are asked for, and only once.
-
-    Attributes:
-        source: name of the text, for the report and for messages.
-        documents: the documents, each as consecutive strings. A document must be read to its end before the next one.
-    """
-
-    source: str
-    documents: Iterator[Iterable[str]]
+# Name of a text, for the report and for messages, and its documents, each as consecutive strings. Documents are read
+# one after another, when they are asked for, and only once; each must be read to its end before the next one.
+Text = tuple[str, Iterator[Iterable[str]]]
 
 
-def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], Any] | None = None) -> Text:
+def read_text(dataset: str | Iterable[Any], split: Split, tokenizer: "Tokenizer | None" = None) -> Text:
     """Open a text.
 
     Args:
@@ -71,25 +65,28 @@ def read_text(dataset: str | Iterable[Any], split: Split, chat: Callable[[Any], 
             or .parquet file (one document in each record, in one of TEXT_COLUMNS); a Hub id ORG/NAME of a dataset with
             such records; or the documents or records themselves.
         split: the split of a dataset with a name. A file is read from its start for both splits.
-        chat: makes a text of the messages of a record, by the tokenizer's chat template.
+        tokenizer: makes a text of the messages of a record, by its chat template.
 
     Raises:
         InputError: there is no such text. Reading the documents raises it if they cannot be read.
     """
     if not isinstance(dataset, str):
-        return Text(TEXTS, _documents(dataset, TEXTS, chat))
+        return TEXTS, _documents(dataset, TEXTS, tokenizer)
     if dataset == "default":
-        return _built_in(split)
+        from sparsefw.default.text import evaluation_text, training_text
+
+        document = training_text() if split == "train" else evaluation_text()
+        return f"default, {'training' if split == 'train' else 'held-out'} text", iter([[document]])
     path = Path(os.path.expanduser(dataset))
     if (dataset, split) not in NAMED and dataset and os.path.exists(path):
-        return _local(dataset, path, chat)
+        return dataset, _of_file(dataset, path, tokenizer)
     if dataset.startswith((".", "/", "~")) or dataset.lower().endswith(FILES):
         raise InputError(f"{dataset}: no such file; check the path")
     # A single word never reaches `datasets`: it would read "text" or "json" as all such files of the current folder.
     if (dataset, split) not in NAMED and not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
         names = ", ".join(NAMES if split == "train" else NAMES[:-2])
         raise InputError(f"{shown(repr(dataset), 60)}: unknown dataset; give {names}, a file or a Hub id ORG/NAME")
-    return _from_hub(dataset, split, chat)
+    return _from_hub(dataset, split, tokenizer)
 
 
 def takes_library(dataset: str) -> bool:
@@ -108,7 +105,7 @@ def _read(items: Iterable[Any], source: str) -> Iterator[Any]:
         yield item
 
 
-def _documents(records: Iterable[Any], source: str, chat: Callable[[Any], Any] | None) -> Iterator[list[str]]:
+def _documents(records: Iterable[Any], source: str, tokenizer: "Tokenizer | None") -> Iterator[list[str]]:
     """Yield the texts of records, which are strings, or mappings with one of TEXT_COLUMNS, or batches of either.
 
     Raises:
@@ -125,30 +122,24 @@ def _documents(records: Iterable[Any], source: str, chat: Callable[[Any], Any] |
                 )
             column = next((name for name in found if record[name] is not None), found[0])
             texts = record[column]
-            if column == "messages" and chat:
+            if column == "messages" and tokenizer:
                 with errors_in_one_line(f"{source}: record {number}: no text can be made of its messages"):
-                    texts = chat(texts)
+                    texts = tokenizer.apply_chat_template(texts, tokenize=False)
         for text in texts if isinstance(texts, list | tuple) else (texts,):
             if not isinstance(text, str):
                 raise InputError(f"{source}: record {number} is {type(text).__name__}, expected a text")
             yield [text]
 
 
-def _built_in(split: Split) -> Text:
-    from sparsefw.default.text import evaluation_text, training_text
-
-    document = training_text() if split == "train" else evaluation_text()
-    return Text(f"default, {'training' if split == 'train' else 'held-out'} text", iter([[document]]))
-
-
-def _local(dataset: str, path: Path, chat: Callable[[Any], Any] | None) -> Text:
+def _of_file(dataset: str, path: Path, tokenizer: "Tokenizer | None") -> Iterator[Iterable[str]]:
+    """Read the documents of a file."""
     name = path.name.lower()
     if not name.endswith(FILES) or not path.is_file():
         raise InputError(f"{dataset}: not a file of text; give one of {', '.join(FILES)}")
     if name.endswith(".txt"):
-        return Text(dataset, iter([_read(_strings(path), dataset)]))
+        return iter([_read(_strings(path), dataset)])
     records = (_rows if name.endswith(".parquet") else _values)(path)
-    return Text(dataset, _documents(_read(records, dataset), dataset, chat))
+    return _documents(_read(records, dataset), dataset, tokenizer)
 
 
 def _strings(path: Path) -> Iterator[str]:
@@ -182,7 +173,7 @@ def _rows(path: Path) -> Iterator[Any]:
             yield from batch.to_pylist()
 
 
-def _from_hub(dataset: str, split: Split, chat: Callable[[Any], Any] | None) -> Text:
+def _from_hub(dataset: str, split: Split, tokenizer: "Tokenizer | None") -> Text:
     import datasets
 
     name, detail, part = NAMED.get((dataset, split), (dataset, "", None))
@@ -203,4 +194,4 @@ def _from_hub(dataset: str, split: Split, chat: Callable[[Any], Any] | None) -> 
             raise InputError(f"{dataset}: no split {' or '.join(SPLITS[split])}, only {shown(', '.join(records))}")
         records = records[part]
     source = " ".join(filter(None, (name, detail, part)))
-    return Text(source, _documents(_read(records, source), source, chat))
+    return source, _documents(_read(records, source), source, tokenizer)

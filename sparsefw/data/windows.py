@@ -10,7 +10,6 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -153,12 +152,12 @@ def calibration_windows(
     Raises:
         InputError: the text cannot be read, or is too short.
     """
-    text = read_text(dataset, "train", partial(tokenizer.apply_chat_template, tokenize=False))
-    ids = _leading_tokens(tokenizer, _separated(text.documents), TOKENS_READ * nsamples * seqlen)
-    return _windows(_drawn(ids, text.source, nsamples, seqlen, seed), text.source)
+    source, documents = read_text(dataset, "train", tokenizer)
+    ids = _leading_tokens(tokenizer, _separated(documents), TOKENS_READ * nsamples * seqlen)
+    return _windows(_drawn(ids, source, nsamples, seqlen, seed), source)
 
 
-def _drawn(ids: "array[int]", source: str, nsamples: int, seqlen: int, seed: int) -> Tensor:
+def _drawn(ids: Tensor, source: str, nsamples: int, seqlen: int, seed: int) -> Tensor:
     """Cut windows from tokens and draw some of them, see `calibration_windows`: (nsamples, seqlen) int64."""
     needed, piece = nsamples * seqlen, seqlen // max(1, min(PIECES, seqlen // MIN_PIECE))
     if len(ids) < needed:
@@ -170,12 +169,11 @@ def _drawn(ids: "array[int]", source: str, nsamples: int, seqlen: int, seed: int
         )
     generator = torch.Generator().manual_seed(seed)
     offset = int(torch.randint(min(piece - 1, len(ids) - needed) + 1, (1,), generator=generator))
-    pieces = _cut(ids, piece, offset)
+    pieces = ids[offset:].unfold(0, piece, piece)
     drawn = pieces[torch.randperm(len(pieces), generator=generator)[: math.ceil(needed / piece)]]
     # If a window is no whole number of pieces, it may begin inside a piece, and the last one may need the rest of the
     # text.
-    rest = torch.frombuffer(ids, dtype=torch.int32)[offset + pieces.numel() :]
-    return torch.cat([drawn.flatten(), rest])[:needed].long().view(nsamples, seqlen)
+    return torch.cat([drawn.flatten(), ids[offset + pieces.numel() :]])[:needed].long().view(nsamples, seqlen)
 
 
 def windows_of_records(records: Iterable[Any], source: str, *, nsamples: int, seqlen: int | None, seed: int) -> Tensor:
@@ -208,7 +206,7 @@ def windows_of_records(records: Iterable[Any], source: str, *, nsamples: int, se
             break
     seqlen = seqlen or max(MIN_SEQLEN, *map(len, rows))
     if any(len(row) != seqlen for row in rows):
-        return _drawn(ids, source, nsamples, seqlen, seed)
+        return _drawn(_as_tensor(ids), source, nsamples, seqlen, seed)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return torch.stack(rows)[order[:nsamples].sort().values]
 
@@ -241,15 +239,15 @@ def evaluation_windows(
     Raises:
         InputError: the text cannot be read, or is shorter than a window.
     """
-    text = read_text(dataset, "test", partial(tokenizer.apply_chat_template, tokenize=False))
-    joined = itertools.chain.from_iterable(_separated(text.documents))
+    source, documents = read_text(dataset, "test", tokenizer)
+    joined = itertools.chain.from_iterable(_separated(documents))
     ids = _leading_tokens(tokenizer, [joined], None if limit is None else limit * seqlen)
     if len(ids) < seqlen:
         raise InputError(
-            f"{text.source}: {len(ids)} tokens, fewer than one window of {seqlen}; use a longer text or shorter "
+            f"{source}: {len(ids)} tokens, fewer than one window of {seqlen}; use a longer text or shorter "
             f"windows ({option('seqlen')})"
         )
-    return _windows(_cut(ids, seqlen).long(), text.source)
+    return _windows(ids.unfold(0, seqlen, seqlen).long(), source)
 
 
 def mixed_windows(
@@ -275,21 +273,19 @@ def mixed_windows(
 
     if len(shares) == 1:
         return drawn(next(iter(shares)), nsamples)
-    ids = torch.empty(nsamples, seqlen, dtype=torch.int64)
     # In a random order: some windows are held out, and the others take turns. Each such part needs some of every text.
-    order = torch.randperm(nsamples, generator=torch.Generator().manual_seed(seed)).argsort()
+    order = torch.randperm(nsamples, generator=torch.Generator().manual_seed(seed))
     numbers = dict(zip(shares, counts(nsamples, list(shares.values())), strict=True))
     for name, n in numbers.items():
         if not n:
             share_of = f"{option('dataset', name)}: its share, {shares[name]:g}"
             raise InputError(f"{share_of}, is none of {nsamples} windows; give a larger share, or more windows")
     # The text that the model writes is last: it takes longest, and another text may turn out to be missing.
-    windows = {name: drawn(name, numbers[name]) for name in sorted(shares, key=lambda name: name == SELF)}
-    for name, rows in zip(shares, order.split([*numbers.values()]), strict=True):
-        ids[rows] = windows[name].ids
-    sources = [f"{windows[name].source} ({n})" for name, n in numbers.items()]
-    own = "".join(x.own for x in windows.values())
-    return replace(_windows(ids, " + ".join(sources)), own=own)
+    by_name = {name: drawn(name, numbers[name]) for name in sorted(shares, key=lambda name: name == SELF)}
+    parts = [by_name[name] for name in shares]
+    ids = torch.cat([part.ids for part in parts])[order]
+    mixed = _windows(ids, " + ".join(f"{part.source} ({part.n})" for part in parts))
+    return replace(mixed, own="".join(part.own for part in parts))
 
 
 def counts(n: int, shares: Sequence[float]) -> list[int]:
@@ -312,12 +308,6 @@ def _windows(ids: Tensor, source: str) -> Windows:
     return Windows(ids, source, hashlib.sha256(ids.numpy().data).hexdigest())
 
 
-def _cut(ids: "array[int]", seqlen: int, offset: int = 0) -> Tensor:
-    """Cut the tokens after an offset into windows, (n, seqlen) int32, as a view of `ids`."""
-    n = (len(ids) - offset) // seqlen
-    return torch.frombuffer(ids, dtype=torch.int32)[offset : offset + n * seqlen].view(n, seqlen)
-
-
 def _separated(documents: Iterable[Iterable[str]]) -> Iterator[Iterable[str]]:
     """Put the separator at the beginning of each document but the first.
 
@@ -327,12 +317,16 @@ def _separated(documents: Iterable[Iterable[str]]) -> Iterator[Iterable[str]]:
         yield itertools.chain([SEPARATOR], document) if n else document
 
 
-def _leading_tokens(tokenizer: Tokenizer, documents: Iterable[Iterable[str]], wanted: int | None) -> "array[int]":
-    """Return the first `wanted` tokens of documents, 4 bytes each; None: all tokens."""
+def _leading_tokens(tokenizer: Tokenizer, documents: Iterable[Iterable[str]], wanted: int | None) -> Tensor:
+    """Return the first `wanted` tokens of documents, int32; None: all tokens."""
     ids = array("i", start_tokens(tokenizer))
     for tokens in tokens_of(tokenizer, documents):
         ids.extend(tokens)
         if wanted is not None and len(ids) >= wanted:
-            del ids[wanted:]
             break
-    return ids
+    return _as_tensor(ids)[:wanted]
+
+
+def _as_tensor(ids: "array[int]") -> Tensor:
+    # numpy takes an empty array, too.
+    return torch.from_numpy(np.asarray(ids))

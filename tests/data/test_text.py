@@ -48,11 +48,11 @@ def test_text_file_is_one_document(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name in (str(tmp_path / "a [1] * file.TXT"), "~/a [1] * file.TXT", "a [1] * file.TXT"):
-        assert read_text(name, "train").source == name
+        assert read_text(name, "train")[0] == name
         assert documents(name) == ["one\n\ntwo é\n"]
     # It is read as far as it is needed.
     monkeypatch.setattr(text, "CHARACTERS", 4)
-    assert list(next(read_text(name, "train").documents)) == ["one\n", "\ntwo", " é\n"]
+    assert list(next(read_text(name, "train")[1])) == ["one\n", "\ntwo", " é\n"]
 
 
 def test_built_in_text_has_two_halves():
@@ -130,10 +130,10 @@ def calls(monkeypatch) -> list:
 
 def test_datasets_of_the_hub(calls):
     assert documents("c4") == ["one", "two"]
-    assert read_text("c4", "test").source == "allenai/c4 en/c4-validation.00000-of-00008.json.gz validation"
-    assert read_text("wikitext", "test").source == "Salesforce/wikitext wikitext-2-raw-v1 test"
+    assert read_text("c4", "test")[0] == "allenai/c4 en/c4-validation.00000-of-00008.json.gz validation"
+    assert read_text("wikitext", "test")[0] == "Salesforce/wikitext wikitext-2-raw-v1 test"
     assert documents("org/name", "test") == ["two"]
-    assert read_text("org/name", "train").source == "org/name train"
+    assert read_text("org/name", "train")[0] == "org/name train"
     shard = {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "streaming": True}
     assert calls[0] == (("allenai/c4",), "train", shard)
     assert calls[2] == (("Salesforce/wikitext",), "test", {"name": "wikitext-2-raw-v1"})
@@ -159,7 +159,7 @@ def test_connection_lost_while_reading(monkeypatch):
         raise DatasetsError("gone")
 
     replace_hub(monkeypatch, rows)
-    found = read_text("c4", "train").documents
+    found = read_text("c4", "train")[1]
     assert list(next(found)) == ["one"]
     with refused("cannot be read beyond record 1: gone"):
         next(found)

@@ -47,7 +47,7 @@ def records(path: Path, rows: list) -> str:
 
 def whole(text: Text) -> list[str]:
     """The documents of a text."""
-    return ["".join(document) for document in text.documents]
+    return ["".join(document) for document in text[1]]
 
 
 def replace_hub(monkeypatch: pytest.MonkeyPatch, load) -> None:
