@@ -23,7 +23,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from sparsefw.checkpoint.packed import pack
+from sparsefw.extras.packed.matrices import pack
 from sparsefw.kernels import packed_cpu
 
 SHAPES, TINY = [(4096, 4096), (11008, 4096), (4096, 11008)], [(64, 128)]

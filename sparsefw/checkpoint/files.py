@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,9 +25,8 @@ MAX_JSON_BYTES = 32 * 2**20
 # The model card. Users edit it, so it has no digest.
 CARD = "README.md"
 
-# Digests of the other files of an output, as `sha256sum --check` reads them.
+# Digests of the other files of an output, as `sha256sum --check` reads them; a file in a folder is `folder/name`.
 SUMS = "SHA256SUMS"
-DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
@@ -121,21 +119,6 @@ def file_digest(path: Path) -> str:
     """Compute the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_sums(path: Path) -> dict[str, str]:
-    """Read the digests of SHA256SUMS by the files' names; the name of a file in a folder is `folder/name`.
-
-    Raises:
-        InputError: the file is missing, no file, too large, or not as a run writes it.
-    """
-    digests: dict[str, str] = {}
-    for line in read_bounded(path, MAX_JSON_BYTES).decode("utf-8", "replace").splitlines():
-        digest, _, name = line.partition("  ")
-        if not DIGEST.fullmatch(digest) or not name:
-            raise InputError(f"{path}: {shown(line, 80)} is not a digest and the name of a file")
-        digests[name] = digest
-    return digests
 
 
 def roots_of(folder: Path) -> tuple[Path, Path]:

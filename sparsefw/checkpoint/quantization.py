@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsefw.checkpoint import packed
 from sparsefw.checkpoint.packed import MASK
-from sparsefw.checkpoint.tensors import EXPONENT, QuantizedInfo, TensorInfo
+from sparsefw.checkpoint.tensors import EXPONENT, TensorInfo
 from sparsefw.errors import InputError, shown
 
 KEY = "quantization_config"
@@ -123,12 +123,12 @@ class Fp8:
         grids = scales.float().reshape(len(matrices), -(-rows // height), -(-columns // width))
         out = torch.empty(matrices.shape, dtype=dtype, device=values.device)
         step = max(1, CHUNK[values.device.type] // columns)
-        # A block may be far larger than the matrix.
-        row_blocks, width = torch.arange(rows, device=values.device) // height, min(width, columns)
+        row_blocks = torch.arange(rows, device=values.device) // height
+        column_blocks = torch.arange(columns, device=values.device) // width
         for matrix, grid, result in zip(matrices, grids, out, strict=True):
             for first in range(0, rows, step):
                 chunk = matrix[first : first + step].float()
-                factors = grid[row_blocks[first : first + step]].repeat_interleave(width, 1)[:, :columns]
+                factors = grid[row_blocks[first : first + step]][:, column_blocks]
                 result[first : first + step] = chunk.mul_(factors)
         return out.reshape(values.shape)
 
@@ -283,7 +283,7 @@ def joined(
     Raises:
         InputError: no tensor is quantized, scales are missing, or scales or values have a wrong dtype or shape.
     """
-    quantized: dict[str, QuantizedInfo] = {}
+    quantized: dict[str, TensorInfo] = {}
     for name, values in stored.items():
         if found := quantization.find(stored, name):
             joint, scale = found
@@ -299,7 +299,7 @@ def joined(
                     f"{name} of shape {values.shape}; {needs}"
                 )
             parts = {name: values, scale: scales}
-            quantized[joint] = QuantizedInfo(values.file, values.dtype, shape, quantization, parts)
+            quantized[joint] = replace(values, shape=shape, dequantize=quantization.dequantize, parts=parts)
     if not quantized:
         raise InputError(f"{path}: {KEY} says {quantization.method}, but no tensor is quantized; remove the entry")
     used = {part for info in quantized.values() for part in info.parts}
@@ -329,7 +329,7 @@ def most_bytes(tensors: Iterable[TensorInfo]) -> torch.dtype | None:
 def note(used: Iterable[TensorInfo], quantization: Quantization | None) -> str:
     """Describe the dequantized tensors of a model in one line; empty if there is none."""
     infos = list(used)
-    quantized = [info for info in infos if isinstance(info, QuantizedInfo)]
+    quantized = [info for info in infos if info.dequantize]
     if not quantized or quantization is None:
         return ""
     written, read = sum(info.nbytes for info in infos), sum(info.stored_nbytes for info in infos)

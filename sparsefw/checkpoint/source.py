@@ -31,10 +31,6 @@ ADAPTER = "adapter_config.json"
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 FILE_DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
 FILE_DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
-# dtypes that only models in memory may have, in schedules of diffusion for example. No layer of a language model has
-# one.
-OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
-
 AGAIN = "download or copy it again"
 
 # timm downloads and opens the files that a name with such a beginning leads to.
@@ -261,20 +257,6 @@ def _find_tensors(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, Ten
     return tensors
 
 
-def tensors_in(folder: Path) -> dict[str, TensorInfo]:
-    """Read the headers of all safetensors files in a folder, without a config or an index.
-
-    Raises:
-        InputError: there is no such file, a file is damaged, or two files have a tensor of the same name.
-    """
-    tensors = read_headers(
-        folder, sorted(path.name for path in folder.glob("*.safetensors")), FILE_DTYPES | OTHER_DTYPES
-    )
-    if not tensors:
-        raise InputError(f"{folder}: no tensors in safetensors files; give a folder that sparsefw.run wrote")
-    return tensors
-
-
 def read_headers(
     folder: Path, names: Iterable[str], dtypes: dict[str, torch.dtype] = FILE_DTYPES
 ) -> dict[str, TensorInfo]:
@@ -311,7 +293,7 @@ def _read_header(path: Path, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor
                         f"{path}: tensor {name} has dtype {entry.get_dtype()}; give a checkpoint in fp32, fp16 or bf16"
                     )
                 dtype, shape = dtypes[entry.get_dtype()], tuple(entry.get_shape())
-                tensors[name] = TensorInfo(path, dtype, shape, offset=offset, stamp=stamp)
+                tensors[name] = TensorInfo(path, dtype, shape, offset, stamp)
                 offset += tensors[name].nbytes
     except SafetensorError as error:
         raise InputError(f"{path}: not a whole safetensors file ({shown(first_line(error))}); {AGAIN}") from error

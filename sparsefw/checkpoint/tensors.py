@@ -9,9 +9,10 @@ keeps its stored form until a model is loaded with it.
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -22,9 +23,6 @@ from sparsefw.checkpoint import packed
 from sparsefw.checkpoint.packed import MASK
 from sparsefw.errors import InputError
 
-if TYPE_CHECKING:
-    from sparsefw.checkpoint.quantization import Quantization
-
 # An exponent without sign and mantissa (E8M0): a power of two.
 EXPONENT = torch.float8_e8m0fnu
 
@@ -34,23 +32,31 @@ def stamp_of(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
+# Computes a tensor in a dtype of its values and its scales (or mask).
+Dequantize = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """Place and form of a tensor in a file.
+    """Place and form of a tensor in the files.
 
     Attributes:
-        file: path of the file.
-        dtype: torch dtype of the tensor.
-        shape: shape of the tensor.
+        file: path of the file, that of the values if the tensor is quantized.
+        dtype: torch dtype of the tensor in a model.
+        shape: shape of the tensor in a model.
         offset: first byte of the tensor in the file.
         stamp: `stamp_of` the file.
+        dequantize: computes a quantized tensor of its values, its scales and a dtype; None: it is not quantized.
+        parts: values and scales (or mask) of a quantized tensor in the files, in this order, by name.
     """
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int = field(default=0, kw_only=True)
-    stamp: tuple[int, int] = field(default=(0, 0), kw_only=True)
+    offset: int = 0
+    stamp: tuple[int, int] = (0, 0)
+    dequantize: Dequantize | None = None
+    parts: dict[str, "TensorInfo"] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -60,33 +66,12 @@ class TensorInfo:
     @property
     def stored_nbytes(self) -> int:
         """Bytes of the tensor in the files."""
-        return sum(part.nbytes for part in self.stored("").values())
-
-    def stored(self, name: str) -> dict[str, "TensorInfo"]:
-        """Return the tensors in the files that make up this tensor, by name; `name` is its own name."""
-        return {name: self}
-
-
-@dataclass(frozen=True)
-class QuantizedInfo(TensorInfo):
-    """Place and form of a quantized tensor: `file` holds its values, dtype and shape are those in the model.
-
-    Attributes:
-        quantization: the format in which it is stored.
-        parts: its values and its scales (or mask) in the files, in this order, by name.
-    """
-
-    quantization: "Quantization"
-    parts: dict[str, TensorInfo]
-
-    def stored(self, name: str) -> dict[str, TensorInfo]:
-        """See `TensorInfo`."""
-        return self.parts
+        return sum(part.nbytes for part in self.parts.values()) or self.nbytes
 
 
 def in_files(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Return the tensors in the files that make up tensors of a model, by name."""
-    return {part: info for name, tensor in tensors.items() for part, info in tensor.stored(name).items()}
+    return {part: x for name, info in tensors.items() for part, x in (info.parts or {name: info}).items()}
 
 
 class QuantizedTensor:
@@ -97,11 +82,12 @@ class QuantizedTensor:
 
     Args:
         info: place and form of the tensor.
+        dequantize: that of its format.
         values, scales: its tensors in the files.
     """
 
-    def __init__(self, info: QuantizedInfo, values: Tensor, scales: Tensor) -> None:
-        self._values, self._scales, self._quantization = values, scales, info.quantization
+    def __init__(self, info: TensorInfo, dequantize: Dequantize, values: Tensor, scales: Tensor) -> None:
+        self._values, self._scales, self._dequantize = values, scales, dequantize
         self.shape, self.dtype, self.device = torch.Size(info.shape), info.dtype, values.device
 
     def __getitem__(self, index: Any) -> "QuantizedTensor":
@@ -110,7 +96,7 @@ class QuantizedTensor:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Move the tensor to a device, and dequantize it there."""
         values, scales = self._values.to(device), self._scales.to(device)
-        return self._quantization.dequantize(values, scales, dtype or self.dtype)
+        return self._dequantize(values, scales, dtype or self.dtype)
 
 
 # A tensor that a model can be loaded with.
@@ -146,13 +132,13 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
                     raise InputError(f"{path}: was changed since the run began; leave the model as it is meanwhile")
     loadable: dict[str, Loadable] = {}
     for name, info in tensors.items():
-        if isinstance(info, QuantizedInfo):
+        if info.dequantize:
             (part, values), (scale, scales) = ((part, read[part]) for part in info.parts)
             if scale == part + MASK:
                 packed.check(part, values, scales)
             else:
                 check_finite(scale, (scales.view(EXPONENT) if scales.dtype == torch.uint8 else scales).float())
-            loadable[name] = QuantizedTensor(info, values, scales)
+            loadable[name] = QuantizedTensor(info, info.dequantize, values, scales)
         else:
             loadable[name] = read[name]
     return loadable

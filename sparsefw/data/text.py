@@ -138,8 +138,7 @@ def _of_file(dataset: str, path: Path, tokenizer: "Tokenizer | None") -> Iterato
         raise InputError(f"{dataset}: not a file of text; give one of {', '.join(FILES)}")
     if name.endswith(".txt"):
         return iter([_read(_strings(path), dataset)])
-    records = (_rows if name.endswith(".parquet") else _values)(path)
-    return _documents(_read(records, dataset), dataset, tokenizer)
+    return _documents(_read(_records(path), dataset), dataset, tokenizer)
 
 
 def _strings(path: Path) -> Iterator[str]:
@@ -150,8 +149,18 @@ def _strings(path: Path) -> Iterator[str]:
             yield string
 
 
-def _values(path: Path) -> Iterator[Any]:
-    """Read the values of a JSON file, which is a list or has a value in each line."""
+def _records(path: Path) -> Iterator[Any]:
+    """Read the records of a file: rows of parquet, or values of JSON, which is a list or has a value in each line."""
+    if path.suffix.lower() == ".parquet":
+        from pyarrow.parquet import ParquetFile
+
+        # Without a buffer a column would be read whole.
+        with ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            # Of the columns only the one with the text is read.
+            columns = next(([name] for name in TEXT_COLUMNS if name in file.schema_arrow.names), None)
+            for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
+                yield from batch.to_pylist()
+        return
     unpacked = gzip.open if path.suffix.lower() == ".gz" else open
     with unpacked(path, "rt", encoding="utf-8-sig") as file:
         lines = (line for line in file if not line.isspace())
@@ -160,17 +169,6 @@ def _values(path: Path) -> Iterator[Any]:
             yield from json.loads("".join([first, *lines]))
         elif first:
             yield from map(json.loads, itertools.chain([first], lines))
-
-
-def _rows(path: Path) -> Iterator[Any]:
-    """Read the rows of a parquet file, with only the first of TEXT_COLUMNS that it has."""
-    from pyarrow.parquet import ParquetFile
-
-    # Without a buffer a column would be read whole.
-    with ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
-        columns = next(([name] for name in TEXT_COLUMNS if name in file.schema_arrow.names), None)
-        for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
-            yield from batch.to_pylist()
 
 
 def _from_hub(dataset: str, split: Split, tokenizer: "Tokenizer | None") -> Text:

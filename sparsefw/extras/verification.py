@@ -5,6 +5,7 @@ Both checkpoints are read a block at a time, in the form in which transformers l
 
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsefw.arithmetic import check_finite
-from sparsefw.checkpoint.files import CARD, DIGEST, SUMS, file_digest, read_sums
-from sparsefw.checkpoint.source import CONFIG, check_file, inspect, matches, read_json, tensors_in
-from sparsefw.checkpoint.tensors import dequantized, read_tensors
+from sparsefw.checkpoint.files import CARD, MAX_JSON_BYTES, SUMS, file_digest, read_bounded
+from sparsefw.checkpoint.source import CONFIG, FILE_DTYPES, check_file, inspect, matches, read_headers, read_json
+from sparsefw.checkpoint.tensors import TensorInfo, dequantized, read_tensors
 from sparsefw.data.batches import BATCHES
-from sparsefw.errors import InputError, option
+from sparsefw.errors import InputError, option, shown
 from sparsefw.inputs import DEFAULT, locate
 from sparsefw.model.layers import slices_of
 from sparsefw.model.skeleton import build, has_class
@@ -33,6 +34,12 @@ from sparsefw.solver.layer import LayerResult
 
 # Integers as wide as the values. Read as integers, a NaN equals itself, and -0.0 differs from 0.0.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# dtypes that only models in memory may have, in schedules of diffusion for example. No layer of a language model has
+# one.
+OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
+
+DIGEST = re.compile("[0-9a-f]{64}")
 
 # Files that a user edits, or that the Hub and its library add to a folder.
 FREE = (CARD, ".gitattributes", ".cache/huggingface/*")
@@ -163,6 +170,21 @@ def _changes_kept_weights(report: Report) -> bool:
     return method.changes_weights or refits or reconstructs or bool(report.recoveries)
 
 
+def read_sums(path: Path) -> dict[str, str]:
+    """Read the digests of SHA256SUMS by the files' names; the name of a file in a folder is `folder/name`.
+
+    Raises:
+        InputError: the file is missing, no file, too large, or not as a run writes it.
+    """
+    digests: dict[str, str] = {}
+    for line in read_bounded(path, MAX_JSON_BYTES).decode("utf-8", "replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if not DIGEST.fullmatch(digest) or not name:
+            raise InputError(f"{path}: {shown(line, 80)} is not a digest and the name of a file")
+        digests[name] = digest
+    return digests
+
+
 def _check_sums(check: Check, output: Path, digest: str | None) -> str:
     """Compare every file of an output with its digest, and return the SHA-256 of SHA256SUMS, empty without it."""
     with check.failing():
@@ -204,6 +226,20 @@ def find_source(report: Report, output: Path, against: str | None, named: str = 
     if folder.resolve() == output.resolve():
         raise InputError(f"{against or model}: the output itself; name what was pruned with {option(named)}")
     return folder, ""
+
+
+def tensors_in(folder: Path) -> dict[str, TensorInfo]:
+    """Read the headers of all safetensors files in a folder, without a config or an index.
+
+    Raises:
+        InputError: there is no such file, a file is damaged, or two files have a tensor of the same name.
+    """
+    tensors = read_headers(
+        folder, sorted(path.name for path in folder.glob("*.safetensors")), FILE_DTYPES | OTHER_DTYPES
+    )
+    if not tensors:
+        raise InputError(f"{folder}: no tensors in safetensors files; give a folder that sparsefw.run wrote")
+    return tensors
 
 
 class _Model:

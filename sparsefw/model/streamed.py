@@ -15,7 +15,7 @@ from sparsefw import arithmetic
 from sparsefw.arithmetic import computed
 from sparsefw.checkpoint import quantization
 from sparsefw.checkpoint.source import Checkpoint
-from sparsefw.checkpoint.tensors import Loadable, QuantizedInfo, TensorInfo, dequantized, read_tensors
+from sparsefw.checkpoint.tensors import Loadable, TensorInfo, dequantized, read_tensors
 from sparsefw.errors import counted
 from sparsefw.model import skeleton
 from sparsefw.model.block_model import BlockModel
@@ -146,7 +146,7 @@ class StreamedModel(BlockModel):
         """Most bytes of tensors as they are stored that are in memory besides what is made of them."""
         # Tensors that are written as they are, are dequantized one at a time.
         together = [*self._tensors.values(), *([name] for piece in self.pieces for name in piece)]
-        stored = {name: x.stored_nbytes for name, x in self.infos.items() if isinstance(x, QuantizedInfo)}
+        stored = {name: x.stored_nbytes for name, x in self.infos.items() if x.dequantize}
         if self.in_fp32:
             stored = {name: stored.get(name, 0) + x.nbytes for name, x in self.infos.items()}
         return max(sum(stored.get(name, 0) for name in names) for names in together)

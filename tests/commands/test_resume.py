@@ -11,7 +11,8 @@ from helpers.commands import interrupted_at
 from helpers.families import save_model
 from safetensors.torch import load_file
 
-from sparsefw.checkpoint.files import SUMS, file_digest, read_sums
+from sparsefw.checkpoint.files import SUMS, file_digest
+from sparsefw.extras.verification import read_sums
 from sparsefw.run import main
 
 pytestmark = pytest.mark.slow

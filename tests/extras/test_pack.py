@@ -21,6 +21,7 @@ from sparsefw.checkpoint import packed as layout
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.errors import InputError
+from sparsefw.extras.packed import matrices
 from sparsefw.extras.packed.quantizer import METHOD, PackedLinear
 from sparsefw.packed import PackedConfig
 
@@ -231,12 +232,12 @@ def test_a_changed_bit_is_found(pruned, tmp_path, capsys):
 @pytest.mark.parametrize("whole", [False, True])
 def test_rows_with_fewer_weights_are_filled_up(whole):
     W = torch.tensor([[0.0, 1, 0, 2, 0, 0, 3, 0], [-0.0, 0, 0, 0, 0, 0, 0, 4], [0.0, 0, 0, 0, 0, 0, 0, 0]])
-    values, mask = layout.pack("W", W, 8 if whole else 3, whole)
+    values, mask = matrices.pack("W", W, 8 if whole else 3, whole)
     assert values.shape == ((8,) if whole else (3, 3))
     bits = W.view(torch.int32)
     assert torch.equal(layout.unpack(values, mask).view(torch.int32), bits)
     with pytest.raises(InputError, match="W: "):
-        layout.pack("W", W, 4 if whole else 2, whole)
+        matrices.pack("W", W, 4 if whole else 2, whole)
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -247,7 +248,7 @@ def test_a_gpu_multiplies_by_triton_where_it_is_installed(installed, monkeypatch
     W, x = (torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in (5, 2))
     W.masked_fill_(W < 0.5, 0)
     layer = PackedLinear(32, 5, bias=False)
-    for name, tensor in zip(("weight", f"weight{layout.MASK}"), layout.pack("W", W, 16, False), strict=True):
+    for name, tensor in zip(("weight", f"weight{layout.MASK}"), matrices.pack("W", W, 16, False), strict=True):
         layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     with nullcontext() if torch.cuda.is_available() else pretended_gpu():
         warned = nullcontext() if installed else pytest.warns(UserWarning, match=r"torch's slower.*kernels\.packed")

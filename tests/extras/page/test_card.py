@@ -10,8 +10,9 @@ from helpers.verifying import WANDA
 from huggingface_hub import ModelCard
 
 from sparsefw import pack, verify
-from sparsefw.checkpoint.files import SUMS, read_sums
+from sparsefw.checkpoint.files import SUMS
 from sparsefw.extras.page.card import card_of, write_card
+from sparsefw.extras.verification import read_sums
 
 SOURCE = """---
 license: other
