@@ -71,20 +71,14 @@ class Ranks:
 
         Each of n ranks sends 2 (n - 1) / n of the tensor.
         """
-        if self.alone:
-            return DONE
-        with self.waiting():
-            return Handle(self, dist.all_reduce(tensor, async_op=True))
+        return self._begin(dist.all_reduce, tensor)
 
     def reduce(self, owner: int, tensor: Tensor) -> "Handle":
         """Begin to sum a tensor over all ranks, in place on its owner. On the other ranks its values become undefined.
 
         Each of n ranks sends (n - 1) / n of the tensor, and all but the owner 1 / n more.
         """
-        if self.alone or not tensor.numel():
-            return DONE
-        with self.waiting():
-            return Handle(self, dist.reduce(tensor, owner, async_op=True))
+        return self._begin(dist.reduce, tensor, owner)
 
     def reduce_triangle(self, G: Tensor, owner: int | None = None) -> None:
         """Sum a symmetric matrix (d, d) over all ranks, in place. Only the lower triangle is sent and summed.
@@ -104,10 +98,13 @@ class Ranks:
 
     def broadcast(self, owner: int, tensor: Tensor) -> "Handle":
         """Begin to copy a tensor of one rank to all others, in place."""
+        return self._begin(dist.broadcast, tensor, owner)
+
+    def _begin(self, transfer: Callable[..., Any], tensor: Tensor, *owner: int) -> "Handle":
         if self.alone or not tensor.numel():
             return DONE
         with self.waiting():
-            return Handle(self, dist.broadcast(tensor, owner, async_op=True))
+            return Handle(self, transfer(tensor, *owner, async_op=True))
 
     def broadcast_object(self, value: Value) -> Value:
         """Return rank 0's value on all ranks. It is pickled, and should be small."""

@@ -41,9 +41,10 @@ TEMPLATES = "additional_chat_templates"
 
 # Patterns of the names, in lower case, of the files that make a model's inputs: of tokens; of images, sound and video.
 TOKENIZERS = (
-    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.json", "vocab.txt", "merges.txt"),
-    *("*.model", "tokenizer.model.v*", "*.spm", "*.tiktoken", "tekken.json", "dict.txt", "bpe.codes", "*.tokenizer"),
-    *("normalizer.json", "emoji.json", "byte_maps.json", "word_*.json"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*.json", "*_vocab.json", "vocab.txt"),
+    *("tokenizer.model*", "sentencepiece*.model", "spiece.model", "spm*.model", "*.spm", "*.tiktoken", "tekken.json"),
+    *("merges.txt", "dict.txt", "bpe.codes", "prophetnet.tokenizer", "normalizer.json", "emoji.json"),
+    *("byte_maps.json", "word_shape.json", "word_pronunciation.json"),
 )
 PROCESSORS = ("*processor_config.json", "audio_tokenizer_config.json")
 

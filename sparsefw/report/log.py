@@ -281,9 +281,8 @@ def sparsity_line(config: PruneConfig, shape: "ModelShape", whole: "ModelShape")
         shape: shape of the model with the layers that are pruned.
         whole: shape of the model with all prunable layers.
     """
-    weights = _weights(shape)
-    total, prunable = (sum(counts.values()) for counts in (weights, _weights(whole)))
-    removed = {}
+    weights, prunable = _weights(shape), _weights(whole).total()
+    total, removed = weights.total(), {}
     for method in config.methods:
         kept = 0
         for (rows, d), n in weights.items():
