@@ -43,17 +43,17 @@ def say_kernel(config: PruneConfig, say: Callable[[str], None]) -> None:
     if config.kernel == "triton" and cuda:
         first = probe_gpu()
     if config.kernel == "triton" and not cuda:
-        why = f"as asked; {no_device()}, so Triton's interpreter: exact and slow"
+        why = f"as asked; {why_no_gpu()}, so Triton's interpreter: exact and slow"
     elif "kernel" in config.given:
         why = "as asked"
     else:
-        why = "CUDA is available" if cuda else no_device()
+        why = "CUDA is available" if cuda else why_no_gpu()
     compiles = "; compiles for this GPU once, half a minute in all" if first else ""
     for line in fitted(f"kernel: {config.kernel} ({why}), precision {config.precision}{compiles}"):
         say(line)
 
 
-def no_device() -> str:
+def why_no_gpu() -> str:
     """Say why there is no GPU: torch is built without CUDA, or finds no device and may need another driver."""
     built = torch.version.cuda
     if not built:
@@ -75,7 +75,7 @@ def probe_gpu() -> bool:
     from sparsefw.kernels.mirror import mirror_lower
 
     compiled: list[bool] = []
-    before, without = knobs.compilation.listener, f"or give {option('kernel', 'torch')}"
+    before, remedy_torch = knobs.compilation.listener, f"or give {option('kernel', 'torch')}"
 
     def listen(*, cache_hit: bool, **others: Any) -> None:
         compiled.append(not cache_hit)
@@ -90,12 +90,16 @@ def probe_gpu() -> bool:
         found = mirror_lower(G).tolist() if capability >= MIN_CAPABILITY else []
     except (RuntimeError, AssertionError, OSError, ImportError, subprocess.CalledProcessError, TritonError) as error:
         remedy = next((remedy for words, remedy in REMEDIES.items() if words in str(error)), "see the GPU's driver")
-        raise InputError(f"{name}: cannot run a kernel: {shown(first_line(error))}; {remedy}; {without}") from error
+        raise InputError(
+            f"{name}: cannot run a kernel: {shown(first_line(error))}; {remedy}; {remedy_torch}"
+        ) from error
     finally:
         knobs.compilation.listener = before
     if capability < MIN_CAPABILITY:
         oldest, has = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
-        raise InputError(f"{name}: of compute capability {has}, and Triton's kernels need {oldest}; {without[3:]}")
+        raise InputError(f"{name}: of compute capability {has}, and Triton's kernels need {oldest}; {remedy_torch[3:]}")
     if with_torch != 24 or found != [[1.0, 2.0], [2.0, 3.0]]:
-        raise InputError(f"{name}: kernels give wrong results: {with_torch}, {found}; see the GPU's driver; {without}")
+        raise InputError(
+            f"{name}: kernels give wrong results: {with_torch}, {found}; see the GPU's driver; {remedy_torch}"
+        )
     return any(compiled)

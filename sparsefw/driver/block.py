@@ -57,7 +57,7 @@ def measure_stage(
     Raises:
         InputError: activations hold NaN or Inf, or the block has no layers.
     """
-    selected, backend, experts = run.selected(i).__contains__, run.config.backend, run.of(i).experts
+    selected, backend, experts = run.selected(i).__contains__, run.config.backend, run.of(i).expert_names
     with run.model.timeline.span("calibrate", i):
         if stage is None:
             measured = capture(
@@ -113,7 +113,7 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
     """Prune the measured layers, those of one input together. Each Gram matrix is freed after its last solve."""
     timeline, ranks = run.model.timeline, run.ranks
     results = dict[str, LayerResult]()
-    solves = find_solves(captured, method, run.config, ranks, run.of(i).experts)
+    solves = find_solves(captured, method, run.config, ranks, run.of(i).expert_names)
     arriving = dict[str, Handle]()
     if not ranks.alone:
         with timeline.span("exchange", i):
@@ -191,7 +191,7 @@ def find_stages(run: Run, i: int, states: HiddenStates, dense: Reference | None)
 def _surveyed(run: Run, i: int, states: HiddenStates) -> list[Stage]:
     """Find the stages of block i by running its first micro-batch; an empty list if no layer is to be pruned."""
     # The micro-batch may not reach the selected experts: others of their kind stand for them.
-    experts = run.of(i).experts
+    experts = run.of(i).expert_names
     kinds = {kind_of(layer, experts) for layer in run.selected(i)}
     if not kinds:
         return []
@@ -226,7 +226,7 @@ def _combined(run: Run, i: int, captured: Captured) -> Captured:
     Raises:
         InputError: the block has no layers.
     """
-    captured = combine(run.model.blocks[i], captured, run.ranks, run.of(i).experts)
+    captured = combine(run.model.blocks[i], captured, run.ranks, run.of(i).expert_names)
     if not captured.layers and not captured.ignored:
         raise InputError(f"{run.model.names[i]}: unsupported model: no matrix of this block was seen in a product")
     return captured
@@ -236,6 +236,6 @@ def _check_known(run: Run, i: int, unselected: Iterable[str]) -> None:
     """Refuse a block that multiplies with a matrix that its trial run did not show: it would silently stay dense."""
     dense, block = run.model.shared.names, run.model.names[i]
     others = [name for name in unselected if f"{block}.{name}" not in dense]
-    unknown = [name for name in others if kind_of(name, run.of(i).experts) not in run.of(i).seen]
+    unknown = [name for name in others if kind_of(name, run.of(i).expert_names) not in run.of(i).seen]
     if unknown:
         raise InputError(f"{block}.{unknown[0]}: unsupported model: the block multiplies with it for some tokens only")

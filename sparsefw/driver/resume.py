@@ -57,7 +57,7 @@ def identity(run: Run) -> dict[str, Any]:
     texts = {f"the evaluation text {samples.source}": samples.hash for samples in run.evaluation}
     read = {"the model": run.fingerprint, "the calibration text": run.calibration.hash} | texts
     work = {IN_FP32: run.model.in_fp32, ROUNDED: run.rounded, "the number of ranks": run.ranks.count}
-    return flags | read | work | content.machine(run.model.device)
+    return flags | read | work | content.device_and_versions(run.model.device)
 
 
 def replay_block(run: Run, i: int, streams: Streams, writer: Writer) -> None:

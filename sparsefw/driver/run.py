@@ -86,7 +86,7 @@ def settled(run: Run, written: int = 0, saved: int = 0, fixed: dict[str, int] | 
     workload = workload_of(job, windows, run.seqlen, model.device)
     chosen = (fixed or {}) | job.begun.get("chosen", {})
     placement, _ = place(shape, workload, limits, job.output.folder.resolve().parent, fixed=chosen)
-    needs = memory_needs(shape, replace(workload, written=written), placement)
+    needs = memory_needs(shape, replace(workload, generated=written), placement)
     disk = sum(disk_space(shape, workload, placement).values()) + saved
     run = replace(
         run, shape=shape, limits=limits, placement=placement, needs=needs, disk=disk, rounded=rounded, notes=notes

@@ -13,7 +13,7 @@ from sparsefw.data.windows import Generate, Windows
 from sparsefw.driver import generation
 from sparsefw.driver.job import Job, limits_of, workload_of
 from sparsefw.errors import InputError, option
-from sparsefw.estimate.placement import place, written_at_once
+from sparsefw.estimate.placement import generation_batch, place
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.workload import pruned_shape
 from sparsefw.model.block_model import BlockModel
@@ -80,7 +80,7 @@ def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tup
     if job.dataset is not None or SELF not in inputs.shares:
         return None, 0
     limits = limits_of(job, model.device)
-    batch = written_at_once(shape, workload_of(job, [inputs.nsamples], seqlen, model.device), limits, inputs)
+    batch = generation_batch(shape, workload_of(job, [inputs.nsamples], seqlen, model.device), limits, inputs)
 
     def write(tokenizer: Tokenizer, seqlen: int, n: int) -> Windows:
         path, source = Writer(output.folder, 0).folder / OWN_TEXT, generation.own_source(inputs.seed)

@@ -43,7 +43,7 @@ def forward_bytes(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int
 
 def backward_bytes(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int) -> int:
     """Count the bytes that a block keeps of a micro-batch for its gradients."""
-    return int(block.made.at(tokens)) + 2 * _scores(shape, seqlen, tokens)
+    return int(block.allocated.at(tokens)) + 2 * _scores(shape, seqlen, tokens)
 
 
 def reconstruction_bytes(
@@ -73,7 +73,7 @@ def recovery_bytes(shape: ModelShape, pattern: Pattern, seqlen: int, gpu: bool) 
     fitted = fit_bytes(shape.blocks, shape.itemsize, pattern, together=True)
     kept = sum(backward_bytes(block, shape, seqlen, seqlen) for block in shape.blocks)
     forward = max(forward_bytes(block, shape, seqlen, seqlen) for block in shape.kinds)
-    return shape.whole + fitted + kept + forward + _logits(shape, seqlen, gpu)
+    return shape.whole_bytes + fitted + kept + forward + _logits(shape, seqlen, gpu)
 
 
 def _scores(shape: ModelShape, seqlen: int, tokens: int) -> int:

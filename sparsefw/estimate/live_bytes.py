@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 FEW, MORE = 8, 12
 
 
-class Line(NamedTuple):
+class LinearCount(NamedTuple):
     """A count that grows with the tokens.
 
     Attributes:
@@ -25,7 +25,7 @@ class Line(NamedTuple):
     slope: float = 0
 
     @classmethod
-    def through(cls, few: int, more: int) -> "Line":
+    def through(cls, few: int, more: int) -> "LinearCount":
         """Draw the line through the counts of the two windows; neither end of it falls."""
         slope = max(0.0, (more - few) / (MORE - FEW))
         return cls(max(0.0, few - slope * FEW), slope)
@@ -35,7 +35,7 @@ class Line(NamedTuple):
         return self.fixed + self.slope * tokens
 
 
-NOTHING = Line(0)
+NOTHING = LinearCount(0)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -43,13 +43,13 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         live: bytes now.
-        made: bytes of everything that was made.
-        points: `live` after each operation that made something.
+        allocated: bytes of everything that was allocated.
+        points: `live` after each operation that allocated something.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.made = 0
+        self.live = self.allocated = 0
         self.points: list[int] = []
         self._known: set[int] = set()
 
@@ -69,7 +69,7 @@ class LiveBytes(TorchDispatchMode):
             return
         self._known.add(key)
         self.live += nbytes
-        self.made += nbytes
+        self.allocated += nbytes
         self.points.append(self.live)
         weakref.finalize(storage, self._free, key, nbytes)
 
@@ -78,7 +78,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= nbytes
 
 
-def count_forward(runs: Iterable[Callable[[], object]]) -> tuple[tuple[Line, ...], Line]:
+def count_forward(runs: Iterable[Callable[[], object]]) -> tuple[tuple[LinearCount, ...], LinearCount]:
     """Count the bytes of a block's forward, besides its weights and its input.
 
     Args:
@@ -95,8 +95,8 @@ def count_forward(runs: Iterable[Callable[[], object]]) -> tuple[tuple[Line, ...
         counts.append(count)
     few, more = counts[0], counts[-1]
     if len(few.points) == len(more.points):
-        lines = {*map(Line.through, few.points, more.points)}
+        lines = {*map(LinearCount.through, few.points, more.points)}
     else:
         # The operations of some blocks depend on the tokens.
-        lines = {Line.through(max(few.points), max(more.points))}
-    return tuple(sorted(lines)), Line.through(few.made, more.made)
+        lines = {LinearCount.through(max(few.points), max(more.points))}
+    return tuple(sorted(lines)), LinearCount.through(few.allocated, more.allocated)

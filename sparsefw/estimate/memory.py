@@ -99,16 +99,16 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     logits = (seqlen if shape.by_window else tokens) * shape.vocabulary * (shape.itemsize + 8)
     end = shape.outside + max(logits if workload.evaluation else 0, loading)
     # The tensors outside of the blocks are written at the end, piece by piece. They are not loaded for it.
-    piece = max(shape.pieces, default=0) + shape.quantized
+    piece = max(shape.pieces, default=0) + shape.quantized_bytes
     phases["end"] = end, max(passing, piece) if gpu else max(0, piece - end)
     near, far = _activations(shape, workload, placement)
     # One rank reads the texts of all.
     read = [workload.ranks * n for n in (workload.windows, *workload.evaluation)]
     needs = {"texts": (0, workload.process + reading_bytes(read[0], read[1:], seqlen))}
-    if workload.written:
+    if workload.generated:
         # No activations are there yet. Two blocks are on their way to a GPU.
         state = seqlen * shape.cache + BYTES_OF_SAMPLING * shape.vocabulary
-        on_device = shape.whole + loading + workload.written * state
+        on_device = shape.whole_bytes + loading + workload.generated * state
         needs["generate"] = _peak(shape, workload, on_device, passing + 2 * shape.largest if gpu else 0)
     for phase, (on_device, on_host) in phases.items():
         needs[phase] = _peak(shape, workload, on_device + near, on_host + far)
@@ -131,7 +131,7 @@ def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> d
 
     Activations are those of all ranks.
     """
-    inside = int(shape.written * sum(block.nbytes for block in shape.blocks))
+    inside = int(shape.written_ratio * sum(block.nbytes for block in shape.blocks))
     return {
         "output": inside + sum(shape.pieces),
         "kept": (len(workload.config.methods) - 1) * inside,
@@ -185,8 +185,8 @@ def _peak(shape: ModelShape, workload: Workload, on_device: int, on_host: int) -
 def _loading_bytes(shape: ModelShape, gpu: bool) -> int:
     """Count the bytes on the device of tensors as they are stored, while a block is made of them."""
     # They are dequantized by chunks, before they are joined.
-    chunk = BYTES_OF_CHUNK * CHUNK["cuda" if gpu else "cpu"] if shape.quantized else 0
-    return max(shape.quantized + chunk, shape.joined)
+    chunk = BYTES_OF_CHUNK * CHUNK["cuda" if gpu else "cpu"] if shape.quantized_bytes else 0
+    return max(shape.quantized_bytes + chunk, shape.joined_bytes)
 
 
 def _outside_pinned(shape: ModelShape) -> int:
@@ -278,7 +278,7 @@ def _block_peaks(
                 d, rows = stage[0].d, sum(layer.rows for layer in stage)
                 matrices += 4 * d * d * stage[0].count + _cross_bytes(stage, dense)
                 # Inputs; or inputs and outputs of both models, and the gaps between them.
-                entries += 3 * (d + rows) if dense and not stage[0].experts else d * stage[0].parts
+                entries += 3 * (d + rows) if dense and not stage[0].experts else d * stage[0].inputs_per_token
             measure = max(measure, matrices + tokens * shape.itemsize * entries + forward)
             solve = max(solve, matrices + max(_solve_bytes(stage, workload, placement, method) for stage in group))
     return measure, solve

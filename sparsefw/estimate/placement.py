@@ -23,7 +23,7 @@ from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 BUSY_TOKENS = 4096
 
 # The most windows of its own text that a model writes at once.
-MOST_WRITTEN = 64
+MOST_GENERATED = 64
 
 
 def memory_limits(
@@ -80,7 +80,7 @@ def place(
     raise too_little(tried, limits, remedy, workload.ranks_here)
 
 
-def written_at_once(shape: ModelShape, workload: Workload, limits: dict[str, int], inputs: Inputs) -> int:
+def generation_batch(shape: ModelShape, workload: Workload, limits: dict[str, int], inputs: Inputs) -> int:
     """Choose how many windows of its own calibration text the dense model writes at once; 0: it writes no text.
 
     Raises:
@@ -88,9 +88,9 @@ def written_at_once(shape: ModelShape, workload: Workload, limits: dict[str, int
     """
     if SELF not in inputs.shares:
         return 0
-    batch = min(MOST_WRITTEN, 1 << (inputs.nsamples - 1).bit_length())
+    batch = min(MOST_GENERATED, 1 << (inputs.nsamples - 1).bit_length())
     while True:
-        phases = memory_needs(shape, replace(workload, written=batch), Placement(1)).phases
+        phases = memory_needs(shape, replace(workload, generated=batch), Placement(1)).phases
         needs = MemoryNeeds({"generate": phases["generate"]})
         if fits(needs, limits):
             return batch

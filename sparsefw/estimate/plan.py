@@ -16,7 +16,7 @@ from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows, window_length
 from sparsefw.errors import InputError, counted, fitted, option
 from sparsefw.estimate.memory import GIB, disk_space, memory_needs, recovery_needs
-from sparsefw.estimate.placement import memory_limits, place, placement_words, written_at_once
+from sparsefw.estimate.placement import generation_batch, memory_limits, place, placement_words
 from sparsefw.estimate.profile import shape_of_text, without_weights
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.steps import reconstruction_line, reconstruction_steps
@@ -88,8 +88,8 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
         stored_share = quantization.share(checkpoint.dtype) if quantization else 0
         shape = replace(
             shape,
-            joined=checkpoint.dtype.itemsize * max(sizes, default=0),
-            quantized=shape.quantized + int(stored_share * shape.written * shape.largest),
+            joined_bytes=checkpoint.dtype.itemsize * max(sizes, default=0),
+            quantized_bytes=shape.quantized_bytes + int(stored_share * shape.written_ratio * shape.largest),
         )
     return DescribedModel(type(built.model).__name__, shape, checkpoint.dtype, built.max_seqlen, notes + built.notes)
 
@@ -118,8 +118,8 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
     process = process_bytes(inputs, evaluation, seqlen, 0 if card else memory.resident())
     workload = Workload(inputs.nsamples, evaluation, seqlen, config, gpu, process)
     placement, _ = place(shape, workload, limits, output.folder.resolve().parent)
-    written = written_at_once(shape, workload, limits, inputs)
-    needs = memory_needs(shape, replace(workload, written=written), placement)
+    generated = generation_batch(shape, workload, limits, inputs)
+    needs = memory_needs(shape, replace(workload, generated=generated), placement)
     recovery = recovery_needs(shape, workload)
     return {
         "model": {

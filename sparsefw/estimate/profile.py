@@ -18,7 +18,7 @@ from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.checkpoint.tensors import TensorInfo
 from sparsefw.data.batches import Batch
 from sparsefw.errors import InputError
-from sparsefw.estimate.live_bytes import FEW, MORE, Line, count_forward
+from sparsefw.estimate.live_bytes import FEW, MORE, LinearCount, count_forward
 from sparsefw.estimate.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.model.block_model import BlockModel, ResidentModel
 from sparsefw.model.experts import choose_all_over, experts_of, find_no_layers, without_parts_in_turn
@@ -80,7 +80,7 @@ def shape_of_text(model: BlockModel) -> ModelShape:
         blocks=(*shape.blocks[:-1], last),
         vocabulary=vocabulary,
         by_window=by_window,
-        whole=0 if model.is_whole else shape.outside + sum(block.nbytes for block in shape.blocks),
+        whole_bytes=0 if model.is_whole else shape.outside + sum(block.nbytes for block in shape.blocks),
         cache=len(shape.blocks) * shape.itemsize * _cached_entries(model.model),
     )
 
@@ -135,7 +135,7 @@ class _Walk:
 
     def __init__(self, states: HiddenStates, every_block: bool = False) -> None:
         self.states, self.between, self.most_tokens = states, list[Tensor](), 0
-        self.moves = every_block or any(states.model.flow.live.values()) or bool(states.batches[0].objects)
+        self.every_block = every_block or any(states.model.flow.live.values()) or bool(states.batches[0].objects)
         self._measure()
 
     def _measure(self) -> None:
@@ -162,14 +162,14 @@ def _shape_of(model: BlockModel, walks: list[_Walk]) -> ModelShape:
         prefix = f"{model.names[i]}."
         shared = {name.removeprefix(prefix) for name in model.shared.names if name.startswith(prefix)}
         kind = tuple((name, parameter.shape, name in shared) for name, parameter in block.named_parameters())
-        if kind not in known or walks[0].moves:
+        if kind not in known or walks[0].every_block:
             # Unchecked: most weights are zeros here that take up address space alone, and a check would read them all.
             model.open_alone(i)
             if kind not in known:
                 shape, layers = _find(walks[0].states, i, shared)
-                live, made = count_forward(partial(walk.states.output, i, 0) for walk in walks)
-                known[kind] = replace(shape, live=live, made=made), layers
-            if walks[0].moves:
+                live, allocated = count_forward(partial(walk.states.output, i, 0) for walk in walks)
+                known[kind] = replace(shape, live=live, allocated=allocated), layers
+            if walks[0].every_block:
                 for walk in walks:
                     walk.pass_block(i)
             model.close(i)
@@ -187,13 +187,16 @@ def _shape_of(model: BlockModel, walks: list[_Walk]) -> ModelShape:
         logits_itemsize=model.logits_itemsize,
         parameters=parameters,
         pieces=tuple(model.piece_bytes),
-        between=tuple((Line(a.itemsize), *map(Line.through, a.shape, b.shape)) for a, b in zip(few, more, strict=True)),
+        between=tuple(
+            (LinearCount(a.itemsize), *map(LinearCount.through, a.shape, b.shape))
+            for a, b in zip(few, more, strict=True)
+        ),
         names_by_block=tuple(names),
         by_window=False,
         divisible=model.flow.divisible,
-        quantized=model.quantized_bytes,
-        written=0.5 if model.in_fp32 else 1,
-        joined=model.joined_bytes,
+        quantized_bytes=model.quantized_bytes,
+        written_ratio=0.5 if model.in_fp32 else 1,
+        joined_bytes=model.joined_bytes,
         modules=tuple(name for name, _ in model.model.named_modules()),
     )
 
@@ -243,14 +246,14 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
             gram=kind_of(layer.gram, experts),
             experts=len(names[kind]) if is_expert(layer.name, experts) else 0,
             role=surveyed.roles[layer.name],
-            parts=len(names[kind]) if layer.at_once else 1,
+            inputs_per_token=len(names[kind]) if layer.at_once else 1,
         )
         for kind, layer in first.items()
     )
     seen = frozenset(kind_of(name, experts) for name in (*surveyed.roles, *surveyed.ignored))
     nbytes = sum(parameter.nbytes for parameter in parameters.values())
     layers = tuple(name for of_kind in names.values() for name in of_kind if may_be_layer(name))
-    return BlockShape(nbytes, shapes, shapes, seen=seen, experts=experts), layers
+    return BlockShape(nbytes, shapes, shapes, seen=seen, expert_names=experts), layers
 
 
 def _cut_unevenly(layers: list[Layer]) -> set[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from sparsefw.estimate.live_bytes import NOTHING, Line
+from sparsefw.estimate.live_bytes import NOTHING, LinearCount
 from sparsefw.model.layers import Role, by_input, kind_of
 
 
@@ -20,8 +20,8 @@ class LayerShape:
         gram: name of its Gram matrix, see `Layer`. The layers of one Gram matrix are a stage of the pruning.
         experts: number of these matrices, each with a Gram matrix of its own; 0 for a layer that is no expert.
         role: the layer's part in the block.
-        parts: number of inputs that the block multiplies for every token. Where it multiplies with all experts in one
-            call, whether pruned or not, each has one.
+        inputs_per_token: number of inputs that the block multiplies by this layer for each token: the number of
+            experts if one call runs all experts, pruned or not; else 1.
     """
 
     name: str
@@ -30,7 +30,7 @@ class LayerShape:
     gram: str
     experts: int = 0
     role: Role = field(default_factory=Role)
-    parts: int = 1
+    inputs_per_token: int = 1
 
     @property
     def count(self) -> int:
@@ -58,9 +58,9 @@ class BlockShape:
     all_layers: tuple[LayerShape, ...]
     seen: frozenset[str] = frozenset()
     predicts: bool = False
-    experts: frozenset[str] = frozenset()
-    live: tuple[Line, ...] = ()
-    made: Line = NOTHING
+    expert_names: frozenset[str] = frozenset()
+    live: tuple[LinearCount, ...] = ()
+    allocated: LinearCount = NOTHING
 
     @cached_property
     def stages(self) -> list[list[LayerShape]]:
@@ -106,16 +106,16 @@ class ModelShape:
     logits_itemsize: int
     parameters: int
     pieces: tuple[int, ...]
-    between: tuple[tuple[Line, ...], ...]
+    between: tuple[tuple[LinearCount, ...], ...]
     names_by_block: tuple[tuple[str, tuple[str, ...]], ...] = ()
     by_window: bool = True
     divisible: bool = True
-    quantized: int = 0
-    joined: int = 0
-    written: float = 1
+    quantized_bytes: int = 0
+    joined_bytes: int = 0
+    written_ratio: float = 1
     modules: tuple[str, ...] = ()
     cache: int = 0
-    whole: int = 0
+    whole_bytes: int = 0
 
     @cached_property
     def kinds(self) -> list[BlockShape]:
@@ -145,7 +145,7 @@ class ModelShape:
         blocks, names = [], []
         for shape, (block, every) in zip(self.blocks, self.names_by_block, strict=True):
             layers = tuple(layer for layer in every if selects(f"{block}.{layer}"))
-            counts = Counter(kind_of(layer, shape.experts) for layer in layers)
+            counts = Counter(kind_of(layer, shape.expert_names) for layer in layers)
             left = (replace(x, experts=counts[x.name] if x.experts else 0) for x in shape.layers if counts[x.name])
             blocks.append(replace(shape, layers=tuple(left)))
             names.append((block, layers))

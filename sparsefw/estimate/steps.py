@@ -35,7 +35,7 @@ def tokens_and_steps(shape: ModelShape, seqlen: int, steps: int) -> tuple[int, l
     """
     every = EVERY if seqlen >= EVERY * MIN_TOKENS else 1
     head = shape.vocabulary * shape.hidden
-    block = sum(layer.rows * layer.d * layer.parts for layer in shape.blocks[-1].all_layers)
+    block = sum(layer.rows * layer.d * layer.inputs_per_token for layer in shape.blocks[-1].all_layers)
     ratio = head / max(1, block)
     if head > SMALL_HEAD and ratio > 2 * every:
         every = max(1, seqlen // MIN_TOKENS)

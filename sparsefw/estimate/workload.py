@@ -42,7 +42,7 @@ class Workload:
     held: int = 0
     ranks: int = 1
     ranks_here: int = 1
-    written: int = 0
+    generated: int = 0
 
     @property
     def most_windows(self) -> int:

@@ -312,7 +312,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
-def machine(device: torch.device) -> dict[str, str]:
+def device_and_versions(device: torch.device) -> dict[str, str]:
     """Return device, number of threads and versions: the last bits of a result depend on them."""
     threads = {"threads": str(torch.get_num_threads())} if device.type == "cpu" else {}
     return {"device": device_name(device)} | threads | versions()

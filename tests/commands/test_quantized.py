@@ -90,7 +90,7 @@ def test_verify_compares_with_the_dequantized_source(name, source, text, tmp_pat
 def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, capsys):
     """Embeddings, and a layer that the model's class has no use for, larger than a block."""
     folder = save_fp8(tmp_path / "model", "qwen3")
-    small = shape_of(inspect(folder)).quantized
+    small = shape_of(inspect(folder)).quantized_bytes
     embeddings, unused = "model.embed_tokens.weight", "model.layers.3.eh_proj.weight"
     x, scale = torch.randn(512, 32), f"{unused}_scale_inv"
 
@@ -100,7 +100,7 @@ def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, capsys):
 
     change_stored(folder, quantize)
     shape, stored = shape_of(inspect(folder)), load_file(folder / SINGLE)
-    assert shape.quantized == stored[unused].nbytes + stored[scale].nbytes > small
+    assert shape.quantized_bytes == stored[unused].nbytes + stored[scale].nbytes > small
     assert run(folder, text, tmp_path / "out", "--method", "wanda") == 0
     assert verdict(capsys, tmp_path / "out")[0] == 0
     written = tensors_of(tmp_path / "out")

@@ -28,8 +28,8 @@ def test_a_config_says_as_much_as_its_checkpoint(family, tmp_path):
 def test_experts_are_joined_of_as_many_bytes_as_in_the_checkpoint(family, tmp_path):
     """A config does not say how a checkpoint stores them: each is taken for a tensor of its own, as it is here."""
     source = save_model(tmp_path / "model", family, torch.bfloat16)
-    joined = describe(str(config_of(source, tmp_path / "config"))).shape.joined
-    assert joined == shape_of(inspect(source)).joined
+    joined = describe(str(config_of(source, tmp_path / "config"))).shape.joined_bytes
+    assert joined == shape_of(inspect(source)).joined_bytes
     assert (joined > 0) == (family != "llama")
 
 

@@ -8,7 +8,7 @@ from helpers.checkpoints import refused
 from helpers.families import first_is_fast
 
 from sparsefw.errors import InputError
-from sparsefw.estimate.live_bytes import Line
+from sparsefw.estimate.live_bytes import LinearCount
 from sparsefw.estimate.memory import GIB, disk_space, memory_needs
 from sparsefw.estimate.placement import place
 from sparsefw.estimate.shapes import BlockShape, LayerShape, ModelShape
@@ -33,10 +33,10 @@ def llama(hidden, intermediate, depth, pairs=8, vocabulary=128256):
     layers = tuple(LayerShape(*layer, role=roles[layer[-1]]) for layer in layers)
     size, outside = sum(layer.rows * layer.d for layer in layers) + 2 * hidden, 2 * vocabulary * hidden + hidden
     # As counted of Llama-3-70B.
-    live, made = (Line(0, 25 * hidden),), Line(0, 83 * hidden)
-    block = BlockShape(2 * size, layers, layers, live=live, made=made)
+    live, allocated = (LinearCount(0, 25 * hidden),), LinearCount(0, 83 * hidden)
+    block = BlockShape(2 * size, layers, layers, live=live, allocated=allocated)
     blocks = *[block] * (depth - 1), replace(block, predicts=True)
-    between = ((Line(2), Line(0, 1), Line(hidden)),)
+    between = ((LinearCount(2), LinearCount(0, 1), LinearCount(hidden)),)
     return ModelShape(blocks, 2 * outside, hidden, vocabulary, 0, 2, 2, depth * size + outside, (2 * outside,), between)
 
 
