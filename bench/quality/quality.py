@@ -110,7 +110,7 @@ def measure(row: str, sparsity: str, folder: Path, pruning: list[str], evaluatio
         "commands": seconds,
         "seconds": report["seconds"],
     }
-    layers = [layer for layer in report["layers"] if layer["method"] == report["call_inputs"]["method"]]
+    layers = [layer for layer in report["layers"] if layer["method"] == report["arguments"]["method"]]
     # An error compares with Wanda's only where a layer approximates its own product.
     if all(layer["target"] == "layer" for layer in layers):
         made["error"] = fmean(layer["relative_error"] for layer in layers)

@@ -172,7 +172,7 @@ def test_what_was_pruned_is_found_in_the_hub_or_named(pruned, copied, tmp_path, 
     make_hub_cache(source, hub)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     report = json.loads((output / "report.json").read_text())
-    report["call_inputs"]["model"] = "org/name"
+    report["arguments"]["model"] = "org/name"
     (output / "report.json").write_text(json.dumps(report))
     for flags, model in (((), "org/name"), (("--model", source), source.name)):
         folder, report = recovered(output, tmp_path / f"recovered{len(flags)}", "--nsamples", 20, *flags)
@@ -198,7 +198,7 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
     half = save_model(tmp_path / "half", "llama", torch.bfloat16, num_hidden_layers=2)
     _, old = copied(*WANDA)
     report = json.loads((old / "report.json").read_text())
-    del report["call_inputs"]["seqlen"]
+    del report["arguments"]["seqlen"]
     (old / "report.json").write_text(json.dumps(report))
     assert pack.main([str(output), str(tmp_path / "packed")]) == 0
     retrained, damaged = tmp_path / "retrained", tmp_path / "damaged"

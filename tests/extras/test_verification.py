@@ -265,7 +265,7 @@ class TestSource:
     @pytest.mark.parametrize("model", ["gone", "\0"])
     def test_that_is_not_there(self, model, copied, capsys):
         source, output = copied(*WANDA)
-        change_report(output, lambda report: report["call_inputs"].update(model=model))
+        change_report(output, lambda report: report["arguments"].update(model=model))
         column = tensor_of(output, Q)[5].nonzero()[0].item()
         change_tensor(output, Q, put((5, column), flip_bit))
         status, printed, _ = verdict(capsys, output)

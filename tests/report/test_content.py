@@ -51,7 +51,7 @@ def test_keys(path):
     )
     content = json.loads(report_of_run().to_json())
     assert list(content) == keys.split()
-    assert content["call_inputs"]["evaluate"] == ["default"]
+    assert content["arguments"]["evaluate"] == ["default"]
     assert content["layers"][0]["shape"] == [4, 8]
     assert content["timeline"][0] == {"block": None, "lane": "main", "phase": "embed", "start": 0.0, "end": 1.5}
     assert content["memory"]["limits"] == {"host": 4 << 30}

@@ -64,7 +64,7 @@ def test_chat_template(model, manager):
     options = {"apply_chat_template": True, "num_fewshot": 1, "system_instruction": "Be brief."}
     found = evaluated(StreamedLM(model), ["tiny_choices"], manager, **options)
     expected = evaluated(hf(model), ["tiny_choices"], manager, **options)
-    prompts = [[of["call_inputs"] for of in results["samples"]["tiny_choices"]] for results in (found, expected)]
+    prompts = [[of["arguments"] for of in results["samples"]["tiny_choices"]] for results in (found, expected)]
     assert prompts[0] == prompts[1]
     check_same(found, expected)
     assert StreamedLM(model).tokenizer_name == hf(model).tokenizer_name

@@ -108,7 +108,7 @@ def test_the_command_has_what_was_given(tmp_path, flags):
     report = report_of_run(arguments=tuple(shlex.split(flags)))
     command = card_of(tmp_path, "out", report, None).split("```sh\n")[1].split("\n```")[0]
     given = shlex.split(command.removeprefix("python -m sparsefw.run"))
-    assert parsed(given)["call_inputs"] == report.arguments
+    assert parsed(given)["arguments"] == report.arguments
     assert sorted(given) == sorted(shlex.split(f"--sparsity 0.5 --output out {flags}"))
 
 
