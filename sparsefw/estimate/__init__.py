@@ -1,1 +1,1 @@
-"""Memory and disk of a run, from the shapes of a model alone, and the placement that fits."""
+"""Estimate the memory and disk of a run from the model's shapes alone, and choose a placement that fits."""

@@ -1,4 +1,4 @@
-"""Count the bytes of forwards with and without gradients, and of the fit of kept weights: of a block, or of a model."""
+"""Count the bytes of a forward, of a backward, and of fitting the kept weights of one block or of the whole model."""
 
 from collections.abc import Iterable
 
@@ -10,18 +10,19 @@ from sparsefw.solver.patterns import Pattern
 
 
 def fit_bytes(blocks: Iterable[BlockShape], itemsize: int, pattern: Pattern, together: bool) -> int:
-    """Count the bytes of the state of kept weights, and of the gradients.
+    """Count the bytes of the fit of kept weights: the optimizer's state, and the gradients.
 
     Args:
-        blocks: blocks that are in memory.
+        blocks: the blocks that are fitted.
         itemsize: bytes of a weight.
-        pattern: tells which weights are kept.
-        together: whether all blocks of a model are fitted together. Then the first values of weights are not kept, and
-            gradients are there one by one; but those of experts stay until the backward pass ends.
+        pattern: tells how many weights are kept.
+        together: whether all blocks of a model are fitted together. Such a fit stores no copy of the first weights to
+            undo it, and holds the gradient of one matrix at a time. Only the gradients of experts stay until the
+            backward pass ends.
     """
     state = gradients = largest = written = 0
     for block in blocks:
-        # Experts that stay dense are in the parameter of the others; their weights do not move.
+        # Experts that stay dense are slices of the same parameter as the pruned ones, so they have gradients too.
         counts = {layer.name: layer.count for layer in block.all_layers}
         for layer in block.layers:
             kept = layer.count * layer.rows * pattern.kept(layer.d)
@@ -31,18 +32,18 @@ def fit_bytes(blocks: Iterable[BlockShape], itemsize: int, pattern: Pattern, tog
                 gradients += itemsize * weights
             if together:
                 largest = max(largest, itemsize * weights)
-            # The new values of one matrix at a time, and their places in 8 bytes each.
+            # The new values of one matrix at a time, and an index of 8 bytes for each value.
             written = max(written, (8 + itemsize) * kept)
     return state + gradients + largest + written
 
 
 def forward_bytes(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int) -> int:
-    """Count the bytes of a micro-batch of windows inside a block, without gradients."""
+    """Count the peak bytes of a block's forward on a micro-batch of windows, without gradients."""
     return int(max((line.at(tokens) for line in block.live), default=0)) + _scores(shape, seqlen, tokens)
 
 
 def backward_bytes(block: BlockShape, shape: ModelShape, seqlen: int, tokens: int) -> int:
-    """Count the bytes that a block keeps of a micro-batch for its gradients."""
+    """Count the bytes that a block saves for the backward on a micro-batch: at most all that its forward allocates."""
     return int(block.allocated.at(tokens)) + 2 * _scores(shape, seqlen, tokens)
 
 
@@ -53,23 +54,23 @@ def reconstruction_bytes(
 
     Args:
         block, shape: the block, and the model.
-        pattern: tells which weights are kept.
+        pattern: tells how many weights are kept.
         seqlen, tokens: tokens of a window, and of a step.
-        loss: bytes of a loss on what is held out.
+        loss: bytes to compute the loss on a held-out micro-batch.
         gpu: whether the model is pruned on a GPU.
     """
     fitted = fit_bytes([block], shape.itemsize, pattern, together=False)
     step = backward_bytes(block, shape, seqlen, tokens) + forward_bytes(block, shape, seqlen, tokens)
     if not (block.predicts and block.layers):
         return fitted + max(step, loss)
-    # A step compares the predictions of some tokens. The loss is of all tokens, and takes no gradients.
+    # A step compares the predictions of some tokens only. The held-out loss compares all, without gradients.
     every, _ = tokens_and_steps(shape, seqlen, 1)
     step += _logits(shape, -(-seqlen // every), gpu)
     return shape.outside + fitted + max(step, _logits(shape, seqlen, gpu), loss)
 
 
 def recovery_bytes(shape: ModelShape, pattern: Pattern, seqlen: int, gpu: bool) -> int:
-    """Count the bytes of a model of which all kept weights are fitted together, in steps of one window."""
+    """Count the bytes of a recovery, which fits all kept weights of a model together in steps of one window."""
     fitted = fit_bytes(shape.blocks, shape.itemsize, pattern, together=True)
     kept = sum(backward_bytes(block, shape, seqlen, seqlen) for block in shape.blocks)
     forward = max(forward_bytes(block, shape, seqlen, seqlen) for block in shape.kinds)
@@ -77,14 +78,15 @@ def recovery_bytes(shape: ModelShape, pattern: Pattern, seqlen: int, gpu: bool) 
 
 
 def _scores(shape: ModelShape, seqlen: int, tokens: int) -> int:
-    """Count the bytes of scores of attention, where they are held: of each two tokens of a window."""
+    """Count the bytes of the attention scores of all pairs of tokens; 0 if attention does not hold all scores."""
     return shape.heads * seqlen * tokens * (4 + shape.itemsize)
 
 
 def _logits(shape: ModelShape, tokens: int, gpu: bool) -> int:
-    """Count the bytes of the logits of both models, of those that the head makes them of, and of three distributions.
+    """Count the bytes of comparing the predictions of both models.
 
-    The distributions are in fp32, with a mask, and of a piece at a time.
+    These are three tensors of logits: one of each model, and one that the head still holds. A piece of them at a time
+    becomes three distributions in fp32 and a mask.
     """
     entries, piece = tokens * shape.vocabulary, max(PIECE["cuda" if gpu else "cpu"], shape.vocabulary)
     return 3 * shape.logits_itemsize * entries + 13 * min(entries, piece)

@@ -1,4 +1,4 @@
-"""Count the bytes of a block's forward, with windows of two lengths. A line through the counts holds for others."""
+"""Count the bytes of a block's forward on windows of two lengths. Other lengths follow by linear interpolation."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Tokens of the two windows. They are enough for every kind of attention, and their tensors are small next to a block.
+# Tokens of the two windows: enough for every kind of attention, and few enough to take little memory.
 FEW, MORE = 8, 12
 
 
 class LinearCount(NamedTuple):
-    """A count that grows with the tokens.
+    """A count that grows linearly with the number of tokens.
 
     Attributes:
-        fixed: the count for no token.
+        fixed: the count for 0 tokens.
         slope: the amount that each token adds.
     """
 
@@ -26,7 +26,7 @@ class LinearCount(NamedTuple):
 
     @classmethod
     def through(cls, few: int, more: int) -> "LinearCount":
-        """Draw the line through the counts of the two windows; neither end of it falls."""
+        """Fit the line through the counts of the two windows; fixed and slope are at least 0."""
         slope = max(0.0, (more - few) / (MORE - FEW))
         return cls(max(0.0, few - slope * FEW), slope)
 
@@ -39,12 +39,12 @@ NOTHING = LinearCount(0)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the memory that operations of this thread take inside the `with` block, until it is free.
+    """Counts the bytes that operations of this thread allocate inside the `with` block.
 
     Attributes:
-        live: bytes now.
-        allocated: bytes of everything that was allocated.
-        points: `live` after each operation that allocated something.
+        live: allocated bytes that are not freed yet.
+        allocated: all bytes that were allocated, freed or not.
+        points: the value of `live` after each allocation.
     """
 
     def __init__(self) -> None:
@@ -57,13 +57,13 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(out):
-            # Views, and tensors that are written in place, have the memory of an argument.
+            # Views and in-place results share the storage of an argument, so they allocate nothing.
             if isinstance(x, Tensor) and x.untyped_storage()._cdata not in before:
                 self.add(x.untyped_storage())
         return out
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, if it is not counted yet."""
+        """Count a storage, unless it was counted before."""
         key, nbytes = storage._cdata, storage.nbytes()
         if key in self._known:
             return
@@ -82,11 +82,12 @@ def count_forward(runs: Iterable[Callable[[], object]]) -> tuple[tuple[LinearCou
     """Count the bytes of a block's forward, besides its weights and its input.
 
     Args:
-        runs: functions that run each of the two windows through the block. With a single function, bytes do not depend
-            on tokens.
+        runs: a function for each of the two windows, which runs the window through the block. A single function gives
+            counts that do not depend on the tokens.
 
     Returns:
-        The bytes that are taken at once after each of its operations, and the bytes of everything that it makes.
+        The live bytes, and the bytes of all allocations. The live bytes are distinct lines, one for each allocation; or
+        one line through the peaks, if the two windows differ in the number of allocations.
     """
     counts = []
     for run in runs:
@@ -97,6 +98,6 @@ def count_forward(runs: Iterable[Callable[[], object]]) -> tuple[tuple[LinearCou
     if len(few.points) == len(more.points):
         lines = {*map(LinearCount.through, few.points, more.points)}
     else:
-        # The operations of some blocks depend on the tokens.
+        # Some blocks run other operations with more tokens, so that single allocations cannot be compared.
         lines = {LinearCount.through(max(few.points), max(more.points))}
     return tuple(sorted(lines)), LinearCount.through(few.allocated, more.allocated)

@@ -1,4 +1,4 @@
-"""Choose a placement: the one that costs least time among those that fit the memory limits."""
+"""Choose a placement: the fastest one that fits the memory limits."""
 
 import math
 from collections.abc import Sequence
@@ -19,25 +19,25 @@ from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLAC
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
-# Tokens in a micro-batch that keep a GPU busy. It has fewer only when nothing else is left to give up.
+# Tokens in a micro-batch that keep a GPU busy. Fewer are chosen only after every other saving of memory.
 BUSY_TOKENS = 4096
 
-# The most windows of its own text that a model writes at once.
+# The largest batch of windows that a model generates as its own calibration text.
 MOST_GENERATED = 64
 
 
 def memory_limits(
     gpu_memory: float | None, host_memory: float | None, free: dict[str, int], ranks: Ranks = ALONE
 ) -> dict[str, int]:
-    """Find the memory limits of a process in bytes: "host", and with a GPU "gpu"; the lowest ones of all ranks.
+    """Find the memory limits of a process in bytes: "host", and with a GPU "gpu". All ranks get the lowest limits.
 
     Args:
         gpu_memory, host_memory: limits of the user, in GiB; None: nine tenths of the free memory.
         free: bytes of free memory, see `memory.free_memory`.
-        ranks: the ranks on a machine share its memory.
+        ranks: the processes of the run; those on one machine share its memory.
 
     Raises:
-        InputError: there is a limit for a GPU, and no GPU.
+        InputError: the user limits a GPU's memory, and there is no GPU.
     """
     if gpu_memory is not None and "gpu" not in free:
         raise InputError(f"{option('gpu_memory')}: no CUDA device")
@@ -57,17 +57,17 @@ def place(
     folder: Path | None = None,
     fixed: dict[str, Any] | None = None,
 ) -> tuple[Placement, MemoryNeeds]:
-    """Choose the placement that costs least time among those that fit.
+    """Choose the fastest placement that fits the memory limits.
 
     Args:
         shape: shape of the model.
         workload: the work.
         limits: memory limits of a rank in bytes: "host", and with a GPU "gpu".
         folder: folder for activations in a file.
-        fixed: values of `Placement` that are settled, by field.
+        fixed: fields of `Placement` whose values are already chosen.
 
     Raises:
-        InputError: none fits; the message names the smallest limit that could.
+        InputError: no placement fits; the message names the smallest limit that could be enough.
     """
     tried = []
     for placement in _placements(shape, workload, folder, fixed or {}):
@@ -81,7 +81,7 @@ def place(
 
 
 def generation_batch(shape: ModelShape, workload: Workload, limits: dict[str, int], inputs: Inputs) -> int:
-    """Choose how many windows of its own calibration text the dense model writes at once; 0: it writes no text.
+    """Choose how many windows of calibration text the dense model generates in a batch; 0: it generates no text.
 
     Raises:
         InputError: not one window fits, since the whole model has to be in memory.
@@ -101,23 +101,23 @@ def generation_batch(shape: ModelShape, workload: Workload, limits: dict[str, in
 
 
 def fits(needs: MemoryNeeds, limits: dict[str, int]) -> bool:
-    """Tell whether a run stays below its limits."""
+    """Tell whether the peaks of a run stay within its limits."""
     return needs.gpu <= limits.get("gpu", 0) and needs.host <= limits["host"]
 
 
 def too_little(tried: Sequence[MemoryNeeds], limits: dict[str, int], remedy: str, ranks_here: int = 1) -> InputError:
-    """Make the refusal of limits that are too low; it names the smallest limit that could be enough.
+    """Make the error for limits that are too low. It names the smallest limit that could be enough.
 
     Args:
-        tried: the needs, none of which fits.
+        tried: the needs of each placement that was tried; no placement fits.
         limits: as for `place`.
-        remedy: what else the user can do, in words.
+        remedy: what the user can do besides giving more memory, in words.
         ranks_here: ranks on this machine, which share the user's limit for the host.
     """
     what = "gpu" if min(needs.gpu for needs in tried) > limits.get("gpu", 0) else "host"
     least = min(getattr(needs, what) for needs in tried if what == "gpu" or needs.gpu <= limits.get("gpu", 0))
     among = ranks_here if what == "host" else 1
-    # Rounded up, so that it is enough although the same process takes a little more or less each time.
+    # Rounded up, because the same process takes a little more or less memory each time.
     enough = math.ceil(100 * among * (least / GIB + 0.01)) / 100
     limit = option(f"{what}_memory", round(among * limits.get(what, 0) / GIB, 2))
     kind = f"{what.replace('gpu', 'GPU')} memory{f' for {among} ranks' if among > 1 else ''}"
@@ -125,7 +125,7 @@ def too_little(tried: Sequence[MemoryNeeds], limits: dict[str, int], remedy: str
 
 
 def placement_words(placement: Placement, gpu: bool, one: str = "window") -> str:
-    """Write a placement for the plan and for the log; `one` is what a micro-batch has several of."""
+    """Write a placement for the plan and for the log; `one` is the noun for a part of a micro-batch."""
     step = f", {placement.step} in a step" if placement.step else ""
     where = f"; activations: {placement.place}" if gpu or placement.place != "host" else ""
     ahead = "" if placement.ahead else "; nothing read ahead"
@@ -135,14 +135,14 @@ def placement_words(placement: Placement, gpu: bool, one: str = "window") -> str
 
 
 def _placements(shape: ModelShape, workload: Workload, folder: Path | None, fixed: dict[str, Any]) -> list[Placement]:
-    """List all placements, those that cost least time first."""
+    """List all placements, the fastest first."""
     config, gpu = workload.config, workload.gpu
     batch = step = max(1, BATCH_TOKENS["gpu" if gpu else "cpu"] // workload.seqlen)
-    # A CPU gains nothing by micro-batches of several steps.
+    # Micro-batches of several steps save time on a GPU only.
     divided = config.reconstruct and gpu and shape.divisible
     if config.reconstruct:
         step = max(1, min(batch, workload.windows // LEAST_STEPS))
-        # A sixteenth of the micro-batches is held out.
+        # A micro-batch has at most a sixteenth of the windows, so that a sixteenth can be held out.
         steps = min(batch, workload.windows // HELD_OUT) // step if divided else 1
         batch = step << max(0, steps.bit_length() - 1)
     widest = max((layer.d for block in shape.kinds for layer in block.layers), default=1)
@@ -158,13 +158,13 @@ def _placements(shape: ModelShape, workload: Workload, folder: Path | None, fixe
     found = [
         Placement(folder=folder, **dict(zip(choices, values, strict=True))) for values in product(*choices.values())
     ]
-    # From a disk an input comes no sooner than the block makes it again.
+    # Inputs are not kept in a file: reading one from the disk is no faster than computing it again.
     found = [x for x in found if x.place != "file" or not x.kept_width]
     found = [replace(x, step=step if divided and step < x.batch else 0) for x in found]
     few = max(1, BUSY_TOKENS // workload.seqlen)
 
     def cost(x: Placement) -> tuple[int, ...]:
-        """Order placements; what is first here is given up last."""
+        """Order placements: the fields to give up last come first."""
         batch, place, kept, solver = -x.batch, PLACES.index(x.place), -x.kept_width, -x.solver
         if gpu:
             return not x.ahead, max(batch, -few), kept, solver, place, batch

@@ -1,4 +1,4 @@
-"""Plan a run from its model's config alone: what `sparsefw.plan` prints and writes as JSON."""
+"""Plan a run from the model's config alone: the content that `sparsefw plan` prints and writes as JSON."""
 
 import os
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from sparsefw.solver.config import PruneConfig
 
 CPU = torch.device("cpu")
 
-# Stands for a host's memory that is not known, in bytes: more than any machine has.
+# Bytes of host memory if the machine is not known: more than any machine has.
 ENDLESS = 2**62
 
 
@@ -39,8 +39,8 @@ class DescribedModel:
         name: name of the model's class.
         shape: shape of the model.
         dtype: dtype of the weights.
-        max_seqlen: tokens in the longest window that it takes; None if the config does not say.
-        notes: what was assumed, and what the user should know of the model, one line each.
+        max_seqlen: tokens in the longest window that the model takes; None: the config does not say.
+        notes: lines for the user: assumptions, and properties of the model.
     """
 
     name: str
@@ -51,14 +51,14 @@ class DescribedModel:
 
 
 def describe(model: str, device: torch.device = CPU) -> DescribedModel:
-    """Describe the model of a config. Nothing else is downloaded, and no weights are read.
+    """Describe a model by its config. No other file is downloaded, and no weights are read.
 
     Args:
         model: a folder with a config.json, a config file, or a Hub id.
-        device: device that it will run on.
+        device: the device that the model will run on.
 
     Raises:
-        InputError: there is no such model; its config is damaged, asks for what no model has, or describes one that
+        InputError: there is no such model; or its config is damaged, has impossible values, or describes a model that
             transformers does not know or cannot load.
     """
     path = Path(os.path.expanduser(model))
@@ -68,9 +68,9 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
     check_config(config, path)
     quantization, notes = quantization_of(config, path), list[str]()
     folder = path.parent if path.name == CONFIG else path
-    # Weights that are there count more than the config: a run finds the same.
-    there = path.name == CONFIG and any((folder / name).exists() for name in (SINGLE, INDEX))
-    if there:
+    # If the weights are in the folder, they decide, as in a run: the config may differ from them.
+    has_weights = path.name == CONFIG and any((folder / name).exists() for name in (SINGLE, INDEX))
+    if has_weights:
         checkpoint = inspect(folder)
     else:
         dtype = dtype_in(config)
@@ -82,8 +82,8 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
         checkpoint = Checkpoint(folder, {}, {}, dtype)
     with without_weights(checkpoint, computes_in_fp32(checkpoint.dtype, device)) as built:
         shape = shape_of_text(built)
-    if not there:
-        # As if each expert were a tensor of its own, and everything quantized, which is the least to read.
+    if not has_weights:
+        # Assume that each expert is a separate tensor, and that all tensors are quantized.
         sizes = (layer.experts * layer.rows * layer.d for block in shape.kinds for layer in block.layers)
         stored_share = quantization.share(checkpoint.dtype) if quantization else 0
         shape = replace(
@@ -95,14 +95,14 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
 
 
 def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) -> dict[str, Any]:
-    """Make the content of --json; sizes in bytes.
+    """Make the content of a plan, as --json writes it; sizes are in bytes.
 
     Args:
-        inputs, config, output: those of the run.
-        card: the GPU that it is planned for, one of CARDS, with a host without a limit; None: this machine.
+        inputs, config, output: the settings of the run.
+        card: the GPU to plan for, one of CARDS, on a host with unlimited memory; None: this machine.
 
     Raises:
-        InputError: there is no such model or layer, memory is too little, or there is a limit for a GPU, and no GPU.
+        InputError: there is no such model or layer, memory is too little, or `output` limits a GPU that does not exist.
     """
     free = {"gpu": CARDS[card] * 10**9, "host": ENDLESS} if card else memory.free_memory(memory.this_device())
     limits = memory_limits(output.gpu_memory, output.host_memory, free)
@@ -150,17 +150,17 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
 
 
 def _evaluation_windows(inputs: Inputs, name: str, seqlen: int) -> int:
-    """Return the number of windows of an evaluation text. The built-in model's own text is read, no other."""
+    """Return the number of windows of an evaluation text. Only the text of the built-in model is read to count them."""
     if inputs.eval_windows is not None:
         return inputs.eval_windows
     if not inputs.built_in or name != DEFAULT:
-        how_long = f"say how long it is with {option('eval_windows')}"
-        raise InputError(f"{option('evaluate', name)}: texts are not read here; {how_long}")
+        how_long = f"give the number of its windows with {option('eval_windows')}"
+        raise InputError(f"{option('evaluate', name)}: a plan reads no texts; {how_long}")
     return evaluation_windows(load_tokenizer(DEFAULT_MODEL), name, seqlen=seqlen).n
 
 
 def lines(content: dict[str, Any]) -> Iterator[str]:
-    """Write a plan's content in lines."""
+    """Yield a plan in words, line by line."""
     model, workload, limits, disk = (content[name] for name in ("model", "workload", "limits", "disk"))
     yield (
         f"model: {model['name']}, {model['class']}, {model['parameters']:,} parameters, "
@@ -184,7 +184,7 @@ def lines(content: dict[str, Any]) -> Iterator[str]:
     yield f"device: {content['device']}"
     yield from fitted(f"placement: {placement_words(Placement(**content['placement']), 'gpu' in limits)}")
     yield from fitted(
-        f"disk: {disk['output'] / 1e9:.2f} GB of output; until the end also {disk['kept'] / 1e9:.2f} GB of compared "
+        f"disk: {disk['output'] / 1e9:.2f} GB of output; during the run also {disk['kept'] / 1e9:.2f} GB of compared "
         f"methods, {disk['activations'] / 1e9:.2f} GB of activations"
     )
     if content["reconstruction"]:

@@ -1,8 +1,8 @@
 """Find the shape of a model before it is pruned.
 
-One block of each kind runs on a few tokens. So layers are found in the same way as when they are pruned, whatever the
-architecture. All weights are zero, and take no memory: pages that nobody has written to are all the same page. A model
-in memory runs on one of its batches, with its own weights. The bytes of each forward are counted.
+One block of each kind runs on a few tokens. So its layers are found as in a run, whatever the architecture. All weights
+are zero and take no memory, because the system maps pages that were never written to a single page of zeros. A model in
+memory runs on one of its batches, with its own weights. The bytes of each forward are counted.
 """
 
 from dataclasses import replace
@@ -35,7 +35,7 @@ from sparsefw.selection import without_index
 
 
 def zeros(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor]:
-    """Make tensors of zeros, in place of `checkpoint.read_tensors`. They take no memory unless they are written to."""
+    """Make tensors of zeros in place of `checkpoint.read_tensors`. They take no memory until they are written to."""
     return {
         name: torch.from_numpy(np.zeros(info.nbytes, np.uint8)).view(info.dtype).view(info.shape)
         for name, info in tensors.items()
@@ -43,36 +43,36 @@ def zeros(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor
 
 
 def without_weights(checkpoint: Checkpoint, in_fp32: bool = False) -> StreamedModel:
-    """Make a checkpoint's model on the host, with weights of zero. Its tensors are not read.
+    """Make a checkpoint's model on the host with zeros for weights. No tensor is read.
 
     Args:
         checkpoint: the checkpoint.
         in_fp32: as for `BlockModel`.
 
     Raises:
-        InputError: as `StreamedModel`.
+        InputError: as for `StreamedModel`.
     """
     return StreamedModel(checkpoint, torch.device("cpu"), zeros, in_fp32)
 
 
 def shape_of(checkpoint: Checkpoint, in_fp32: bool = False) -> ModelShape:
-    """Find the shape of a checkpoint's model. As `without_weights`."""
+    """Find the shape of a checkpoint's model; arguments and errors are those of `without_weights`."""
     with without_weights(checkpoint, in_fp32) as model:
         return shape_of_text(model)
 
 
 def shape_of_text(model: BlockModel) -> ModelShape:
-    """Find the shape of a model that reads text, with the bytes that it takes to write text.
+    """Find the shape of a model that reads text, including the bytes of generating text.
 
     Raises:
-        InputError: a block has no layers, or the tensors that it hands on cannot be followed.
+        InputError: a block has no layers, or tensors that it passes to later blocks cannot be traced.
     """
-    # The weights of a model in memory are checked already, and others are zero.
+    # Weights need no check for NaN: those of a model in memory were checked before, and all others are zero.
     with model.outside(checked=False):
         walks = [_Walk(embed(model, torch.zeros(1, tokens, dtype=torch.int64), 1)) for tokens in (FEW, MORE)]
     shape = _shape_of(model, walks)
     by_window = model.flow.by_window and not model.flow.batch_after
-    # Without logits nothing is predicted.
+    # A model without logits predicts no tokens.
     vocabulary = (model.vocabulary or 0) if model.logits_itemsize else 0
     last = replace(shape.blocks[-1], predicts=by_window and vocabulary > 0)
     return replace(
@@ -86,9 +86,9 @@ def shape_of_text(model: BlockModel) -> ModelShape:
 
 
 def _cached_entries(model: Any) -> int:
-    """Count the entries of a token's keys and values in a block, at most, by the names that configs have for sizes."""
+    """Count, at most, the entries of a token's keys and values in a block, by the usual names of sizes in configs."""
     config = model.config.get_text_config()
-    # Blocks that differ may have a config each, and then the model's refuses to be asked.
+    # If each block has a config, the model's own config raises an error when a size is read.
     configs = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
 
     def size(name: str) -> int:
@@ -102,35 +102,37 @@ def _cached_entries(model: Any) -> int:
 
 
 def shape_of_resident(model: ResidentModel, batch: Batch) -> tuple[ModelShape, int]:
-    """Find the shape of a model in memory, and the most tokens, or other vectors, that a batch has between two blocks.
+    """Find the shape of a model in memory, and the largest number of vectors of the batch between two blocks.
 
-    A batch takes the place of a window: sizes do not depend on the number of tokens.
+    The vectors stand for tokens, patches or other positions. The batch takes the place of a window, so sizes in the
+    shape do not grow with the number of tokens.
 
     Args:
         model: the model.
-        batch: the largest of the batches.
+        batch: the largest batch.
 
     Raises:
-        InputError: a block has no layers, or the tensors that it hands on cannot be followed.
+        InputError: a block has no layers, or tensors that it passes to later blocks cannot be traced.
     """
     walk = _Walk(embed_batches(model, [batch]), every_block=True)
     shape = _shape_of(model, [walk])
-    # Scores are of one sample at a time.
+    # The count of scores is for one sample, and a batch has several.
     return replace(shape, heads=-(-shape.heads // walk.between[0].shape[0])), walk.most_tokens
 
 
 class _Walk:
-    """The way of one micro-batch through the blocks.
+    """One micro-batch on its way through the blocks.
 
     Args:
         states: the micro-batch before the first block.
-        every_block: whether it has to go through every block.
+        every_block: whether the micro-batch has to pass every block, even if blocks pass on hidden states only.
 
     Attributes:
-        states: the micro-batch.
-        most_tokens: the most vectors that a block's input has.
-        between: the tensors between two blocks, where they take most, the hidden states first.
-        moves: whether it has to go through every block, because blocks may hand something on.
+        states: the micro-batch, before the next block.
+        most_tokens: the largest number of vectors in a block's input.
+        between: the largest set of tensors between two blocks, the hidden states first.
+        every_block: whether the micro-batch has to pass every block; always if a block may pass more than hidden
+            states to later blocks.
     """
 
     def __init__(self, states: HiddenStates, every_block: bool = False) -> None:
@@ -144,8 +146,8 @@ class _Walk:
         self.between = max(self.between, self.states.between(), key=lambda tensors: sum(x.nbytes for x in tensors))
 
     def pass_block(self, i: int) -> None:
-        """Run the micro-batch through block i, which is open."""
-        # Zeros may become NaN, which says nothing of the model.
+        """Run the micro-batch through block i, whose weights are loaded."""
+        # The check for NaN is skipped: weights of zero may give NaN in a sound model.
         self.states.leave(i, 0, self.states.output(i, 0))
         self.states.unchecked = None
         self.states.arrive(INPUT)
@@ -153,8 +155,8 @@ class _Walk:
 
 
 def _shape_of(model: BlockModel, walks: list[_Walk]) -> ModelShape:
-    """Find the shape of a model without logits; the walks go through the blocks that they have to."""
-    # Before blocks are opened. A tied parameter is counted once.
+    """Find the shape of a model without its logits, from walks through as many blocks as necessary."""
+    # Counted before blocks are opened, which replaces parameters. A tied parameter counts once.
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     known: dict[tuple, tuple[BlockShape, tuple[str, ...]]] = {}
     blocks, names = [], []
@@ -163,7 +165,7 @@ def _shape_of(model: BlockModel, walks: list[_Walk]) -> ModelShape:
         shared = {name.removeprefix(prefix) for name in model.shared.names if name.startswith(prefix)}
         kind = tuple((name, parameter.shape, name in shared) for name, parameter in block.named_parameters())
         if kind not in known or walks[0].every_block:
-            # Unchecked: most weights are zeros here that take up address space alone, and a check would read them all.
+            # Opened without a check for NaN: it would read all weights, which are zeros that take no memory.
             model.open_alone(i)
             if kind not in known:
                 shape, layers = _find(walks[0].states, i, shared)
@@ -202,19 +204,19 @@ def _shape_of(model: BlockModel, walks: list[_Walk]) -> ModelShape:
 
 
 def _heads(model: nn.Module) -> int:
-    """Return the attention heads, if attention holds all scores at once; else 0."""
+    """Return the number of attention heads if attention holds the scores of all pairs of tokens; else 0."""
     if not isinstance(model, PreTrainedModel) or attention_implementation(model) != "eager":
         return 0
     return getattr(model.config.get_text_config(), "num_attention_heads", 0)
 
 
 def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, tuple[str, ...]]:
-    """Find the shape of block i, and the names of its layers, every expert by itself.
+    """Find the shape of block i, and the names of its layers; every expert has its own name.
 
     Args:
         states: one micro-batch before the block.
         i: number of the block.
-        shared: names of matrices inside the block that other modules have, too.
+        shared: names of the block's matrices that other modules use as well.
     """
     block, run = states.model.blocks[i], states.run_of(i, 0)
     parameters, hidden = dict(block.named_parameters()), states.hidden[0]
@@ -224,7 +226,7 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
         no_layers = shared | find_no_layers(tape)
 
         def may_be_layer(name: str) -> bool:
-            # Experts are slices of a parameter that may be shared as a whole.
+            # A shared parameter of stacked experts has one name, without an index.
             return name not in no_layers and without_index(name) not in shared
 
         surveyed = survey_tape(tape, experts, may_be_layer)
@@ -257,7 +259,7 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
 
 
 def _cut_unevenly(layers: list[Layer]) -> set[str]:
-    """List the layers that are slices of one parameter, of different sizes: an index does not tell which slice."""
+    """Name the layers that are slices of different sizes of one parameter: an index does not identify such a slice."""
     sizes: dict[str, set[int]] = {}
     for layer in layers:
         sizes.setdefault(without_index(layer.name), set()).add(layer.weight.numel())
@@ -265,11 +267,11 @@ def _cut_unevenly(layers: list[Layer]) -> set[str]:
 
 
 def _names_by_kind(block: nn.Module, first: dict[str, Layer], experts: frozenset[str]) -> dict[str, list[str]]:
-    """List the names of all layers of each kind, with the experts that no token has reached.
+    """List the names of all layers of each kind, including experts that no token has reached.
 
     Args:
         block: the block.
-        first: a layer of each kind.
+        first: the first layer of each kind.
         experts: as for `kind_of`.
     """
     names = {kind: list[str]() for kind in first}

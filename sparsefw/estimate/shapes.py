@@ -1,4 +1,4 @@
-"""Describe the shape of a model, its blocks and its layers: all that an estimate needs to know of it."""
+"""Describe the shapes of a model, its blocks and its layers: everything that an estimate needs of a model."""
 
 import math
 from collections import Counter
@@ -12,14 +12,14 @@ from sparsefw.model.layers import Role, by_input, kind_of
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A prunable matrix; in a mixture, the same matrix of all experts.
+    """A prunable matrix; in a mixture of experts, the same matrix of all experts.
 
     Attributes:
-        name: inside the block; without an expert's index.
+        name: name of the layer inside its block, without an expert's index.
         rows, d: shape of the matrix, (out, in).
-        gram: name of its Gram matrix, see `Layer`. The layers of one Gram matrix are a stage of the pruning.
-        experts: number of these matrices, each with a Gram matrix of its own; 0 for a layer that is no expert.
-        role: the layer's part in the block.
+        gram: name of the layer's Gram matrix, see `Layer`. Layers with the same Gram matrix form a stage.
+        experts: number of experts, each with a matrix and a Gram matrix; 0 for a layer outside of experts.
+        role: how the layer's target is measured, see `Role`.
         inputs_per_token: number of inputs that the block multiplies by this layer for each token: the number of
             experts if one call runs all experts, pruned or not; else 1.
     """
@@ -40,17 +40,17 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """A block.
+    """A block of the model.
 
     Attributes:
         nbytes: bytes of the parameters.
-        layers: the layers that are pruned, in the order of use; `experts` counts the pruned ones only.
-        all_layers: all layers that the windows run through, with those that stay dense.
-        seen: names of all matrices that were seen in products, layers or not, without an expert's index.
-        predicts: whether next tokens are predicted from its output: the last block of a language model.
-        experts: names of modules that may be experts, see `experts_of`.
-        live: bytes that its forward takes at once, after each of its operations.
-        made: bytes of all tensors that its forward makes.
+        layers: the layers that are pruned, in the order of use. Their `experts` counts pruned experts only.
+        all_layers: all prunable layers, pruned or not.
+        seen: names, without an expert's index, of all matrices that occur in products, prunable or not.
+        predicts: whether the head predicts tokens from the block's output, as in the last block of a language model.
+        expert_names: names of modules that may be experts, see `experts_of`.
+        live: live bytes of the forward, see `count_forward`.
+        allocated: bytes of all tensors that the forward allocates.
     """
 
     nbytes: int
@@ -64,7 +64,7 @@ class BlockShape:
 
     @cached_property
     def stages(self) -> list[list[LayerShape]]:
-        """Return the layers that are pruned, by stage."""
+        """Return the layers that are pruned, grouped by stage."""
         return [*by_input(self.layers).values()]
 
 
@@ -73,28 +73,29 @@ class ModelShape:
     """A model.
 
     Attributes:
-        blocks: in their order.
-        outside: bytes of the parameters outside of the blocks that are loaded.
+        blocks: the blocks, in order.
+        outside: bytes of the loaded parameters outside of the blocks.
         hidden: width of the residual stream.
-        vocabulary: number of the tokens that it embeds, and about the entries of a logit vector; 0: it has no logits.
-        heads: attention heads, if attention holds all scores at once; else 0.
+        vocabulary: number of embedded tokens, about the length of a vector of logits; 0: the model has no logits.
+        heads: number of attention heads if attention holds the scores of all pairs of tokens; else 0.
         itemsize: bytes of an entry of an activation.
-        logits_itemsize: bytes of an entry of the logits, which some heads return in fp32.
+        logits_itemsize: bytes of an entry of the logits. Some heads return them in fp32.
         parameters: number of parameters.
-        pieces: bytes of the pieces in which all tensors outside of the blocks are written.
-        between: the tensors that a window has between two blocks: the hidden states; the tensors that blocks hand on,
-            where they take most; and those that the model's forward makes of the tokens, for later blocks. Of each, the
-            bytes of an entry and the sizes of its dimensions.
-        names_by_block: the name of each block, and the names of its layers inside the block, every expert by itself.
-        by_window: whether logits are made of one window at a time, and not of a micro-batch.
-        divisible: whether some windows of a micro-batch can be run by themselves, see `Trace.divisible`.
-        quantized: most bytes of tensors as they are stored that are in memory at once. 0: they are used as they are.
-        joined: bytes of the largest parameter that is made of several tensors of the checkpoint, such as one of stacked
-            experts. All of these are in memory until it is made.
-        written: bytes that are written for each byte of a block's parameters in memory.
+        pieces: all tensors outside of the blocks are written in these pieces; bytes of each.
+        between: the tensors of a window between two blocks, at the place where they take most: the hidden states, the
+            tensors that blocks pass to later blocks, and tensors that the model's forward prepares for the blocks. For
+            each tensor the bytes of an entry, and the sizes of its dimensions.
+        names_by_block: (name of a block, names of its layers inside the block); every expert has its own name.
+        by_window: whether logits are computed for one window at a time; else for a micro-batch.
+        divisible: whether part of a micro-batch's windows can be run alone, see `Trace.divisible`.
+        quantized_bytes: peak bytes of stored tensors that wait to be dequantized; 0: tensors are not quantized.
+        joined_bytes: bytes of the largest parameter that is joined from several tensors of the checkpoint, such as
+            stacked experts. These tensors are in memory until the parameter is complete.
+        written_ratio: bytes written per byte of a block's parameters in memory: 0.5 if a model in half precision
+            computes in fp32.
         modules: names of all modules.
-        cache: bytes of the keys and values that a token has in all blocks, where the model writes text.
-        whole: bytes of the weights that are loaded to run all blocks at once; 0: they are there.
+        cache: bytes of a token's keys and values in all blocks, for generating text.
+        whole_bytes: bytes of the weights to load for running all blocks together; 0: the model is in memory already.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -119,7 +120,7 @@ class ModelShape:
 
     @cached_property
     def kinds(self) -> list[BlockShape]:
-        """Return the blocks that differ. Most blocks of a model are alike."""
+        """Return one block of each kind. Most blocks of a model are alike."""
         return [*dict.fromkeys(self.blocks)]
 
     @property
@@ -133,14 +134,14 @@ class ModelShape:
         return [f"{block}.{layer}" for block, layers in self.names_by_block for layer in layers]
 
     def window_bytes(self, seqlen: int) -> list[int]:
-        """Count the bytes of each tensor that a window has between two blocks."""
+        """Count the bytes of each tensor of `between` for one window."""
         return [math.ceil(math.prod(line.at(seqlen) for line in sizes)) for sizes in self.between]
 
     def selected(self, selects: Callable[[str], bool]) -> "ModelShape":
-        """Return the same model with fewer layers; blocks stay even if they have none.
+        """Return the shape with the selected layers only. A block stays even if no layer of it is selected.
 
         Args:
-            selects: called with the full name of a layer; each expert has a name of its own.
+            selects: called with the full name of a layer, with an expert's index.
         """
         blocks, names = [], []
         for shape, (block, every) in zip(self.blocks, self.names_by_block, strict=True):

@@ -1,9 +1,10 @@
 """Count the steps of a block's reconstruction.
 
-A pass makes a step of each micro-batch that is not held out, or of each piece of it. The last block of a language model
-is fitted to predictions, for which the head runs in every step. The head of a small model costs more than its last
-block, up to thirty times as much with a large vocabulary. So a step compares the predictions of some tokens only, and
-there are more steps. Where the head costs most, a first round fits hidden states, and few steps compare predictions.
+A pass makes a step for each micro-batch that is not held out, or for each piece of such a micro-batch. The last block
+of a language model is fitted to predictions, so the head runs in every step. In a small model with a large vocabulary
+the head costs up to thirty times as much as the block. So a step compares the predictions of some tokens only, and
+there are more steps. If the head is still expensive, a first round fits hidden states, and few steps that compare
+predictions follow.
 """
 
 from typing import Any
@@ -14,10 +15,10 @@ from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
 from sparsefw.model.activations import split_batches
 
-# A step compares one token in EVERY where a window has EVERY * MIN_TOKENS or more, and there are TIMES the passes.
-# Where a head of more than SMALL_HEAD weights still costs over twice what the block does, a round that fits hidden
-# states comes first. The steps after it compare MIN_TOKENS tokens: to read the head's weights costs as much as this
-# number of tokens. Together they cost SHARE times as much as the first round.
+# In windows of EVERY * MIN_TOKENS tokens or more, a step compares one token in EVERY, in TIMES as many passes.
+# If a head of more than SMALL_HEAD weights then still costs over twice as much as the block, the first round fits
+# hidden states. Each later step compares MIN_TOKENS tokens, since reading the head's weights takes as long as
+# multiplying this number of tokens. All later steps together cost SHARE times as much as the first round.
 EVERY, MIN_TOKENS, SMALL_HEAD, TIMES, SHARE = 8, 64, 2**24, 2, 1.5
 
 
@@ -30,8 +31,8 @@ def tokens_and_steps(shape: ModelShape, seqlen: int, steps: int) -> tuple[int, l
         steps: steps of a round that fits hidden states.
 
     Returns:
-        n, where a step compares one token in n; and the steps of each round. Further rounds have the steps of the last
-        one. All rounds but the last one fit hidden states.
+        n, if a step compares one token in n; and the number of steps of each round. Further rounds have as many steps
+        as the last round in the list. All rounds in the list but the last fit hidden states.
     """
     every = EVERY if seqlen >= EVERY * MIN_TOKENS else 1
     head = shape.vocabulary * shape.hidden
@@ -47,8 +48,8 @@ def reconstruction_steps(shape: ModelShape, workload: Workload, placement: Place
     """Count the steps of a round of a block's reconstruction.
 
     Returns:
-        "steps" of a block; and, where the last block is fitted to predictions, "last", the steps of each of its first
-        rounds. Empty if no block is reconstructed.
+        "steps": the steps of a round in a block. "last": if the last block is fitted to predictions, the steps of each
+        of its first rounds. Empty if no block is reconstructed.
     """
     passes, last = workload.config.reconstruct, shape.blocks[-1]
     if not passes:
@@ -64,7 +65,7 @@ def reconstruction_steps(shape: ModelShape, workload: Workload, placement: Place
 
 
 def reconstruction_line(found: dict[str, Any]) -> str:
-    """Write `reconstruction_steps` as a line of the plan and of the log."""
+    """Write the result of `reconstruction_steps` as a line for the plan and the log."""
     line = f"reconstruction: {counted(found['steps'], 'step')} a round, two rounds in most blocks"
     rounds = " + ".join(map(str, found.get("last", ())))
     return f"{line}; {rounds} in the last block" if rounds else line

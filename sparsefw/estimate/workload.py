@@ -1,4 +1,4 @@
-"""Describe the work of a run: the layers that it prunes, its windows, and the memory that its process has already."""
+"""Describe the work of a run: the layers to prune, the windows, and the memory that the process takes already."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from sparsefw.selection import check_used
 from sparsefw.solver import patterns
 from sparsefw.solver.config import PruneConfig
 
-# Bytes of a Python process with torch and transformers loaded and a text tokenized, as measured; those that a plan has
-# not taken yet; and those of the libraries that read a text of the Hub or of parquet.
+# Measured bytes of host memory. PROCESS: Python with torch and transformers after tokenizing a text. BEYOND_PLAN: what
+# a run allocates later than a plan. READERS: the libraries that read texts from the Hub or from parquet.
 PROCESS, BEYOND_PLAN, READERS = 500 * 2**20, 64 * 2**20, 100 * 2**20
 
 
@@ -21,16 +21,16 @@ class Workload:
     """The work of a run.
 
     Attributes:
-        windows: number of calibration windows; of several ranks, the most that one has.
-        evaluation: the same of each evaluation text.
+        windows: number of calibration windows; with several ranks, of the rank that has most.
+        evaluation: number of windows of each evaluation text, counted in the same way.
         seqlen: tokens in a window.
         config: how the model is pruned, resolved for the calibration, see `PruneConfig.for_calibration`.
         gpu: whether the model is pruned on a GPU.
-        process: bytes of host memory that the process has before the run begins, with the tokens of all windows.
-        held: bytes of the GPU that the process has taken before the run begins: a model in memory may be there.
-        ranks: processes that share the work; process and held are those of one of them.
-        ranks_here: those of them that share the memory of a machine.
-        written: windows that the dense model writes at once, where it writes its own calibration text; else 0.
+        process: bytes of host memory of a rank before the first block, including the tokens of all windows.
+        held: bytes of GPU memory of a rank before the first block, such as a caller's model.
+        ranks: number of processes that share the work.
+        ranks_here: number of ranks on one machine, which share its memory.
+        generated: batch size in windows if the dense model generates its calibration text; else 0.
     """
 
     windows: int
@@ -51,13 +51,13 @@ class Workload:
 
 
 def process_bytes(inputs: Inputs, evaluation: Sequence[int], seqlen: int, taken: int) -> int:
-    """Count the bytes of a run's process before its first block, with all windows: the same in the plan as in the run.
+    """Count the bytes of a run's process before the first block, with all windows. Plan and run get about the same.
 
     Args:
-        inputs: names of what the run reads.
+        inputs: names the texts that the run reads.
         evaluation: number of windows of each evaluation text.
         seqlen: tokens in a window.
-        taken: bytes that this process takes now. Libraries that load later are added to them.
+        taken: bytes that this process takes now. Libraries that load later are added.
     """
     readers = READERS * any(map(takes_library, (*inputs.shares, *inputs.evaluate)))
     return max(PROCESS, taken + BEYOND_PLAN) + readers + window_bytes(inputs.nsamples, evaluation, seqlen)
@@ -66,14 +66,14 @@ def process_bytes(inputs: Inputs, evaluation: Sequence[int], seqlen: int, taken:
 def pruned_shape(whole: ModelShape, config: PruneConfig) -> ModelShape:
     """Return the shape of a model with the layers that a run prunes.
 
-    A layer that does not fit the pattern is found here: one of a late block would end the run after hours.
+    A layer that does not fit the pattern is refused here. If it were found in its block, the run might end after hours.
 
     Args:
         whole: the shape with all prunable layers.
         config: selects the layers.
 
     Raises:
-        InputError: as `check_used`; or the rows of a layer do not divide into the pattern's groups.
+        InputError: as for `check_used`; or the rows of a layer do not divide into the pattern's groups.
     """
     check_used(whole.layer_names, config.include, config.ignore, whole.modules)
     shape = whole.selected(config.selects)

@@ -118,7 +118,7 @@ def test_without_flags_it_is_the_built_in_models_run(tmp_path, capsys):
         ("--gpu-memory 8", "--gpu-memory: no CUDA device"),
         ("--gpu nothing", "argument --gpu: invalid choice: 'nothing' (choose from "),
         ("--host-memory 0.01", "--host-memory 0.01: this run needs at least"),
-        ("--eval text.txt", "--eval text.txt: texts are not read here; say how long it is with --eval-windows"),
+        ("--eval text.txt", "--eval text.txt: a plan reads no texts; give the number of its windows with --eval-win"),
         ("--json /nowhere/plan.json", "/nowhere/plan.json: No such file or directory"),
         ("--unheard-of", "unrecognized arguments: --unheard-of (--help lists the options)"),
     ],
