@@ -1,1 +1,1 @@
-"""What only some runs need, a package or a module for each. No other module imports from here but the entry points."""
+"""Optional features, each in a package or module of its own. Only the modules of commands and `api` import them."""

@@ -1,7 +1,7 @@
 """SparseFWModifier: Frank-Wolfe masks in a recipe of llm-compressor.
 
-Importing this module registers the name for recipes in YAML. The module uses the solver of this package and nothing
-else: texts, windows, the order of the layers and files are llm-compressor's.
+Importing this module registers the name for recipes in YAML. The module uses only the solver of this package:
+llm-compressor reads the texts, makes the windows, chooses the order of the layers and writes the files.
 """
 
 from dataclasses import dataclass
@@ -29,13 +29,13 @@ from sparsefw.errors import InputError
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.layer import solve_layer
 
-# The fields that `PruneConfig` has, too.
+# Fields of the modifier that are passed to `PruneConfig`.
 SETTINGS = ("preset", "warm_start", "steps", "penalty", "swaps", "refit", "rounds", "damp", "kernel", "precision")
 
 
 @dataclass
 class Calibrated:
-    """A layer's config, the lower triangle of its Gram matrix, and the tokens in it."""
+    """A layer's config, the lower triangle of its Gram matrix, and the number of tokens added to the matrix."""
 
     config: PruneConfig
     gram: Tensor
@@ -43,20 +43,20 @@ class Calibrated:
 
 
 class SparseFWModifier(SparsityModifierBase):
-    """Choose masks of linear layers by Frank-Wolfe, and refit the kept weights. Takes SparseGPTModifier's place.
+    """Choose masks of linear layers by Frank-Wolfe, and refit the kept weights. Replaces SparseGPTModifier.
 
     Each layer approximates its own dense output on its own inputs, as in a run with `--target layer --reconstruct 0`.
-    Fields without a description here are those of llm-compressor's other pruning modifiers.
+    llm-compressor's other pruning modifiers describe the fields that are missing here.
 
     Args:
         sparsity: fraction of every row that is removed; 0 leaves a layer dense. A list has a fraction for each of
-            `targets`. None: `mask_structure` says it.
+            `targets`. None: `mask_structure` fixes the fraction.
         mask_structure: "n:m": n of every m consecutive weights are removed, as llm-compressor counts them.
         ignore: names or classes of layers that stay dense. The default is the head, which may share the embedding.
         preserve_sparsity_mask: whether weights that are zero stay zero.
-        offload_hessians: whether Gram matrices wait on the host between two batches.
+        offload_hessians: whether Gram matrices are on the host between two batches.
         preset, warm_start, steps, penalty, swaps, refit, rounds, damp, kernel, precision: see `PruneConfig`; None: the
-            preset's, and the kernel of the device that a layer is on.
+            preset's value, or for `kernel` the default on the layer's device.
     """
 
     sparsity: float | list[float] | None = None
@@ -74,14 +74,14 @@ class SparseFWModifier(SparsityModifierBase):
     kernel: str | None = None
     precision: str | None = None
 
-    # pydantic copies this and the default above for every instance.
+    # pydantic copies mutable defaults, such as this one, for every instance.
     _calibrated: dict[nn.Module, Calibrated] = {}  # noqa: RUF012
 
     @model_validator(mode="after")
     def check_settings(self) -> "SparseFWModifier":
-        """Refuse wrong settings before the calibration. A layer's config would refuse them after it."""
+        """Refuse wrong settings before the calibration. Layers get their configs only when it has begun."""
         if isinstance(self.targets, str):
-            # The base class would read a text as a list of letters.
+            # The base class would read a string as a list of letters.
             self.targets = [self.targets]
         n, m, sparsity = self._prune_n, self._prune_m, self.sparsity
         if sparsity is None and not n:
@@ -99,16 +99,16 @@ class SparseFWModifier(SparsityModifierBase):
         n, m = self._prune_n, self._prune_m
         settings: dict[str, Any] = {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
         settings |= dict(keep_zeros=self.preserve_sparsity_mask, reconstruct=0)
-        # In a PruneConfig n:m says how many are kept.
+        # PruneConfig's n:m counts kept weights, and the mask structure's n:m counts removed ones.
         return PruneConfig(f"{m - n}:{m}" if n else str(sparsity), **settings).on(of)
 
     def _get_activations(self, *args: Any) -> Any:
-        # This forward raises events of a calibration before all modifiers are initialized, and nothing handles them.
+        # This forward fires calibration events before all modifiers are initialized: ignore these events.
         with patch_attr(LifecycleCallbacks, "event", lambda *_, **__: None):
             return super()._get_activations(*args)
 
     def _infer_owl_layer_sparsity(self, *args: Any) -> list[float]:
-        """Turn the profile's sparsities of blocks into a list with one for each target, as the base class wants it."""
+        """Return the profile's sparsity of each target's block as a list, which the base class expects."""
         average: Any = self.sparsity
         blocks = super()._infer_owl_layer_sparsity(*args)
         return [
@@ -117,16 +117,16 @@ class SparseFWModifier(SparsityModifierBase):
         ]
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Hook the layers to prune."""
+        """Register hooks on the layers to prune."""
         super().on_calibration_start(state, event, **kwargs)
         for module, name in list(self._module_names.items()):
-            # The base class appends a dot to the name of a layer that is a target, and compares that with ignore.
+            # The base class appends a dot to the name of a layer that is a target, so that it matches no ignored name.
             self._module_names[module] = name.rstrip(".")
             dense = self._module_sparsities[module] == 0 and not self._prune_n
             if dense or match_targets(name.rstrip("."), module, self.ignore):
                 del self._module_sparsities[module]
         if not self._module_sparsities:
-            raise InputError(f"targets={self.targets}: no layer of the model that is to be pruned")
+            raise InputError(f"targets={self.targets}: no layer is left to prune; change targets, ignore or sparsity")
 
     def calibrate_module(self, module: nn.Module, args: tuple[Tensor, ...], _output: Any) -> None:
         """Add a batch of a layer's inputs, (..., in), to its Gram matrix."""
@@ -137,7 +137,7 @@ class SparseFWModifier(SparsityModifierBase):
         if module not in self._calibrated:
             if not isinstance(module, nn.Linear):
                 raise InputError(
-                    f"{self._module_names[module]}: a {type(module).__name__}, no linear layer; add it to ignore"
+                    f"{self._module_names[module]}: is a {type(module).__name__}, not a linear layer; add it to ignore"
                 )
             config = self._config(self._module_sparsities[module], on)
             self._calibrated[module] = Calibrated(config, X.new_zeros(X.shape[1], X.shape[1], dtype=float32))
@@ -148,12 +148,12 @@ class SparseFWModifier(SparsityModifierBase):
             layer.gram = layer.gram.cpu()
 
     def compress_modules(self) -> None:
-        """Prune the layers that were calibrated."""
+        """Prune the layers whose Gram matrices have been measured."""
         for module in list(self._calibrated):
             layer, name = self._calibrated.pop(module), self._module_names[module]
             del self._module_sparsities[module]
             if not layer.tokens:
-                logger.warning(f"{name}: left dense: no token reached it")
+                logger.warning(f"{name}: left dense: no calibration token reached this layer")
                 continue
             with align_module_device(module), CompressionLogger(module) as log:
                 weight: Any = module.weight
@@ -165,11 +165,11 @@ class SparseFWModifier(SparsityModifierBase):
             update_offload_parameter(module, "weight", pruned)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Remove hooks, and name the layers that were never run."""
+        """Remove the hooks, and log a warning for each layer that the calibration never ran."""
         if not self.ended_:
             self.on_end(state, None)
         for module in self._module_sparsities:
-            logger.warning(f"{self._module_names[module]}: left dense: it was not run")
+            logger.warning(f"{self._module_names[module]}: left dense: the calibration did not run this layer")
         self._module_names, self._module_sparsities = {}, {}
         return True
 

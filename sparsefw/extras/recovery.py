@@ -1,12 +1,12 @@
 """Fit all kept weights of a pruned model together, so that it predicts what the dense model does.
 
-First all windows go through the dense model, block by block. Then the pruned model is loaded whole. A step takes one
-window. Its loss is the divergence of the two models' predictions (`model.head`). Its gradients go through the whole
-model, and weights move as in a reconstruction (`solver.kept_weights`). Some windows are held out. If their loss does
-not fall, nothing is written.
+First all windows go through the dense model, block by block. Then the whole pruned model is loaded. A step takes one
+window. The loss is the divergence of the two models' predictions (`model.head`). The backward goes through the whole
+pruned model, and weights move as in a reconstruction (`solver.kept_weights`). Some windows are held out. If the loss on
+held-out windows does not fall, nothing is written.
 
-Memory holds a model, the state of its kept weights, the gradient of one matrix and the activations of a window
-(`estimate.gradients`). A step takes 6 flops a weight and token; the dense model takes 2.
+Memory holds one model, the optimizer's state, the gradient of one matrix and the activations of one window
+(`estimate.gradients`). A step takes 6 flops per weight and token; the forward of the dense model takes 2.
 """
 
 import math
@@ -50,10 +50,10 @@ from sparsefw.report.content import CalibrationText, Recovery, Report, report_of
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.kept_weights import KeptWeights
 
-# The first rate, see `solver.kept_weights`. It is lower than in a reconstruction of one block, because all blocks move.
+# The rate of the first step, see `solver.kept_weights`. All blocks move, so it is lower than in a reconstruction.
 RATE = 0.03
 
-# Lines of the log about the steps.
+# Number of log lines about the steps.
 LINES = 10
 
 
@@ -61,14 +61,15 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
     """Fit all kept weights of a pruned checkpoint together, and write it with its report.
 
     Args:
-        pruned: the checkpoint's folder, which `sparsefw run` wrote.
+        pruned: folder of a checkpoint that `sparsefw run` wrote.
         output: where to write, and the memory limits.
-        given: fields of Inputs. All others are the run's, with the next seed. "model" is the dense model.
+        given: fields of Inputs that the user set; "model" names the dense model. Other fields are those of the run,
+            except the seed, which is 1 above that of the run or of its last recovery.
         say: called with every line of the log.
 
     Raises:
-        InputError: there is no report of a run, the two checkpoints are of different models, a memory limit is too
-            low, or the loss of held-out windows does not fall.
+        InputError: `pruned` has no report of a run, the two checkpoints are of different models, a memory limit is too
+            low, or the loss on held-out windows does not fall.
     """
     report, source, job = _job(pruned, output, given, say)
     say_kernel(job.config, say)
@@ -103,7 +104,7 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
                 states.close()
                 text = CalibrationText(windows.source, windows.hash, windows.n, seqlen, job.inputs.seed)
                 recovery = Recovery(job.inputs.model, job.inputs.dataset, text, before, after, steps)
-                # Perplexities were those of the weights before.
+                # The perplexities in the report were measured before the weights changed.
                 report = replace(report, recoveries=[*report.recoveries, recovery], evaluation=[])
                 texts = {REPORT: report.to_json()} | ({OWN_TEXT: windows.own} if windows.own else {})
                 form, overwrite = _recovered(student), output.overwrite
@@ -117,7 +118,7 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
 def _job(
     pruned: Path, output: Output, given: dict[str, Any], say: Callable[[str], None]
 ) -> tuple[Report, Checkpoint, Job]:
-    """Read the report of a pruned checkpoint and the checkpoint, and make the job of its recovery."""
+    """Read a pruned checkpoint and its report, and make the job of its recovery."""
     report, source = report_of(pruned), inspect(pruned)
     if source.quantization:
         raise InputError(f"{pruned}: packed; sparsefw unpack makes it dense again")
@@ -126,28 +127,28 @@ def _job(
         folder, missing = find_source(report, pruned, model, "model")
     except InputError as error:
         if "model" not in given and option("model") not in str(error):
-            error.add_note(f"{option('model')} names what was pruned")
+            error.add_note(f"give the dense model with {option('model')}")
         raise
     if folder is None:
         raise InputError(missing)
     kinds = dict(model=str, dataset=tuple, nsamples=int, seqlen=int)
     of_run: dict[str, Any] = {name: report.argument(name, kind) for name, kind in kinds.items()}
-    # The weights are fitted to the windows of earlier seeds already, where little is left to gain.
+    # A new seed draws new windows: the weights are already fitted to the windows of earlier seeds.
     seed = (report.recoveries[-1].data.seed if report.recoveries else report.argument("seed", int)) + 1
     inputs = Inputs(**of_run | {"seed": seed, "evaluate": ()} | given)
     if any(text in VARIABLES for text in inputs.shares):
-        raise InputError(f"{pruned}: calibrated on data without a name; name a text with {option('dataset')}")
+        raise InputError(f"{pruned}: calibrated on data without a name; give a text with {option('dataset')}")
     if inputs.nsamples < 2:
-        raise InputError(f"{option('nsamples', inputs.nsamples)}: give two windows or more, one of which is held out")
+        raise InputError(f"{option('nsamples', inputs.nsamples)}: give two windows or more, since one is held out")
     for read in (folder, pruned):
         check_output(output.folder, read, output.overwrite, inputs.paths)
     begun = Writer(output.folder, 0, restart=output.restart).begun().get("identity")
     if begun and (begun.get("source"), begun.get("form")) != (str(pruned.resolve()), source.config):
         raise InputError(
-            f"{output.folder}: an unfinished run of other input is there; {option('restart', True)} discards it, or "
+            f"{output.folder}: has an unfinished run with other input; discard it with {option('restart', True)}, or "
             "choose another folder"
         )
-    # Discard what an interrupted recovery has written: its bits may differ, and it takes space.
+    # Discard the files of an interrupted recovery: this one starts over, and its weights may have other bits.
     with Writer(output.folder, 0, overwrite=output.overwrite, restart=True) as emptied:
         emptied.check_space(sum(x.stored_nbytes for x in source.tensors.values()))
     include, ignore = (report.argument(name, tuple) for name in ("include", "ignore"))
@@ -165,23 +166,23 @@ def _check_memory(job: Job, shape: ModelShape, seqlen: int, device: torch.device
 
 
 def _check_models(folder: Path, teacher: StreamedModel, student: StreamedModel) -> None:
-    """Refuse two checkpoints of different models, and models that predict no tokens."""
+    """Refuse checkpoints of two different models, and models that do not predict tokens."""
     if teacher.runs is not teacher.model or not teacher.logits_itemsize:
         raise InputError(f"{folder}: unsupported model: {type(teacher.model).__name__} predicts no tokens of a text")
     with teacher.outside(), student.outside():
         dense, pruned = (dict(model.model.named_parameters()) for model in (teacher, student))
         alike = dense.keys() == pruned.keys() and all(
-            # Parameters inside the blocks have no data here. Those outside are not pruned, and must be equal.
+            # Parameters inside the blocks have no data here. The others are never pruned, so they must be equal.
             (x.shape, x.dtype) == (pruned[name].shape, pruned[name].dtype)
             and (x.is_meta or torch.equal(x, pruned[name]))
             for name, x in dense.items()
         )
     if not alike:
-        raise InputError(f"{folder}: another model than what was pruned; name that with {option('model')}")
+        raise InputError(f"{folder}: not the model that was pruned; give the dense model with {option('model')}")
 
 
 def _recovered(student: StreamedModel) -> Callable[[str, Tensor], dict[str, Tensor]]:
-    """Make the `form` of `rewrite`: it takes recovered tensors from the student, one block at a time."""
+    """Make the argument `convert` of `rewrite`: a function that replaces a tensor by the student's."""
     block_of = {name: i for i in student.unique_blocks for name in student.tensors_of(i)}
 
     @lru_cache(1)
@@ -197,7 +198,10 @@ def _recovered(student: StreamedModel) -> Callable[[str, Tensor], dict[str, Tens
 
 @torch.no_grad()
 def _dense_outputs(teacher: StreamedModel, student: StreamedModel, ids: Tensor) -> HiddenStates:
-    """Run all windows through the blocks of the dense model. The head after them is the same in both models."""
+    """Run all windows through the blocks of the dense model, and return their hidden states.
+
+    The head is the same in both models, so it is applied later.
+    """
     states = embed(student, ids, 1, Store(student.device, "host"))
     for i, block in enumerate(teacher.blocks):
         teacher.open(i)
@@ -217,15 +221,15 @@ def _fit(
     """Make a step for each window that is not held out.
 
     Args:
-        student: the pruned model, in memory.
-        states: the windows after the last block of the dense model.
-        report: the report of the run that has pruned the student.
-        config: its backend moves the weights.
+        student: the whole pruned model, in memory.
+        states: the hidden states of the windows after the last block of the dense model.
+        report: the report of the run that made the pruned model.
+        config: has the backend of the steps.
         ids: (windows, seqlen) tokens.
         say: called with the mean loss of every tenth of the steps.
 
     Returns:
-        The loss of held-out windows before and after, and the number of steps.
+        The loss on held-out windows before and after the steps, and the number of steps.
     """
     layers = report.layers_of(report.method)
     matrices = []
@@ -246,9 +250,10 @@ def _fit(
         before, losses = loss(), list[Tensor]()
         say(f"recovery: {len(learned)} steps; divergence on {counted(len(held_out), 'held-out window')}: {before:.4g}")
         if not math.isfinite(before):
-            raise InputError("the pruned model: weights hold NaN or Inf, or are too large; prune again")
+            raise InputError("the pruned model: its predictions are NaN or Inf; prune again")
         if not before:
-            raise InputError(f"both models predict the same: nothing is lost, or {option('model')} is no dense model")
+            remedy = f"give the dense model with {option('model')}"
+            raise InputError(f"both models predict the same, so nothing can be recovered; {remedy}")
         for n, j in enumerate(learned, 1):
             losses.append(step(j, weights))
             if n % -(-len(learned) // LINES) == 0:
@@ -261,9 +266,9 @@ def _fit(
 
 
 def _operation_that_varies(trial: Callable[[], object]) -> str:
-    """Find an operation of a step that may give other bits in another run; empty if there is none.
+    """Name an operation of a step that may give other bits in another run; empty if there is no such operation.
 
-    A real step could not be repeated without that operation, because its weights move while gradients are computed.
+    This needs a trial, because a real step that fails cannot be repeated: it moves weights during the backward.
     """
     try:
         with deterministic():
@@ -283,17 +288,17 @@ def _step(
     weights: KeptWeights | None = None,
     trial: bool = False,
 ) -> Tensor:
-    """Compute the divergence of predictions in window j, mean over tokens, () fp32, and move weights against it.
+    """Compute the divergence of predictions in window j, mean over tokens, () fp32, and move weights to lower it.
 
     Args:
         student, states: as for `_fit`.
         windows: (1, seqlen) tokens of each window, on the device.
         j: number of the window.
-        weights: the weights to move; None: no weight moves.
+        weights: optimizer of the weights to move; None: no weight moves.
         trial: as for `KeptWeights.step`.
     """
     ids, total = windows[j], torch.zeros((), device=student.device)
-    context = type(student.model).__name__, "a step of all blocks together"
+    context = type(student.model).__name__, "a step through the whole model"
     with torch.no_grad():
         p = logits(student, ids, states.hidden[j], states.after_last(j))
     with explained(*context), SliceGradients(weights.parameters if weights else ()) as slices:

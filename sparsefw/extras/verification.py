@@ -1,6 +1,6 @@
 """Check a pruned checkpoint: its files, and its weights against its report and its source.
 
-Both checkpoints are read a block at a time, in the form in which transformers loads them.
+Both checkpoints are read one block at a time, converted as transformers converts them when it loads a model.
 """
 
 import math
@@ -32,7 +32,7 @@ from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS
 from sparsefw.solver.layer import LayerResult
 
-# Integers as wide as the values. Read as integers, a NaN equals itself, and -0.0 differs from 0.0.
+# Integer types by the bytes of a value. Compared as integers, a NaN equals itself, and -0.0 differs from 0.0.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # dtypes that only models in memory may have, in schedules of diffusion for example. No layer of a language model has
@@ -41,29 +41,29 @@ OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
 
 DIGEST = re.compile("[0-9a-f]{64}")
 
-# Files that a user edits, or that the Hub and its library add to a folder.
+# Files that need not be in SHA256SUMS: a user edits them, or the Hub and its library add them.
 FREE = (CARD, ".gitattributes", ".cache/huggingface/*")
 
-# Failures of one check that are listed; the others are counted.
+# At most this many failures of a check are listed. Further failures are only counted.
 LISTED = 10
 
 
 @dataclass
 class Check:
-    """A check: its title, the number of things that were checked, and a line for each failure."""
+    """A check: its title, the number of checked files or tensors, and a line for each failure."""
 
     title: str
     count: int = 0
     failures: list[str] = field(default_factory=list)
 
     def add(self, name: str, why: str = "") -> None:
-        """Count a thing that was checked, and its failure if `why` is not empty."""
+        """Count a checked file or tensor; a failure if `why` is not empty."""
         self.count += 1
         self.failures += [f"{name}: {why}"] if why else []
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """Turn an `InputError` inside the `with` block into a failure, and go on after the block."""
+        """Turn an `InputError` inside the `with` block into a failure of the check, and continue after the block."""
         try:
             yield
         except InputError as error:
@@ -77,7 +77,7 @@ class Verdict:
     Attributes:
         checks: the checks by name, in the order in which they are printed.
         digest: SHA-256 of SHA256SUMS; empty without such a file.
-        not_compared: why there is no source to compare with; empty with a source.
+        not_compared: the reason why the source could not be compared; empty if it was compared.
         weights, zeros: number of weights and of zeros in all pruned layers.
     """
 
@@ -118,23 +118,23 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
     Args:
         output: folder of the checkpoint.
         against: the source, a folder or Hub id; None: the model that the report names, if it is a folder here.
-        digest: SHA-256 of the output's SHA256SUMS, as the run has printed it; None: it is not compared.
+        digest: SHA-256 of the output's SHA256SUMS, as printed by the run; None: the digest is not checked.
 
     Raises:
-        InputError: the output has no report of a run, the source cannot be used, or `digest` is no digest.
+        InputError: the output has no report of a run, the source cannot be used, or `digest` is not a SHA-256.
     """
     if digest is not None and not DIGEST.fullmatch(digest):
         raise InputError(f"{option('digest', digest)}: expected 64 digits, 0 to 9 and a to f, as printed by the run")
     report = report_of(output)
     if report.method not in METHODS or not report.layers_of(report.method):
         raise InputError(
-            f"{output / 'report.json'}: it has no layers pruned by {report.method}, the method that its arguments name"
+            f"{output / 'report.json'}: has no layers of the method in its arguments, {report.method}; prune again"
         )
     pattern = patterns.parse(report.argument("sparsity", str))
     checks = {
-        "sums": Check(f"all files are in {SUMS}, and as the run wrote them"),
+        "sums": Check(f"all files are in {SUMS}, unchanged since the run"),
         "model": Check("it loads, no tensor is missing, none has NaN or Inf"),
-        "report": Check("its layers are the model's, other matrices are kept dense"),
+        "report": Check("the report names each matrix as pruned or kept dense"),
         "pattern": Check(f"no more weights than {pattern.text} keeps"),
     }
     verdict = Verdict(checks, digest=_check_sums(checks["sums"], output, digest))
@@ -146,24 +146,24 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
     source, same_run = None, False
     if folder:
         source = _Model(folder, report)
-        # The same pruned checkpoint, packed or unpacked.
+        # True if the source is the same pruned checkpoint, packed or unpacked.
         other = folder / "report.json"
         same_run = other.is_file() and file_digest(other) == file_digest(output / "report.json")
     if source and report.in_memory and source.dtype != written.dtype:
-        verdict.not_compared = f"the model in memory was of {written.dtype}, and the source is of {source.dtype}"
+        verdict.not_compared = f"the model in memory had dtype {written.dtype}, and the source has {source.dtype}"
         source = None
     if source:
         checks["others"] = Check(f"all{'' if same_run else ' but the pruned layers'} is the source's, bit for bit")
         if not _changes_kept_weights(report):
             checks["kept"] = Check("kept weights are the source's, bit for bit")
         if report.argument("keep_zeros", bool):
-            checks["zeros"] = Check("weights that are zero in the source are zero")
+            checks["zeros"] = Check("zeros of the source are still zeros")
     _check_weights(verdict, report, written, source, same_run)
     return verdict
 
 
 def _changes_kept_weights(report: Report) -> bool:
-    """Whether the run, or a recovery after it, may have changed weights that it kept."""
+    """Whether the run, or a recovery after the run, may have changed kept weights."""
     method = METHODS[report.method]
     refits = method.frank_wolfe and report.argument("refit", int) > 0
     reconstructs = report.arguments.get("reconstruct", 0) != 0
@@ -186,15 +186,15 @@ def read_sums(path: Path) -> dict[str, str]:
 
 
 def _check_sums(check: Check, output: Path, digest: str | None) -> str:
-    """Compare every file of an output with its digest, and return the SHA-256 of SHA256SUMS, empty without it."""
+    """Compare every file of an output with its digest. Returns the SHA-256 of SHA256SUMS, or "" if that is missing."""
     with check.failing():
         sums = read_sums(output / SUMS)
     if check.failures:
         return ""
     actual = file_digest(output / SUMS)
     if digest not in (None, actual):
-        check.failures.append(f"{SUMS}: its SHA-256 is {actual}, not that of {option('digest')}")
-    # This walk counts links to folders as files, and does not follow them.
+        check.failures.append(f"{SUMS}: its SHA-256 is {actual}, not the one given with {option('digest')}")
+    # A link to a folder counts as a file here, and is not followed.
     files = (path for path in output.rglob("*") if path.is_symlink() or not path.is_dir())
     for name in sorted({path.relative_to(output).as_posix() for path in files} - sums.keys() - {SUMS}):
         if not matches(name, FREE):
@@ -208,23 +208,25 @@ def _check_sums(check: Check, output: Path, digest: str | None) -> str:
 
 
 def find_source(report: Report, output: Path, against: str | None, named: str = "against") -> tuple[Path | None, str]:
-    """Find the folder of the model that was pruned, or why there is none. A model that `against` names must exist.
+    """Find the folder of the model that was pruned; or (None, the reason) if there is no such folder.
+
+    A model that `against` names must exist.
 
     Args:
         report: report of the run.
         output: folder of the pruned checkpoint.
         against: a folder or Hub id; None: the model that the report names.
-        named: the option that names `against`, for messages.
+        named: name of the option that sets `against`, for messages.
     """
     model = report.argument("model", str)
     if against is None and report.in_memory:
-        # The checkpoint of that name may have other weights: the model may have been trained after it was loaded.
-        return None, f"the model was in memory; name a checkpoint of it with {option(named)}"
+        # The caller may have trained the model after loading it, so the checkpoint of its name may have other weights.
+        return None, f"the model was in memory; give its checkpoint with {option(named)}"
     if against is None and model != DEFAULT and not os.path.isdir(os.path.expanduser(model)):
-        return None, f"{model or 'the report'}: no such folder here; name the source with {option(named)}"
+        return None, f"{model or 'the report'}: no such folder here; give the source with {option(named)}"
     folder = locate(model if against is None else against)
     if folder.resolve() == output.resolve():
-        raise InputError(f"{against or model}: the output itself; name what was pruned with {option(named)}")
+        raise InputError(f"{against or model}: is the output itself; give the dense model with {option(named)}")
     return folder, ""
 
 
@@ -243,27 +245,27 @@ def tensors_in(folder: Path) -> dict[str, TensorInfo]:
 
 
 class _Model:
-    """A checkpoint's model. Its parameters are read in groups: those of one block, or a single one outside the blocks.
+    """A checkpoint's model. A group of parameters is read at a time: one block, or one parameter outside of the blocks.
 
     Args:
         folder: folder of the checkpoint.
-        report: report of the run that has pruned it or its copy.
+        report: report of the run that pruned this model or wrote this checkpoint.
 
     Attributes:
         dtype: the floating dtype of most of its tensors.
-        groups: names of the tensors in the files, by block or, outside the blocks, by parameter.
-        unused: names of the tensors that the model does not use.
+        groups: names of the tensors in the files, by name of the block or of the parameter outside of the blocks.
+        unused: names of tensors in the files that the model does not use.
 
     Raises:
-        InputError: the files are not sound, or transformers cannot load them.
+        InputError: the files are damaged, or transformers cannot load them.
     """
 
     def __init__(self, folder: Path, report: Report) -> None:
-        # Batches prune any model in memory, also one of another library than transformers.
+        # A run on batches prunes any model in memory, even if its class is not from transformers.
         batches = report.arguments["dataset"] == (BATCHES,)
         config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
         if batches and not has_class(config.get("architectures")):
-            # Without a class of transformers, tensors have the names that the files give them.
+            # Without a class of transformers, the names in the files are taken as the names in the model.
             self._skeleton, self._tensors, self.dtype = None, tensors_in(folder), None
             parameter_of, self.unused = {name: name for name in self._tensors}, set[str]()
         else:
@@ -279,11 +281,11 @@ class _Model:
             self.groups[block_of(parameter, blocks) or parameter].append(name)
 
     def passes_over(self, name: str) -> bool:
-        """Whether a tensor is a buffer of the model, or unused by it."""
+        """Whether a tensor is a buffer, or unused by the model."""
         return name in self.unused or without_index(name) in self._buffers
 
     def read(self, group: str) -> dict[str, Tensor]:
-        """Read the parameters of a group by their names in the model, and its unused tensors by those in the files."""
+        """Read a group: its parameters by name in the model, and its unused tensors by name in the files."""
         tensors = read_tensors({name: self._tensors[name] for name in self.groups.get(group, [])})
         if self._skeleton is None:
             return {name: dequantized(tensor) for name, tensor in tensors.items()}
@@ -295,11 +297,11 @@ def _check_weights(verdict: Verdict, report: Report, written: _Model, source: _M
     """Check all weights, one group at a time.
 
     Args:
-        verdict: gets what is found.
+        verdict: collects the findings.
         report: report of the run.
         written: the pruned model.
-        source: the model that was pruned; None: nothing is compared.
-        same_run: whether the source is the same pruned model, so that its pruned layers are equal, too.
+        source: the model that was pruned; None: there is no source to compare with.
+        same_run: whether the source is the same pruned model, whose pruned layers must also be equal.
     """
     checks, layers = verdict.checks, {layer.name: layer for layer in report.layers_of(report.method)}
     unseen, all_read = dict(layers), True
@@ -307,7 +309,7 @@ def _check_weights(verdict: Verdict, report: Report, written: _Model, source: _M
     sizes = {without_index(name): math.prod(layer.shape) for name, layer in layers.items()}
     for group in tqdm(list(dict.fromkeys([*written.groups, *(source.groups if source else [])])), disable=None):
         after = None
-        # A packed mask may not fit its values.
+        # Reading fails if a packed mask does not fit its values.
         with checks["model"].failing():
             after = _by_slices(written.read(group), layers, sizes)
         if after is None:
@@ -317,13 +319,13 @@ def _check_weights(verdict: Verdict, report: Report, written: _Model, source: _M
         for name, W in after.items():
             checks["model"].count += 1
             old, layer = before.pop(name, None), unseen.pop(name, None)
-            # An unused tensor may be a mask that holds infinity.
+            # Unused tensors are not checked: one may be an attention mask, which holds infinity.
             if name not in written.unused:
                 with checks["model"].failing():
                     check_finite(name, W)
             if layer:
                 _check_layer(verdict, report, layer, W, old)
-            # A buffer, such as a table of experts by token, is no matrix of weights.
+            # Buffers are not weights, so the report need not name them; an example is a table of experts by token.
             elif W.dim() >= 2 and group in blocks and not written.passes_over(name) and name not in report.kept_dense:
                 checks["report"].failures.append(f"{name}: neither pruned nor kept dense by the report")
             if source and (same_run or not layer):
@@ -334,7 +336,7 @@ def _check_weights(verdict: Verdict, report: Report, written: _Model, source: _M
 
 
 def _by_slices(state: dict[str, Tensor], layers: dict[str, LayerResult], sizes: dict[str, int]) -> dict[str, Tensor]:
-    """Split stacked parameters with a pruned slice into their slices, by name; other tensors stay as they are."""
+    """Split each stacked parameter that has a pruned slice into its slices; other tensors stay whole."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         slices = slices_of(name, tensor, sizes.get(name))
@@ -347,7 +349,7 @@ def _by_slices(state: dict[str, Tensor], layers: dict[str, LayerResult], sizes: 
 
 
 def _check_layer(verdict: Verdict, report: Report, layer: LayerResult, after: Tensor, before: Tensor | None) -> None:
-    """Check a pruned layer. `before` is the source's tensor; None: there is none."""
+    """Check a pruned layer. `before` is the tensor in the source, or None without it."""
     checks, name = verdict.checks, layer.name
     stored = layer.shape[::-1] if layer.transposed else layer.shape
     if after.shape != stored:
@@ -367,7 +369,7 @@ def _check_layer(verdict: Verdict, report: Report, layer: LayerResult, after: Te
         kept = _difference(torch.where(removed, old, W), old)
         kept = kept or (over and f"{over} lose more than {width - most} of {width} weights")
         count = int(((old == 0) & (W != 0)).sum())
-        zeros = f"{count} values are zero in the source, and are not any more" if count else ""
+        zeros = f"{count} zeros of the source are not zero here" if count else ""
     if "kept" in checks:
         checks["kept"].add(name, kept)
     if "zeros" in checks:
@@ -375,22 +377,22 @@ def _check_layer(verdict: Verdict, report: Report, layer: LayerResult, after: Te
 
 
 def _over_budget(mask: Tensor, width: int, most: int) -> str:
-    """Say how many budgets of `width` entries have more than `most` set; empty if there are none."""
+    """Say how many budgets of `width` entries have more than `most` set entries; empty if no budget has."""
     over = mask.reshape(-1, width).sum(1) > most
     return f"{int(over.sum())} of {len(over)} budgets" if bool(over.any()) else ""
 
 
 def _other_form(after: Tensor, before: Tensor | None) -> str:
-    """Say how the shape or the dtype of a tensor differs from the source's; empty if it does not."""
+    """Say how a tensor's shape or dtype differs from the source; empty if both are equal."""
     if before is None:
         return "not in the source"
     if after.shape == before.shape and after.dtype == before.dtype:
         return ""
-    return f"{after.dtype} {tuple(after.shape)}, in the source {before.dtype} {tuple(before.shape)}"
+    return f"is {after.dtype} {tuple(after.shape)}, but in the source {before.dtype} {tuple(before.shape)}"
 
 
 def _difference(after: Tensor, before: Tensor | None) -> str:
-    """Say how a tensor differs from the source's; empty if it does not."""
+    """Say how a tensor differs from the source; empty if the bits are equal."""
     other = _other_form(after, before)
     if before is None or other:
         return other

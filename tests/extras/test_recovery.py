@@ -215,18 +215,18 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
     for pruned_folder, flags, message in (
         (source, (), "no report.json in it"),
         (tmp_path / "packed", (), "sparsefw unpack makes it dense again"),
-        (output, ("--model", other), "another model than what was pruned; name that with --model"),
-        (output, ("--model", half), "another model than what was pruned; name that with --model"),
-        (output, ("--model", output), "the output itself"),
+        (output, ("--model", other), "not the model that was pruned; give the dense model with --model"),
+        (output, ("--model", half), "not the model that was pruned; give the dense model with --model"),
+        (output, ("--model", output), "is the output itself"),
         (old, (), "arguments.seqlen: missing; prune again with this version of sparsefw"),
         (output, ("--nsamples", 1), "--nsamples 1: give two windows or more"),
         (output, ("--host-memory", 0.1), "--host-memory 0.1: this run needs at least "),
-        (output, ("--model", retrained), "another model than what was pruned; name that with --model"),
-        (damaged, (), "the pruned model: weights hold NaN or Inf"),
+        (output, ("--model", retrained), "not the model that was pruned; give the dense model with --model"),
+        (damaged, (), "the pruned model: its predictions are NaN or Inf"),
         (
             output,
             ("--model", tmp_path / "same"),
-            "both models predict the same: nothing is lost, or --model is no dense model",
+            "both models predict the same, so nothing can be recovered; give the dense model with --model",
         ),
         (output, ("--dataset", tmp_path / "none.txt"), "none.txt"),
     ):
@@ -250,7 +250,7 @@ def test_what_cannot_be_written_is_refused_before_the_steps(pruned, tmp_path, ca
     size = sum(x.nbytes for x in tensors_of(output).values())
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size - 1))
     for folder, message in (
-        (x, "an unfinished run of other input is there; --restart discards it"),
+        (x, "has an unfinished run with other input; discard it with --restart"),
         (tmp_path / "new" / "y", "GB are still to be written, and the disk has 0.00 GB free"),
     ):
         assert recover.main([str(output), str(folder)]) == 2

@@ -120,7 +120,7 @@ class TestSums:
         assert verdict(capsys, output, summed=False)[2].keys() == {"sums"}
         sum_again(output)
         assert verdict(capsys, output)[0] == 0
-        assert "not that of --digest" in only_failure(capsys, output, "sums", "--digest", digest)
+        assert "not the one given with --digest" in only_failure(capsys, output, "sums", "--digest", digest)
 
     @pytest.mark.parametrize("name", [".env", "a/b/c"])
     def test_added_files(self, name, copied, capsys):
@@ -218,7 +218,7 @@ class TestKept:
         tensors[Q][2, column] = 0
         save_file(tensors, shard, metadata={"format": "pt"})
         failure = only_failure(capsys, output, "zeros", "--against", str(zeros))
-        assert failure == f"{Q}: 1 values are zero in the source, and are not any more"
+        assert failure == f"{Q}: 1 zeros of the source are not zero here"
         assert verdict(capsys, output)[0] == 0
 
 
@@ -270,7 +270,7 @@ class TestSource:
         change_tensor(output, Q, put((5, column), flip_bit))
         status, printed, _ = verdict(capsys, output)
         assert status == 0
-        assert re.search(r"^not compared with the source: .*; name the source with --against$", printed, re.MULTILINE)
+        assert re.search(r"^not compared with the source: .*; give the source with --against$", printed, re.MULTILINE)
         assert printed.endswith("\nall checks that could be made passed\n")
         # With --against the source is compared.
         assert only_failure(capsys, output, "kept", "--against", str(source)).startswith(Q)
@@ -284,7 +284,7 @@ class TestSource:
         ("against", "message"),
         [
             ("./nowhere", r"\./nowhere: no such folder"),
-            ("out", "out: the output itself"),
+            ("out", "out: is the output itself"),
             ("empty", "empty: no config.json"),
         ],
     )
@@ -313,7 +313,7 @@ def test_bad_input(pruned, tmp_path, capsys):
     change_report(copy, lambda report: report["layers"][0].update(kept="1"))
     refused(capsys, r".*report\.json: .*layers\[0\]\.kept", copy)
     change_report(copy, lambda report: report.update(layers=[]))
-    refused(capsys, r".*report\.json: it has no layers pruned by wanda", copy)
+    refused(capsys, r".*report\.json: has no layers of the method in its arguments, wanda", copy)
 
 
 @pytest.fixture(scope="module", params=first_is_fast(["bert", "whisper", "mixtral", "diffusion"]))
@@ -331,7 +331,7 @@ def test_models_in_memory_on_batches(stack, capsys):
     source, output = stack
     status, printed, _ = verdict(capsys, output, summed=False)
     assert status == 0, printed
-    assert "\nnot compared with the source: the model was in memory; name a checkpoint of it" in printed
+    assert "\nnot compared with the source: the model was in memory; give its checkpoint" in printed
     against = ("--against", str(source))
     status, printed, _ = verdict(capsys, output, *against, summed=False)
     assert status == 0, printed
@@ -347,8 +347,8 @@ def test_a_model_in_memory_on_text(dtype, tmp_path, capsys):
     prune(model, tmp_path / "out", dataset=torch.ones(2, 16, dtype=torch.int64), **QUICK)
     _, printed, failures = verdict(capsys, tmp_path / "out", summed=False)
     assert not failures
-    assert "\nnot compared with the source: the model was in memory; name a checkpoint of it" in printed
+    assert "\nnot compared with the source: the model was in memory; give its checkpoint" in printed
     _, printed, failures = verdict(capsys, tmp_path / "out", "--against", str(source), summed=False)
     assert not failures
-    line = "the model in memory was of torch.float32, and the source is of torch.bfloat16"
+    line = "the model in memory had dtype torch.float32, and the source has torch.bfloat16"
     assert (f"\nnot compared with the source: {line}\n" in printed) == (dtype != "auto")

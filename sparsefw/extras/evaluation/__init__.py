@@ -1,7 +1,7 @@
-"""Perplexity and tasks of checkpoints, with one block in memory at a time.
+"""Evaluate checkpoints on texts and tasks, with one block in memory at a time.
 
-lm-evaluation-harness knows the model "sparsefw" once this package is imported. The harness itself is imported only for
-tasks.
+Importing this package registers the model "sparsefw" with lm-evaluation-harness. The rest of the harness is imported
+only to run tasks.
 """
 
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ from sparsefw.extras.evaluation.run import evaluate
 __all__ = ["evaluate"]
 
 if find_spec("lm_eval"):
-    # Imports only the harness's list of names.
+    # This imports only the harness's registry.
     from lm_eval.api.registry import model_registry
 
     model_registry.register("sparsefw", target=f"{__name__}.harness:StreamedLM")

@@ -1,7 +1,7 @@
-"""Requests for log-likelihoods in micro-batches. Tokens that requests have in common at the start are computed once.
+"""Batch requests for log-likelihoods. Tokens that several requests begin with are computed once.
 
-Requests that begin alike, such as the answers to a question, make a tree of tokens. A token attends to itself and to
-the tokens before it in its own request.
+Requests with a common beginning, such as the answers to one question, form a tree of tokens. A token attends to itself
+and to the earlier tokens of its own request.
 """
 
 from array import array
@@ -15,13 +15,13 @@ import torch
 
 from sparsefw.data.batches import Batch, token_batch
 
-# A request joins a tree if they have at least this many tokens in common: the mask of a tree costs a little.
+# A request joins a tree only if it shares at least this many tokens with the tree, since the tree's mask has a cost.
 MIN_COMMON = 8
 
-# A tree has at most this many times the tokens of its longest request: attention computes all pairs of tokens.
+# A tree has at most this many times the tokens of its longest request, since attention computes all pairs of tokens.
 MAX_BRANCHES = 4
 
-# At most 1 / PADDING of a padded tree is empty, so that few lengths occur.
+# Trees are padded, so that fewer different lengths occur. At most about 1 / PADDING of a tree is padding.
 PADDING = 16
 
 
@@ -30,7 +30,7 @@ class Request(NamedTuple):
 
     Attributes:
         read: the tokens that the model reads, at least as many as it predicts.
-        targets: the tokens that are predicted at the last positions of `read`, at least one.
+        targets: the tokens to predict at the last positions of `read`, at least one.
     """
 
     read: "array[int]"
@@ -38,21 +38,21 @@ class Request(NamedTuple):
 
 
 def request_of(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Request:
-    """The request for a continuation after a context, cut on the left to the model's length, as the harness cuts it.
+    """Make the request for a continuation after a context, cut on the left to the model's length as in the harness.
 
-    The last token of the continuation is predicted and need not be read.
+    The last token of the continuation is only predicted, so it is not read.
     """
     return Request(array("i", [*context, *continuation][-(max_length + 1) :][:-1]), array("i", continuation))
 
 
 @dataclass(eq=False)
 class Tree:
-    """Requests that are computed in one row.
+    """Requests that are computed together in one row of a micro-batch.
 
     Attributes:
-        tokens: the tokens of all requests; common tokens stand there once.
-        paths: by the number of a request, the places of its tokens in `tokens`, in ascending order.
-        min_length: tokens in the row at least.
+        tokens: the tokens of all requests; shared tokens occur once.
+        paths: maps a request's number to the places of the request's tokens in `tokens`, in ascending order.
+        min_length: smallest number of tokens in the row.
     """
 
     tokens: "array[int]" = field(default_factory=lambda: array("i"))
@@ -66,7 +66,7 @@ class Tree:
 
     @property
     def branched(self) -> bool:
-        """Whether its requests read different tokens. Such a tree has a mask, and is padded."""
+        """Whether the tree's requests read different tokens. Such a tree needs a mask, and is padded."""
         return any(len(path) < len(self.tokens) for path in self.paths.values())
 
     @property
@@ -77,16 +77,17 @@ class Tree:
 
 
 def trees_of(requests: Mapping[int, Request], branch: bool, min_length: int = 1) -> list[Tree]:
-    """Trees that hold all requests.
+    """Group all requests into trees.
 
     Args:
         requests: the requests by number.
-        branch: whether requests that begin alike share a tree; else only requests that read the same tokens do.
-        min_length: tokens in a row at least.
+        branch: whether requests with a common beginning share a tree. If not, only requests that read the same tokens
+            share one.
+        min_length: smallest number of tokens in a row.
     """
     trees = list[Tree]()
     before = path = array("i")
-    # In this order, a request has most tokens in common with the request before it.
+    # In this order the request before a request is the one that shares most tokens with it.
     for number in sorted(requests, key=lambda n: requests[n].read):
         read = requests[number].read
         common = _common(before, read)
@@ -105,7 +106,7 @@ def trees_of(requests: Mapping[int, Request], branch: bool, min_length: int = 1)
 
 
 def ids_of(trees: Sequence[Tree]) -> torch.Tensor:
-    """The tokens of trees of one length, padded on the right: (trees, length) int64."""
+    """Return the tokens of trees of one length, padded on the right: (trees, length) int64."""
     ids = torch.zeros(len(trees), trees[0].length, dtype=torch.int64)
     for n, tree in enumerate(trees):
         ids[n, : len(tree.tokens)] = torch.tensor(tree.tokens)
@@ -113,32 +114,32 @@ def ids_of(trees: Sequence[Tree]) -> torch.Tensor:
 
 
 def batch_of(trees: Sequence[Tree], dtype: torch.dtype) -> Batch:
-    """A micro-batch of trees of one length, all of them branched or not one.
+    """Make a micro-batch of trees of one length. Either all trees are branched, or no tree is.
 
-    Branched trees come with the positions of their tokens, and with a mask in `dtype` of what each token attends to.
+    The micro-batch of branched trees also has the positions of tokens, and an attention mask in `dtype`.
     """
     ids = ids_of(trees)
     batch = token_batch(ids)
     if not trees[0].branched:
         return batch
     positions = np.zeros(ids.shape, dtype=np.int64)
-    # Padding attends to itself, so that no sum of probabilities is 0 / 0.
+    # Padding attends to itself, so that its softmax is not 0 / 0.
     attends = np.broadcast_to(np.eye(ids.shape[1], dtype=bool), (*ids.shape, ids.shape[1])).copy()
     for n, tree in enumerate(trees):
         for path in tree.paths.values():
             positions[n, path] = range(len(path))
             for parent, place in pairwise(path):
-                # Other requests may have both tokens, too.
+                # Another request with the same two tokens may have set this already.
                 if not attends[n, place, parent]:
                     attends[n, place] |= attends[n, parent]
-    # It is added to the scores of attention: every implementation of attention takes this form.
+    # An additive mask, which every implementation of attention accepts.
     mask = torch.zeros(attends.shape, dtype=dtype).masked_fill_(~torch.from_numpy(attends), torch.finfo(dtype).min)
     arguments = {"attention_mask": mask[:, None], "position_ids": torch.from_numpy(positions)}
     return Batch(batch.args, batch.kwargs | arguments, batch.windows)
 
 
 def _common(one: "array[int]", other: "array[int]") -> int:
-    """Number of tokens that both begin with."""
+    """Count the tokens of the common beginning."""
     shorter = min(len(one), len(other))
     differ = np.flatnonzero(np.array(one[:shorter]) != np.array(other[:shorter]))
     return int(differ[0]) if len(differ) else shorter

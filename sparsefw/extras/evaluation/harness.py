@@ -1,7 +1,7 @@
-"""lm-evaluation-harness: its tasks, and a model for it with one block in memory at a time.
+"""Run tasks of lm-evaluation-harness on a model with one block in memory at a time.
 
-The harness asks for all continuations of all tasks at once, and then for all whole texts. So the blocks are read once
-for each of these two kinds of requests. Tasks, prompts, filters, metrics and aggregations are the harness's own.
+The harness sends the requests of all tasks in two calls: all continuations, then all whole texts. So every block is
+read once for each call. Tasks, prompts, filters, metrics and aggregations are the harness's own.
 """
 
 import logging
@@ -29,35 +29,36 @@ from sparsefw.inputs import locate
 from sparsefw.model.skeleton import read_config
 from sparsefw.ranks import joined_with
 
-# The tasks of the paper, by the harness's names. The paper says "seven EleutherAI zero-shot tasks" and no more. These
-# are the seven of Wanda, whose masks it starts from, and of most papers on pruning since: Sun et al., "A Simple and
-# Effective Pruning Approach for Large Language Models", section 4.1.
+# The tasks of the paper, by the harness's names. The paper only says "seven EleutherAI zero-shot tasks". These are the
+# seven of Wanda, whose masks the paper starts from: Sun et al., "A Simple and Effective Pruning Approach for Large
+# Language Models", section 4.1. Most later papers on pruning use them.
 PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
-# Types of tasks that ask for likelihoods.
+# The harness's types of tasks that need likelihoods only.
 TYPES = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 
 
 class StreamedLM(TemplateLM):
-    """A checkpoint as a model of lm-evaluation-harness. Started by torchrun, the processes share the requests.
+    """A checkpoint as a model of lm-evaluation-harness. With torchrun, the processes share the requests.
 
     Args:
         pretrained: folder or Hub id of a checkpoint in safetensors, or "default".
-        max_length: most tokens that the model reads at once; None: the length in its config.
-        add_bos_token: whether texts get a start token; None: the choice in the tokenizer's files.
-        prefix_token_id: token before a text without a context; None: the start token, or else the end token.
+        max_length: most tokens in a request; None: the model's maximum in its config.
+        add_bos_token: whether texts get a start token; None: as the tokenizer's files say.
+        prefix_token_id: token before a text without a context; None: the start token, or the end token if there is no
+            start token.
         gpu_memory, host_memory: memory limits in GiB; None: the free memory less a tenth.
-        batch_size, max_batch_size, device: not used; the harness passes them. Memory decides on the size of batches.
+        batch_size, max_batch_size, device: ignored; the harness passes them. Memory limits decide the batch size.
         log: called with every line of the log.
         progress: whether to show a progress bar; None: only in a terminal.
 
     Attributes:
         checkpoint: the checkpoint.
         tokenizer: its tokenizer.
-        failure: the error that has ended `scores`; None: there was no error.
+        failure: the exception that ended `scores`; None: there was none.
 
     Raises:
-        InputError: there is no such checkpoint, or no such token.
+        InputError: there is no such checkpoint, or its tokenizer cannot be used.
     """
 
     @settings_kept()
@@ -101,25 +102,25 @@ class StreamedLM(TemplateLM):
         """
         if self._prefix is None:
             raise InputError(
-                f"{self.checkpoint.folder}: the tokenizer has neither a start token nor an end token, and the first "
-                "token of a text is predicted after one; name bos_token or eos_token in tokenizer_config.json"
+                f"{self.checkpoint.folder}: the tokenizer has neither a start token nor an end token, and one has to "
+                "come before a text; name bos_token or eos_token in tokenizer_config.json"
             )
         return self._prefix
 
     @property
     def tokenizer_name(self) -> str:
-        """The tokenizer's name. The harness caches prompts under it."""
+        """The tokenizer's name, under which the harness caches prompts."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The tokens of a text. A text that begins with the text of the prefix token gets no special tokens."""
+        """Tokenize a text. A text that begins with the prefix token's text gets no special tokens."""
         if add_special_tokens is None:
             prefix = str(self.tokenizer.decode(self._prefix)) if self._prefix is not None else ""
             add_special_tokens = self._special and not (prefix and string.startswith(prefix))
         return tokenize(self.tokenizer, [string], add_special_tokens)[0]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as a text."""
+        """Write a conversation as one text."""
         options: dict[str, Any] = {"continue_final_message": not add_generation_prompt}
         return str(
             self.tokenizer.apply_chat_template(
@@ -128,18 +129,18 @@ class StreamedLM(TemplateLM):
         )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihoods of whole texts. Each token is predicted once, in windows of `max_length` tokens."""
+        """Compute the log-likelihoods of whole texts, cut into windows so that each token is predicted once."""
         of_texts = [self._rolling(*request.args) for request in requests]
         scores = iter(self.scores([window for of_text in of_texts for window in of_text], disable_tqdm))
         return [sum(next(scores).loglikelihood for _ in of_text) for of_text in of_texts]
 
     def _rolling(self, text: str) -> list[Request]:
-        """The requests for the windows of a text."""
+        """Make the requests for the windows of a text."""
         windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
         return [request_of(before, tokens, self.max_length) for before, tokens in map(make_disjoint_window, windows)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> NoReturn:
-        """Refuse to generate text.
+        """Refuse tasks that generate text.
 
         Raises:
             InputError: always; the message names the tasks.
@@ -153,7 +154,7 @@ class StreamedLM(TemplateLM):
             if not 0 < len(continuation) <= self.max_length:
                 raise InputError(
                     f"an answer of {len(continuation)} tokens, {shown(answer)!r}: the model predicts from 1 to "
-                    f"{self.max_length} at once; leave the document out"
+                    f"{self.max_length} tokens; leave the document out"
                 )
         made = [request_of(context, continuation, self.max_length) for _, context, continuation in requests]
         return [*self.scores(made, disable_tqdm)]
@@ -161,10 +162,10 @@ class StreamedLM(TemplateLM):
     @settings_kept()
     @on_cpu_by_default()
     def scores(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[Score]:
-        """The answers to requests, from one pass through the blocks.
+        """Compute the scores of requests in one pass through the blocks.
 
         Raises:
-            InputError: as `scores_of`.
+            InputError: as for `scores_of`.
         """
         shown = False if disable_tqdm else self._progress
         try:
@@ -176,12 +177,13 @@ class StreamedLM(TemplateLM):
 
 
 class Tasks(TaskManager):
-    """Tasks of the harness that ask for likelihoods.
+    """Tasks of the harness that need likelihoods only.
 
     Args:
-        names: names of tasks, groups and tags, patterns of these, paths of YAML files; "paper" stands for PAPER.
-        include_path: a folder with more tasks.
-        include_defaults: whether the harness's own tasks are known.
+        names: names of tasks, groups and tags, patterns of such names, or paths of YAML files; "paper" stands for
+            the tasks in PAPER.
+        include_path: a folder with more tasks; None: no such folder.
+        include_defaults: whether to include the harness's own tasks.
 
     Attributes:
         names: the harness's names of the tasks, groups and tags.
@@ -192,8 +194,8 @@ class Tasks(TaskManager):
 
     def __init__(self, names: Sequence[str], include_path: Path | None, include_defaults: bool = True) -> None:
         if include_path is not None and not include_path.is_dir():
-            raise InputError(f"{include_path}: no folder of tasks")
-        # The harness's modules log every step.
+            raise InputError(f"{include_path}: no such folder; give a folder of tasks")
+        # Without this, the harness logs every step.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         super().__init__(include_path=include_path and str(include_path), include_defaults=include_defaults)
         self.names: list[str] = []
@@ -217,20 +219,21 @@ class Tasks(TaskManager):
         return loaded
 
     def results(self, model: StreamedLM, limit: float | None, num_fewshot: int | None) -> Mapping[str, Any]:
-        """The harness's results for a model, with the values of each document; empty on all ranks but the first.
+        """Return the harness's results for a model, with the values of each document; empty on all ranks but the first.
 
-        In addition, "aggregations" names the harness's aggregation of these values by task and metric.
+        The added entry "aggregations" names the aggregation of these values, by task and metric.
 
         Raises:
-            InputError: tasks cannot be loaded, the harness cannot make their prompts or metrics, or as `StreamedLM`.
+            InputError: the harness cannot load the tasks, make their prompts or compute their metrics; or as for
+                `StreamedLM`.
         """
         model.failure = None
         try:
-            # Standard errors are made of the values of documents.
+            # No bootstrap: `metrics` computes standard errors from the values of the documents.
             found = simple_evaluate(
                 model, tasks=[*self.names], num_fewshot=num_fewshot, limit=limit, task_manager=self, bootstrap_iters=0
             )
-        # Tasks hold code, which may raise anything. An error of the model, which runs in there, stays as it is.
+        # The code of a task may raise anything. An error of the model, which the harness calls, is raised unchanged.
         except Exception as error:
             if isinstance(error, InputError | MemoryError) or error is model.failure:
                 raise
@@ -246,5 +249,5 @@ class Tasks(TaskManager):
 
 
 def generation_error(names: Sequence[str]) -> InputError:
-    """The refusal of tasks that generate text."""
+    """Make the error for tasks that generate text."""
     return InputError(f"task {', '.join(names)}: generates text, and only likelihoods are computed here; leave it out")

@@ -1,14 +1,14 @@
-"""Metrics of models with standard errors, differences of models, and the table of an evaluation.
+"""Compute metrics with standard errors, differences between models, and the table of an evaluation.
 
-A metric is, to first order, a constant and a sum over documents, drawn independently of each other (the delta method).
+To first order, a metric is a constant plus a sum over documents, which are drawn independently (the delta method).
 Document i adds
 
     (x_i - mean) / n                        to a mean of x,
     (l_i - R w_i) / W                       to a ratio R = L / W, where L and W are the sums of l and w,
-    f'(R) times that                        to a function f of such a ratio,
+    f'(R) (l_i - R w_i) / W                 to a function f of such a ratio,
 
-and the metric's variance is n / (n - 1) times the sum of the squares of these terms. Two models have answered the same
-documents. So the terms of their difference are the differences of their terms, document by document.
+and the metric's variance is n / (n - 1) times the sum of the squares of these terms. Two models answer the same
+documents. So a document's term in the difference of the models is the difference of its terms in both models.
 """
 
 import json
@@ -25,20 +25,20 @@ from sparsefw.errors import printable
 from sparsefw.model.head import exp
 from sparsefw.report.content import TextWindows, amount
 
-# Papers on pruning average the first of these metrics that a task has.
+# The average over tasks takes the first of these metrics that a task has, as usual in papers on pruning.
 MAIN = ("acc_norm", "acc")
 
-# Results of `lm_eval.simple_evaluate`, with the names of the tasks' aggregations, see `harness.Tasks.results`.
+# Results of `lm_eval.simple_evaluate`, with the added entry "aggregations", see `harness.Tasks.results`.
 Harness = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of a model from the model that it is compared with.
+    """The difference between a model's metric and the reference model's.
 
     Attributes:
-        value: the model's value less the other model's.
-        stderr: standard error of the difference, with the same documents in pairs; None: unknown.
+        value: the model's metric minus the reference model's.
+        stderr: standard error of the difference, paired by document; None: unknown.
     """
 
     value: float
@@ -51,9 +51,9 @@ class Measurement:
 
     Attributes:
         value: the metric; NaN if the harness returns no number.
-        stderr: its standard error; None: unknown.
-        difference: the difference from the model that others are compared with; None for that model, without such a
-            model, and for a metric whose standard error is unknown.
+        stderr: standard error of the metric; None: unknown.
+        difference: the difference from the reference model. None for the reference model, without a reference model,
+            and if the terms of the metric are unknown.
     """
 
     value: float
@@ -68,12 +68,12 @@ class TaskRecord:
     Attributes:
         task: name of the task or group.
         metric: name of the metric.
-        filter: name of the harness's filter of answers; "none" without a filter.
+        filter: name of the harness's filter of answers; "none": answers are not filtered.
         documents: number of documents.
         shots: number of examples before each question.
         version: version of the task; empty without a version.
         higher_is_better: whether a higher value is better; None: unknown.
-        averaged: whether the average over tasks includes it.
+        averaged: whether the average over tasks includes this metric.
         results: the metric by model.
     """
 
@@ -93,7 +93,7 @@ class TextRecord(TextWindows):
     """Perplexity on a text.
 
     Attributes:
-        tokens: number of tokens that are predicted, in all windows.
+        tokens: number of predicted tokens in all windows.
         results: perplexity by model.
     """
 
@@ -106,8 +106,8 @@ class Evaluation:
     """The results of several models, the content of evaluation.json.
 
     Attributes:
-        models: names of the models in the user's order; the model that others are compared with comes first.
-        against: name of the model that others are compared with; None: models are not compared.
+        models: names of the models, the reference model first, then in the user's order.
+        against: name of the reference model, with which all others are compared; None: models are not compared.
         tasks: metrics of tasks and of groups of tasks.
         texts: perplexity on texts.
     """
@@ -119,9 +119,9 @@ class Evaluation:
 
     @property
     def average(self) -> dict[str, Measurement]:
-        """By model, the mean over tasks of acc_norm, or of acc in tasks without it; empty for fewer than two tasks.
+        """By model, the mean over tasks of acc_norm, or acc if a task has no acc_norm; empty for fewer than two tasks.
 
-        Standard errors are those of independent tasks.
+        The standard errors assume independent tasks.
         """
         averaged = [task.results for task in self.tasks if task.averaged]
         average = {}
@@ -133,11 +133,11 @@ class Evaluation:
         return average
 
     def to_json(self) -> str:
-        """As JSON."""
+        """Return the content of evaluation.json."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-# The derivative of a metric by R, by the harness's name of its aggregation.
+# The derivative f'(R) of a metric with respect to R. The key is the harness's name of the aggregation.
 DERIVATIVES: dict[str, Callable[[float], float]] = {
     "mean": lambda ratio: 1.0,
     "perplexity": lambda ratio: -exp(-ratio),
@@ -148,11 +148,12 @@ DERIVATIVES: dict[str, Callable[[float], float]] = {
 
 @np.errstate(invalid="ignore", over="ignore")
 def terms_of(aggregation: str, values: Sequence[Any]) -> np.ndarray:
-    """The term that each document adds to a metric, float64 (documents,).
+    """Compute the term that each document adds to a metric, float64 (documents,).
 
     Args:
         aggregation: one of DERIVATIVES.
-        values: for each document x, or the pair of l and w: w is a number of tokens, words or bytes.
+        values: for each document the value x, or the pair (l, w) of a ratio. l is a log-likelihood, and w a number of
+            tokens, words or bytes.
     """
     numbers = np.array(values, dtype=np.float64)
     sums, weights = numbers.T if numbers.ndim == 2 else (numbers, np.ones(len(numbers)))
@@ -161,14 +162,14 @@ def terms_of(aggregation: str, values: Sequence[Any]) -> np.ndarray:
 
 
 def standard_error(terms: np.ndarray | None) -> float | None:
-    """The standard error of a metric; None for a single document, and for terms that are infinite or unknown."""
+    """Compute a metric's standard error; None for a single document, and if terms are infinite or unknown."""
     if terms is None or len(terms) < 2 or not np.isfinite(terms).all():
         return None
     return math.sqrt(len(terms) / (len(terms) - 1)) * float(np.linalg.norm(terms))
 
 
 def _mean_of(measured: Sequence[Measurement | Difference]) -> tuple[float, float | None]:
-    """The mean of independent values, and the standard error of the mean."""
+    """Compute the mean of independent values, and the standard error of the mean."""
     stderrs = [one.stderr for one in measured if one.stderr is not None]
     stderr = math.hypot(*stderrs) / len(stderrs) if len(stderrs) == len(measured) else None
     return sum(one.value for one in measured) / len(measured), stderr
@@ -176,7 +177,7 @@ def _mean_of(measured: Sequence[Measurement | Difference]) -> tuple[float, float
 
 @np.errstate(invalid="ignore")
 def _compared(found: Mapping[str, tuple[float, np.ndarray | None]], against: str | None) -> dict[str, Measurement]:
-    """A metric by model, from its value and its terms by model; terms may be unknown."""
+    """Make the measurements of a metric by model. `found` has by model the value and the terms; None: terms unknown."""
     results = {}
     for name, (value, terms) in found.items():
         difference = None
@@ -189,12 +190,12 @@ def _compared(found: Mapping[str, tuple[float, np.ndarray | None]], against: str
 
 
 def text_record(windows: Windows, losses: Mapping[str, Sequence[float]], against: str | None) -> TextRecord:
-    """Perplexity on a text.
+    """Compute the perplexities on a text.
 
     Args:
-        windows: the windows.
-        losses: by model, for each window the mean negative log-likelihood of its predicted tokens.
-        against: name of the model that others are compared with.
+        windows: the windows of the text.
+        losses: by model, for each window the mean negative log-likelihood of the predicted tokens.
+        against: name of the reference model; None: models are not compared.
     """
     found = {
         name: (exp(sum(of_model) / windows.n), terms_of("perplexity", [-loss for loss in of_model]))
@@ -205,11 +206,11 @@ def text_record(windows: Windows, losses: Mapping[str, Sequence[float]], against
 
 
 def task_records(found: Mapping[str, Harness], against: str | None) -> list[TaskRecord]:
-    """All metrics of all tasks and groups.
+    """Make the records of all metrics of all tasks and groups.
 
     Args:
-        found: by model, the results of `harness.Tasks`; all of the same tasks.
-        against: name of the model that others are compared with.
+        found: by model, the results of `harness.Tasks`. All models have the same tasks.
+        against: name of the reference model; None: models are not compared.
     """
     first = next(iter(found.values()))
     records = [
@@ -223,7 +224,7 @@ def task_records(found: Mapping[str, Harness], against: str | None) -> list[Task
 
 
 def _record(found: Mapping[str, Harness], task: str, key: str, against: str | None) -> TaskRecord:
-    """A metric of a task, by the harness's key "metric,filter"."""
+    """Make the record of a task's metric. `key` is the harness's key, "metric,filter"."""
     metric, _, filter_name = key.partition(",")
     first = next(iter(found.values()))
     aggregation = first["aggregations"].get(task, {}).get(metric)
@@ -250,9 +251,9 @@ def _record(found: Mapping[str, Harness], task: str, key: str, against: str | No
 
 
 def _averaged(records: Sequence[TaskRecord], children: Mapping[str, Sequence[str]]) -> set[int]:
-    """Numbers of the records that the average includes.
+    """Choose the records that the average includes, by number.
 
-    A group with an accuracy of its own counts as one task, and the tasks in it do not count.
+    A group that has an accuracy itself counts as one task, and the tasks in the group do not count.
     """
     main: dict[str, int] = {}
     for metric in MAIN:
@@ -265,12 +266,12 @@ def _averaged(records: Sequence[TaskRecord], children: Mapping[str, Sequence[str
     return {n for task, n in main.items() if task not in inside}
 
 
-# Columns of the table, and the side that their entries are aligned to.
+# Columns of the table, with their alignment.
 COLUMNS = dict(task="<", metric="<", n=">", shots=">", value=">", difference=">") | {"z-score": ">", "model": "<"}
 
 
 def lines(evaluation: Evaluation) -> Iterator[str]:
-    """The lines of the table: all texts, all metrics of tasks, and the average over tasks."""
+    """Yield the table in lines: all texts, all metrics of tasks, and the average over tasks."""
     rows = list[list[str]]()
     for text in evaluation.texts:
         rows += _rows([text.source, "perplexity", text.windows, 0], text.results)
@@ -279,7 +280,7 @@ def lines(evaluation: Evaluation) -> Iterator[str]:
         rows += _rows([task.task, metric, task.documents, task.shots], task.results)
     averaged = [task for task in evaluation.tasks if task.averaged]
     rows += _rows(["average", "acc_norm or acc", len(averaged), 0], evaluation.average)
-    # A column without an entry is left out.
+    # Leave out columns without entries.
     columns = [column for column in zip(COLUMNS, *rows, strict=True) if any(column[1:])]
     forms = [f"{COLUMNS[column[0]]}{max(map(len, column))}" for column in columns]
     for row in zip(*columns, strict=True):
@@ -288,7 +289,7 @@ def lines(evaluation: Evaluation) -> Iterator[str]:
     yield "n: documents of a task, windows of a text, tasks of the average; ±: standard error"
     if evaluation.against is not None:
         yield (
-            f"difference: from {printable(evaluation.against)}, the same documents in pairs; z-score: difference / "
+            f"difference: from {printable(evaluation.against)}, paired by document; z-score: difference / "
             "its standard error"
         )
     for text in evaluation.texts:
@@ -296,7 +297,7 @@ def lines(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _rows(cells: list[object], results: Mapping[str, Measurement]) -> list[list[str]]:
-    """The rows of a metric, one for each model. Zeros are left out, and only the first row has `cells`."""
+    """Make the rows of a metric, one for each model. Only the first row has `cells`, where 0 is left blank."""
     rows, shared = [], [printable(str(cell or "")) for cell in cells]
     for name, measured in results.items():
         difference = measured.difference
@@ -307,14 +308,14 @@ def _rows(cells: list[object], results: Mapping[str, Measurement]) -> list[list[
 
 
 def _number(measured: Measurement | Difference) -> str:
-    """A value with its standard error."""
+    """Write a value with its standard error."""
     sign = "+" if isinstance(measured, Difference) and measured.value >= 0 else ""
     error = "" if measured.stderr is None else f" ± {_digits(measured.stderr)}"
     return f"{sign}{_digits(measured.value)}{error}"
 
 
 def _digits(value: float) -> str:
-    """A value, with the digits that are certain for some thousands of documents."""
+    """Write a value with as many digits as some thousands of documents make certain."""
     if abs(value) >= 1e6:
         return f"{value:.3e}"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.3f}"

@@ -20,10 +20,10 @@ from sparsefw.inputs import EvaluationInputs, locate
 from sparsefw.model.skeleton import max_seqlen, read_config
 from sparsefw.ranks import Ranks, joined_with
 
-# The file in the output folder.
+# Name of the file in the output folder.
 RESULT = "evaluation.json"
 
-# Tokens in a window of a text by default.
+# Default number of tokens in a window of a text.
 SEQLEN = 2048
 
 
@@ -80,10 +80,10 @@ def evaluate(
 
 
 def _check_output(inputs: EvaluationInputs) -> None:
-    """Refuse an output before models are evaluated.
+    """Check before the evaluation that its result can be written.
 
     Raises:
-        InputError: the folder cannot be written to, or holds an older result that may not be replaced.
+        InputError: the folder cannot be written to, or has an older result that may not be replaced.
     """
     if inputs.output is None:
         return
@@ -94,7 +94,7 @@ def _check_output(inputs: EvaluationInputs) -> None:
 
 
 def _write(evaluation: Evaluation, result: Path, say: Callable[[str], None]) -> None:
-    """Write evaluation.json. If that fails, log the table, so that no result is lost."""
+    """Write evaluation.json. If writing fails, log the table, so that no result is lost."""
     try:
         with naming(result):
             result.parent.mkdir(parents=True, exist_ok=True)
@@ -106,10 +106,10 @@ def _write(evaluation: Evaluation, result: Path, say: Callable[[str], None]) -> 
 
 
 def _task_records(sources: Mapping[str, Checkpoint], inputs: EvaluationInputs, **options: Any) -> list[TaskRecord]:
-    """The metrics of all tasks; empty on all ranks but the first.
+    """Compute the metrics of all tasks; returns an empty list on all ranks but the first.
 
     Raises:
-        InputError: the harness is not installed, or as `harness.Tasks`.
+        InputError: the harness is not installed, or as for `harness.Tasks`.
     """
     if not inputs.tasks:
         return []
@@ -125,20 +125,20 @@ def _task_records(sources: Mapping[str, Checkpoint], inputs: EvaluationInputs, *
 
 
 def check_installed() -> None:
-    """Check that lm-evaluation-harness is there.
+    """Check that lm-evaluation-harness is installed.
 
     Raises:
-        InputError: it is not installed.
+        InputError: the harness is not installed.
     """
     if not find_spec("lm_eval"):
         raise InputError("lm-evaluation-harness is not installed; pip install -e '.[eval]' brings it")
 
 
 def _windows(sources: Mapping[str, Checkpoint], inputs: EvaluationInputs, ranks: Ranks) -> list[Windows]:
-    """The windows of all texts.
+    """Read the windows of all texts.
 
     Raises:
-        InputError: models split a text into different windows, so that perplexities cannot be compared.
+        InputError: two models split a text into different windows, so that perplexities cannot be compared.
     """
 
     def of_model(source: Checkpoint) -> list[Windows]:

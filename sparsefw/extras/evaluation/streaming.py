@@ -1,10 +1,10 @@
-"""Log-likelihoods by a checkpoint of which one block is in memory at a time.
+"""Compute log-likelihoods with a checkpoint, with one block in memory at a time.
 
 Every block is read once, and all requests or windows go through it. Logits are computed after the last block.
 
-A pass finds out by itself whether requests may share a tree. No architecture is named: two requests are also computed
-alone, and their hidden states are compared after every block. If these differ, or if the model takes no mask of a tree,
-the pass begins again without trees. In a recurrent model they differ after the first block.
+Whether requests may share a tree is measured, for any architecture. Two requests are computed in a tree and alone, and
+their hidden states are compared after every block. If the hidden states differ, or if the model rejects the mask of a
+tree, the pass starts again without trees. In a recurrent model the hidden states differ after the first block.
 """
 
 import math
@@ -37,16 +37,16 @@ from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report.log import block_row
 from sparsefw.solver.config import PruneConfig
 
-# Some models take a row of one token for a step of generation.
+# Rows have at least two tokens, since some models treat a row of one token as a step of generation.
 MIN_LENGTH = 2
-# Relative distance of hidden states that is due to products of other shapes, by the bytes of a number.
+# Largest relative distance of hidden states that products of different shapes may cause, by the bytes of a value.
 TOLERANCE = {4: 1e-3, 2: 0.05}
-# Hidden states of a request are compared at its last positions, at most this many.
+# Hidden states are compared at this many last positions of a request.
 COMPARED = 8
 
 
 class Score(NamedTuple):
-    """The answer to a request.
+    """The score of a request.
 
     Attributes:
         loglikelihood: sum of the log-probabilities of all targets, in nats.
@@ -58,16 +58,16 @@ class Score(NamedTuple):
 
 
 def window_losses_of(source: Checkpoint, windows: Windows, ranks: Ranks = ALONE, **options: Any) -> list[float]:
-    """The mean negative log-likelihood per predicted token of each window.
+    """Compute the mean negative log-likelihood per predicted token of each window.
 
     Args:
         source: the checkpoint.
         windows: the windows.
-        ranks: the processes that share the windows; all of them get all losses.
+        ranks: the processes that share the windows. Every process gets all losses.
         options: as for `_opened`.
 
     Raises:
-        InputError: the checkpoint cannot be read or run, memory is too little, or losses are NaN.
+        InputError: the checkpoint cannot be read or run, memory is too little, or a loss is NaN.
     """
     mine, losses = windows.shard(ranks.share(windows.n)), list[float]()
     with _opened(source, ranks, **options) as opened:
@@ -83,18 +83,18 @@ def window_losses_of(source: Checkpoint, windows: Windows, ranks: Ranks = ALONE,
 
 
 def scores_of(source: Checkpoint, requests: Sequence[Request], ranks: Ranks = ALONE, **options: Any) -> list[Score]:
-    """The answers of a checkpoint to requests.
+    """Compute the scores of requests with a checkpoint.
 
     Args:
         source: the checkpoint.
         requests: the requests.
-        ranks: the processes that share the requests; all of them have the same requests, and get all answers.
+        ranks: the processes that share the requests. Every process passes the same requests, and gets all scores.
         options: as for `_opened`.
 
     Raises:
-        InputError: the checkpoint cannot be read or run, memory is too little, or answers are NaN.
+        InputError: the checkpoint cannot be read or run, memory is too little, or a score is NaN.
     """
-    # Ranks take trees in turn, the longest first. So all ranks have about as many tokens.
+    # Trees are dealt to the ranks by length, so that all ranks have about the same number of tokens.
     trees = trees_of(dict(enumerate(requests)), True, MIN_LENGTH)
     trees = sorted(trees, key=lambda tree: -len(tree.tokens))[ranks.number :: ranks.count]
     mine = {n: requests[n] for tree in trees for n in tree.paths}
@@ -103,13 +103,13 @@ def scores_of(source: Checkpoint, requests: Sequence[Request], ranks: Ranks = AL
         if mine:
             check_token(max(max(request.targets) for request in mine.values()), opened.model.vocabulary)
         flow = opened.model.flow
-        # In other models, logits depend on the places of tokens in a row.
+        # Trees are tried only if logits do not depend on the places of tokens in a row.
         if flow.windows_first and not flow.batch_after and any(tree.branched for tree in trees):
             try:
                 found = _scores_of_trees(opened, mine, trees)
             except InputError as error:
-                # Any other error comes again without trees.
-                opened.say(f"the model takes no trees of requests: {error}")
+                # An error that trees did not cause is raised again by the pass without trees.
+                opened.say(f"requests are computed without trees: {error}")
         if mine and not found:
             found = _scores_of_trees(opened, mine, trees_of(mine, False, MIN_LENGTH if flow.windows_first else 1))
     answers: dict[int, Score] = {}
@@ -120,25 +120,25 @@ def scores_of(source: Checkpoint, requests: Sequence[Request], ranks: Ranks = AL
 
 
 def _check_numbers(source: Checkpoint, values: Sequence[float], what: str) -> None:
-    """Refuse log-likelihoods that are NaN. Comparisons of NaN would choose among answers.
+    """Refuse log-likelihoods that are NaN, since comparing NaN would choose arbitrary answers.
 
     Raises:
-        InputError: some are NaN.
+        InputError: a log-likelihood is NaN.
     """
     if count := sum(map(math.isnan, values)):
         raise InputError(
-            f"{source.folder}: the log-likelihoods of {count} of {len(values)} {what} are NaN, since numbers after the "
-            f"last block are too large for {source.dtype}; it is of no use"
+            f"{source.folder}: the log-likelihoods of {count} of {len(values)} {what} are NaN, since values after the "
+            f"last block overflow {source.dtype}; evaluate another checkpoint"
         )
 
 
 @dataclass
 class _OpenModel:
-    """A model whose blocks can be run, with memory limits and a log.
+    """A model that is ready to run block by block, with its memory limits and log.
 
     Attributes:
         model: the model.
-        shape: its shape.
+        shape: shape of the model.
         limits: memory limits in bytes.
         say: called with every line of the log.
         progress: whether to show a progress bar; None: only in a terminal.
@@ -151,15 +151,15 @@ class _OpenModel:
     progress: bool | None
 
     def placement(self, windows: int, seqlen: int) -> Placement:
-        """The placement of a run on these windows that prunes nothing.
+        """Choose the placement for running this number of windows through the model.
 
         Raises:
-            InputError: nothing fits; the message names the smallest limit that could.
+            InputError: no placement fits; the message names the smallest limit that could be enough.
         """
         device = self.model.device
         workload = Workload(
             windows=windows,
-            # Logits are computed.
+            # The estimate counts logits only if there is an evaluation text.
             evaluation=(0,),
             seqlen=seqlen,
             config=PruneConfig(method="magnitude", reconstruct=0),
@@ -186,7 +186,7 @@ class _OpenModel:
                 yield name
                 bar.update()
                 if self.progress is None and bar.disable:
-                    # A bar is no use there.
+                    # Without a terminal there is no bar: log a line for each block.
                     left = (len(names) / (i + 1) - 1) * (time.perf_counter() - started)
                     self.say(block_row(name, i + 1, len(names), left))
 
@@ -200,7 +200,7 @@ def _opened(
     say: Callable[[str], None] = lambda line: None,
     progress: bool | None = False,
 ) -> Iterator[_OpenModel]:
-    """Inside the `with` block, a checkpoint's model can be run.
+    """Open a checkpoint's model for the `with` block.
 
     Args:
         source: the checkpoint.
@@ -209,7 +209,7 @@ def _opened(
         say: called with every line of the log.
         progress: whether to show a progress bar; None: only in a terminal.
     """
-    # Otherwise memory that an earlier model has left counts as taken.
+    # Return memory of an earlier model to the system, so that it counts as free.
     memory.trim_memory()
     device = memory.this_device()
     limits = memory_limits(gpu_memory, host_memory, memory.free_memory(device, ranks.here), ranks)
@@ -225,15 +225,16 @@ def _opened(
         yield _OpenModel(model, shape_of(source, in_fp32), limits, say, progress if ranks.first else False)
 
 
-# Trees of one length, all of them branched or not one: the trees of each micro-batch, and the hidden states of all.
+# Trees of one length, all branched or all not: the trees of each micro-batch, and the hidden states of all trees.
 _Group = tuple[list[list[Tree]], HiddenStates]
 
 
 def _scores_of_trees(opened: _OpenModel, requests: Mapping[int, Request], trees: Sequence[Tree]) -> dict[int, Score]:
-    """The answers to requests by number, in one pass.
+    """Compute the scores of requests, by number, in one pass.
 
     Raises:
-        InputError: the model takes no trees, or as `scores_of`.
+        InputError: a request scores differently in a tree than alone, the model rejects a tree's mask, or as for
+            `scores_of`.
     """
     opened.say(
         f"requests: {len(requests)} with {sum(len(request.read) for request in requests.values())} tokens, computed as "
@@ -242,7 +243,7 @@ def _scores_of_trees(opened: _OpenModel, requests: Mapping[int, Request], trees:
     probes = _probes(trees)
     trees = [*trees, *(probe.alone for probe in probes)]
     longest = max(tree.length for tree in trees)
-    # The mask of a tree has a number for each two of its tokens.
+    # A branched tree has a mask with a value for each pair of tokens, which counts as further tokens here.
     tokens = sum(tree.length * (1 + tree.branched * tree.length // opened.shape.hidden) for tree in trees)
     placement = opened.placement(-(-tokens // longest), longest)
     with opened.model.outside():
@@ -255,27 +256,27 @@ def _scores_of_trees(opened: _OpenModel, requests: Mapping[int, Request], trees:
 
 
 def _embedded(opened: _OpenModel, trees: Sequence[Tree], placement: Placement) -> Iterator[_Group]:
-    """The groups of trees, with their hidden states before the first block."""
+    """Embed trees: yields groups of trees with their hidden states before the first block."""
 
-    def form(tree: Tree) -> tuple[int, bool]:
+    def shape_of_tree(tree: Tree) -> tuple[int, bool]:
         return tree.length, tree.branched
 
     dtype: Any = opened.model.model.dtype
     store, tokens = placement.store(opened.model.device), placement.batch * max(tree.length for tree in trees)
-    for (length, _), alike in groupby(sorted(trees, key=form, reverse=True), form):
-        of_form, size = list(alike), tokens // length
-        batches = [of_form[first : first + size] for first in range(0, len(of_form), size)]
+    for (length, _), alike in groupby(sorted(trees, key=shape_of_tree, reverse=True), shape_of_tree):
+        group, size = list(alike), tokens // length
+        batches = [group[first : first + size] for first in range(0, len(group), size)]
         made = (batch_of(batch, dtype) for batch in batches)
         yield batches, embed_batches(opened.model, made, store)
 
 
 class _Probe(NamedTuple):
-    """A request that is computed in its tree and alone.
+    """A request that is computed twice, in its tree and alone, to compare the hidden states.
 
     Attributes:
-        tree: the tree.
+        tree: the tree with other requests.
         alone: a tree of this request alone.
-        places: the last places of the request in the tree; no request before it has them.
+        places: the places in the tree of the request's last tokens, which no earlier request of the tree has.
     """
 
     tree: Tree
@@ -283,12 +284,12 @@ class _Probe(NamedTuple):
     places: list[int]
 
     def check(self, block: str, groups: Sequence[_Group]) -> None:
-        """Refuse a tree in which the request has other hidden states than alone, but for the rounding of products.
+        """Refuse trees if the request's hidden states in the tree differ from those alone by more than rounding.
 
-        The median over positions counts: a router may send single tokens to other experts.
+        The median over positions is compared, since a router may send single tokens to other experts.
 
         Raises:
-            InputError: it has others.
+            InputError: the hidden states differ.
         """
         found = _hidden_of(groups, self.tree)[self.places].float()
         expected = _hidden_of(groups, self.alone)[-len(self.places) :]
@@ -298,22 +299,22 @@ class _Probe(NamedTuple):
 
 
 def _hidden_of(groups: Sequence[_Group], tree: Tree) -> Tensor:
-    """The hidden states (length, d) of a tree."""
+    """Find the hidden states (length, d) of a tree."""
     places = ((states, j, batch) for batches, states in groups for j, batch in enumerate(batches) if tree in batch)
     states, j, batch = next(places)
     return states.hidden[j][batch.index(tree)]
 
 
 def _probes(trees: Sequence[Tree]) -> list[_Probe]:
-    """The longest request, and the last request of the largest tree.
+    """Choose two requests to compare: the longest one, and the one that ends furthest to the right in a tree.
 
-    Attention may be local by the positions of tokens, or by their places in a row.
+    With local attention, a window may count positions of tokens or places in the row. Each request tests one case.
     """
     branches = [(tree, path) for tree in trees if tree.branched for path in tree.paths.values()]
     probes = []
     for key in (lambda branch: len(branch[1]), lambda branch: branch[1][-1]) if branches else ():
         tree, path = max(branches, key=key)
-        # Places that follow each other at the end of a path are the request's own.
+        # The last run of consecutive places in a path are the request's own tokens.
         own = np.split(path, np.flatnonzero(np.diff(path) != 1) + 1)[-1]
         alone = Tree(array("i", [tree.tokens[place] for place in path]))
         probes.append(_Probe(tree, alone, own[-COMPARED:].tolist()))
@@ -323,7 +324,7 @@ def _probes(trees: Sequence[Tree]) -> list[_Probe]:
 def _scores(
     opened: _OpenModel, requests: Mapping[int, Request], groups: Sequence[_Group]
 ) -> Iterator[tuple[int, Score]]:
-    """The number of each request with its answer, from the hidden states after the last block."""
+    """Yield the number and the score of each request, from the hidden states after the last block."""
     for batches, states in groups:
         for j, batch in enumerate(batches):
             hidden, ids, whole = states.hidden[j], ids_of(batch), None
@@ -340,7 +341,7 @@ def _scores(
 
 
 def _score(predictions: Tensor, targets: Tensor) -> Score:
-    """The answer, from logits (targets, vocabulary) in fp32."""
+    """Compute the score of a request from logits (targets, vocabulary) in fp32."""
     logprobs = predictions.gather(1, targets[:, None])[:, 0].double() - predictions.logsumexp(-1).double()
     greedy = predictions.argmax(-1) == targets
     return Score(logprobs.sum().item(), bool(greedy.all()))

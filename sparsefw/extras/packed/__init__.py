@@ -1,1 +1,1 @@
-"""Packed checkpoints: folders are packed and unpacked, and transformers loads them."""
+"""Pack and unpack checkpoints, and load packed checkpoints in transformers."""

@@ -1,7 +1,7 @@
 """Pack the matrices of a pruned checkpoint, so that its zeros take no space, and unpack them again.
 
-Both read and write one shard at a time, into a hidden folder next to the output. An interrupted command goes on after
-the last finished shard. Unpacked tensors have the bits that were packed.
+Both commands read and write one shard at a time, into a hidden folder next to the output. An interrupted command
+resumes after the last finished shard. Unpacking restores every tensor bit for bit.
 """
 
 import json
@@ -38,10 +38,10 @@ from sparsefw.solver.patterns import Pattern
 
 REPORT = "report.json"
 
-# Files that the result has of the folder that is read.
+# Files that are copied from the source folder to the result.
 COPIED = (REPORT, OWN_TEXT)
 
-# transformers prints this where `sparsefw.packed` is not imported: no entry of a config asks for a package.
+# transformers prints this if `sparsefw.packed` is not imported. A config has no entry that asks for a package.
 ADVICE = "packed by sparsefw: pip install sparsefw, and import sparsefw.packed before from_pretrained"
 
 
@@ -51,15 +51,15 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
     Args:
         pruned: the checkpoint's folder.
         packed: folder for the packed checkpoint.
-        overwrite: whether an older checkpoint there may be replaced.
+        overwrite: whether an older checkpoint in `packed` may be replaced.
         restart: whether to discard the shards that an interrupted command has finished.
 
     Returns:
-        Bytes of all tensors, before and after.
+        Bytes of all tensors, before and after packing.
 
     Raises:
-        InputError: there is no report of a run, the checkpoint is packed already, a matrix has more weights than its
-            report says, or no matrix would become smaller.
+        InputError: there is no report of a run, the checkpoint is packed already, a matrix has more weights than the
+            report allows, or no matrix would become smaller.
     """
     report, checkpoint = report_of(pruned), inspect(pruned)
     if checkpoint.quantization:
@@ -92,7 +92,7 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
 
 
 def unpack_folder(packed: Path, output: Path, *, overwrite: bool = False, restart: bool = False) -> tuple[int, int]:
-    """Make a packed checkpoint dense again, with the same bits; arguments and result are as for `pack_folder`.
+    """Make a packed checkpoint dense again, with the same bits. Arguments and result are those of `pack_folder`.
 
     Raises:
         InputError: the checkpoint is not packed, or is damaged.
@@ -107,9 +107,9 @@ def unpack_folder(packed: Path, output: Path, *, overwrite: bool = False, restar
 
 
 def _budgets(skeleton: Skeleton, report: Report, pattern: Pattern, whole: bool) -> dict[str, int]:
-    """Find the tensors that packing makes smaller, by name, with their weights kept in each row.
+    """Find the tensors that packing makes smaller; by name, the number of weights kept in each row.
 
-    With `whole` these are the weights kept in the whole matrix.
+    With `whole` the number is that of weights kept in the whole matrix.
     """
     sizes, inputs = Counter[str](), dict[str, int]()
     for layer in report.layers_of(report.method):
@@ -119,14 +119,14 @@ def _budgets(skeleton: Skeleton, report: Report, pattern: Pattern, whole: bool) 
     parts = skeleton.names_of(skeleton.checkpoint.tensors)
     kept = {}
     for parameter, names in parts.items():
-        # A stacked parameter is packed if all of its slices were pruned.
+        # A stacked parameter is packed only if all its slices were pruned.
         if sizes[parameter] != skeleton.model.get_parameter(parameter).numel():
             continue
         for name in names:
             info = skeleton.checkpoint.tensors[name]
             rows, cols = info.shape[-2:]
             width, most = patterns.budget(pattern, rows, cols, not whole)
-            # The budget of a whole matrix does not tell how many weights a part of it keeps.
+            # A whole matrix's budget does not give the number of weights in a part, so parts are not packed then.
             if cols != inputs[parameter] or cols % 8 or (whole and (len(names) > 1 or len(info.shape) > 2)):
                 continue
             if most / width + 1 / (8 * info.dtype.itemsize) < 1:
@@ -135,7 +135,7 @@ def _budgets(skeleton: Skeleton, report: Report, pattern: Pattern, whole: bool) 
 
 
 def generalized(chosen: Iterable[str], parameters: Iterable[str]) -> list[str]:
-    """Shorten names of parameters: `*` stands for any number where all parameters of that form are chosen."""
+    """Shorten names of parameters: `*` replaces the numbers in names if all parameters of such a name are chosen."""
     chosen, forms = set(chosen), defaultdict(set)
     for name in parameters:
         forms[form_of(name)].add(name)
@@ -146,24 +146,24 @@ def rewrite(
     checkpoint: Checkpoint,
     output: Path,
     config: dict[str, Any],
-    form: Callable[[str, Tensor], dict[str, Tensor]],
+    convert: Callable[[str, Tensor], dict[str, Tensor]],
     *,
     overwrite: bool,
     restart: bool,
     texts: Mapping[str, str] = {},
 ) -> tuple[int, int]:
-    """Write a copy of a checkpoint whose tensors have another form.
+    """Write a copy of a checkpoint with converted tensors.
 
     Args:
         checkpoint: the checkpoint.
         output: folder for the copy.
         config: the content of the copy's config.json.
-        form: called with the name of a tensor and the tensor, dequantized; returns what is written, by name.
+        convert: called with a tensor's name and the dequantized tensor; returns the tensors to write, by name.
         overwrite, restart: as for `pack_folder`.
-        texts: contents of other files of the copy by name, such as a report in place of the checkpoint's.
+        texts: contents of further files of the copy, by name; a report here replaces the checkpoint's.
 
     Returns:
-        Bytes of all tensors, before and after.
+        Bytes of all tensors, in the checkpoint and in the copy.
     """
     folder = checkpoint.folder
     check_output(output, folder, overwrite)
@@ -179,7 +179,7 @@ def rewrite(
             read = read_tensors({name: checkpoint.tensors[name] for name in files[file]})
             tensors: dict[str, Tensor] = {}
             for name in files[file]:
-                tensors |= form(name, dequantized(read.pop(name)))
+                tensors |= convert(name, dequantized(read.pop(name)))
             writer.write(n, tensors)
         durably(writer.folder / CONFIG, json.dumps(config, indent=2) + "\n")
         others: dict[str, str | Callable[[Path], object]] = {

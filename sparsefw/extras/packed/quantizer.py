@@ -1,8 +1,8 @@
-"""Packed checkpoints in transformers, which calls this a quantizer; `sparsefw.packed` registers it.
+"""Load packed checkpoints in transformers, as one of its quantizers; `sparsefw.packed` registers it.
 
-Linear layers hold the packed tensors and multiply with them. Experts are unpacked one at a time when they are used.
-`quantization_config=PackedConfig(dequantize=True)` gives the dense model. The interface is that of transformers 5.17 to
-5.24.
+Linear layers hold packed tensors and multiply with them. An expert is unpacked when it is used.
+`quantization_config=PackedConfig(dequantize=True)` gives the dense model. This needs the quantizer interface of
+transformers 5.17 to 5.24.
 """
 
 import re
@@ -21,7 +21,7 @@ from sparsefw.solver import patterns
 
 METHOD = "sparsefw"
 
-# Version of the layout.
+# Version of the packed layout.
 FORMAT = 1
 
 
@@ -34,12 +34,12 @@ class PackedConfig(QuantizationConfigMixin):
     """How a checkpoint is packed: the entry `quantization_config` of its config.json.
 
     Args:
-        parameters: names of the packed parameters, where `*` stands for any number.
+        parameters: names of the packed parameters, in which `*` stands for any number.
         sparsity: the sparsity pattern, "0.6" or "2:4".
-        budget: "row", or "layer": each matrix has one budget.
+        budget: "row" or "layer": whether each row or each matrix has a budget.
         kept: fraction of the weights that are kept.
         format: version of the layout.
-        dequantize: whether the model is loaded with its zeros.
+        dequantize: whether to load the model dense, with its zeros.
     """
 
     def __init__(
@@ -52,21 +52,21 @@ class PackedConfig(QuantizationConfigMixin):
         dequantize: bool = False,
         **_: Any,
     ) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]  # an enum there, of its own methods
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enum has only its own methods
         self.parameters, self.sparsity, self.budget, self.kept = parameters or [], sparsity, budget, kept
         self.format, self.dequantize = format, dequantize
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """Return the settings that the argument of `from_pretrained` decides, and not the checkpoint."""
+        """Return the settings that `from_pretrained` takes from its argument and not from the checkpoint."""
         return {"dequantize": self.dequantize}
 
     def has(self, name: str) -> bool:
-        """Tell whether a parameter is packed. Classes of one model may differ in the first words of its name."""
+        """Tell whether a parameter is packed. A prefix of the name is ignored: classes of one model differ in it."""
         names = (name, form_of(name))
         return any(f".{p}".endswith(f".{own}") or f".{own}".endswith(f".{p}") for p in self.parameters for own in names)
 
     def shape(self, shape: torch.Size) -> tuple[int, ...]:
-        """Return the shape of the kept values of a parameter of shape (..., rows, cols)."""
+        """Return the shape of a parameter's kept values. The parameter has shape (..., rows, cols)."""
         *lead, rows, cols = shape
         pattern = patterns.parse(self.sparsity)
         width, most = patterns.budget(pattern, rows, cols, self.budget == "row")
@@ -106,21 +106,21 @@ class PackedQuantizer(HfQuantizer):
     """Replaces parameters of a model by packed tensors, before transformers loads them."""
 
     quantization_config: PackedConfig
-    # Converters of names and stacks take masks as they take weights.
-    serialized_names = {"weight": ["weight", f"weight{MASK}"]}  # noqa: RUF012  # as its base class has it
+    # The converters that rename and stack weights also get the masks.
+    serialized_names = {"weight": ["weight", f"weight{MASK}"]}  # noqa: RUF012  # a dict in the base class
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a format of a later version."""
+        """Refuse a checkpoint in another format."""
         if self.quantization_config.format != FORMAT:
             raise InputError(f"the checkpoint is packed in format {self.quantization_config.format}: update sparsefw")
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Remove the entry of the config that keeps other loaders out, and have experts used one at a time."""
+        """Remove the config's entry that stops other loaders, and choose the code that uses one expert at a time."""
         config.__dict__.pop(GUARD, None)
         config._experts_implementation = "eager"
         return config
 
-    # transformers calls this one in its place before 5.22.
+    # Before 5.22 transformers calls this method instead.
     update_tp_plan = update_attn_implementation
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -138,18 +138,20 @@ class PackedQuantizer(HfQuantizer):
                 if type(module) is nn.Linear:
                     module.__class__ = PackedLinear
                 elif isinstance(module, nn.Linear) or parameter.dim() < 3:
-                    raise InputError(f"{path}.{name}: packed, and no linear layer; sparsefw unpack makes it dense")
+                    raise InputError(
+                        f"{path}.{name}: packed, but not a linear layer; unpack the folder: sparsefw unpack"
+                    )
         if not found:
-            raise InputError("the checkpoint is packed, and the model has none of its packed matrices")
+            raise InputError("the model has none of the packed matrices; load it with the class that was packed")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for path, module in model.named_modules():
             for name, (values, mask) in _packed_in(module).items():
-                # A tensor without data is on the disk, and hooks of accelerate read it later.
+                # A mask on the meta device is offloaded to the disk, and accelerate reads it later.
                 if not mask.is_meta:
                     check(f"{path}.{name}", values, mask)
                 if not isinstance(module, PackedLinear):
-                    # A module's own entries come before its parameters.
+                    # An entry of __dict__ takes precedence over a parameter of the same name.
                     module.__dict__[name] = PackedStack(values, mask)
         return self._dequantize(model) if self.quantization_config.dequantize else model
 
@@ -160,20 +162,20 @@ class PackedQuantizer(HfQuantizer):
                 del module._parameters[name + MASK]
                 module.__dict__.pop(name, None)
             if isinstance(module, PackedLinear):
-                module.__class__ = nn.Linear  # type: ignore[assignment]  # of which it is a subclass
+                module.__class__ = nn.Linear  # type: ignore[assignment]  # its base class
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Tell that `save_pretrained` may write the model: as a packed checkpoint."""
+        """Tell that `save_pretrained` can write the model. It writes a packed checkpoint."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Tell that the model cannot be trained: kept weights have no gradients."""
+        """Tell that the model cannot be trained, since kept weights get no gradients."""
         return False
 
 
 def _packed_in(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return kept values and mask of each packed parameter of a module, by name."""
+    """Return the kept values and the mask of each packed parameter of a module, by name."""
     own = dict(module.named_parameters(recurse=False))
     return {name: (own[name], own[name + MASK]) for name in own if name + MASK in own}

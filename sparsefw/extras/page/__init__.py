@@ -1,4 +1,4 @@
-"""What people read of a report: report.html and README.md, the model card."""
+"""Write report.html, and README.md, the model card, from a report."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +10,14 @@ from sparsefw.report.content import Report
 
 
 def write_pages(report: Report, output: Path, source: Path | None, say: Callable[[str], None], folder: Path) -> None:
-    """Write the page and the model card into a folder that has all other files of a model.
+    """Write the page and the model card into a folder with all other files of a model.
 
     Args:
-        report: report of the run that has pruned the model.
-        output: where the folder will be.
-        source: folder of the model that was pruned or packed, or of its small files; None: there is none.
-        say: called with a line for the log if a card that was edited is kept.
-        folder: the folder.
+        report: report of the run that pruned the model.
+        output: path to which the folder will be renamed.
+        source: folder of the model that was pruned or packed, or of its small files; None: no such folder.
+        say: called with a line for the log if an edited card is kept.
+        folder: the folder to write to.
     """
     durably(folder / "report.html", page(report))
     write_card(report, output, source, say, folder)

@@ -1,6 +1,7 @@
-"""README.md of an output: its model card, which the Hub shows. card.md lays it out.
+"""Write README.md of an output, the model card that the Hub shows, from the template card.md.
 
-The last line is a comment with the digest of all before it. A card with another digest was edited, and stays.
+The last line is a comment with the digest of the text before it. If the digest does not match, a user has edited the
+card, and it is kept.
 """
 
 import hashlib
@@ -29,16 +30,16 @@ from sparsefw.solver.patterns import parse
 
 TEMPLATE = Path(__file__).with_name("card.md")
 
-# The digest follows it.
+# The digest follows this mark.
 MARK = b"<!-- written by sparsefw, sha256 "
 
-# Entries of the front matter that come from the card of the source.
+# Entries of the front matter that are copied from the source's card.
 KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "base_model")
 
-# A folder in the Hub's cache.
+# Path of a model's folder in the Hub's cache.
 SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[^/]+/?")
 
-# The parts of a report that name files and folders of the machine.
+# The parts of a report that may have paths of this machine.
 NAMING = ("arguments", "given", "data", "evaluation", "recoveries")
 
 
@@ -47,7 +48,7 @@ def write_card(report: Report, output: Path, source: Path | None, say: Callable[
     old = output / CARD
     if old.is_file() and not _as_written(old.read_bytes()):
         durably(folder / CARD, partial(shutil.copyfile, old))
-        say(f"note: {old} was edited, and stays: what it tells may be of the older checkpoint")
+        say(f"note: {old} was edited, and stays: it may describe the older checkpoint")
         return
     text = card_of(folder, output.name, report, source).rstrip() + "\n\n"
     durably(folder / CARD, f"{text}{MARK.decode()}{hashlib.sha256(text.encode()).hexdigest()} -->\n")
@@ -59,7 +60,7 @@ def _as_written(content: bytes) -> bool:
 
 
 def card_of(folder: Path, name: str, report: Report, source: Path | None) -> str:
-    """Make the card of the model in a folder that will have this name."""
+    """Make the card of the model in a folder, which will be renamed to `name`."""
     known = {key: value for path in (source, folder) if path for key, value in _front_matter(path / CARD).items()}
     report = _published(report)
     model, pattern = report.argument("model", str), report.argument("sparsity", str)
@@ -80,8 +81,8 @@ def card_of(folder: Path, name: str, report: Report, source: Path | None) -> str
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
-    """Read the KEPT entries of a card; empty if it is missing or cannot be read."""
-    # Nobody has checked the content, and the library that reads it raises anything.
+    """Read the KEPT entries of a card; empty if the card is missing or cannot be read."""
+    # The content is not trusted, and the library that reads it may raise any exception.
     with suppress(Exception):
         check_file(card)
         if card.stat().st_size < MAX_JSON_BYTES and (found := metadata_load(card)):
@@ -96,7 +97,7 @@ def _hub_id(folder: Path | None) -> str:
 
 
 def _published(report: Report) -> Report:
-    """Remove paths of this machine from a report: a file or a folder keeps its last name."""
+    """Remove paths of this machine from a report: of a path only the last part stays."""
     names = {report.argument("model", str), *(one.model for one in report.recoveries)}
     names |= {name_and_share(text)[0] for text in (*report.argument("evaluate", tuple), *_texts(report))}
     paths = {name: Path(os.path.abspath(os.path.expanduser(name))) for name in names}
@@ -106,7 +107,7 @@ def _published(report: Report) -> Report:
         if isinstance(value, str):
             for name in local:
                 short = _hub_id(paths[name]) or paths[name].name
-                # The name of a text may stand before its share or its number of windows.
+                # The share of a text, or its number of windows, may follow its name.
                 value = re.sub(rf"(?<!\S){re.escape(name)}(?=[\s=]|$)", short.replace("\\", "/"), value)
         elif isinstance(value, list | tuple):
             return type(value)(map(public, value))

@@ -1,4 +1,4 @@
-"""The commands, or the call from Python, that made an output. Its report stores what was given."""
+"""Write the commands, or the call from Python, that made an output, from the arguments in its report."""
 
 import json
 import shlex
@@ -10,20 +10,20 @@ from sparsefw.errors import flag_of
 from sparsefw.inputs import name_and_share
 from sparsefw.report.content import Argument, Report
 
-# Data without a name, as variables in a call from Python.
+# The variables that stand for data without a name in a call from Python.
 VARIABLES = {TEXTS: "texts", TOKENS: "tokens", BATCHES: "batches"}
 
 
 def from_python(report: Report) -> bool:
-    """Tell whether a run was a call from Python that no command can repeat: its model or its text has no name."""
+    """Tell whether a run was a call from Python that no command can repeat, since its model or text has no name."""
     return report.in_memory or not VARIABLES.keys().isdisjoint(report.argument("dataset", tuple))
 
 
 def commands_of(report: Report, name: str) -> list[str]:
-    """Return the lines that make an output of this name; empty if an older version wrote the report."""
+    """Return the lines that make an output with this name; empty if the report does not store the arguments."""
     if report.given is None:
         return []
-    # A report does not store the names of the folders that a recovery started from.
+    # A report does not store the folders that its recoveries read, so they get these names.
     names = ["pruned", *(f"recovered-{n}" for n in range(1, len(report.recoveries)))] if report.recoveries else []
     names.append(name)
     launcher = f"torchrun --nproc-per-node {len(report.ranks)}" if report.ranks else "python"
@@ -41,7 +41,7 @@ def commands_of(report: Report, name: str) -> list[str]:
 
 
 def flags_of(arguments: Mapping[str, Argument]) -> list[str]:
-    """Write arguments for a shell, one text for each flag."""
+    """Write arguments as flags for a shell, one string for each flag."""
     flags = []
     for name, value in arguments.items():
         for item in value if isinstance(value, tuple) else (value,):
@@ -51,7 +51,7 @@ def flags_of(arguments: Mapping[str, Argument]) -> list[str]:
 
 
 def _call(report: Report, given: Mapping[str, Argument], name: str) -> str:
-    """Write the call of `prune`."""
+    """Write the call of `prune`; `name` is the output."""
     words = ["model" if report.in_memory else json.dumps(report.argument("model", str)), json.dumps(name)]
     passed_over = {"model"}
     if report.argument("dataset", tuple) == (BATCHES,):

@@ -1,11 +1,11 @@
-"""report.html: the content of report.json on one page that loads nothing.
+"""Make report.html: the content of report.json on one page that loads no other files.
 
-This module turns numbers into text, paths and positions. page.html lays them out. Names in a checkpoint are not
-trusted: every text is escaped, characters that do not print are spelled out, and the page has no links.
+This module turns values into texts, SVG paths and positions, and the template page.html arranges them. Names in a
+checkpoint are not trusted: every text is escaped, unprintable characters are spelled out, and the page has no links.
 
-A chart is 1000 wide and 1000 high, whatever its size on the screen; y points down. Its `marks` are paths, each with
-the kind of mark (line, mask, band) and the name that its colour stands for. Its `titles` are shown when a block
-is pointed at. Its `x` and `y` are ticks, (position, label).
+A chart has 1000 x 1000 units, whatever its size on the screen, and y points down. `marks` are SVG paths, each with its
+kind (line, mask, band) and the name that its colour stands for. `titles` are shown when the mouse points at a block.
+`x` and `y` are ticks, (position, label).
 """
 
 import math
@@ -29,21 +29,21 @@ from sparsefw.timeline import Span
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
-# A browser would crawl with a longer table of layers. The page leaves it to report.json.
+# A longer table of layers would make browsers slow, so the page leaves the table to report.json.
 MOST_ROWS = 2000
 
-# Phases in the order of their colours. All other phases have one more colour.
+# Phases in the order of their colours. All other phases share one further colour.
 PHASES = ("solve", "calibrate", "forward", "evaluate", "read", "write", "reconstruct", "embed", "wait")
 LANES = ("main", "read", "write")
 
-# Peaks of a block by their names.
+# Peaks of a block: name on the page, and field of `BlockRecord`.
 PEAKS = {"host": "host_bytes", "gpu": "gpu_bytes", "reserved": "gpu_reserved_bytes"}
 
-# A chart as the template reads it.
+# A chart for the template, see the module.
 Chart = dict[str, Any]
-# Points that lines join: the position of a block, and a value on the y axis.
+# Points of a line: (position of a block, value on the y axis).
 Points = list[tuple[int, float]]
-# Its kind, the name that its colour stands for, and its points.
+# Kind of a mark, the name that its colour stands for, and its points.
 Mark = tuple[str, str, Points]
 
 
@@ -57,7 +57,7 @@ def page(report: Report) -> str:
         An HTML document.
 
     Raises:
-        ValueError: a layer lies in none of the blocks.
+        ValueError: a layer is in none of the blocks.
     """
     blocks, errors = report.blocks, error_charts(report)
     names = [phase for block in blocks for phase in block.seconds] + [span.phase for span in report.timeline]
@@ -73,9 +73,9 @@ def page(report: Report) -> str:
         log=log,
         summary="; ".join([log.kept_line(report), *log.recovery_lines(report)]),
         facts=_facts(report),
-        # The page does not name its own folder, and has the same bytes in every copy.
+        # The page does not name its own folder, so that all copies of an output have the same page.
         commands=commands_of(report, "recovered" if report.recoveries else str(report.arguments["output"])),
-        # Classes of the style sheet.
+        # Values are classes of the style sheet.
         method_colours={m: f"m{i}" for i, m in enumerate(reversed(report.methods))},
         phase_colours={phase: f"p{[*PHASES, phase].index(phase)}" for phase in phases},
         errors=errors,
@@ -90,7 +90,7 @@ def page(report: Report) -> str:
 
 @cache
 def _template() -> Template:
-    """Compile the template, once a process. It spells out characters that do not print."""
+    """Compile the template once per process. The template spells out unprintable characters."""
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -102,7 +102,7 @@ def _template() -> Template:
 
 
 def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
-    """Collect lists of facts, (name, value), by heading."""
+    """Collect the facts of a run: by heading, a list of (name, value)."""
     memory = report.memory
     sizes = {"limit": memory.limits, "expected": memory.expected, "peak": report.peak_memory}
     sizes["most at once"] = {"solver": memory.solver_bytes}
@@ -130,7 +130,7 @@ def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
 
 
 def _block_cells(block: BlockRecord, phases: list[str]) -> list[str]:
-    """Return the row of a block: seconds, peaks, and losses before and after its reconstruction."""
+    """Return the row of a block: seconds, peaks, and losses before and after the reconstruction."""
     seconds = [f"{block.seconds[phase]:.2f}" if phase in block.seconds else "-" for phase in phases]
     peaks = [f"{getattr(block, name) / 2**30:.2f}" for name in PEAKS.values()]
     losses, found = ["-", "-"], block.reconstruction
@@ -141,18 +141,18 @@ def _block_cells(block: BlockRecord, phases: list[str]) -> list[str]:
 
 
 def _ordered(known: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Return the names, each once: first the known names in their order, then all others."""
+    """Return each name once: first the known names in their order, then all other names."""
     return sorted(dict.fromkeys(names), key=lambda name: [*known, name].index(name))
 
 
 def _chart(blocks: Sequence[BlockRecord], marks: Sequence[Mark], titles: Sequence[str], top: float = 0.0) -> Chart:
-    """Make a chart over the blocks, whose y axis goes from 0 to a little above the greatest value.
+    """Make a chart over the blocks. The y axis goes from 0 to a little above the greatest value.
 
     Args:
         blocks: the blocks.
         marks: the lines and bands to draw.
         titles: a text for each block.
-        top: the end of the y axis, if no value is greater.
+        top: the y axis reaches at least this value.
     """
     values = [value for *_, points in marks for _, value in points if math.isfinite(value)]
     width, top = 1000 / len(blocks), max([top, *values]) * 1.05 or 1.0
@@ -166,7 +166,7 @@ def _chart(blocks: Sequence[BlockRecord], marks: Sequence[Mark], titles: Sequenc
     paths = []
     for kind, name, points in marks:
         drawn = "L".join(f"{x(position)} {y(value)}" for position, value in points if math.isfinite(value))
-        # The last line has no length. Its round ends make a dot of a single point.
+        # h0 adds a line of no length, whose round ends draw a single point as a dot.
         paths += [{"class": kind, "colour": name, "path": f"M{drawn}h0"}] if drawn else []
     return {
         "marks": paths,
@@ -177,7 +177,7 @@ def _chart(blocks: Sequence[BlockRecord], marks: Sequence[Mark], titles: Sequenc
 
 
 def _ticks(high: float, most: int, least: float = 0.0) -> list[tuple[float, str]]:
-    """Choose about `most` values from 0 to `high`, with labels: multiples of 1, 2 or 5 times a power of ten."""
+    """Choose about `most` ticks from 0 to `high`, with labels, at multiples of 1, 2 or 5 times a power of ten."""
     distance = max(high / most, least)
     power = 10.0 ** math.floor(math.log10(distance))
     step = next(power * n for n in (1, 2, 5, 10) if power * n >= distance * (1 - 1e-9))
@@ -186,7 +186,7 @@ def _ticks(high: float, most: int, least: float = 0.0) -> list[tuple[float, str]
 
 
 def error_charts(report: Report) -> dict[str, Chart]:
-    """Chart the relative errors of the layers by method: a chart for each type of layer, all with one scale."""
+    """Chart the relative errors of the layers by method. Each type of layer has a chart, and all have one scale."""
     positions, top, charts = log.positions_of(report), 1.0, {}
     found: dict[str, dict[str, dict[int, list[LayerResult]]]] = defaultdict(lambda: defaultdict(dict))
     for layer in report.layers:
@@ -214,11 +214,11 @@ def error_charts(report: Report) -> dict[str, Chart]:
 
 
 def timeline(spans: list[Span], blocks: list[BlockRecord]) -> Chart | None:
-    """Make the bars of the timeline, by block; None without spans.
+    """Make the chart of the timeline, with bars by block; None without spans.
 
     Args:
-        spans: the phases, each with its block, its lane, its start and its end.
-        blocks: the blocks in their order.
+        spans: the phases with block, lane, start and end.
+        blocks: the blocks, in order.
     """
     spans = _merged(spans)
     if not spans:
@@ -241,15 +241,15 @@ def timeline(spans: list[Span], blocks: list[BlockRecord]) -> Chart | None:
 
 
 def _merged(spans: list[Span]) -> list[Span]:
-    """Sort spans by lane and time, and merge those of one block and phase that follow each other at once.
+    """Sort spans by lane and time, and merge consecutive spans of one block and phase if the gap is small.
 
-    Otherwise each of a mixture's thousands of experts would have a bar.
+    Without merging, each of thousands of experts would have a bar.
     """
     merged: list[Span] = []
     for span in sorted(spans, key=lambda span: (span.lane, span.start)):
         last = merged[-1] if merged else replace(span, lane="")
         alike = (last.lane, last.block, last.phase) == (span.lane, span.block, span.phase)
-        # The gap may take a hundredth of the whole.
+        # A small gap is at most a hundredth of the merged span.
         if alike and span.start - last.end <= 0.01 * (span.end - last.start):
             merged[-1] = replace(last, end=max(last.end, span.end))
         else:
