@@ -16,37 +16,36 @@ from sparsefw.errors import InputError, counted
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import Span
 
-# The largest mixtures have 200,000 layers, counting experts. Their report takes about 110 MiB.
+# The largest mixtures of experts have 200,000 layers, counting each expert. Such a report has about 110 MiB.
 MAX_REPORT_BYTES = 256 * 2**20
 
-# A value of a flag.
+# The value of a flag.
 Argument = str | int | float | bool | tuple[str, ...] | None
 
 T = TypeVar("T", bound=Argument)
 
-# The libraries that the last bits of a result depend on, besides Python and this package.
+# The last bits of a result depend on the versions of these libraries, of Python and of this package.
 LIBRARIES = ("torch", "triton", "transformers", "datasets", "safetensors")
 
-# The name of the dense model, where results have the name of their method.
+# Results are named by method. Results of the dense model have this name.
 DENSE = "dense"
 
-# The two losses of a reconstruction: they compare hidden states, or predictions, of the pruned and the dense model.
+# The two losses of a reconstruction. Each compares the pruned and the dense model: by hidden states or by predictions.
 HIDDEN, PREDICTIONS = "hidden states", "predictions"
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How the kept weights of a block were fitted together.
+    """The reconstruction of a block: its kept weights were fitted together.
 
     Attributes:
-        before, after: loss of held-out windows before and after it, mean over tokens.
+        before, after: loss on held-out windows before and after the reconstruction, mean over tokens.
         steps: number of steps.
         put_back: whether the weights were put back, because the loss did not fall.
-        loss: HIDDEN: the squared distance of hidden states after the block to those of the dense model, relative to
-            the square of the latter; above 1, 1 plus its logarithm. PREDICTIONS: the divergence of predicted tokens,
-            see `model.head`.
-        varies: operations of torch that may give other bits in another run, one or, with several ranks, more; empty:
-            the weights have the same bits in every run.
+        loss: HIDDEN or PREDICTIONS. HIDDEN: e = ‖pruned - dense‖² / ‖dense‖² of the hidden states after the block, or
+            1 + log e if e is above 1. PREDICTIONS: the divergence of predicted tokens, see `model.head`.
+        varies: names of torch operations that may give other bits in another run, at most one per rank; empty: the
+            weights have the same bits in every run.
     """
 
     before: float
@@ -62,14 +61,14 @@ class BlockRecord:
     """A block of the model.
 
     Attributes:
-        block: its number, from 0.
-        name: its name in the model, "model.layers.0".
-        way: how the calibration windows ran through it.
+        block: number of the block, from 0.
+        name: name of the block in the model, such as "model.layers.0".
+        way: how the calibration windows ran through the block, such as "stage by stage, from the start".
         seconds: by phase, on the main lane of rank 0.
         host_bytes: peak memory of the process on the host, up to the end of this block; the highest of all ranks.
         gpu_bytes: peak bytes of tensors on the GPU in this block; 0 without a GPU.
-        gpu_reserved_bytes: peak bytes that torch took from the GPU in this block. They count against the memory limit.
-        reconstruction: the reconstruction of the block; None: it was not reconstructed.
+        gpu_reserved_bytes: peak bytes that torch reserved on the GPU in this block, which the memory limit bounds.
+        reconstruction: the reconstruction of the block; None: the block was not reconstructed.
     """
 
     block: int
@@ -104,7 +103,7 @@ class CalibrationText(TextWindows):
     """The calibration windows.
 
     Attributes:
-        seed: seed by which the windows were drawn.
+        seed: seed of the draw of the windows.
     """
 
     seed: int
@@ -112,17 +111,17 @@ class CalibrationText(TextWindows):
 
 @dataclass(frozen=True)
 class EvaluationText(TextWindows):
-    """An evaluation text.
+    """The windows of an evaluation text, with the results.
 
     Attributes:
-        perplexity: perplexity of the dense model ("dense") and of each method, by name.
+        perplexity: by name, the perplexity of the dense model ("dense") and of each method.
     """
 
     perplexity: dict[str, float]
 
 
 def amount(source: str, number: int, length: int) -> str:
-    """Say how many windows of a text, or how many batches of a caller, run through a model."""
+    """Say in words how many windows of a text, or batches of a caller, run through a model."""
     if source == BATCHES:
         return f"{number} {'batch' if number == 1 else 'batches'} of up to {length} positions"
     return f"{counted(number, 'window')} of {length} tokens"
@@ -130,17 +129,17 @@ def amount(source: str, number: int, length: int) -> str:
 
 @dataclass(frozen=True)
 class MemoryRecord:
-    """The memory limits of a run, and the placement that keeps to them.
+    """The memory limits of a run, and the placement that was chosen for these limits.
 
     Attributes:
         limits: memory limits in bytes: "host", and with a GPU "gpu".
-        expected: bytes expected at the peak, in the same places.
-        activations: the place of activations.
+        expected: expected peak bytes, "host" and "gpu".
+        activations: where the activations of all windows are: "gpu", "host" or "file".
         batch_windows: windows in a micro-batch.
-        solver_bytes: bytes that the state of one solve may take.
+        solver_bytes: most bytes for the state of one solve.
         read_ahead: whether the next block is read during the work on a block.
-        kept_width: entries of the widest input of a layer that is kept for the next run through its block; 0: none.
-        step_windows: windows in a step of a reconstruction that takes a piece of a micro-batch; 0: it takes all of it.
+        kept_width: width of the widest layer input that is kept for the next stage of its block; 0: no input is kept.
+        step_windows: windows in a step of a reconstruction, if less than a micro-batch; 0: a whole micro-batch.
     """
 
     limits: dict[str, int]
@@ -155,13 +154,13 @@ class MemoryRecord:
 
 @dataclass(frozen=True)
 class RankRecord:
-    """A process of a run on several.
+    """A rank: one process of a run on several processes.
 
     Attributes:
-        machine: name of its machine.
-        device: name of its GPU or processor.
-        windows: number of its calibration windows.
-        seconds: by phase, on its main lane.
+        machine: name of the rank's machine.
+        device: name of the rank's GPU or processor.
+        windows: number of the rank's calibration windows.
+        seconds: by phase, on the rank's main lane.
         waited: seconds that the host has waited for transfers to and from other ranks.
         peak_memory: measured peaks, see `memory.peak_memory`.
     """
@@ -182,7 +181,7 @@ class Recovery:
         model: the dense model.
         dataset: the calibration texts, as flags name them.
         data: the calibration windows.
-        before, after: divergence of predicted tokens of held-out windows, mean over tokens.
+        before, after: divergence of predictions on held-out windows before and after, mean over tokens.
         steps: number of steps.
     """
 
@@ -196,26 +195,26 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a run reports.
+    """The report of a run.
 
     Attributes:
         arguments: values of Inputs, PruneConfig and the output's flags, by name, with defaults resolved.
-        versions: versions of this package, Python and the libraries that numbers depend on, by name.
+        versions: by name, the versions of this package, of Python and of LIBRARIES.
         device: name of the GPU or processor.
         data: the calibration windows.
-        evaluation: the texts that perplexity was measured on.
+        evaluation: the evaluation texts with perplexities.
         layers: a result for each layer and method.
         kept_dense: names of the matrices inside the blocks that were not pruned.
         seconds: by phase, on the main lane of rank 0.
-        blocks: the blocks in their order.
+        blocks: the blocks, in order.
         timeline: when each phase of each block ran.
         peak_memory: measured peaks of the whole run, see `memory.peak_memory`; the highest of all ranks.
         memory: limits, expected peaks and placement.
-        notes: lines about the source that the user should know.
-        ranks: the processes of a run on several; empty for one process.
-        in_memory: whether the model was in memory. Otherwise it was read from the checkpoint that `model` names.
-        recoveries: the recoveries after the run, in their order.
-        given: the arguments that the user gave, by name. None: the report is of a version that did not store them.
+        notes: lines for the user about the source.
+        ranks: the processes of a run on several processes; empty for one process.
+        in_memory: whether the caller passed a model in memory; else the model came from the checkpoint in `model`.
+        recoveries: the recoveries after the run, in order.
+        given: by name, the arguments that the user gave; None: an older version wrote the report without this field.
     """
 
     arguments: dict[str, Argument]
@@ -240,7 +239,7 @@ class Report:
         """Return the value of a flag.
 
         Raises:
-            InputError: the file that the report was read from has no such flag, or a value of another kind.
+            InputError: the report has no such flag, or its value has another type.
         """
         if name not in self.arguments:
             raise InputError(f"arguments.{name}: missing; prune again with this version of sparsefw")
@@ -277,8 +276,8 @@ def read_report(path: Path) -> Report:
     """Read a report.json.
 
     Raises:
-        InputError: the file is missing, too large or no JSON, or a value is not what a run writes; the message names
-            the place.
+        InputError: the file is missing, too large or not JSON, or a run could not have written a value; the message
+            names the place.
     """
     return parse(Report, read_bounded(path, MAX_REPORT_BYTES), path)
 
@@ -287,7 +286,7 @@ def report_of(folder: Path) -> Report:
     """Read the report in a folder that a run wrote.
 
     Raises:
-        InputError: there is no report, or as `read_report`.
+        InputError: there is no report, or as for `read_report`.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give one that sparsefw run wrote")
@@ -297,7 +296,7 @@ def report_of(folder: Path) -> Report:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, this package and LIBRARIES, by name."""
+    """Return by name the versions of Python, of this package and of LIBRARIES."""
     by_name = {"python": platform.python_version(), "sparsefw": sparsefw.__version__}
     for name in LIBRARIES:
         try:
@@ -313,6 +312,6 @@ def device_name(device: torch.device) -> str:
 
 
 def device_and_versions(device: torch.device) -> dict[str, str]:
-    """Return device, number of threads and versions: the last bits of a result depend on them."""
+    """Return by name what the last bits of a result depend on: device, number of threads on a CPU, and versions."""
     threads = {"threads": str(torch.get_num_threads())} if device.type == "cpu" else {}
     return {"device": device_name(device)} | threads | versions()
