@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sparsefw.solver.config import PruneConfig
     from sparsefw.solver.layer import solve_layer
 
-# The module of each name. Names are imported on first use, because torch takes a second to import.
+# The module of each public name. A name is imported on first use, because importing torch takes a second.
 _HOMES = {
     "InputError": "sparsefw.errors",
     "PruneConfig": "sparsefw.solver.config",

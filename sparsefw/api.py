@@ -1,7 +1,7 @@
-"""`prune` prunes a model from Python: a checkpoint, or a model in memory, whose layers are changed in place.
+"""Prune a model from Python: a checkpoint, or a model in memory, which is changed in place.
 
-Functions import the driver after they have made `config.backend`: Triton decides at its first import whether it
-interprets its kernels.
+Functions create `config.backend` before they import the driver. The backend chooses whether Triton interprets its
+kernels, and Triton reads this choice when it is first imported.
 """
 
 import inspect
@@ -48,7 +48,7 @@ class PruneResult:
 
     @property
     def layers(self) -> "list[LayerResult]":
-        """A result for each layer and method: kept weights and errors."""
+        """A result for each layer and method, with kept weights and errors."""
         return self.report.layers
 
     @property
@@ -58,7 +58,7 @@ class PruneResult:
         return {name: text.perplexity for name, text in zip(names, self.report.evaluation, strict=True)}
 
     def __repr__(self) -> str:
-        """Print the table at the end of a run and the place of the checkpoint."""
+        """Return the table at the end of a run and the folder of the checkpoint."""
         from sparsefw.report import log
 
         end = "pruned in place" if self.output is None else f"checkpoint: {self.output}"
@@ -100,35 +100,36 @@ def prune(
 ) -> PruneResult:
     """Prune a model, and write the pruned checkpoint with its report.
 
-    After an interruption the same call resumes after the last finished block. Threads of one process take turns.
+    After an interruption the same call resumes after the last finished block. If several threads call it, one runs and
+    the others wait.
 
     Args:
-        model: folder or Hub id of a checkpoint in safetensors; "default", the built-in model; a transformers model in
-            memory, or, with `calibration`, any module in memory: these are pruned in place.
+        model: folder or Hub id of a checkpoint in safetensors; "default", the built-in model; or a model in memory,
+            which is pruned in place: one of transformers or, with `calibration`, any module.
         output: folder for the pruned checkpoint; None only for a model in memory.
         config: how to prune; None makes a config of `options`.
         dataset: calibration text: a name or path as for `--dataset`, or a mapping of names to their shares of the
-            windows; "self": the model writes it; a list, a generator, a datasets.Dataset or a DataLoader of texts, of
-            records with `text`, `messages` or `content`, or of tokenized records with `input_ids`; or token ids
-            (windows, seqlen). None: c4, or "self" if HF_HUB_OFFLINE is set; for the built-in model its own text.
-        calibration: batches in place of a text: for each batch the arguments of the model's forward, as a mapping, a
-            tuple or a single tensor, such as pixels, masked tokens or features of sound.
-        nsamples, seqlen: number of calibration windows, and tokens in each. None: the shape of the token ids, else 256
-            and 2048 (built-in model: 64 and 128). Tokenized records of one length are windows; records of several
-            lengths are joined and cut into windows.
+            windows; "self": the model generates the text; a list, a generator, a datasets.Dataset or a DataLoader of
+            texts, of records with `text`, `messages` or `content`, or of tokenized records with `input_ids`; or token
+            ids (windows, seqlen). None: c4, or "self" if HF_HUB_OFFLINE is set; for the built-in model its own text.
+        calibration: batches in place of a text. A batch is the arguments of the model's forward, as a mapping, a tuple
+            or a single tensor, such as pixels, masked tokens or features of sound.
+        nsamples, seqlen: number of calibration windows, and tokens in each. None: the shape of the token ids; without
+            token ids 256 and 2048 (built-in model: 64 and 128). Tokenized records of one length are windows; records of
+            several lengths are joined and cut into windows.
         seed: seed of the draw of the calibration windows.
-        evaluate: evaluation texts for perplexity, by name or path; with `calibration` batches for which the model
-            returns a loss, whose perplexity is exp of the mean loss.
+        evaluate: evaluation texts for perplexity, by name or path. With `calibration`: batches for which the model
+            returns a loss; their perplexity is exp of the mean loss.
         eval_windows: most windows of each evaluation text; None: all.
-        tokenizer: the model's tokenizer; None: that of the checkpoint. With `calibration` it may also be a processor
-            of images or sound, and is written with the model.
+        tokenizer: the model's tokenizer; None: the checkpoint's tokenizer. With `calibration` also a processor of
+            images or sound. The tokenizer or processor is written with the model.
         gpu_memory, host_memory: memory limits in GiB; None: the free memory, less a tenth.
         overwrite: whether an older checkpoint in `output` may be replaced.
         restart: whether to discard the finished blocks of an interrupted run.
         packed: folder for a packed copy of the output, see `packing`.
         log: called with every line of the log. By default lines go to the logger "sparsefw", which shows warnings, and
             every line after `logging.basicConfig(level=logging.INFO)`.
-        progress: whether to show a progress bar over the blocks, unless bars are turned off for huggingface_hub; or a
+        progress: whether to show a progress bar over the blocks, which huggingface_hub's setting can turn off; or a
             function that is called with a `Progress` for each finished block.
         options: fields of PruneConfig, in place of `config`.
 
@@ -136,8 +137,8 @@ def prune(
         The report, and the folder of the pruned checkpoint.
 
     Raises:
-        InputError: an argument is wrong; the message is one line that names it.
-        TypeError: an option is unknown, or both a config and options are there, or an argument has a wrong type.
+        InputError: an argument is wrong; the message is one line that names the argument.
+        TypeError: an option is unknown, both a config and options are given, or an argument has a wrong type.
         FloatingPointError: a layer's error is not finite.
     """
     own = [name for name in inspect.signature(prune).parameters if name != "options"]
@@ -145,21 +146,21 @@ def prune(
     if config is not None and not isinstance(config, PruneConfig):
         raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
     if config is not None and options:
-        raise TypeError(f"prune() got a config and {next(iter(options))!r}, which belongs into it")
+        raise TypeError(f"prune() got a config and {next(iter(options))!r}; set it in the config")
     progress = progress if callable(progress) else progress and bars_wanted()
-    # Batches are not drawn, so that a seed other than the default 0 has no effect on them.
+    # These arguments are refused with `calibration`. The default seed, 0, counts as not given.
     numbers = dict(nsamples=nsamples, seqlen=seqlen, seed=seed or None, eval_windows=eval_windows)
     text = numbers | dict(dataset=dataset)
     of_text = [name for name, value in text.items() if value is not None]
     if calibration is not None and of_text:
-        raise TypeError(f"prune() got calibration and {of_text[0]!r}, which belongs to a text")
+        raise TypeError(f"prune() got calibration and {of_text[0]!r}, which is for texts only; leave it out")
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
         raise TypeError(f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}")
     folder = None if output is None else checked_path("output", output)
     if packed is not None:
         packed = checked_path("packed", packed)
         if folder is None:
-            raise InputError("packed: a copy of the output, and there is none; give output, too")
+            raise InputError("packed: a copy of the output, but there is no output; give output")
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
     places |= dict(packed=packed)
     if isinstance(model, str | Path) and calibration is None:
@@ -169,7 +170,7 @@ def prune(
         config = config or PruneConfig(**inputs.options | options)
         report = prune_checkpoint(inputs, config, Output(folder, **places), documents, tokenizer, log, progress)
         return PruneResult(report, folder)
-    # A compiled model has the name of the model that torch.compile was called with.
+    # A compiled model is unwrapped first, so that the model inside gives the name.
     with joined_with(log) as (ranks, say), unwrapped(model) as module:
         batches = documents = None
         if calibration is None:
@@ -198,7 +199,7 @@ def prune(
             job = Job(inputs, config, target, documents, tokenizer, None, say, shown, ranks, given, write_pages)
             with _packing(job):
                 report = run_in_memory(module, job, batches, folder is not None)
-    # A temporary folder has been deleted.
+    # Without an output the run wrote to a temporary folder, which the report does not name.
     return PruneResult(report if folder else replace(report, arguments=report.arguments | {"output": None}), folder)
 
 
@@ -218,9 +219,10 @@ def prune_checkpoint(
     Args:
         inputs: the model and the texts, by name.
         config: how to prune.
-        output: where to write, and the memory to take.
-        dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
-        tokenizer, log, progress: as for `prune`; with progress None a bar is shown in a terminal only.
+        output: where to write, and the memory limits.
+        dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names the
+            calibration text.
+        tokenizer, log, progress: as for `prune`. If progress is None, a bar is shown only in a terminal.
 
     Raises:
         InputError, FloatingPointError: see `prune`.
@@ -242,7 +244,11 @@ def prune_checkpoint(
 
 
 def given_arguments(inputs: Inputs, config: PruneConfig) -> dict[str, Any]:
-    """Find the arguments that the user gave, by name, and the texts, whose default depends on the network."""
+    """Find by name the arguments that differ from the defaults.
+
+    The dataset is included even if it is the default, since its default depends on the network. Only for the built-in
+    model the default dataset is left out.
+    """
     defaults = asdict(Inputs(model=inputs.model)) | {"model": DEFAULT}
     if not inputs.built_in:
         defaults["dataset"] = None
@@ -252,7 +258,7 @@ def given_arguments(inputs: Inputs, config: PruneConfig) -> dict[str, Any]:
 
 @contextmanager
 def _packing(job: "Job") -> Iterator[None]:
-    """Make the packed copy that a job asks for from the checkpoint that is written inside of the `with` block."""
+    """Make the packed copy after the `with` block, which writes the checkpoint; nothing if the job needs no copy."""
     folder, packed = job.output.folder, job.output.packed
     if packed is None:
         yield
@@ -267,10 +273,10 @@ def _packing(job: "Job") -> Iterator[None]:
         try:
             pack_folder(folder, packed, overwrite=job.output.overwrite, restart=job.output.restart)
         except BaseException as error:
-            # Notes of the packed copy would say that the same command resumes.
+            # Drop notes that say that the same command resumes: the run is complete, and only packing is not.
             getattr(error, "__notes__", []).clear()
-            goes_on = "" if isinstance(error, InputError) else f"; sparsefw pack {folder} {packed} goes on"
-            error.add_note(f"{folder} is complete{goes_on}")
+            remedy = "" if isinstance(error, InputError) else f"; sparsefw pack {folder} {packed} resumes packing"
+            error.add_note(f"{folder} is complete{remedy}")
             raise
     job.ranks.barrier()
 
@@ -285,6 +291,6 @@ def _folder(output: Path | None, ranks: Ranks) -> Iterator[Path]:
         try:
             yield ranks.broadcast_object(Path(scratch) / "pruned")
         except BaseException as error:
-            # Notes would promise that the run can be resumed, but the temporary folder is deleted.
+            # Drop notes that say that the run can be resumed: the temporary folder is deleted.
             getattr(error, "__notes__", []).clear()
             raise

@@ -1,9 +1,10 @@
-"""The dtype that a model computes in, and the refusal of NaN and Inf.
+"""Choose the dtype that a model computes in, and refuse NaN and Inf.
 
-A model of half precision computes in fp32 on a processor without instructions for bf16 or fp16, which would take many
-times as long for its products. It is read and written in its own dtype all the same.
+On a CPU without instructions for bf16 or fp16, products in half precision take many times as long as in fp32. There a
+model in half precision computes in fp32. It is still read and written in its own dtype.
 
-The steps of a reconstruction round the operands of fp32 products where that is faster: gradients need no more.
+The steps of a reconstruction round the operands of fp32 products if that is faster, since gradients need no more
+precision.
 """
 
 import time
@@ -20,15 +21,16 @@ from sparsefw.errors import InputError, option
 
 HALF = (torch.bfloat16, torch.float16)
 
-# A dtype is slow if its products take more than this many times as long as those in fp32. All measured processors are
-# below 1.1 or above 1.5, far from this limit.
+# A dtype is slow if its products take more than this many times as long as fp32 products. On all measured processors
+# the ratio is below 1.1 or above 1.5, far from this limit.
 SLOW = 1.25
-# Products are rounded if that makes them FAST times as fast, in models of width WIDE or more: narrow models gain less.
+# Operands are rounded if products become at least FAST times as fast, and only in models of width WIDE or more, since
+# narrow models gain less.
 FAST, WIDE = 1.5, 256
 
 
 def computes_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Tell whether a model of this dtype computes in fp32 on a device: on a CPU that is slow in this dtype."""
+    """Tell whether a model of this dtype computes in fp32, as it does on a CPU that is slow in the dtype."""
     return device.type == "cpu" and dtype in HALF and slowdown(dtype) > SLOW
 
 
@@ -39,13 +41,13 @@ def computed(x: torch.Tensor, in_fp32: bool) -> torch.Tensor:
 
 @cache
 def slowdown(dtype: torch.dtype) -> float:
-    """Measure how many times as long products of a dtype take on this CPU as those in fp32, once a process.
+    """Measure once per process how many times as long products in a dtype take on this CPU as in fp32.
 
     64 vectors are multiplied with a matrix of 512 x 512, forward and backward, as in a step of a reconstruction.
     """
 
     with torch.inference_mode(False), torch.enable_grad():
-        # Allocated before the timing: the system takes longer for new pages than for the products.
+        # Operands are allocated before the timing, since the system takes longer for new pages than for the products.
         operands = [
             (torch.ones(64, 512, dtype=one), torch.ones(512, 512, dtype=one, requires_grad=True))
             for one in (dtype, torch.float32)
@@ -72,11 +74,11 @@ def rounds_products(dtype: torch.dtype, device: torch.device, width: int) -> boo
 
 @cache
 def speedup_of_rounding() -> float:
-    """Measure how many times as fast fp32 products with operands rounded to bf16 are on this CPU, once a process.
+    """Measure once per process how many times as fast fp32 products are on this CPU with operands rounded to bf16.
 
-    About 3.5 with AMX; 1 on processors on which oneDNN does not round.
+    About 3.5 with AMX. 1 on a processor on which oneDNN does not round.
     """
-    # Rounded to bf16, 1 + 2**-12 is 1.
+    # 1 + 2**-12 rounds to 1 in bf16, so the product shows whether operands were rounded.
     x = torch.full((512, 512), 1 + 2**-12)
 
     def rounded() -> Tensor:
@@ -90,7 +92,7 @@ def speedup_of_rounding() -> float:
 
 
 def _seconds(*works: Callable[[], object]) -> list[float]:
-    """Time several functions in turns, and return the least seconds of each."""
+    """Time several functions alternately, and return the shortest time of each, in seconds."""
     best = [float("inf")] * len(works)
     for _ in range(5):
         for n, work in enumerate(works):
@@ -106,23 +108,23 @@ def rounded_products() -> AbstractContextManager[None]:
 
 
 def note(dtype: torch.dtype) -> str:
-    """Make the line of the log for a model that computes in fp32."""
+    """Write the log line for a model in half precision that computes in fp32."""
     own = str(dtype).removeprefix("torch.")
     times = f"{slowdown(dtype):.2g} times as long"
     return f"read and written in {own}, computed in fp32: products in {own} take {times} on this processor"
 
 
 def note_of_rounding(device: torch.device) -> str:
-    """Make the line of the log for steps whose products are rounded."""
+    """Write the log line for a reconstruction with rounded products."""
     to = "tf32" if device.type == "cuda" else f"bf16 ({speedup_of_rounding():.2g} times as fast here)"
     return f"steps of a reconstruction multiply in {to}; {option('precision', 'ieee')} keeps them exact"
 
 
 class AsyncBool:
-    """A bool whose copy to the host has begun.
+    """A bool on its way from a GPU to the host.
 
-    `bool()` of it waits for the work that was launched before the copy. To read a tensor on the GPU instead would wait
-    for everything that has been launched since, too.
+    `bool()` waits only for work that was launched before the copy. Reading the tensor on the GPU would also wait for
+    all work that was launched later.
 
     Args:
         flag: () bool, on any device.
@@ -142,8 +144,8 @@ class AsyncBool:
 
 
 def all_finite(tensor: Tensor) -> Tensor:
-    """Tell whether a floating tensor, not empty, has no NaN or Inf: a bool on its device; the host does not wait."""
-    # Minimum and maximum are finite exactly if all values are, since NaN spreads: one pass, without a copy.
+    """Return a () bool on the tensor's device: whether a nonempty floating tensor has no NaN or Inf."""
+    # One pass without a copy: minimum and maximum are finite exactly if all values are, since a NaN becomes both.
     low, high = aminmax(tensor)
     return low.isfinite() & high.isfinite()
 
@@ -156,7 +158,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
         tensor: any shape, dtype and device.
 
     Raises:
-        InputError: it holds NaN or Inf; the message says how many.
+        InputError: the tensor has NaN or Inf; the message says how many.
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return

@@ -1,4 +1,4 @@
-"""The arguments of `prune`: calibration texts, tokens and batches become inputs of a run, and models are checked."""
+"""Convert the arguments of `prune`, texts, tokens and batches, to inputs of a run, and check models in memory."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 # Calibration data, see `prune`.
 Dataset = str | Path | Mapping[Any, Any] | Iterable[Any] | Tensor
 
-# Kinds of calibration data, for messages.
+# The accepted kinds of calibration data, for messages.
 EXPECTED = "a name or path, a mapping of these to shares, texts, tokens, or records of text, messages or input_ids"
 
 
 def text_inputs(
     model: str, dataset: Dataset | None, evaluate: Any, **numbers: int | None
 ) -> tuple[Inputs, Iterable[Any] | None]:
-    """Make the inputs of a run on text, and the calibration data that has no name.
+    """Make the inputs of a run on text; returns also calibration data that has no name.
 
     Args:
         model: name of the model.
         dataset, evaluate: as for `prune`.
-        numbers: nsamples, seqlen, seed and eval_windows; None: the default.
+        numbers: nsamples, seqlen, seed and eval_windows; None stands for the default.
     """
     named: dict[str, Any] = numbers | {"evaluate": evaluate}
     inputs = Inputs(model=model, **{name: value for name, value in named.items() if value is not None})
@@ -53,16 +53,16 @@ def text_inputs(
     shape: dict[str, Any] = dict(zip(("nsamples", "seqlen"), dataset.shape, strict=True))
     for name, value in shape.items():
         if numbers[name] not in (None, value):
-            raise InputError(f"{option(name, numbers[name])}: the tokens have {value}; leave it out")
+            raise InputError(f"{option(name, numbers[name])}: the token ids have {name} {value}; leave it out")
     return replace(inputs, dataset=(TOKENS,), **shape), dataset
 
 
 def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterable[Any]:
-    """Return texts and records with text unchanged, and make windows of records with tokens.
+    """Make windows of records with tokens. Texts and records with text are returned unchanged.
 
     Raises:
-        TypeError: they are something else.
-        InputError: there is no record, the records are names, or their tokens make no windows.
+        TypeError: the data is of another kind.
+        InputError: there is no record, a record is a name, or the tokens do not fill a window.
     """
     from sparsefw.data.text import NAMES, TEXT_COLUMNS
     from sparsefw.data.windows import windows_of_records
@@ -71,11 +71,11 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
     # Iteration over a data frame yields the names of its columns.
     if not isinstance(dataset, Iterable) or kind in ("DataFrame", "bytes"):
         raise TypeError(f"dataset: got {kind}, expected {EXPECTED}")
-    # A mapping of columns, as tokenizers and slices of datasets return it, is a batch of records.
+    # Tokenizers and slices of datasets return a mapping of columns, which holds several records.
     records = iter([dataset] if isinstance(dataset, Mapping) else dataset)
     item = inner = next(records, None)
     if item is None:
-        raise InputError(f"dataset: the {kind} has no record")
+        raise InputError(f"dataset: the {kind} has no record; give texts or tokens")
     records, columns = chain([item], records), [*item] if isinstance(item, Mapping) else []
     while isinstance(inner, list | tuple) and inner:
         inner = inner[0]
@@ -95,7 +95,7 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
 def batch_inputs(
     model: str, calibration: Iterable[Any], evaluate: Any
 ) -> "tuple[Inputs, tuple[Batches, Batches | None]]":
-    """Make the inputs of a run on batches, and the batches of calibration and of evaluation."""
+    """Make the inputs of a run on batches; returns also the batches for calibration and for evaluation."""
     from sparsefw.data.batches import BATCHES, batches_of
 
     batches = batches_of(calibration, "calibration")
@@ -105,13 +105,13 @@ def batch_inputs(
 
 
 def check_model(model: Any, on_batches: bool) -> None:
-    """Refuse an object that is no model in memory, and a model whose weights cannot be pruned in place.
+    """Refuse an object that is not a model in memory, and a model whose weights cannot be pruned in place.
 
-    With adapters of peft, saving writes the adapters alone, and merging them later fills the zeros. Weights that a
-    library has offloaded are on the meta device here.
+    A model with adapters of peft is refused, because saving writes the adapters alone, and merging them later fills
+    the zeros. Weights on the meta device are missing, or a library has offloaded them.
 
     Raises:
-        InputError: the message names the weight.
+        InputError: the model is refused; the message names the module or the weight.
     """
     from transformers import PreTrainedModel
 
@@ -130,8 +130,8 @@ def check_model(model: Any, on_batches: bool) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise InputError(
-                f"{name}: is on the meta device, without data; give a model with its weights, or a language model as "
-                "the folder or Hub id of its checkpoint, which is read block by block"
+                f"{name}: is on the meta device, without data; give a model with all weights in memory, or the folder "
+                "or Hub id of a language model's checkpoint, which is read block by block"
             )
 
 

@@ -1,6 +1,6 @@
-"""The caller's process: settings of torch and transformers, wrappers of a model, log lines and progress bars.
+"""Handle the caller's process: settings of torch and transformers, wrappers of a model, log lines and progress bars.
 
-A run sets what changes its results to its own values, and restores the caller's at its end.
+A run overrides settings that would change its results, and restores the caller's values at the end.
 """
 
 import logging
@@ -15,16 +15,16 @@ from torch import nn
 
 from sparsefw.environment import set_environment
 
-# Settings of libraries and limits of memory belong to the whole process: one run at a time.
+# Only one thread runs at a time, since library settings and memory limits hold for the whole process.
 _turn = RLock()
 
 
-# First words of the lines that are warnings to a caller; all others are of level INFO.
+# Log lines that begin with these words have level WARNING; all others have level INFO.
 WARNINGS = ("note: ", "seqlen: ", "out of memory ")
 
 
 def to_logger(line: str) -> None:
-    """Log a line by the logger "sparsefw", which shows only warnings unless `logging` is configured."""
+    """Send a line to the logger "sparsefw", which shows only warnings unless `logging` is configured."""
     logging.getLogger("sparsefw").log(logging.WARNING if line.startswith(WARNINGS) else logging.INFO, line)
 
 
@@ -37,12 +37,12 @@ def bar_of_blocks(blocks: int, shown: bool | None) -> Any:
     """
     from tqdm.auto import tqdm
 
-    # Without `disable`, tqdm obeys the environment (TQDM_DISABLE).
+    # If `disable` is not passed, tqdm obeys TQDM_DISABLE in the environment.
     return tqdm(total=blocks, unit="block", **({} if shown else {"disable": None if shown is None else True}))
 
 
 def bars_wanted() -> bool:
-    """Tell whether the caller shows progress bars: those of transformers, of the Hub, and of "sparsefw" there."""
+    """Tell whether huggingface_hub has progress bars turned on, in general and for the name "sparsefw"."""
     from huggingface_hub.utils import are_progress_bars_disabled
 
     return not are_progress_bars_disabled("sparsefw")
@@ -52,7 +52,7 @@ def bars_wanted() -> bool:
 def settings_kept() -> Iterator[None]:
     """Let one thread at a time into the `with` block, and restore the caller's settings after it."""
     set_environment()
-    # Tensors of inference mode do not count writes, which tracing needs.
+    # Tensors made in inference mode have no version counter, which tracing needs.
     with _turn, torch.inference_mode(False), without_autocast(), _exact_products(), _progress_bars_kept():
         yield
 
@@ -61,8 +61,8 @@ def settings_kept() -> Iterator[None]:
 def without_autocast() -> Iterator[None]:
     """Turn off autocast inside the `with` block.
 
-    With autocast the products of a solver would be less exact than documented, and weights with gradients would be cast
-    only once, so that later forwards would not see their new values.
+    Autocast would make the products of a solver less exact than documented. It also caches the cast copy of a weight
+    with gradients, so later forwards would not see the new values.
     """
     with ExitStack() as left:
         for device in ("cpu", "cuda"):
@@ -77,7 +77,7 @@ def on_cpu_by_default() -> Iterator[None]:
 
     The forward of a caller's model may need the caller's default device.
     """
-    # Only where it changes something: it slows every call of torch.
+    # Skipped if the CPU is the default already, since the context slows every call of torch.
     with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
         yield
 
@@ -85,7 +85,7 @@ def on_cpu_by_default() -> Iterator[None]:
 @contextmanager
 def products_of_fp32(on_cpu: str, on_gpu: str) -> Iterator[None]:
     """Set the precision of fp32 products inside the `with` block: "ieee", "bf16" or "tf32"."""
-    # Types do not know that importing oneDNN's module replaces it by an object.
+    # mypy does not know that torch replaces this module by an object.
     libraries = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = [library.fp32_precision for library in libraries]
     try:
@@ -101,13 +101,13 @@ def products_of_fp32(on_cpu: str, on_gpu: str) -> Iterator[None]:
 def _exact_products() -> Iterator[None]:
     """Make fp32 products exact inside the `with` block, whatever the caller has set.
 
-    `torch.set_float32_matmul_precision` sets all libraries, `fp32_precision` each of them. Reading the former raises an
-    error where the two disagree.
+    `torch.set_float32_matmul_precision` sets all libraries, and `fp32_precision` sets a single library. Reading the
+    setting of all raises an error if the libraries disagree.
     """
     try:
         of_all = torch.get_float32_matmul_precision()
     except RuntimeError:
-        # They disagree: nothing is restored.
+        # The libraries disagree: only their own settings are restored.
         of_all = None
     with products_of_fp32("ieee", "ieee"):
         try:
@@ -121,8 +121,11 @@ def _exact_products() -> Iterator[None]:
 
 @contextmanager
 def _progress_bars_kept() -> Iterator[None]:
-    """Restore the progress bars of transformers and the Hub, which reading a model turns off."""
-    # Imported here: solving a layer needs neither library.
+    """Restore the settings of progress bars of transformers and the Hub after the `with` block.
+
+    Reading a model turns these bars off.
+    """
+    # Imported here, because `solve_layer` needs neither library.
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
@@ -137,10 +140,10 @@ def _progress_bars_kept() -> Iterator[None]:
 
 @contextmanager
 def unwrapped(model: Any) -> Iterator[Any]:
-    """Replace modules that `torch.compile` has wrapped by the original ones inside the `with` block.
+    """Replace modules that `torch.compile` has wrapped by the original modules inside the `with` block.
 
-    Compiled code hides its operations from torch's modes, and wrappers change names. Yields the original model; an
-    object that is no module stays as it is.
+    Compiled code hides its operations from torch's dispatch modes, and wrappers change names. Yields the original
+    model, or `model` itself if it is not wrapped.
     """
     model = _inner(model)
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
@@ -155,8 +158,8 @@ def unwrapped(model: Any) -> Iterator[Any]:
 
 
 def _inner(module: Any) -> Any:
-    """Return the module inside of `torch.compile`'s wrapper; a wrapper with hooks of its own stays."""
-    # By attribute: to import the wrapper's class takes seconds.
+    """Return the module inside of `torch.compile`'s wrapper. A wrapper that has hooks is returned itself."""
+    # Found by an attribute, because importing the wrapper's class takes seconds.
     while (
         isinstance(module, nn.Module)
         and "_orig_mod" in module._modules
@@ -168,5 +171,5 @@ def _inner(module: Any) -> Any:
 
 def as_python() -> AbstractContextManager[Any]:
     """Run compiled code as Python inside the `with` block."""
-    # Without an imported compiler nothing is compiled.
+    # If the compiler was never imported, no code is compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -1,8 +1,8 @@
-"""The command line: launch a command, parse its flags, and print its lines.
+"""Launch a command of the command line, parse its flags, and print its lines.
 
-An error becomes one line on stderr and an exit status. Signals need no handling: finished blocks are safe on the disk,
-and the same command resumes after them. Commands import torch and transformers inside of their functions, so that
---help does not wait for them.
+An error becomes one line on stderr and an exit status. Signals are not handled: finished blocks are on the disk, and
+the same command resumes after the last one. Commands import torch and transformers inside of their functions, so that
+--help is fast.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from sparsefw.solver.config import PruneConfig
 
 COMMANDS = ("run", "plan", "verify", "evaluate", "recover", "pack", "unpack")
 
-# Exit statuses. MISTAKE is EX_SOFTWARE of sysexits.h, and INTERRUPTED a shell's for Ctrl-C.
+# Exit statuses. MISTAKE is EX_SOFTWARE in sysexits.h. INTERRUPTED is the status that shells use for Ctrl-C.
 FAILED, BAD_INPUT, MISTAKE, INTERRUPTED = 1, 2, 70, 130
 
-# Seconds that a rank waits, after another rank was lost, for the launcher to end it.
+# If another rank is lost, a rank waits this many seconds, in which the launcher may end it.
 PATIENCE = 10
 
-# The type of an argument that is a folder.
+# argparse type of an argument that names a folder.
 folder = partial(checked_path, "folder")
 
 
@@ -61,7 +61,8 @@ class Outcome:
     """The outcome of a command.
 
     Attributes:
-        status: exit status: 0; 1 (a run or a check failed), 2 (bad input), 70 (a mistake in sparsefw), 130 (Ctrl-C).
+        status: exit status: 0 (success), 1 (a run or a check failed), 2 (bad input), 70 (a mistake in sparsefw) or 130
+            (Ctrl-C).
     """
 
     status: int = 0
@@ -69,10 +70,10 @@ class Outcome:
 
 @contextmanager
 def launched(argv: list[str] | None) -> Iterator[Outcome]:
-    """Run the command inside the `with` block: an error becomes its line on stderr and its exit status.
+    """Run the command inside the `with` block. An error becomes a line on stderr and an exit status.
 
     Args:
-        argv: the arguments of the command; None: those of the process, which ends with the block.
+        argv: the arguments of the command. None: the process's arguments; the process then ends with the block.
     """
     outcome, rank = Outcome(), os.environ.get("RANK", "") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     set_environment()
@@ -82,13 +83,13 @@ def launched(argv: list[str] | None) -> Iterator[Outcome]:
         with by_command():
             yield outcome
     except BrokenPipeError:
-        # stdout is flushed once more at the end.
+        # The reader of stdout is gone. The flush at the end of the process must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         outcome.status = FAILED
     except (Exception, KeyboardInterrupt) as error:
         outcome.status, message = _outcome(error)
         if type(error).__name__ == "LostRankError":
-            # Another rank has failed: the launcher names it, and ends this rank.
+            # Another rank has failed. The launcher names the failed rank, and ends this one.
             time.sleep(PATIENCE)
         line = printable("; ".join([message, *getattr(error, "__notes__", [])]))
         print(f"sparsefw: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
@@ -97,12 +98,12 @@ def launched(argv: list[str] | None) -> Iterator[Outcome]:
 
 
 def _end_process(rank: str, status: int) -> None:
-    """End the process, unless a launcher waits for what its function returns."""
+    """End the process, except a rank that has succeeded, which returns to its launcher."""
     if rank and not status:
-        # Bindings of Triton report what is not freed at the end.
+        # Objects must be freed at the end, or Triton's bindings report leaks.
         gc.unfreeze()
         return
-    # Python's end takes seconds to free what libraries have made, and waits for transfers with ranks that are gone.
+    # A normal exit would free all objects of libraries, which takes seconds, and wait for transfers with lost ranks.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -121,11 +122,11 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     if name == "SafetensorError":
         return BAD_INPUT, on_one_line
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in on_one_line:
-        # torch has no exception class for a full host.
+        # If host memory is full, torch raises a RuntimeError with this word.
         return FAILED, "the host's memory is full; give fewer or shorter windows (--nsamples, --seqlen)"
     if name == "AcceleratorError" and "out of memory" in on_one_line:
-        # CUDA's own allocations: pinned memory of the host, or its context on a GPU.
-        return FAILED, f"memory is full; give less (--host-memory, --gpu-memory), or fewer windows: {on_one_line}"
+        # An allocation of CUDA itself failed: pinned memory of the host, or the context on a GPU.
+        return FAILED, f"memory is full; lower --host-memory or --gpu-memory, or give fewer windows: {on_one_line}"
     if isinstance(error, OSError | FloatingPointError) or name in ("OutOfMemoryError", "LostRankError"):
         return FAILED, on_one_line
     traceback.print_exception(error)
@@ -136,18 +137,18 @@ def _outcome(error: BaseException) -> tuple[int, str]:
 
 
 def _prepare_process(rank: str) -> None:
-    """Print line by line, and only on the first of several ranks; `load_libraries` starts garbage collection."""
+    """Make stdout print line by line, only on the first rank, and stop garbage collection until `load_libraries`."""
     gc.disable()
     if rank not in ("", "0"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    # So that a full disk shows while it can be reported, and no character fails that the terminal does not have.
+    # Each line is flushed, so that a full disk is noticed early. Characters that the terminal lacks are escaped.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that refuses flags by an InputError, without printing the usage."""
+    """A parser that raises InputError for wrong flags, without printing the usage."""
 
     def __init__(self, command: str, description: str | None) -> None:
         super().__init__(
@@ -158,7 +159,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Refuse flags.
+        """Refuse wrong flags.
 
         Raises:
             InputError: always.
@@ -175,7 +176,7 @@ def run_parser(description: str | None, command: str = "run") -> Parser:
 
 
 def add_flag(parser: Parser, f: Field, default: str = "") -> None:
-    """Add the flag of a dataclass's field; `default` takes the place of the field's default in the help."""
+    """Add the flag of a dataclass's field. `default`, if not empty, replaces the field's default in the help."""
     text, several = f.metadata["help"], f.metadata["several"]
     if default:
         text = f"{text.partition(' (default:')[0]} (default: {default})"
@@ -200,30 +201,30 @@ def settings_of(arguments: argparse.Namespace) -> tuple[Inputs, PruneConfig, Out
     """Make the inputs, the config and the output from parsed flags.
 
     Raises:
-        InputError: a value is out of its range, or values do not go together.
+        InputError: a value is out of range, or two values contradict each other.
     """
     inputs = Inputs(**given(arguments, Inputs))
     return inputs, PruneConfig(**inputs.options | given(arguments, PruneConfig)), Output(**given(arguments, Output))
 
 
 def given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
-    """Return the fields of a dataclass that the user set by flags, with their values."""
+    """Return by name the values that the user set by flags, for the fields of a dataclass."""
     values = {f.name: getattr(arguments, f.name, None) for f in fields(settings)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def refuse_ranks(command: str) -> None:
-    """Refuse several ranks.
+    """Refuse to run on several ranks.
 
     Raises:
-        InputError: torchrun has started several.
+        InputError: torchrun has started several processes.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(f"{command} is one process: start it without torchrun")
 
 
 def say(line: str) -> None:
-    """Print a line on stdout, with escapes for unprintable characters, which names from files may have."""
+    """Print a line on stdout. Unprintable characters, which names from files may have, are escaped."""
     print(printable(line))
 
 
@@ -236,16 +237,16 @@ def say_fitted(lines: Iterable[str]) -> None:
 def load_libraries() -> None:
     """Load torch and transformers, which takes seconds, and say so in a terminal.
 
-    transformers then prints errors only: this package checks by itself what its warnings would say. Other warnings take
-    one line each, with escapes for unprintable characters.
+    After this transformers prints errors only, because this package itself checks for the causes of its warnings. Other
+    warnings are printed in one line each, with unprintable characters escaped.
     """
     if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print("loading torch and transformers ...", file=sys.stderr)
-    from transformers import PreTrainedModel  # noqa: F401  # loads what every model needs
+    from transformers import PreTrainedModel  # noqa: F401  # imports what every model needs
     from transformers.utils import logging
 
     if not gc.isenabled():
-        # Objects of libraries are no garbage, and a search through them takes a second.
+        # Exclude objects of the libraries from garbage collection: they stay, and searching them takes a second.
         gc.freeze()
         gc.enable()
     logging.set_verbosity_error()

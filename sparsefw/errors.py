@@ -1,17 +1,17 @@
-"""The exception for wrong inputs, and the words and forms of messages."""
+"""Define the exception for wrong inputs, and write parts of messages: options, counts, lines."""
 
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Flags that have another name than their field.
+# Flags whose names differ from the names of their fields.
 SHORT = {"evaluate": "--eval", "texts": "--eval", "folder": "--output"}
 
-# Messages name options as the user writes them: in a call from Python or, see `by_command`, in a command.
+# "call" or "command": messages name options as in Python or, inside of `by_command`, as on the command line.
 _invocation = "call"
 
-# Words in the errors of CUDA, its libraries and Triton's launcher, which have no exception classes.
+# Errors of CUDA, its libraries and Triton's launcher have no exception classes. Their messages have one of these words.
 GPU_WORDS = (
     "CUDA error",
     "CUDA unknown error",
@@ -23,15 +23,15 @@ GPU_WORDS = (
     "active drivers",
 )
 
-# Columns of a line in the log of a run.
+# Most columns in a line of a run's log.
 WIDTH = 100
 
 
 class InputError(ValueError):
-    """An input is wrong; the message is one line that names the culprit and the remedy.
+    """An input is wrong. The message is one line that names the wrong input and the remedy.
 
-    Names in the message may come from files: escapes replace unprintable characters, so that no message breaks its line
-    or controls a terminal.
+    Names in the message may come from files. So unprintable characters are escaped: no message breaks its line or
+    controls a terminal.
     """
 
     def __init__(self, message: object) -> None:
@@ -50,7 +50,7 @@ def by_command() -> Iterator[None]:
 
 
 def invocation() -> str:
-    """Return how the user has started the run: "call" or "command"."""
+    """Return how the user has started the run: "call" (from Python) or "command"."""
     return _invocation
 
 
@@ -72,12 +72,15 @@ def option(name: str, value: object = None) -> str:
 
 
 def worded(flag: str) -> str:
-    """Write a flag as the user does, see `option`; text that is no flag stays."""
+    """Write a flag as the user does, see `option`. Text that does not begin with -- is returned unchanged."""
     return option(flag.removeprefix("--").replace("-", "_")) if flag.startswith("--") else flag
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, and the second if the first ends with a colon; or its name."""
+    """Return the first line of an exception's message, or the name of its class if the message is empty.
+
+    If the first line ends with a colon, the second line is added.
+    """
     first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join([first, *others[:1]]) if first.endswith(":") else first
 
@@ -90,12 +93,12 @@ def is_gpu_failure(error: BaseException) -> bool:
 
 
 def printable(text: str) -> str:
-    """Replace unprintable characters, such as controls and marks of direction, by escapes, which gives one line."""
+    """Replace unprintable characters, such as line breaks and marks of direction, by escapes."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def fitted(line: str) -> list[str]:
-    """Wrap printable text to lines of at most WIDTH columns; a longer word, such as a path, stays whole."""
+    """Wrap text to lines of at most WIDTH columns. A longer word, such as a path, is not broken."""
     wrapped = textwrap.wrap(
         printable(line), WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
     )
@@ -103,14 +106,14 @@ def fitted(line: str) -> list[str]:
 
 
 def shown(text: object, limit: int = 200) -> str:
-    """Make text from a checkpoint safe to print: on one line, with escapes, cut after `limit` characters."""
+    """Make untrusted text safe to print: on one line, with escapes, cut after `limit` characters."""
     text = str(text)
     line = printable(text[:limit])
     return line if len(text) <= limit else f"{line}... ({len(text)} characters)"
 
 
 def counted(number: int, thing: str) -> str:
-    """Count things in words: "1 window", "2 windows"."""
+    """Write a number and a noun in singular or plural: "1 window", "2 windows"."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
@@ -122,14 +125,14 @@ def errors_in_one_line(
 
     Args:
         what: the first words of the message: what could not be done.
-        advice: what the user may do.
-        limit: characters of the library's message.
-        passing: exceptions that stay as they are.
+        advice: the remedy, at the end of the message.
+        limit: most characters of the library's message.
+        passing: exceptions that are raised unchanged.
     """
     try:
         yield
     except Exception as error:
-        # Full memory, for which torch has several errors, is no wrong input; a NameError is a mistake in code.
+        # Full memory is not a wrong input, though torch has no single class for it. A NameError is a mistake in code.
         full = any(words in str(error) for words in ("DefaultCPUAllocator", "out of memory"))
         if full or is_gpu_failure(error) or isinstance(error, (InputError, MemoryError, NameError, *passing)):
             raise
@@ -138,11 +141,11 @@ def errors_in_one_line(
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the file to an error of the system inside the `with` block: a full disk names no file."""
+    """Add the path to an OSError inside the `with` block that has no file name, such as that of a full disk."""
     try:
         yield
     except OSError as error:
-        # An error without a number is a message, which the name would replace.
+        # An OSError without errno has only a message, which a file name would hide.
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise

@@ -1,7 +1,7 @@
 """Evaluate checkpoints: `sparsefw evaluate MODEL --tasks hellaswag,arc_easy --eval wikitext`.
 
-MODEL is a folder or a Hub id, dense or pruned; one block of it is in memory at a time. All requests of all tasks go
-through block 0, then through block 1, and so on. Tasks are those of lm-evaluation-harness that ask for likelihoods.
+MODEL is a folder or a Hub id, dense or pruned. One block is in memory at a time: all requests of all tasks go through
+block 0, then through block 1, and so on. Tasks are those of lm-evaluation-harness that need likelihoods only.
 """
 
 import sys
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         from sparsefw.extras.evaluation.run import evaluate
 
         memory.share_freed()
-        # Redraws the progress bar below each line.
+        # tqdm.write prints a line above the progress bar.
         evaluation = evaluate(**arguments, log=tqdm.write, progress=None)
         say("")
         for line in lines(evaluation):

@@ -1,4 +1,4 @@
-"""Perplexity and tasks of checkpoints, dense or pruned, one block at a time: `evaluate`."""
+"""Evaluate checkpoints, dense or pruned, on texts and tasks, one block at a time: `evaluate`."""
 
 from sparsefw.extras.evaluation import evaluate
 

@@ -1,4 +1,4 @@
-"""The inputs and the output of commands. Their fields, as those of PruneConfig, make the flags, ranges and help."""
+"""Define the inputs and the output of commands. Flags, ranges and help are made from the fields, as for PruneConfig."""
 
 import math
 import os
@@ -13,14 +13,14 @@ from sparsefw.data.text import GENERAL, MIXTURE, SELF
 from sparsefw.errors import InputError, option, shown
 from sparsefw.fields import DEPENDS, check_fields, check_needs, flag, set_field
 
-# Name of the built-in model, which the package carries, and of the built-in text, which every CPython carries.
+# Name of the built-in model, which is in the package, and of the built-in text, which comes with every CPython.
 DEFAULT = "default"
 DEFAULT_MODEL = Path(__file__).with_name("default") / "model"
 
-# The largest memory limit, GiB: more than any machine has.
+# The largest memory limit in GiB: more than any machine has.
 MOST_MEMORY = 2**20
 
-# Memory of a GPU as it is sold, in 10^9 bytes. The chips hold a little more, which is left to the driver.
+# Nominal memory of GPUs, in 10^9 bytes. They have a little more, which is left to the driver.
 CARDS = {
     "a10": 24,
     "a100-40gb": 40,
@@ -37,7 +37,7 @@ CARDS = {
     "v100-32gb": 32,
 }
 
-# Defaults with the built-in model, and with other models: without a network the model writes its own text.
+# Defaults with the built-in model, and with other models. With HF_HUB_OFFLINE, other models generate their own text.
 BUILT_IN = dict(dataset=(DEFAULT,), nsamples=64, seqlen=128, evaluate=(DEFAULT,))
 OTHERS = dict(dataset=("c4",), nsamples=256, seqlen=2048, evaluate=())
 
@@ -50,10 +50,10 @@ def _memory_flag(what: str) -> Any:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model and the texts of a run, by name. A default that depends on the model has its value in every instance.
+    """The model and the texts of a run, by name. An instance has defaults that depend on the model filled in.
 
     Raises:
-        InputError: a value is out of its range.
+        InputError: a value is out of range.
     """
 
     model: str = flag("checkpoint folder or Hub id (default: the built-in model)", DEFAULT, metavar="ID|PATH")
@@ -101,17 +101,17 @@ class Inputs:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return the defaults of PruneConfig that depend on the model: the built-in one is compared with Wanda."""
+        """Return defaults of PruneConfig that depend on the model: a run of the built-in model compares with Wanda."""
         return {"compare": ("wanda",)} if self.built_in else {}
 
     @property
     def shares(self) -> dict[str, float]:
-        """Return the share of each calibration text in the windows, by name."""
+        """Return by name the share of each calibration text in the windows."""
         return dict(map(name_and_share, self.dataset))
 
     @property
     def paths(self) -> list[Path]:
-        """List the paths of the texts, if they are files."""
+        """List the names of all texts as paths; a text may be a file."""
         return [Path(os.path.expanduser(name)) for name in (*self.shares, *self.evaluate)]
 
 
@@ -124,16 +124,16 @@ class Output:
         overwrite: whether an older checkpoint may be replaced.
         restart: whether to discard the finished blocks of an unfinished run.
         gpu_memory, host_memory: memory limits in GiB; None: the free memory, less a tenth.
-        packed: folder for a packed copy; None: no copy is made.
+        packed: folder for a packed copy; None: no copy.
 
     Raises:
-        InputError: a value is out of its range.
+        InputError: a value is out of range.
     """
 
     folder: Path = flag("folder for the result", Path("pruned"), metavar="DIR")
     overwrite: bool = flag("replace the older checkpoint in the output folder", False)
     restart: bool = flag(
-        "discard what an interrupted run has finished; without it the same command goes on from there", False
+        "discard what an interrupted run has finished; without this flag the same command resumes", False
     )
     gpu_memory: float | None = _memory_flag("GPU")
     host_memory: float | None = _memory_flag("host")
@@ -151,22 +151,22 @@ class EvaluationInputs:
         models: folders or Hub ids of checkpoints in safetensors, `against` first.
         tasks: names of tasks, groups and tags of lm-evaluation-harness; "paper": the paper's seven zero-shot tasks.
         texts: texts for perplexity, by name or path as for `--eval`.
-        against: a checkpoint that all others are compared with, document by document; None: models are not compared.
-        limit: most documents of each task; below 1: a share of them; None: all.
+        against: reference checkpoint, with which all others are compared, document by document; None: no comparison.
+        limit: most documents of each task; below 1: the share of documents; None: all.
         num_fewshot: examples before each question; None: as the task says.
         include_path: a folder with more tasks in the harness's format.
         seqlen: tokens in a window of a text; None: 2048.
         eval_windows: most windows of each text; None: all.
         gpu_memory, host_memory: memory limits in GiB; None: the free memory, less a tenth.
         output: folder for evaluation.json; None: no file is written.
-        overwrite: whether an older evaluation.json there is replaced.
+        overwrite: whether an older evaluation.json in `output` may be replaced.
 
     Raises:
-        InputError: a value is no name or path, or out of its range; or values do not go together.
+        InputError: a value is not a name or path, or is out of range; or two values contradict each other.
     """
 
     models: tuple[str, ...] = flag(
-        "checkpoint folder or Hub id; several are evaluated in turn", (), metavar="MODEL", several=True
+        "checkpoint folder or Hub id; several are evaluated one after the other", (), metavar="MODEL", several=True
     )
     tasks: tuple[str, ...] = flag(
         "tasks, groups and tags of lm-evaluation-harness; paper: the seven zero-shot tasks of the paper; may be "
@@ -177,11 +177,11 @@ class EvaluationInputs:
         metavar="wikitext|PATH", several=True,
     )  # fmt: skip
     against: str | None = flag(
-        "compare all models with this one, the same documents in pairs: differences with their standard errors",
+        "compare all models with this one, paired by document: differences with their standard errors",
         metavar="DENSE",
     )
     limit: float | None = flag(
-        "most documents of each task; below 1: a share of them (default: all)", metavar="N", least=0
+        "most documents of each task; below 1: the share of documents (default: all)", metavar="N", least=0
     )
     num_fewshot: int | None = flag("examples before each question (default: as the task says)", metavar="K", least=0)
     include_path: Path | None = flag("folder with more tasks in the harness's format", metavar="DIR")
@@ -194,7 +194,7 @@ class EvaluationInputs:
     gpu_memory: float | None = _memory_flag("GPU")
     host_memory: float | None = _memory_flag("host")
     output: Path | None = flag("folder for evaluation.json", metavar="DIR")
-    overwrite: bool = flag("replace an older evaluation.json there", False)
+    overwrite: bool = flag("replace an older evaluation.json in the output folder", False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -223,7 +223,7 @@ def name_and_share(dataset: str) -> tuple[str, float]:
 
 
 def _texts_of(dataset: str) -> list[str]:
-    """Replace the mixture "general" by its texts, each with its part of the share; another dataset stays."""
+    """Replace the mixture "general" by its texts, which divide its share equally; another dataset stays."""
     name, share = name_and_share(dataset)
     if name != GENERAL or not 0 < share < math.inf:
         return [dataset]
@@ -233,24 +233,24 @@ def _texts_of(dataset: str) -> list[str]:
 def _check_datasets(datasets: Sequence[str]) -> None:
     """Refuse an empty list, shares that are not above 0, and a text that is named twice.
 
-    Windows of such a text would be drawn twice, so that held-out windows were learned from, too.
+    Windows of a text named twice would be drawn twice, so that held-out windows might be learned from.
     """
     if not datasets:
-        raise InputError(f"{option('dataset')}: no text is named")
+        raise InputError(f"{option('dataset')}: no text is named; give one")
     names = set()
     for dataset in datasets:
         name, share = name_and_share(dataset)
         if not 0 < share < math.inf:
-            raise InputError(f"{option('dataset', dataset)}: expected a share above 0 behind the last =")
+            raise InputError(f"{option('dataset', dataset)}: expected a share above 0 after the last =")
         if name in names:
-            of_mixture = f"; {GENERAL} has it, too" if name in MIXTURE else ""
+            of_mixture = f"; {GENERAL} includes it" if name in MIXTURE else ""
             once = f"give it once, with a share: {shown(name)}=2{of_mixture}"
             raise InputError(f"{option('dataset', name)}: given twice; {once}")
         names.add(name)
 
 
 def locate(model: str) -> Path:
-    """Find the folder of a checkpoint: the built-in model's for "default", else as `source.locate`."""
+    """Find the folder of a checkpoint: for "default" the built-in model's, else by `source.locate`."""
     from sparsefw.checkpoint import source
 
     return DEFAULT_MODEL if model == DEFAULT else source.locate(model)

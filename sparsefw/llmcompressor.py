@@ -1,4 +1,4 @@
-"""SparseFWModifier for recipes of llm-compressor. Recipes in YAML know the name once this module is imported."""
+"""Provide SparseFWModifier for llm-compressor. Importing this module registers the name for recipes in YAML."""
 
 from sparsefw.extras.llmcompressor import SparseFWModifier
 

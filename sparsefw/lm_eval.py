@@ -1,8 +1,8 @@
-"""The command of lm-evaluation-harness, with all its flags, and with the model "sparsefw":
+"""Run the command of lm-evaluation-harness, with all its flags, and with the model "sparsefw":
 
     python -m sparsefw.lm_eval --model sparsefw --model_args pretrained=MODEL --tasks hellaswag
 
-The harness's own command does not look for models in other packages.
+The harness's own command does not find models of other packages.
 """
 
 import sys
@@ -12,7 +12,7 @@ from sparsefw.errors import InputError
 
 def main() -> int:
     """Run the harness's command; returns the exit status, 2 for bad input."""
-    # Registers the model.
+    # Importing the package registers the model.
     from sparsefw.extras.evaluation.run import check_installed
 
     try:

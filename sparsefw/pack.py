@@ -1,8 +1,8 @@
 """Pack a pruned checkpoint, so that its zeros take no space: `sparsefw pack PRUNED PACKED`.
 
-Each pruned matrix becomes its kept weights and one bit for each weight: at 60 %, 0.46 of its bytes in bf16. All else is
-copied. After `import sparsefw.packed` transformers loads the folder, and `sparsefw unpack` gives the same bits back. An
-interrupted command goes on where it was.
+Each pruned matrix is stored as its kept weights and one bit for each weight: at 60 % in bf16, 0.46 of its bytes. Other
+tensors are copied. After `import sparsefw.packed` transformers loads the folder. `sparsefw unpack` restores the same
+bits. After an interruption the same command resumes.
 """
 
 import sys
@@ -13,10 +13,10 @@ from sparsefw.cli import Parser, folder, launched, load_libraries, refuse_ranks,
 def packer(command: str, description: str | None, argv: list[str] | None) -> None:
     """Pack or unpack a folder, as `command` says, and print the sizes."""
     parser = Parser(command, description)
-    parser.add_argument("source", type=folder, metavar="PRUNED" if command == "pack" else "PACKED", help="a folder")
+    parser.add_argument("source", type=folder, metavar="PRUNED" if command == "pack" else "PACKED", help="input folder")
     parser.add_argument("output", type=folder, metavar="OUTPUT", help="folder for the result")
     parser.add_argument("--overwrite", action="store_true", help="replace an older checkpoint in OUTPUT")
-    parser.add_argument("--restart", action="store_true", help="discard what an interrupted command left")
+    parser.add_argument("--restart", action="store_true", help="discard what an interrupted command has finished")
     arguments = parser.parse_args(argv)
     refuse_ranks(command)
     load_libraries()

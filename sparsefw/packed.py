@@ -1,4 +1,4 @@
-"""Packed checkpoints. To import this module tells transformers how to load them:
+"""Importing this module lets transformers load packed checkpoints:
 
 import sparsefw.packed
 model = AutoModelForCausalLM.from_pretrained("packed/")
@@ -11,8 +11,8 @@ from sparsefw.extras.packed.quantizer import METHOD, PackedConfig, PackedQuantiz
 
 __all__ = ["PackedConfig", "pack_folder", "unpack_folder"]
 
-# The decorators of transformers do the same, and refuse a module that is imported anew.
+# Set directly, because transformers' decorators raise an error if this module is imported again.
 auto.AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedConfig
-# `get_loading_attributes` counts for the configs that are listed here.
-auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (PackedConfig,)  # type: ignore[assignment]  # a tuple of eight there
+# transformers calls `get_loading_attributes` only for the config classes in this tuple.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (PackedConfig,)  # type: ignore[assignment]  # typed as eight

@@ -1,7 +1,7 @@
 """Plan a run: `sparsefw plan --model MODEL --gpu h100`, with the flags of `sparsefw run`.
 
-A plan needs config.json alone, which --model may name, and downloads nothing else. It prints peak memory by phase,
-what is held at once and where, and disk space.
+A plan reads only the model's config.json, and downloads nothing else; --model may also name this file. It prints peak
+memory by phase, the placement (how much is in memory at a time, and where), and disk space.
 """
 
 import json
@@ -17,9 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     """Plan from the command line; returns the exit status, see `Outcome`."""
     with launched(argv) as outcome:
         parser = run_parser(__doc__, "plan")
-        cards = f"on this card: {', '.join(CARDS)} (default: on this machine)"
+        cards = f"plan for this GPU: {', '.join(CARDS)} (default: this machine)"
         parser.add_argument("--gpu", choices=CARDS, metavar="CARD", help=cards)
-        parser.add_argument("--json", type=Path, metavar="FILE", help="write the same as JSON")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
         arguments = parser.parse_args(argv)
         load_libraries()
         import torch
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         from sparsefw.memory import this_device
 
         inputs, config, output = settings_of(arguments)
-        # That of a run on the GPU, which need not be in this machine.
+        # The config of a run on that GPU, which this machine need not have.
         config = config.on(torch.device("cuda") if arguments.gpu else this_device())
         content = plan(inputs, config, output, arguments.gpu)
         if arguments.json:

@@ -1,4 +1,4 @@
-"""Probe the GPU before anything is read: a run should not find after minutes that kernels do not compile."""
+"""Probe the GPU before anything is read, so that kernels that do not compile end a run in its first seconds."""
 
 import functools
 import subprocess
@@ -10,34 +10,35 @@ import torch
 from sparsefw.errors import InputError, first_line, fitted, option, shown
 from sparsefw.solver.config import PruneConfig
 
-# The oldest GPUs that the kernels are compiled for.
+# The lowest compute capability that the kernels support.
 MIN_CAPABILITY = (8, 0)
 
-# The oldest driver for each version of CUDA that torch may be built for.
+# The oldest driver for each major version of CUDA that torch may be built for.
 DRIVERS = {"11": 450, "12": 525, "13": 580}
 
+CHECK_DRIVER = "check the GPU's driver (nvidia-smi)"
 _NO_LIBRARY = "run ldconfig, or set TRITON_LIBCUDA_PATH to the folder of libcuda.so.1"
 
-# Remedies by words of the errors of Triton, torch and the C compiler.
+# Remedies, by words in the error messages of Triton, torch and the C compiler.
 REMEDIES = {
-    "C compiler": "Triton builds its launcher with one: apt install gcc",
-    "returned non-zero exit status": "the C compiler's own lines are above; most often Python's headers are missing: "
+    "C compiler": "Triton needs a C compiler: apt install gcc",
+    "returned non-zero exit status": "the C compiler's message is above; most often Python's headers are missing: "
     "apt install python3-dev",
     "libcuda": _NO_LIBRARY,
     "active drivers": _NO_LIBRARY,
     "ldconfig": _NO_LIBRARY,
-    "no kernel image": "this version of torch is not built for this GPU: install another one",
-    "image is invalid": "Triton assembles for a newer driver than this one: update the driver",
+    "no kernel image": "this build of torch does not support this GPU: install another build",
+    "image is invalid": "the driver is too old for Triton's assembler: update the driver",
     "Permission denied": "set TRITON_CACHE_DIR to a folder that can be written to",
     "No space left": "set TRITON_CACHE_DIR to a folder with space",
 }
 
 
 def say_kernel(config: PruneConfig, say: Callable[[str], None]) -> None:
-    """Probe the GPU if the kernels of a run need it, and log which kernel runs, and why.
+    """Probe the GPU if the run needs it, and log the choice of the kernel with its reason.
 
     Raises:
-        InputError: as `probe_gpu`.
+        InputError: as for `probe_gpu`.
     """
     cuda, first = torch.cuda.is_available(), False
     if config.kernel == "triton" and cuda:
@@ -54,7 +55,7 @@ def say_kernel(config: PruneConfig, say: Callable[[str], None]) -> None:
 
 
 def why_no_gpu() -> str:
-    """Say why there is no GPU: torch is built without CUDA, or finds no device and may need another driver."""
+    """Say in words why there is no GPU: torch is built without CUDA, or torch finds no GPU, perhaps for its driver."""
     built = torch.version.cuda
     if not built:
         return "no CUDA device"
@@ -65,10 +66,10 @@ def why_no_gpu() -> str:
 
 @functools.cache
 def probe_gpu() -> bool:
-    """Run products and a kernel on the current GPU, once a process; returns whether Triton had to compile the kernel.
+    """Run products and a kernel on the current GPU, once per process. Returns whether Triton compiled the kernel.
 
     Raises:
-        InputError: one does not run; the message names what is missing, and the remedy.
+        InputError: a product or the kernel fails; the message names the cause and the remedy.
     """
     from triton import TritonError, knobs
 
@@ -85,11 +86,12 @@ def probe_gpu() -> bool:
     try:
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
         G = torch.tensor([[1.0, 0.0], [2.0, 3.0]]).to("cuda")
-        # Kernels of torch and of its libraries, which may be built for other GPUs.
+        # Products and a sum of torch, which may be built for other GPUs.
         with_torch = (G.bfloat16() @ G.bfloat16() + G).sum().item()
         found = mirror_lower(G).tolist() if capability >= MIN_CAPABILITY else []
     except (RuntimeError, AssertionError, OSError, ImportError, subprocess.CalledProcessError, TritonError) as error:
-        remedy = next((remedy for words, remedy in REMEDIES.items() if words in str(error)), "see the GPU's driver")
+        known = [remedy for words, remedy in REMEDIES.items() if words in str(error)]
+        remedy = known[0] if known else CHECK_DRIVER
         raise InputError(
             f"{name}: cannot run a kernel: {shown(first_line(error))}; {remedy}; {remedy_torch}"
         ) from error
@@ -99,7 +101,5 @@ def probe_gpu() -> bool:
         oldest, has = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
         raise InputError(f"{name}: of compute capability {has}, and Triton's kernels need {oldest}; {remedy_torch[3:]}")
     if with_torch != 24 or found != [[1.0, 2.0], [2.0, 3.0]]:
-        raise InputError(
-            f"{name}: kernels give wrong results: {with_torch}, {found}; see the GPU's driver; {remedy_torch}"
-        )
+        raise InputError(f"{name}: kernels give wrong results: {with_torch}, {found}; {CHECK_DRIVER}; {remedy_torch}")
     return any(compiled)

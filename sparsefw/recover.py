@@ -1,7 +1,8 @@
-"""Recover what pruning has cost: `sparsefw recover PRUNED OUTPUT`.
+"""Recover part of the quality that pruning has cost: `sparsefw recover PRUNED OUTPUT`.
 
 All kept weights are fitted together, so that the pruned model predicts what the dense model does. Zeros stay zeros.
-The model has to fit into memory with the state of its fit, at 60 % in bf16 8.8 bytes a weight. More windows gain more.
+The model and the optimizer's state have to fit into memory: at 60 % in bf16, 8.8 bytes per weight. More windows give
+better results.
 """
 
 import sys

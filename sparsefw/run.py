@@ -1,6 +1,6 @@
 """Prune a Hugging Face checkpoint: `sparsefw run --model MODEL --sparsity 0.6 --output pruned/`.
 
-Without arguments it prunes the built-in model, a tiny Llama, on text that every CPython carries.
+Without arguments it prunes the built-in model, a tiny Llama, on text that comes with every CPython.
 """
 
 import sys
@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
         inputs, config, output = settings_of(run_parser(__doc__).parse_args(argv))
         from sparsefw import memory
 
-        # Before the libraries, which load Triton.
+        # Creates the backend before the libraries are imported: it may set TRITON_INTERPRET, which Triton reads then.
         _ = config.on(memory.this_device()).backend
         load_libraries()
         from tqdm import tqdm
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         from sparsefw.api import prune_checkpoint
 
         memory.share_freed()
-        # Redraws the progress bar below each line.
+        # tqdm.write prints a line above the progress bar.
         report = prune_checkpoint(inputs, config, output, log=tqdm.write, progress=None)
 
         from sparsefw.checkpoint.files import SUMS, file_digest

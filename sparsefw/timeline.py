@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# Lanes: the main thread, the thread that reads the next block, and the thread that writes the last one.
+# Lanes: the main thread, the thread that reads the next block, and the thread that writes the finished block.
 MAIN, READ, WRITE = "main", "read", "write"
 
-# Phases of the main lane that launch only copies from the GPU, for which the writing thread waits.
+# Phases of the main lane that launch only copies from the GPU. The writing thread waits for these copies.
 OF_HOST = ("wait", "write")
 
 
 @dataclass(frozen=True)
 class Span:
-    """Phase of a block, or of the whole model (block None), with start and end in seconds since the timeline began."""
+    """A phase of a block, or of the whole model if block is None; start and end in seconds since the timeline began."""
 
     block: int | None
     lane: str
@@ -28,12 +28,12 @@ class Span:
 
 
 def of_rank(spans: Iterable[Span], number: int) -> list[Span]:
-    """Select the main lane of another rank's spans, and name the lane after the rank."""
+    """Select the main lane from another rank's spans, and name it after the rank."""
     return [replace(span, lane=f"rank {number}") for span in spans if span.lane == MAIN]
 
 
 class Timeline:
-    """Collection of spans, which several threads may use."""
+    """Collects spans; safe for several threads."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -42,7 +42,7 @@ class Timeline:
 
     @contextmanager
     def span(self, phase: str, block: int | None = None, lane: str = MAIN) -> Iterator[None]:
-        """Time the work in a `with` block. The main lane also waits for the work that it has launched on a GPU."""
+        """Time the `with` block. On the main lane this includes work launched on a GPU, except in phases of OF_HOST."""
         start = time.perf_counter()
         try:
             yield
@@ -54,7 +54,7 @@ class Timeline:
                 self.spans.append(Span(block, lane, phase, start - self._started, end - self._started))
 
     def seconds(self, block: int | None = None, lane: str = MAIN) -> dict[str, float]:
-        """Sum the seconds of one lane by phase, for one block or (None) for all blocks."""
+        """Sum the seconds of a lane by phase, for one block, or for everything if block is None."""
         sums: dict[str, float] = defaultdict(float)
         for span in list(self.spans):
             if span.lane == lane and block in (None, span.block):

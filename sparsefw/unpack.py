@@ -1,4 +1,4 @@
-"""Make a packed checkpoint dense again: `sparsefw unpack PACKED OUTPUT`. Its tensors have the bits that were packed."""
+"""Make a packed checkpoint dense again: `sparsefw unpack PACKED OUTPUT`. Tensors get the same bits back."""
 
 import sys
 

@@ -1,9 +1,14 @@
 """Check a pruned checkpoint against its report and its source: `sparsefw verify OUTPUT [--against MODEL]`.
 
-It checks that all files are those that the run wrote. It reads them again, block by block, and checks that they are
-sound, that no layer has more weights than the pattern allows, that all other tensors are the source's, bit for bit,
-as are kept weights unless they were refitted, and after --keep-zeros that the source's zeros are zero. Exit status 0:
-all is well; 1: a check failed, and the culprits are listed; 2: bad input, as where there is nothing to check.
+It checks the digests of all files. Then it reads the checkpoint block by block, and checks that
+
+- it loads, without NaN or Inf, and has the layers that the report names;
+- no layer has more weights than the pattern allows;
+- all tensors but the pruned layers equal the source's, bit for bit, and so do kept weights if nothing has moved them;
+- after --keep-zeros, zeros of the source are still zeros.
+
+Exit status 0: all checks passed; 1: a check failed, and its failures are listed; 2: bad input, such as a folder without
+a report.
 """
 
 import sys
@@ -19,12 +24,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(
             "--against",
             metavar="ID|PATH",
-            help="the checkpoint that was pruned (default: what the report names, where that is a folder here)",
+            help="the checkpoint that was pruned (default: the one in the report, if it is a folder here)",
         )
         parser.add_argument(
             "--digest",
             metavar="HEX",
-            help="SHA-256 of OUTPUT/SHA256SUMS, as the run has printed it: with it no change of any file goes unseen",
+            help="SHA-256 of OUTPUT/SHA256SUMS, as printed by the run; with it, any changed file is found",
         )
         arguments = parser.parse_args(argv)
         load_libraries()

@@ -417,5 +417,5 @@ class TestRefusals:
 
     @pytest.mark.parametrize("argument", ["dataset", "seed"])
     def test_arguments_of_a_text(self, argument):
-        with pytest.raises(TypeError, match=f"calibration and '{argument}', which belongs to a text"):
+        with pytest.raises(TypeError, match=f"calibration and '{argument}', which is for texts only"):
             prune(nn.Linear(2, 2), calibration=[torch.ones(1)], **{argument: 3})

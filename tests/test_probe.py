@@ -30,7 +30,7 @@ def fails_with(error):
     ("error", "remedy"),
     [
         (RuntimeError("Failed to find C compiler."), "apt install gcc"),
-        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "this version of torch"),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "this build of torch"),
         (PermissionError(13, "Permission denied", "/root/.triton"), "TRITON_CACHE_DIR"),
     ],
 )
