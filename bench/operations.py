@@ -186,7 +186,7 @@ def lmo(rows: int, d: int, *, group: int = 0) -> Operation:
 
     def call(select: Callable) -> Tensors:
         # As in a solve. A check for NaN would wait for the GPU, and the wait would count. `topk` makes no check.
-        options = {} if select is topk_lmo else {"checked": False}
+        options = {} if select is topk_lmo else {"check_nan": False}
         return (select(score, k, group=group, out=out, **options),)
 
     return Operation(ways("lmo", call, topk=topk_lmo), Cost(0, 5 * rows * d), near(0.0))

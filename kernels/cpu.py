@@ -86,13 +86,13 @@ def lmo(
     group: int = 0,
     fixed: Tensor | None = None,
     positive: bool = False,
-    checked: bool = True,
+    check_nan: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
     """Choose the vertex that keeps the k best scores of every row, by `topk_torch.select`."""
     check_budget(score.shape, k, group)
     # A row with a NaN has a NaN as its maximum.
-    if checked and score.numel() and score.amax(1).isnan().any():
+    if check_nan and score.numel() and score.amax(1).isnan().any():
         raise ValueError("score: NaN is no choice")
     out = torch.empty(score.shape, dtype=torch.bool, device=score.device) if out is None else out
     return select(score, k, group=group, fixed=fixed, positive=positive, out=out)

@@ -124,7 +124,7 @@ def lmo(
     group: int = 0,
     fixed: Tensor | None = None,
     positive: bool = False,
-    checked: bool = True,
+    check_nan: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
     """Choose the vertex that keeps the k best scores of every row.
@@ -136,11 +136,11 @@ def lmo(
         group: 0 for whole rows, else m of n:m, up to 32.
         fixed: (rows, d) bool, True for entries whose score counts as +inf.
         positive: whether to keep only scores above 0.
-        checked: whether to look for NaN, for which the host waits for the kernel.
+        check_nan: whether to look for NaN, for which the host waits for the kernel.
         out: (rows, d) bool, written and returned; allocated when None.
 
     Raises:
-        ValueError, TypeError: an argument does not fit this description, or a score is NaN and `checked` is set (`out`
+        ValueError, TypeError: an argument does not fit this description, or a score is NaN and `check_nan` is set (`out`
             has been written then).
     """
     rows, d = check_matrix("score", score, (torch.float32,))
@@ -160,6 +160,6 @@ def lmo(
             stride_vr=out.stride(0), stride_vd=out.stride(1), stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
             POSITIVE=positive, **selection_options(d, k, group, config), enable_fp_fusion=True, **config,
         )  # fmt: skip
-    if checked and bool(nan.any()):
+    if check_nan and bool(nan.any()):
         raise ValueError("score: NaN is no choice")
     return out

@@ -89,9 +89,9 @@ def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) 
     FP32 = (torch.float32,)
     rows, d = check_matrix("M", M, FP32)
     check_rows((rows, d), M, dict(M=(M, FP32), saliency=(saliency, FP32)))
-    first = lmo(M, k, group=group, checked=False)
+    first = lmo(M, k, group=group, check_nan=False)
     if M.numel() == 0:
         return first
     # A group counts as a row of its own.
     order = rounding_order(*(x.reshape(-1, group or d) for x in (M, first, saliency)))
-    return lmo(order.view(rows, d), k, group=group, checked=False, out=first)
+    return lmo(order.view(rows, d), k, group=group, check_nan=False, out=first)

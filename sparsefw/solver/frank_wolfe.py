@@ -213,7 +213,7 @@ def _start(problem: Problem, warm: Tensor, R: Tensor | None, operand: Tensor, ba
         R = backend.product(backend.removed(W, warm, problem.target_gap, out=E), operand)
     # Half of the score without the penalty. Its memory becomes U.
     score = W * R
-    V = backend.lmo(score, k, group=group, fixed=fixed, positive=True, checked=False)
+    V = backend.lmo(score, k, group=group, fixed=fixed, positive=True, check_nan=False)
     backend.removed(W, V, problem.target_gap, out=E)
     eta, error = W.new_empty(2, len(W), dtype=torch.float32).unbind()
     # The lowest score in the vertex.
@@ -233,5 +233,5 @@ def lower_bound(problem: Problem, state: RowState, *, backend: Backend = TORCH) 
     score, constant = backend.bound_scores(
         problem.W, state.R, state.M, target_gap=problem.target_gap, damping=problem.damping
     )
-    V = backend.lmo(score, problem.k, group=problem.group, fixed=problem.fixed, positive=True, checked=False)
+    V = backend.lmo(score, problem.k, group=problem.group, fixed=problem.fixed, positive=True, check_nan=False)
     return backend.bound_sums(score, state.M, V).add_(constant)

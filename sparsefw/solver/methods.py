@@ -57,7 +57,7 @@ def choose_frank_wolfe(problem: Problem, config: PruneConfig, backend: Backend) 
     if config.whole_matrix:
         problem, backend = paper.as_one_row(problem, backend)
     # NaN is found in the errors, at the end of `solve`.
-    warm = backend.lmo(problem.saliency, problem.k, group=problem.group, checked=False)
+    warm = backend.lmo(problem.saliency, problem.k, group=problem.group, check_nan=False)
     if config.alpha:
         problem = replace(problem, fixed=paper.fixed_entries(problem, warm, config.alpha, backend))
     schedule = frank_wolfe.penalty_schedule(config.steps, config.penalty)
@@ -243,7 +243,7 @@ def _costliest(Z: Tensor, factor: Tensor, k: int, group: int, allowed: Tensor | 
     if allowed is not None:
         cost.masked_fill_(~allowed, -1)
     budgets = cost if group else cost.view(1, -1)
-    mask: Tensor = cpu.lmo(budgets, k, group=group, checked=False).view(cost.shape)
+    mask: Tensor = cpu.lmo(budgets, k, group=group, check_nan=False).view(cost.shape)
     return mask if allowed is None else mask & allowed
 
 

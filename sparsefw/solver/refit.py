@@ -159,7 +159,7 @@ def reselect(
     margin = torch.zeros_like(best.error)
     for _ in range(rounds):
         T, score = candidates(margin)
-        chosen = backend.lmo(score, problem.k, group=problem.group, checked=False)
+        chosen = backend.lmo(score, problem.k, group=problem.group, check_nan=False)
         # Free the memory for the refit.
         del score
         better = best.take_better(fit(chosen, T), backend)
@@ -170,7 +170,7 @@ def reselect(
 def _restart(problem: Problem, T: Tensor, score: Tensor, schedule: Schedule, backend: Backend) -> Tensor:
     """Choose a mask for the candidates T by Frank-Wolfe, (rows, d) bool; `score` is their saliency."""
     candidates = replace(problem, W=T, saliency=score, target_gap=problem.W - T, fixed=None)
-    warm = backend.lmo(score, problem.k, group=problem.group, checked=False)
+    warm = backend.lmo(score, problem.k, group=problem.group, check_nan=False)
     M = as_float(warm)
     for state in frank_wolfe.iterate(candidates, warm, schedule, backend=backend):
         M = state.M

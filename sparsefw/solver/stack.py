@@ -127,7 +127,7 @@ def kept(saliency: Tensor, layers: list[slice], pattern: Pattern) -> int | Tenso
     for layer in layers:
         matrix = saliency[layer].reshape(1, -1)
         # NaN is found later, in the errors, where the message names the layer.
-        highest = cpu.lmo(matrix, pattern.kept(matrix.numel()), checked=False)
+        highest = cpu.lmo(matrix, pattern.kept(matrix.numel()), check_nan=False)
         k[layer] = highest.view(-1, d).sum(1)
     return k
 

@@ -77,7 +77,7 @@ def lmo(
     group: int = 0,
     fixed: Tensor | None = None,
     positive: bool = False,
-    checked: bool = True,
+    check_nan: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
     """Linear minimization oracle: the vertex that keeps the k best scores of every row, (rows, d) bool.
@@ -85,7 +85,7 @@ def lmo(
     Exactly k entries are kept (fewer only under `positive`). Equal scores go to the lower index; -0 equals +0.
     """
     check_budget(score.shape, k, group)
-    if checked and score.isnan().any():
+    if check_nan and score.isnan().any():
         raise ValueError("score: NaN is no choice")
     if fixed is not None:
         score = score.masked_fill(fixed, torch.inf)
@@ -130,7 +130,7 @@ def row_step(
     state.error.copy_((w * (1 - M) * R).sum(1))
     score = 2 * w * R - next_theta * q * (1 - 2 * M)
     choice = dict(group=state.group, fixed=state.fixed, positive=bool(next_theta < 1))
-    lmo(score, state.k, **choice, checked=False, out=state.V)
+    lmo(score, state.k, **choice, check_nan=False, out=state.V)
     removed = w.masked_fill(state.V, 0)
     state.E.copy_(removed if state.target_gap is None else state.target_gap + removed)
 

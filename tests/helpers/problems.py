@@ -50,7 +50,7 @@ def problem_of(W, G, saliency, k, group=0):
 
 def warm_of(problem, backend=TORCH):
     """The warm start."""
-    return backend.lmo(problem.saliency, problem.k, group=problem.group, checked=False)
+    return backend.lmo(problem.saliency, problem.k, group=problem.group, check_nan=False)
 
 
 def on_gpu(problem, device="cuda"):
