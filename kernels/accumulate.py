@@ -1,20 +1,20 @@
-"""accumulate: S += D^T X in place by bulk copies, all of S or its lower triangle; for gram.py and cross.py.
+"""accumulate: add D^T X to S, or to the lower triangle of S, in place by bulk copies; for gram.py and cross.py.
 
     D (tokens, rows), X (tokens, d), both bf16 or both fp16     S (rows, d) fp32
 
     flops = 2 tokens rows d                                (triangle: tokens d (d + 1))
     bytes = 2 tokens (rows + d) + 8 rows d                 (triangle: 2 tokens d + 4 d (d + 1))
 
-The kernel runs on sm_90 and later. It launches a program for each multiprocessor, and the programs walk the tiles. Bulk
-copies through tensor descriptors load both operands, and tensor cores read them transposed from shared memory, so no
-thread computes an address or moves an operand. Bulk copies also add a tile to S: the memory adds, and no sum of S is
-loaded to a register. Meanwhile the loads of the next tile run.
+The kernel runs on sm_90 and later. It launches a program on each multiprocessor, and each program computes several
+tiles. Bulk copies through tensor descriptors load both operands to shared memory, and tensor cores read the operands
+transposed from there. So no thread computes an address or moves an operand. Bulk copies also add each finished tile to
+S in memory, so no thread loads S. At the same time the loads of the next tile run.
 
-Each entry belongs to one program and is added once, so every run gives the same bits. Products are exact, and sums are
-accumulated in fp32. Tiles on the diagonal also add to entries above it, which are undefined until they are mirrored.
+One program adds to an entry of S, once, so every run gives the same bits. Products are exact, and sums are accumulated
+in fp32. Tiles on the diagonal also change entries above the diagonal, which `mirror_lower` overwrites in the end.
 
-For 64 tokens a tile of 128 x 256 entries takes at least 1024 cycles of an H100's tensor cores. It reads 48 KiB from
-the L2 cache, which is 85 flops a byte. A tile of 128 x 128 does 64.
+For 64 tokens a tile of 128 x 256 entries takes at least 1024 cycles of an H100's tensor cores. The tile reads 48 KiB
+from the L2 cache, so it makes 85 flops for each byte. A tile of 128 x 128 makes 64.
 """
 
 import torch
@@ -28,17 +28,17 @@ from .device import INTERPRET, dot, grouped_tile, quarters, triangle_tile
 from .launch import describable, multiprocessors, platform, triangle_tiles
 from .product import DESCRIPTORS, TRITON_DTYPES
 
-# The dtypes that tensor cores can read transposed from shared memory.
+# Dtypes that tensor cores can read transposed from shared memory.
 TRANSPOSABLE = (torch.bfloat16, torch.float16)
 
-# Launch options, each with the expected time of a tile in relation to the others. Small tiles win where large ones
-# leave the last round of programs almost empty.
+# Pairs of the expected relative time of a tile and its launch options. Small tiles win if large tiles would leave most
+# multiprocessors without a tile in the last round.
 TILES = (
     (8, dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=16, num_warps=8, num_stages=4)),
     (5, dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=16, num_warps=8, num_stages=6)),
 )
 
-# With fewer tiles of 128 x 128 than this, the smaller tiles of the other kernels fill a GPU better.
+# With fewer tiles of 128 x 128 than this, the smaller tiles of gram.py and cross.py fill a GPU better.
 ENOUGH = 128
 
 
@@ -48,13 +48,13 @@ def tile_count(rows: int, d: int, triangle: bool, block_m: int, block_n: int) ->
 
 
 def suits(S: Tensor, D: Tensor, X: Tensor, *, triangle: bool) -> bool:
-    """Tell whether this kernel can add D^T X to S, with enough tiles to fill a GPU."""
+    """Tell whether this kernel can add D^T X to S, and S has enough tiles to fill a GPU."""
     able = platform() in DESCRIPTORS and X.dtype in TRANSPOSABLE and all(map(describable, (S, D, X)))
     return able and tile_count(S.shape[0], S.shape[1], triangle, 128, 128) >= ENOUGH
 
 
 def configuration(rows: int, d: int, triangle: bool, programs: int) -> dict[str, int]:
-    """Choose the launch options of the least time: rounds of `programs` tiles, times the time of a tile."""
+    """Choose the launch options with the least expected time: rounds of `programs` tiles, times the time of a tile."""
 
     def seconds(entry: tuple[int, dict[str, int]]) -> int:
         cost, options = entry
@@ -67,8 +67,7 @@ def configuration(rows: int, d: int, triangle: bool, programs: int) -> dict[str,
 @triton.jit
 def _add(S, first_m, first_n, tile):
     if INTERPRET:
-        # The interpreter has no bulk copies that add. It runs one program after the other, so a load and a store will
-        # do.
+        # The interpreter has no bulk copies that add. It runs one program at a time, so a load and a store do the same.
         S.store([first_m, first_n], S.load([first_m, first_n]) + tile)
     else:
         S.atomic_add([first_m, first_n], tile)
@@ -80,8 +79,8 @@ def _accumulate_kernel(
     TRIANGLE: tl.constexpr, DTYPE: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # In a flattened loop the loads of the next tile start while this one is added. For sm_100 the loop stays as it is:
-    # Triton 3.6 would give each quarter of a tile its own shared memory, more than there is.
+    # In a flattened loop the loads of the next tile start while this tile is added. For sm_100 the loop is not
+    # flattened: Triton 3.6 would give each quarter of a tile its own shared memory, and there is too little.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not cuda_capability_geq(10)):
         if TRIANGLE:
             first_m, first_n = triangle_tile(tile, d, GROUP_M, BLOCK_M, BLOCK_N)
@@ -89,12 +88,12 @@ def _accumulate_kernel(
             first_m, first_n = grouped_tile(tile, rows, d, GROUP_M, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, tokens, BLOCK_K):
-            # Entries past the edges read as 0, and are not added.
+            # Entries past the edges of D and X read as 0. Nothing is added past the edges of S.
             a = D.load([start, first_m])
             b = X.load([start, first_n])
             acc = dot(a.T, b, acc, DTYPE, "ieee")
-        # A tile passes through shared memory on its way to memory. It goes in quarters, since the operands of the next
-        # tile fill the rest.
+        # A tile passes through shared memory on its way to global memory. It goes in quarters, since the operands of
+        # the next tile fill the rest of shared memory.
         first, second, third, fourth = quarters(acc, BLOCK_M, BLOCK_N)
         _add(S, first_m, first_n, first)
         _add(S, first_m, first_n + BLOCK_N // 4, second)
@@ -103,8 +102,7 @@ def _accumulate_kernel(
 
 
 def accumulate(S: Tensor, D: Tensor, X: Tensor, *, triangle: bool) -> None:
-    """Add D^T X to S in place, on the current device. The caller has checked the arguments, and that this kernel
-    `suits`.
+    """Add D^T X to S in place, on the current device. The caller has checked the arguments, and called `suits`.
 
     Args:
         S: (rows, d) fp32.

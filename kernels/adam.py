@@ -1,4 +1,4 @@
-"""adam_step: move the kept entries of a parameter by a step of Adam, in place, in one pass.
+"""adam_step: make a step of Adam for the kept entries of a parameter, in place, in one pass.
 
     g = gradient[index];   m += 0.1 (g - m);   v += 0.001 (g^2 - v)
     weight -= rate m' / (sqrt(v') + epsilon);   W[index] = weight, rounded
@@ -9,9 +9,9 @@
     flops = 12 kept
     bytes = kept (size(index) + 24) + n (size(gradient) + 2 size(W))
 
-The step takes at least the time of its bytes. If two of five entries are kept, nearly every sector of memory has a kept
-entry: so all of the gradient is read, and all of W is read and written. As separate operations of torch the same step
-moves 2.4 times the bytes: passes of their own gather, widen, narrow and scatter the entries, with an index in int64.
+The step is memory-bound. If two of five entries are kept, nearly every sector of memory has a kept entry. So all of the
+gradient is read, and all of W is read and written. The same step in operations of torch moves 2.4 times the bytes:
+separate passes gather, widen, narrow and scatter the entries, with an index in int64.
 """
 
 import torch
@@ -46,16 +46,16 @@ def _adam_kernel(
 def adam_step(
     W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor, m: Tensor, v: Tensor, *, rate: float, step: int
 ) -> None:
-    """Move the kept entries of W against their gradient. All tensors are contiguous.
+    """Make a step of Adam for the kept entries of W. All tensors are contiguous.
 
     Args:
-        W: (n,), fp32 / bf16 / fp16 / fp64, written at `index`.
+        W: (n,), fp32 / bf16 / fp16 / fp64; the entries at `index` are overwritten.
         gradient: (n,), in the dtype of W.
         index: (kept,) int32 or int64 positions of the kept entries, each at most once.
-        weight: (kept,) fp32, or fp64 if W is: unrounded kept entries; changed.
-        m, v: (kept,), in the dtype of `weight`: means of the gradient and of its square, 0 before the first step;
-            changed.
-        rate: length of a step, if all gradients so far were equal.
+        weight: (kept,) the kept entries without rounding, updated in place; fp32, or fp64 if W is fp64.
+        m, v: (kept,), in the dtype of `weight`: running means of the gradient and of its square, updated in place; 0
+            before the first step.
+        rate: learning rate.
         step: number of the step, from 1.
 
     Raises:
@@ -73,10 +73,10 @@ def adam_step(
     if not len(index):
         return
     BLOCK = min(triton.next_power_of_2(len(index)), 1 << 18) if platform() == "interpreter" else 1024
-    of_m, of_v = DECAYS
+    decay_m, decay_v = DECAYS
     with on_device(W):
         _adam_kernel[(triton.cdiv(len(index), BLOCK),)](
-            W=W, GRADIENT=gradient, INDEX=index, WEIGHT=weight, M=m, V=v, kept=len(index), share_m=1 - of_m,
-            share_v=1 - of_v, rate=rate / (1 - of_m**step), root=(1 - of_v**step) ** -0.5, epsilon=ADAM_EPSILON,
-            enable_fp_fusion=True, BLOCK=BLOCK, num_warps=warps(4),
+            W=W, GRADIENT=gradient, INDEX=index, WEIGHT=weight, M=m, V=v, kept=len(index), share_m=1 - decay_m,
+            share_v=1 - decay_v, rate=rate / (1 - decay_m**step), root=(1 - decay_v**step) ** -0.5,
+            epsilon=ADAM_EPSILON, enable_fp_fusion=True, BLOCK=BLOCK, num_warps=warps(4),
         )  # fmt: skip

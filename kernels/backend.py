@@ -1,8 +1,9 @@
 """Backend: the operations of one kernel at one precision, as the solver and the calibration call them.
 
-Steps multiply at `precision`. Errors and the start of swaps need exact products, which are as good as fp32. At "ieee"
-exact products are made in fp32. At "tf32" and "bf16", products with 16-bit weights split each operand into a sum of two
-bf16 matrices, see `Terms`. All other exact products are "tf32x3", which splits each operand into two tf32 numbers.
+Frank-Wolfe and conjugate gradients multiply at `precision`. Errors and the start of swaps need exact products, which
+are as accurate as products in fp32. At "ieee" exact products are computed in fp32. At "tf32" and "bf16", exact products
+of 16-bit weights split each operand into a sum of two bf16 matrices, see `Terms`. All other exact products have the
+precision "tf32x3", which splits each operand into a sum of two tf32 matrices.
 """
 
 import importlib
@@ -21,36 +22,34 @@ from .vertex_products import VertexProducts
 
 @dataclass(frozen=True)
 class Terms:
-    """Sum of two bf16 matrices that stands for a matrix, within 2^-17 of each entry. Products of bf16 numbers are
-    exact.
+    """Two bf16 matrices whose sum is a matrix, within 2^-17 of each entry. Products of bf16 values are exact.
 
     Attributes:
         high: the matrix, rounded to bf16.
-        low: the matrix minus `high`, rounded to bf16; None if that is 0.
+        low: the matrix minus `high`, rounded to bf16; None if the matrix is bf16.
     """
 
     high: Tensor
     low: Tensor | None
 
 
-# Rows that are split at a time.
+# Number of rows that are split at a time, so that no second fp32 matrix is allocated.
 SPLIT = 1024
 
 
 def split(X: Tensor) -> Terms:
-    """Split X (rows, d) into terms; a bf16 matrix is its own single term."""
+    """Split X (rows, d) into terms. A bf16 matrix has one term, X."""
     if X.dtype == torch.bfloat16:
         return Terms(X, None)
     high = X.bfloat16()
     low = torch.empty_like(high)
-    # Some rows at a time, so that no second fp32 matrix is allocated.
     for rows in range(0, len(X), SPLIT):
         part = slice(rows, rows + SPLIT)
         low[part] = torch.sub(X[part], high[part])
     return Terms(high, low)
 
 
-# Names of kernels for `--kernel`, and the modules with their operations.
+# Maps each value of `--kernel` to the module with its operations.
 KERNELS = {"triton": "triton_ops", "torch": "cpu"}
 
 
@@ -76,7 +75,7 @@ class Backend:
 
     @property
     def input_precision(self) -> str:
-        """Return the precision of Gram and cross matrices of fp32 inputs. Those of 16-bit inputs are always exact."""
+        """Return the precision of Gram and cross matrices of fp32 inputs. Products of 16-bit inputs are exact."""
         return "ieee" if self.precision in ("ieee", "tf32x3") else "tf32"
 
     @property
@@ -85,63 +84,63 @@ class Backend:
         return self.operations is cpu
 
     def operand(self, X: Tensor) -> Tensor:
-        """Convert X once for many products: to bf16 if they round it to bf16 anyway, which halves its bytes."""
+        """Convert X once for many products. At "bf16" X becomes bf16, since each product would round X anyway."""
         return X.to(self.operand_dtype(X.dtype))
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype that `operand` gives to a matrix of a dtype."""
+        """Return the dtype to which `operand` converts a matrix of `dtype`."""
         return torch.bfloat16 if self.precision == "bf16" else dtype
 
     def begin_fit(self, W: Tensor, start: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute Z = mask * start, and W - Z as an operand."""
+        """Compute Z = mask * start, fp32, and W - Z, in the dtype of an operand."""
         return self.operations.begin_fit(W, start, mask, dtype=self.operand_dtype(torch.float32))
 
     def product(self, E: Tensor, G: Tensor, out: Tensor | None = None) -> Tensor:
-        """Multiply E G, (rows, d) fp32."""
+        """Compute E G, (rows, d) fp32."""
         return self.operations.product(E, G, precision=self.precision, out=out)
 
     def product_transposed(self, E: Tensor, C: Tensor) -> Tensor:
-        """Multiply E C^T, (rows, d) fp32, for any square matrix C."""
+        """Compute E C^T, (rows, d) fp32, for any square matrix C."""
         return self.operations.product_transposed(E, C, precision=self.precision)
 
     def exact_operand(self, G: Tensor, dtype: torch.dtype) -> Tensor | Terms:
-        """Convert G (d, d) fp32 to the right operand of exact products with weights of `dtype`.
+        """Convert G (d, d) fp32 to the right operand of `exact_product`, for weights of `dtype`.
 
-        A 16-bit weight is a sum of one or two bf16 numbers, and so is a difference of such weights. So two or three
-        bf16 products of terms are as good as tf32x3, in a fraction of the time.
+        Two bf16 terms represent a 16-bit weight, or a difference of 16-bit weights, well enough. So two or three bf16
+        products of terms replace a product at "tf32x3", in a fraction of its time.
         """
         return G if self.precision not in ("tf32", "bf16") or dtype == torch.float32 else split(G)
 
     def exact_product(self, E: Tensor, G: Tensor | Terms) -> Tensor:
-        """Multiply E G as exactly as in fp32, (rows, d) fp32; G is from `exact_operand`."""
+        """Compute E G as accurately as in fp32, (rows, d) fp32; G is from `exact_operand`."""
         if isinstance(G, Tensor):
             return self.operations.product(E, G, precision=self.exact_precision)
         left = split(E)
         pairs = [(left.high, G.low), (left.low, G.high), (left.high, G.high)]
         out = torch.empty(E.shape, dtype=torch.float32, device=E.device)
-        # The small products are added first, while their sums are small and rounded finely.
+        # The small products are added first: the smaller the sum, the smaller its rounding errors.
         for number, (e, g) in enumerate((e, g) for e, g in pairs if e is not None and g is not None):
             self.operations.product(e, g, precision="bf16", out=out, add=number > 0)
         return out
 
     def errors(self, E: Tensor, G: Tensor | Terms) -> Tensor:
-        """Compute sum(E * (E G)) of every row from an exact product, (rows,) fp32; G is from `exact_operand`."""
+        """Compute sum(E * (E G)) of every row by `exact_product`, (rows,) fp32; G is from `exact_operand`."""
         return self.row_errors(E, self.exact_product(E, G))
 
     def product_of_vertex(
         self, W: Tensor, G: Tensor, target_gap: Tensor | None, *, V: Tensor, E: Tensor, out: Tensor
     ) -> Callable[[], Tensor]:
-        """Make a function that multiplies the current vertex and writes the product to `out`.
+        """Return a function that computes E G for the current vertex V, and writes it to `out`.
 
-        The caller changes V and E in place between two calls. On a CPU torch updates the product of an earlier vertex,
-        see `vertex_products`. Otherwise the whole of E is multiplied.
+        The caller changes V and E in place between two calls. The torch kernel on a CPU updates the product of an
+        earlier vertex, see `vertex_products`. In all other cases each call multiplies E by G.
 
         Args:
             W: (rows, d) weight.
             G: (d, d), from `operand`.
-            target_gap: (rows, d) fp32, target minus W; None if both are the same.
+            target_gap: (rows, d) fp32, target minus W; None if the target is W.
             V: (rows, d) bool, the vertex.
-            E: (rows, d) target_gap + W * (1 - V), in the dtype of an `operand`.
+            E: (rows, d) target_gap + W * (1 - V), in the dtype that `operand` gives it.
             out: (rows, d) fp32, written and returned.
         """
         if self.operations is cpu and W.device.type == "cpu":
@@ -158,14 +157,14 @@ class Backend:
         return self.operations.cross_accumulate(B, D, X, precision=self.input_precision)
 
     def __getattr__(self, name: str) -> Any:
-        """Return an operation that takes no precision from the module: `lmo`, `row_step`, `removed` and others."""
+        """Return an operation of the module that has no argument `precision`: `lmo`, `row_step` and others."""
         return getattr(self.operations, name)
 
 
-# Plain torch in fp32, which every machine can run.
+# Plain torch in fp32, for any machine.
 TORCH = Backend(cpu)
 
 
 def load_backend(kernel: str, precision: str) -> Backend:
-    """Load the backend of a kernel, by its name in KERNELS. Triton is imported only here."""
+    """Load the backend of a kernel, by its name in KERNELS. No other function imports Triton."""
     return Backend(importlib.import_module(f".{KERNELS[kernel]}", __package__), precision)

@@ -1,6 +1,6 @@
-"""bound_scores and bound_sums: compute the lower bound of the error, before and after its vertex is chosen.
+"""bound_scores and bound_sums: compute the terms of the lower bound of the error.
 
-Each is one pass.
+`bound_scores` computes the scores by which `lmo` chooses the bound's vertex V. Then `bound_sums` sums over V.
 
     r        = R - (target_gap + W * (1 - M)) damping
     score    = W r
@@ -9,10 +9,10 @@ Each is one pass.
 
     W (rows, d) floating     R, M, target_gap, score (rows, d) fp32     V (rows, d) bool     damping (d,) fp32
 
-    bound_scores    flops = 7 rows d    bytes = rows d (size(W) + 4 + 4, + 4 with damping (M), + 4 with target_gap)
+    bound_scores    flops = 7 rows d    bytes = rows d (size(W) + 4 + 4, + 4 for M with damping, + 4 with target_gap)
     bound_sums      flops = 5 rows d    bytes = rows d (4 + 4 + 1)
 
-Each takes at least the time of its bytes.
+Each is one pass, and memory-bound.
 """
 
 import torch
@@ -73,14 +73,14 @@ def _bound_sums_kernel(
 def bound_scores(
     W: Tensor, R: Tensor, M: Tensor, *, target_gap: Tensor | None = None, damping: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute the scores of the bound's vertex, and the bound's constant.
+    """Compute the scores by which the bound's vertex is chosen, and the constant term of the bound.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous.
         R: (rows, d) fp32, (target_gap + W * (1 - M)) (G + damping).
         M: (rows, d) fp32, the relaxed mask.
-        target_gap: (rows, d) fp32, target minus W; None if both are the same.
-        damping: (d,) fp32, contiguous, the damping of G's diagonal; None: 0.
+        target_gap: (rows, d) fp32, target minus W; None if the target is W.
+        damping: (d,) fp32, contiguous: values added to the diagonal of G; None counts as 0.
 
     Returns:
         score (rows, d) fp32, and constant (rows,) fp32.
@@ -113,7 +113,7 @@ def bound_sums(score: Tensor, M: Tensor, V: Tensor) -> Tensor:
     Args:
         score: (rows, d) fp32, from `bound_scores`. The rows of every matrix are contiguous.
         M: (rows, d) fp32, the relaxed mask.
-        V: (rows, d) bool, the vertex of the score.
+        V: (rows, d) bool, the vertex that `lmo` chose by `score`.
 
     Raises:
         ValueError, TypeError: an argument does not fit this description.

@@ -1,14 +1,15 @@
-"""candidates: compute the weights from which a refitted mask is chosen again, and their scores, in one pass.
+"""candidates: compute candidate weights after a refit, and the scores by which the mask is chosen again, in one pass.
 
-    T     = Z at kept weights and outside the support,  Z + R inverse at the other removed weights
-    score = |T| root (1 + margin mask)
+    candidate = Z at kept weights and outside the support,  Z + R inverse at the other removed weights
+    score     = |candidate| root (1 + margin mask)
 
-    Z, R, T, score (rows, d) fp32     mask, support (rows, d) bool     inverse, root (d,) fp32     margin (rows,) fp32
+    Z, R, candidate, score (rows, d) fp32     mask, support (rows, d) bool
+    inverse, root (d,) fp32                   margin (rows,) fp32
 
     flops = 6 rows d
-    bytes = rows d (8 + 1 + 8, + 1 with support)      (Z R mask in, T score out)
+    bytes = rows d (8 + 1 + 8, + 1 with support)      (Z R mask in, candidate score out)
 
-It takes at least the time of its bytes.
+The operation is memory-bound.
 """
 
 import torch
@@ -22,8 +23,8 @@ from .launch import check_matrix, check_rows, check_vector, on_device, row_strid
 
 @triton.jit
 def _candidates_kernel(
-    Z, R, MASK, SUPPORT, INVERSE, ROOT, MARGIN, T, SCORE, rows, d,
-    stride_z, stride_r, stride_m, stride_s, stride_t, stride_score,
+    Z, R, MASK, SUPPORT, INVERSE, ROOT, MARGIN, CANDIDATE, SCORE, rows, d,
+    stride_z, stride_r, stride_m, stride_s, stride_c, stride_score,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -38,15 +39,15 @@ def _candidates_kernel(
         inverse = tl.load(INVERSE + column, mask=valid_d, other=0.0)[None, :]
         root = tl.load(ROOT + column, mask=valid_d, other=0.0)[None, :]
         column = column[None, :]
-        t = tl.load(Z + row * stride_z + column, mask=valid, other=0.0)
+        z = tl.load(Z + row * stride_z + column, mask=valid, other=0.0)
         r = tl.load(R + row * stride_r + column, mask=valid, other=0.0)
         kept = tl.load(MASK + row * stride_m + column, mask=valid, other=0).to(tl.int1)
-        still = kept
+        unchanged = kept
         if SUPPORT is not None:
-            still = still | (tl.load(SUPPORT + row * stride_s + column, mask=valid, other=0) == 0)
-        t = tl.where(still, t, t + r * inverse)
-        tl.store(T + row * stride_t + column, t, mask=valid)
-        score = tl.abs(t) * root
+            unchanged = unchanged | (tl.load(SUPPORT + row * stride_s + column, mask=valid, other=0) == 0)
+        candidate = tl.where(unchanged, z, z + r * inverse)
+        tl.store(CANDIDATE + row * stride_c + column, candidate, mask=valid)
+        score = tl.abs(candidate) * root
         tl.store(SCORE + row * stride_score + column, tl.where(kept, score * (1 + margin[:, None]), score), mask=valid)
 
 
@@ -68,11 +69,12 @@ def candidates(
         mask: (rows, d) bool, True keeps a weight.
         inverse: (d,) fp32, contiguous, 1 / diag(G).
         root: (d,) fp32, contiguous, the square roots of diag(G).
-        margin: (rows,) fp32, contiguous: a removed weight must beat a kept one by this share; None: 0.
+        margin: (rows,) fp32, contiguous: share by which the score of a removed weight must exceed the score of a kept
+            weight to replace it; None counts as 0.
         support: (rows, d) bool, True where a weight may be nonzero; None: everywhere.
 
     Returns:
-        T and score, (rows, d) fp32 each.
+        Candidates and scores, (rows, d) fp32 each.
 
     Raises:
         ValueError, TypeError: an argument does not fit this description.
@@ -84,16 +86,16 @@ def candidates(
     check_vector("root", root, d, Z)
     if margin is not None:
         check_vector("margin", margin, rows, Z)
-    # Two allocations, since the score is freed long before T.
-    T, score = (torch.empty(rows, d, dtype=torch.float32, device=Z.device) for _ in range(2))
+    # Two allocations, since the caller frees the score long before the candidates.
+    candidate, score = (torch.empty(rows, d, dtype=torch.float32, device=Z.device) for _ in range(2))
     if Z.numel() == 0:
-        return T, score
+        return candidate, score
     config = row_tile(rows, d)
     with on_device(Z):
         _candidates_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            Z=Z, R=R, MASK=mask, SUPPORT=support, INVERSE=inverse, ROOT=root, MARGIN=margin, T=T, SCORE=score,
-            rows=rows, d=d, stride_z=Z.stride(0), stride_r=R.stride(0), stride_m=mask.stride(0),
-            stride_s=row_stride(support), stride_t=T.stride(0), stride_score=score.stride(0),
+            Z=Z, R=R, MASK=mask, SUPPORT=support, INVERSE=inverse, ROOT=root, MARGIN=margin, CANDIDATE=candidate,
+            SCORE=score, rows=rows, d=d, stride_z=Z.stride(0), stride_r=R.stride(0), stride_m=mask.stride(0),
+            stride_s=row_stride(support), stride_c=candidate.stride(0), stride_score=score.stride(0),
             enable_fp_fusion=True, **config,
         )  # fmt: skip
-    return T, score
+    return candidate, score

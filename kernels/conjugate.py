@@ -1,20 +1,20 @@
-"""conjugate_step: make a step of conjugate gradients but for its product, in place. A program works on a few rows.
+"""conjugate_step: make a step of conjugate gradients except for its product, in place. A program works on a few rows.
 
-    a  = rz / <P, U>                             0 where a row is done, rz <= enough
+    a  = rz / <P, U>                             0 in a converged row, where rz <= enough
     Z += a P                                     R -= a U
     r  = mask * R     z = r inverse              rz' = <r, z>
-    P  = z + (rz' / rz) P                        U is the product of P
+    P  = z + (rz' / rz) P                        the caller computes U, the product of P
 
     Z, R, U (rows, d) fp32     P (rows, d) fp32 / bf16     mask (rows, d) bool
     inverse (d,) fp32     rz, enough (rows,) fp32
 
     flops = about 12 rows d
     bytes = rows d (12 + 1 + 8 + 2 size(P))      (P U Z R and mask in, Z R P out)
-            the first step reads R and mask and writes P; the last step neither reads mask nor writes P
+            the first call reads R and mask and writes P; the last call neither reads mask nor writes P
 
-A row that fits one chunk stays in registers from the first load to the last store. A longer row needs passes over its
-chunks, which are read from the cache as far as they fit: A sums <P, U>, B moves Z and R and sums rz', C writes the next
-P. Every pass begins where the last one ended, since the cache surely holds the chunks that were read last.
+A row that fits one chunk stays in registers from the first load to the last store. A longer row takes three passes over
+its chunks: A sums <P, U>, B updates Z and R and sums rz', C writes the next P. B begins where A ended, and C where B
+ended, since the cache still holds the chunks that were read last.
 """
 
 import torch
@@ -38,19 +38,19 @@ def configuration(rows: int, d: int) -> dict[str, int]:
     if width <= 8192:
         # A thread has 16 entries of each matrix.
         return dict(BLOCK_R=1, BLOCK_D=width, num_warps=warps(width // 512))
-    # A multiprocessor works on one long row at a time: with fewer rows at work, the cache holds more of each.
+    # With 32 warps a multiprocessor works on one long row at a time, and the cache holds more of each row.
     return dict(BLOCK_R=1, BLOCK_D=8192, num_warps=warps(32))
 
 
 @triton.jit
 def _ratio(numerator, denominator):
-    """Divide, with 0 where the denominator is not positive, since such a row has nothing left to gain."""
+    """Divide. The result is 0 where the denominator is not positive, since such a row has converged."""
     return tl.where(denominator > 0, numerator / tl.where(denominator > 0, denominator, 1.0), 0.0)
 
 
 @triton.jit
 def _move(Z, R, column, valid, p, u, a):
-    """Move one chunk of Z and R along p, and return the new R."""
+    """Update one chunk, Z += a p and R -= a u; return the new R."""
     z = tl.load(Z + column[None, :], mask=valid, other=0.0)
     r = tl.load(R + column[None, :], mask=valid, other=0.0)
     r -= a[:, None] * u
@@ -61,7 +61,7 @@ def _move(Z, R, column, valid, p, u, a):
 
 @triton.jit
 def _preconditioned(INVERSE, MASK, r, column, valid, valid_d):
-    """Mask r, and multiply it by the preconditioner."""
+    """Return the masked r, and its product with the preconditioner."""
     if MASK is not None:
         r = tl.where(tl.load(MASK + column[None, :], mask=valid, other=0).to(tl.int1), r, 0.0)
     return r, r * tl.load(INVERSE + column, mask=valid_d, other=0.0)[None, :]
@@ -132,8 +132,7 @@ def _conjugate_kernel(
         rz = tl.sum(products_rz, axis=1)
 
         if not LAST:
-            # R goes from pass to pass through global memory. The thread that reads an entry may not be the one that
-            # wrote it, and Triton adds no barrier for that.
+            # Pass C reads entries of R that another thread may have stored in pass B, and Triton adds no barrier.
             tl.debug_barrier()
             # Pass C: the direction.
             for start in range(0, d, BLOCK_D):
@@ -165,17 +164,18 @@ def conjugate_step(
     first: bool = False,
     last: bool = False,
 ) -> None:
-    """Make a step of conjugate gradients but for its product, in place.
+    """Make a step of conjugate gradients except for its product, in place.
 
     Args:
-        Z, R, U: (rows, d) fp32 with contiguous rows (column stride 1).
-        P: (rows, d) fp32 or bf16 with contiguous rows.
-        rz, enough: (rows,) fp32, contiguous.
-        inverse: (d,) fp32, contiguous.
-        mask: (rows, d) bool with contiguous rows, or None.
-        first: whether this is the call before the first product. P, rz and enough are written, Z and R stay, and U is
-            not read.
-        last: whether this is the call after the last product. Z and R move; P, rz and enough stay.
+        Z, R, U: (rows, d) fp32 with contiguous rows (column stride 1): solution, residual, and product of P.
+        P: (rows, d) fp32 or bf16 with contiguous rows: the search direction.
+        rz, enough: (rows,) fp32, contiguous: <r, z>, and the value of it at which a row has converged.
+        inverse: (d,) fp32, contiguous: the preconditioner.
+        mask: (rows, d) bool with contiguous rows, True for entries of Z that change; None: all of them.
+        first: whether this is the call before the first product. It writes P, rz and enough, leaves Z and R unchanged,
+            and does not read U.
+        last: whether this is the call after the last product. It updates Z and R, and leaves P, rz and enough
+            unchanged.
 
     Raises:
         ValueError, TypeError: an argument does not fit this description.

@@ -1,10 +1,10 @@
-"""Operations in plain torch, arranged for a CPU: `--kernel torch` runs them.
+"""Operations in plain torch, arranged for a CPU, for `--kernel torch`.
 
-The Triton kernel of the same name documents an operation's formula and arguments, and tests compare both with a plain
-specification. The operations work in place, in blocks of rows that stay in the cache, and without arithmetic on bool
-tensors (`topk_torch.py` says why). They make few temporaries: if the system has to allocate one of the size of a chunk,
-that takes longer than the arithmetic on it. They also run on a GPU, but are not tuned for one. Results do not depend on
-the size of the blocks.
+For formulas and arguments see the Triton kernel of the same name. Tests compare both with a plain specification. The
+operations work in place, in blocks of rows that stay in the cache, and without arithmetic on bool tensors
+(`topk_torch.py` says why). They make few temporaries, since the system may take longer to allocate one than torch to
+compute it. The results are the same for any size of the blocks. The operations also run on a GPU, but are not tuned for
+GPUs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +17,11 @@ from torch.optim.adam import adam
 from .definitions import ADAM_EPSILON, CONVERGED, DECAYS, LEAST_GAIN, RowState, check_budget, check_precision
 from .topk_torch import as_float, at_least, infinite, masked, row_blocks, select
 
-# Rows of a panel of a Gram matrix. In panels the lower triangle takes 0.6 to 0.7 of the time of the square, for half of
-# its flops.
+# Number of rows in a panel of a Gram matrix. The lower triangle, computed in panels, has half of the flops of the full
+# square, and takes 0.6 to 0.7 of its time.
 PANEL = 192
 
-# Rows that are mirrored at a time, so that no second G is allocated.
+# Number of rows that are mirrored at a time, so that no second G is allocated.
 MIRRORED = 512
 
 
@@ -37,13 +37,13 @@ def round_operand(X: Tensor, precision: str) -> Tensor:
     if precision == "bf16":
         return X.bfloat16().float()
     bits = X.view(torch.int32)
-    # Round to nearest even at bit 13, as an integer. A carry into the exponent gives the right number.
+    # Round the integer to nearest even at bit 13. A carry into the exponent gives the right result as well.
     even = (bits >> 13).bitwise_and_(1)
     return even.add_(bits).add_(0xFFF).bitwise_and_(~0x1FFF).view(torch.float32)
 
 
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
-    """Multiply E G."""
+    """Compute E G."""
     if add:
         assert out is not None
         return out.addmm_(round_operand(E, precision), round_operand(G, precision))
@@ -51,7 +51,7 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
 
 
 def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
-    """Multiply E C^T."""
+    """Compute E C^T."""
     return product(E, C.T, precision=precision)
 
 
@@ -91,9 +91,9 @@ def lmo(
 ) -> Tensor:
     """Choose the vertex that keeps the k best scores of every row, by `topk_torch.select`."""
     check_budget(score.shape, k, group)
-    # A row with a NaN has a NaN as its maximum.
+    # The maximum of a row with a NaN is NaN.
     if check_nan and score.numel() and score.amax(1).isnan().any():
-        raise ValueError("score: NaN is no choice")
+        raise ValueError("score: contains NaN")
     out = torch.empty(score.shape, dtype=torch.bool, device=score.device) if out is None else out
     return select(score, k, group=group, fixed=fixed, positive=positive, out=out)
 
@@ -105,9 +105,9 @@ def row_step(
     theta: float | Tensor = 0.0,
     next_theta: float | Tensor = 0.0,
 ) -> None:
-    """Make a Frank-Wolfe step of every row, in place, in blocks of rows that stay in the cache.
+    """Make a Frank-Wolfe step in every row, in place, in blocks of rows that stay in the cache.
 
-    The next scores overwrite U. The state's threshold is not used.
+    The next scores overwrite U. `state.threshold` is ignored.
     """
     W, k, fixed, target_gap = state.W, state.k, state.fixed, state.target_gap
     theta, next_theta = float(theta), float(next_theta)
@@ -119,7 +119,7 @@ def row_step(
         eta_rows = state.eta[rows, None]
         m.addcmul_(D, eta_rows)
         r.addcmul_(B, eta_rows)
-        # Half of the score selects the same entries. It overwrites U.
+        # Half of each score is computed, which selects the same entries.
         score = torch.mul(w, r, out=u)
         removed = 1 - m
         state.error[rows] = (score * removed).sum(1)
@@ -135,7 +135,7 @@ def row_step(
 def _line_search(w: Tensor, q: Tensor | None, m: Tensor, r: Tensor, D: Tensor, B: Tensor, theta: float) -> Tensor:
     """Compute the step sizes (rows,) of a line search, with D = V - M and B = U - R."""
     wD = w * D
-    # Half of -lin, in few calls: a call on one number a row takes as long as one on whole rows.
+    # `half` is -lin / 2. There are few calls, since a call on one value a row takes as long as a call on whole rows.
     half, quad = (wD * r).sum(1), wD.mul_(B).sum(1).neg_()
     if q is not None and theta:
         qD = torch.mul(q, D, out=wD)
@@ -145,7 +145,7 @@ def _line_search(w: Tensor, q: Tensor | None, m: Tensor, r: Tensor, D: Tensor, B
 
 
 def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:
-    """Run step(*row) for every row of `numbers`, and yield after each; see `repeat.py`. `like` is not used."""
+    """Run step(*row) for every row of `numbers`, and yield after each run, as in `repeat.py`. `like` is ignored."""
     for row in numbers:
         step(*row)
         yield
@@ -154,23 +154,23 @@ def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like
 def row_swaps(
     W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None
 ) -> None:
-    """Lower the error of every mask by 1-swaps, in place, in all rows at once."""
+    """Lower the error of every row's mask by 1-swaps, in place."""
     W = W.float()
     blocks = _diagonal_blocks(G, group or G.shape[1])
     q = W * W * G.diagonal()
-    least = masked(q, ~V).sum(1).mul_(-LEAST_GAIN)
+    threshold = masked(q, ~V).sum(1).mul_(-LEAST_GAIN)
     rows, r, v = torch.arange(len(W), device=W.device), R.clone(), V.clone()
     fixed_rows = V.new_zeros(()) if fixed is None else fixed
     for _ in range(limit):
         lin = (2 * W).mul_(r)
         a, b = torch.maximum(q + lin, infinite(~v | fixed_rows)), torch.maximum(q - lin, infinite(v))
         i, p, change = _best_swap(W, a, b, blocks)
-        go = change < least
-        if not go.all():
-            # Rows without a swap are done, and leave the search.
+        active = change < threshold
+        if not active.all():
+            # Rows without a swap leave the search.
             R[rows], V[rows] = r, v
-            W, q, least, rows, r, v, i, p = (x[go] for x in (W, q, least, rows, r, v, i, p))
-            fixed_rows = fixed_rows if fixed is None else fixed_rows[go]
+            W, q, threshold, rows, r, v, i, p = (x[active] for x in (W, q, threshold, rows, r, v, i, p))
+            fixed_rows = fixed_rows if fixed is None else fixed_rows[active]
         if not len(rows):
             return
         at = torch.arange(len(rows), device=W.device)
@@ -186,14 +186,20 @@ def _diagonal_blocks(G: Tensor, m: int) -> Tensor:
 
 
 def _best_swap(W: Tensor, a: Tensor, b: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the best swap (i, p) of every row and its change of the error; a, b (rows, d) are inf where impossible."""
+    """Find the best swap of every row: the entries i to remove and p to keep, and the change of the error.
+
+    Args:
+        W: (rows, d) fp32.
+        a, b: (rows, d), the change of the error if one entry is removed (a) or kept (b); inf where impossible.
+        blocks: from `_diagonal_blocks`.
+    """
     groups, m, _ = blocks.shape
     shape = (len(W), groups, m)
     w, a, b = W.view(shape), a.view(shape), b.view(shape)
     group = torch.arange(groups, device=W.device)
 
     def partners(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # The best x of every group and its best partner in y; then the best group.
+        # Find the lowest x of every group and its best partner in y, and then the best of these pairs.
         first = x.argmin(2, keepdim=True)
         pairs = blocks[group, first.squeeze(2)].mul_(w).mul_(2 * w.gather(2, first))
         change, second = (y - pairs).min(2, keepdim=True)
@@ -202,17 +208,18 @@ def _best_swap(W: Tensor, a: Tensor, b: Tensor, blocks: Tensor) -> tuple[Tensor,
         first, second = ((z.gather(1, best) + m * best).view(-1) for z in (first, second))
         return first, second, change.view(-1)
 
+    # The best pair with the lowest a of a group, and the best pair with the lowest b of a group.
     i, p, change = partners(a, b)
-    p_too, i_too, change_too = partners(b, a)
-    better = change_too < change
-    return torch.where(better, i_too, i), torch.where(better, p_too, p), torch.minimum(change, change_too)
+    p_b, i_b, change_b = partners(b, a)
+    better = change_b < change
+    return torch.where(better, i_b, i), torch.where(better, p_b, p), torch.minimum(change, change_b)
 
 
 def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """Compute target_gap + W * (1 - mask)."""
     E = masked(W, ~mask)
     if target_gap is not None:
-        # In place where the sum has the dtype of W.
+        # In place if the sum has the dtype of W.
         E = E.add_(target_gap) if E.dtype == target_gap.dtype else target_gap + E
     return E if out is None else out.copy_(E)
 
@@ -232,7 +239,7 @@ def row_errors(W: Tensor, R: Tensor, Z: Tensor | None = None) -> Tensor:
 def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
     """Set X[taken] = Y[taken]."""
     if X.device.type != "cpu":
-        # Indexing by a bool tensor would make the host wait for the list of rows.
+        # Indexing by a bool tensor would make the host wait for the GPU to count the rows.
         X.copy_(torch.where(taken[:, None], Y, X))
         return
     rows = torch.from_numpy(np.flatnonzero(taken.numpy()))
@@ -250,16 +257,16 @@ def candidates(
     margin: Tensor | None = None,
     support: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the candidates and their scores."""
-    T = masked(R * inverse, ~mask if support is None else ~mask & support).add_(Z)
-    score = torch.abs(T).mul_(root)
-    return T, score if margin is None else score.mul_(as_float(mask).mul_(margin[:, None]).add_(1))
+    """Compute the candidate weights and their scores."""
+    candidate = masked(R * inverse, ~mask if support is None else ~mask & support).add_(Z)
+    score = torch.abs(candidate).mul_(root)
+    return candidate, score if margin is None else score.mul_(as_float(mask).mul_(margin[:, None]).add_(1))
 
 
 def bound_scores(
     W: Tensor, R: Tensor, M: Tensor, *, target_gap: Tensor | None = None, damping: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute the scores of the bound's vertex, and the bound's constant."""
+    """Compute the scores by which the bound's vertex is chosen, and the constant term of the bound."""
     if damping is not None:
         E = (1 - M).mul_(W)
         E = E if target_gap is None else E.add_(target_gap)
@@ -273,10 +280,10 @@ def bound_sums(score: Tensor, M: Tensor, V: Tensor) -> Tensor:
 
 
 def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
-    """Choose the mask of the k highest M, with ties by saliency.
+    """Choose the mask of the k highest M of every row (or group). Ties go to the higher saliency.
 
-    A row (or group) with exactly k entries of at least 1/2 keeps these. After a penalty that holds for nearly all rows,
-    and numpy needs several times as long to partition entries that are all 0 or 1.
+    If exactly k entries of a row are at least 1/2, the row keeps these, and needs no search. After a penalty nearly all
+    rows are of this kind. Their entries are nearly all 0 or 1, which numpy takes several times as long to partition.
     """
     check_budget(M.shape, k, group)
     shape, width = M.shape, group or M.shape[1]
@@ -308,7 +315,7 @@ def conjugate_step(
     first: bool = False,
     last: bool = False,
 ) -> None:
-    """Make a step of conjugate gradients of every row but for the product, in place, in blocks of rows."""
+    """Make a step of conjugate gradients in every row, except for the product, in place, in blocks of rows."""
     for rows in row_blocks(Z):
         r, p = R[rows], P[rows].float()
         if not first:
@@ -334,8 +341,8 @@ def conjugate_step(
 def adam_step(
     W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor, m: Tensor, v: Tensor, *, rate: float, step: int
 ) -> None:
-    """Make a step of Adam of the entries of W at `index`."""
-    # torch adds 1 before it makes the step.
+    """Make a step of Adam for the entries of W at `index`."""
+    # `adam` takes the number of finished steps, and adds 1 to it.
     done = torch.full((), step - 1.0, dtype=torch.float32, device=W.device)
     g = gradient.index_select(0, index).to(weight.dtype)
     adam(
@@ -346,5 +353,5 @@ def adam_step(
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Divide, with 0 where the denominator is not positive, since such a row has nothing left to gain."""
+    """Divide. The result is 0 where the denominator is not positive, since such a row has converged."""
     return torch.where(denominator > 0, numerator / denominator, 0)

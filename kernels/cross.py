@@ -3,10 +3,10 @@
     D (tokens, rows), X (tokens, d) fp32 / bf16 / fp16, of the same dtype     B (rows, d) fp32
 
     flops = 2 tokens rows d
-    bytes = tokens (rows + d) size(X) + 8 rows d           (D and X once; B read and written)
+    bytes = tokens (rows + d) size(X) + 8 rows d           (D and X read once; B read and written)
 
-Each entry belongs to one program: there are no atomics, and every run gives the same bits. Products of bf16 and fp16
-inputs are exact; fp32 inputs are rounded to `precision`. Sums are accumulated in fp32.
+One program adds to an entry of B, once, so every run gives the same bits. Products of bf16 and fp16 inputs are exact;
+fp32 inputs are rounded to `precision`. Sums are accumulated in fp32.
 """
 
 import torch
@@ -22,20 +22,20 @@ from .product import TRITON_DTYPES
 
 def configuration(rows: int, d: int, size: int, vectors: bool) -> dict[str, int]:
     """Choose tile sizes and launch options for inputs of `size` bytes; for `vectors` see `launch.vectorized`."""
-    where = platform()
-    if where == "interpreter":
+    target = platform()
+    if target == "interpreter":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8)
-    BLOCK_K, stages = 128 // size, dict(hip=2, sm_80=3, sm_90=4)[where]
+    BLOCK_K, stages = 128 // size, dict(hip=2, sm_80=3, sm_90=4)[target]
     if triton.cdiv(rows, 128) * triton.cdiv(d, 128) < 128 or not vectors:
-        # There are too few large tiles to fill a GPU, or large tiles spill, since each entry has a load of its own. On
-        # sm_80 small tiles spill as well, unless 8 warps share the addresses.
+        # Large tiles are too few to fill a GPU, or they would spill, since each entry is loaded by an instruction of
+        # its own. In that case small tiles spill on sm_80 as well, unless 8 warps share the addresses.
         num_warps = 4 if vectors else 8
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=num_warps, num_stages=stages)
-    if where == "sm_80" and size == 4:
-        # Steps of 128 bytes need 245 registers on sm_80, and spill on sm_120. These need 158 and 150.
+    if target == "sm_80" and size == 4:
+        # Steps of 128 bytes need 245 registers on sm_80, and spill on sm_120. Steps of half the size need 158 and 150.
         BLOCK_K, stages = BLOCK_K // 2, stages + 1
     # Larger tiles spill in the epilogue, where registers hold a tile of B and the sums.
-    if where == "hip":
+    if target == "hip":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=4, num_stages=stages)
     return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=stages)
 
@@ -51,11 +51,11 @@ def _cross_kernel(
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
 
-    # Masked, not clamped as in product.py: these columns are the contiguous axis of the loads.
+    # Indices past the edge are masked, and not clamped as in product.py, since these loads are contiguous along them.
     valid_m = offs_m < rows
     valid_n = offs_n < d
     token = offs_k.to(tl.int64)
-    # D is loaded as D^T: on sm_80, 16-bit tiles that are transposed after the load are not loaded ahead.
+    # A tile of D^T is loaded directly. If it were transposed after the load, sm_80 would not load 16-bit tiles ahead.
     d_ptrs = D + token[None, :] * stride_dt + offs_m.to(tl.int64)[:, None] * stride_dr
     x_ptrs = X + token[:, None] * stride_xt + offs_n.to(tl.int64)[None, :] * stride_xd
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

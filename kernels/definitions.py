@@ -1,13 +1,13 @@
-"""Define what all implementations of the operations share: precisions, constants, budgets, and the state of a step.
+"""Define what all implementations of the operations share: precisions, constants, checks, and the state of a step.
 
 W (rows, d)           weight                             G (d, d)     Gram matrix (Hessian) X^T X of the inputs
 M (rows, d)           relaxed mask, entries in [0, 1]    diag (d,)    diagonal of G
 V (rows, d)           vertex: a binary mask, bool        fixed (rows, d)    bool, entries that every vertex keeps
-target_gap (rows, d)  target minus W, where the masked weights approximate a target other than W; else None
+target_gap (rows, d)  target minus W; None if the target is W
 E (rows, d)           target_gap + W * (1 - V): the weights that V removes, plus the target gap
 R (rows, d)           (target_gap + W * (1 - M)) G
-U (rows, d)           E G, the same product for V
-error(M) = sum((target_gap + W * (1 - M)) * R), a quadratic in each row
+U (rows, d)           E G: what R is for M, U is for V
+error(M) = sum((target_gap + W * (1 - M)) * R), in each row a quadratic function of M
 """
 
 from dataclasses import dataclass
@@ -17,41 +17,42 @@ from torch import Tensor
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 
-# A swap is made only if it lowers the row's error by more than this fraction of sum(q) over the entries removed at the
-# start. A smaller gain may be rounding, and a search that follows rounding may never end.
+# A swap is made only if it lowers the row's error by more than this fraction of sum(W^2 diag) over the entries that are
+# removed before the first swap. A smaller gain may be a rounding error, and such gains may never end.
 LEAST_GAIN = 1e-6
 
-# Conjugate gradients stop in a row once <r, z> is at most this fraction of its first value: later ratios would consist
-# of rounding errors.
+# Conjugate gradients stop in a row once <r, z> is at most this fraction of its first value: later step sizes would
+# consist of rounding errors.
 CONVERGED = 1e-12
 
-# Adam's decay of the mean gradient and of the mean square, and the number that is added to the root of the mean square.
-# The squares of gradients below this number are 0 in fp32: the root would be 0, and the step infinite.
+# DECAYS: the decay rates of Adam's running means of the gradient and of its square. ADAM_EPSILON is added to the root
+# of the mean square, which is 0 in fp32 for a tiny gradient: the step would be infinite.
 DECAYS = (0.9, 0.999)
 ADAM_EPSILON = 1e-16
 
 
 @dataclass
 class RowState:
-    """State of Frank-Wolfe in some rows, which `row_step` changes in place.
+    """State of Frank-Wolfe in some rows. `row_step` updates it in place.
 
-    The rows of every matrix are contiguous (column stride 1), and so are vectors.
+    The rows of every matrix are contiguous (column stride 1), and vectors are contiguous.
 
     Attributes:
         W: (rows, d) weight, fp32 / bf16 / fp16.
         diag: (d,) fp32, the diagonal of G.
-        M, R: (rows, d) fp32, the relaxed mask and its product.
-        U: (rows, d) fp32 product of E; undefined after a step.
-        V: (rows, d) bool vertex to which U belongs; a step replaces it by the next vertex.
-        E: (rows, d), fp32 / bf16 / fp16, the operand of the product; replaced.
-        k: number of entries that a vertex keeps in a row, an int or an int tensor (rows,); with `group`, an int, the
-            number in a group.
-        eta, error: (rows,) fp32, written: the step size, and error(M) after the step, which is NaN if an input is NaN.
-        group: 0 for whole rows, else m of n:m, up to 32.
+        M, R: (rows, d) fp32, the relaxed mask, and (target_gap + W * (1 - M)) G.
+        U: (rows, d) fp32, E G. The caller computes U before a step; after the step U is undefined.
+        V: (rows, d) bool, the vertex. A step replaces V by the next vertex.
+        E: (rows, d), fp32 / bf16 / fp16, target_gap + W * (1 - V). A step replaces E with V.
+        k: number of entries that a vertex keeps in a row, an int or an int tensor (rows,). With `group` it is an int,
+            the number of entries that a vertex keeps in a group.
+        eta, error: (rows,) fp32. A step writes its step size, and error(M) after the step, which is NaN if an input is
+            NaN.
+        group: 0 for whole rows, m for n:m; up to 32.
         fixed: (rows, d) bool, True for entries that every vertex keeps; None: no entry.
-        target_gap: (rows, d) fp32; None: 0.
-        threshold: (rows,) fp32, a score of each row at which the search for the next vertex may start. Any number gives
-            the same result. A kernel that searches replaces it by a number that separates kept entries from the others.
+        target_gap: (rows, d) fp32, target minus W; None counts as 0.
+        threshold: (rows,) fp32, the scores from which a kernel starts its search for the next vertex. They affect its
+            time, and never its result. The search replaces them by scores that separate kept entries from removed ones.
             None: the search starts from the range of the scores.
     """
 

@@ -1,7 +1,7 @@
 """Device functions that several kernels call: rounding, dot product, order of tiles, columns of a chunk, step formulas.
 
-Kernels load and store bfloat16 and multiply it in `dot`, but convert it to fp32 before any other arithmetic: the
-interpreter would compute with the bit patterns.
+Kernels only load bfloat16, store it, and multiply it in `dot`. They convert it to fp32 before any other arithmetic,
+since the interpreter would compute with its bit patterns.
 """
 
 import triton
@@ -14,7 +14,7 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 def cast(x, DTYPE: tl.constexpr):
     """Convert x to DTYPE, rounded to nearest even."""
     if INTERPRET and tl.bfloat16 == DTYPE and x.dtype != tl.bfloat16:
-        # The interpreter truncates. This rounds first, so that no bits are left to truncate.
+        # The interpreter truncates where a GPU rounds. After this rounding no bits are left to truncate.
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
@@ -22,7 +22,7 @@ def cast(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute acc + a b in fp32, with operands in DTYPE. PRECISION ("ieee", "tf32") is that of fp32 operands."""
+    """Compute acc + a b in fp32, with operands in DTYPE. Operands in fp32 are multiplied at PRECISION."""
     a = cast(a, DTYPE)
     b = cast(b, DTYPE)
     if INTERPRET:
@@ -51,8 +51,8 @@ def quarters(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def grouped_tile(tile, rows, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Find the first row and the first column of a tile of a (rows, d) product.
 
-    Tiles are ordered in groups of GROUP_M rows of tiles, so that programs that run at the same time share rows of the
-    left operand and columns of the right one in the cache.
+    Tiles are numbered in groups of GROUP_M rows of tiles. So programs that run at the same time share rows of the left
+    operand, and columns of the right operand, in the cache.
     """
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(d, BLOCK_N)
@@ -66,8 +66,8 @@ def grouped_tile(tile, rows, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BL
 def triangle_tile(tile, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Find the first row and the first column of one of `launch.triangle_tiles` tiles of a (d, d) lower triangle.
 
-    The triangle, diagonal included, consists of squares. The squares of the right half, turned by 180 degrees, complete
-    those of the left half to a rectangle, whose tiles are ordered by `grouped_tile`:
+    Squares cover the triangle and its diagonal. The right half of the squares, turned by 180 degrees (marked by '),
+    completes the left half to a rectangle. `grouped_tile` numbers the tiles of the rectangle:
 
         0              3' 2'                   0  2'
         0 1            0  2'    4 squares      0  1    3 squares
@@ -88,7 +88,7 @@ def triangle_tile(tile, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N
     column_of_square = tl.where(turned, squares - 1 + odd - column, column)
     first_m = row_of_square * SIDE + first_m % SIDE
     first_n = column_of_square * SIDE + first_n % SIDE
-    # Triton 3.6 does not find these multiples itself, and would load entries one by one.
+    # Triton 3.6 cannot infer these multiples, and would load entries one by one.
     return tl.multiple_of(first_m, BLOCK_M), tl.multiple_of(first_n, BLOCK_N)
 
 
@@ -96,11 +96,12 @@ def triangle_tile(tile, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N
 def columns(start, d, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr = 4):
     """Compute the columns of one chunk, and which of them exist.
 
-    Groups whose size is not a power of two begin PADDED columns apart, so that a chunk reshapes into whole groups. A
-    thread has at most TOGETHER adjacent columns.
+    Each group of GROUP columns is padded to PADDED columns, a power of two, so that a chunk reshapes into whole groups.
+    A thread has at most TOGETHER adjacent columns.
     """
-    # With 4 columns in a thread, entries of 1, 2 and 4 bytes have the same layout in registers. With 16 bytes in a
-    # thread the layouts would differ, and entries would pass through shared memory from thread to thread.
+    # With 4 adjacent columns in a thread, matrices with entries of 1, 2 and 4 bytes have the same layout in registers.
+    # With 16 adjacent bytes in a thread the layouts would differ, and entries would have to change threads through
+    # shared memory.
     index = start + tl.max_contiguous(tl.arange(0, BLOCK_D), TOGETHER)
     if GROUP == PADDED:
         column = index
@@ -119,7 +120,7 @@ def move(x, target, eta):
 
 @triton.jit
 def line_terms(w, q, m, r, u, v, theta):
-    """Compute the terms of lin and quad of each entry, see `step.py`."""
+    """Compute the term of each entry in the sums lin and quad, see `step.py`."""
     D = v - m
     WD = w * D
     qD = theta * q * D
@@ -128,7 +129,7 @@ def line_terms(w, q, m, r, u, v, theta):
 
 @triton.jit
 def line_search(lin, quad):
-    """Find the step size eta in [0, 1] that minimizes lin eta + quad eta^2; where quad <= 0 it is the better end."""
+    """Find the step size eta in [0, 1] that minimizes lin eta + quad eta^2. If quad <= 0, this is 0 or 1."""
     inner = tl.minimum(tl.maximum(-lin / (2 * tl.where(quad > 0, quad, 1.0)), 0.0), 1.0)
     return tl.where(quad > 0, inner, tl.where(lin + quad < 0, 1.0, 0.0))
 

@@ -3,13 +3,13 @@
     X (tokens, d) fp32 / bf16 / fp16     G (d, d) fp32
 
     flops = tokens d (d + 1)                       (half of the full square)
-    bytes = tokens d size(X) + 4 d (d + 1)         (X once; one triangle of G read and written)
+    bytes = tokens d size(X) + 4 d (d + 1)         (X read once; one triangle of G read and written)
 
-Entries above the diagonal are undefined until `mirror.py` completes G. A sum needs many calls, and a copy of the
-triangle after each call would double the bytes of G.
+Entries above the diagonal are undefined until `mirror_lower` overwrites them, after the last of many calls. A copy of
+the triangle in each call would double the bytes of G.
 
-Each entry belongs to one program, so every run gives the same bits. Products of bf16 and fp16 inputs are exact; fp32
-inputs are rounded to `precision`. Sums are accumulated in fp32.
+One program adds to an entry of G, once, so every run gives the same bits. Products of bf16 and fp16 inputs are exact;
+fp32 inputs are rounded to `precision`. Sums are accumulated in fp32.
 """
 
 import torch
@@ -25,19 +25,20 @@ from .product import TRITON_DTYPES
 
 def configuration(d: int, size: int, vectors: bool) -> dict[str, int]:
     """Choose tile sizes and launch options for inputs of `size` bytes; for `vectors` see `launch.vectorized`."""
-    where = platform()
-    if where == "interpreter":
+    target = platform()
+    if target == "interpreter":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8)
     BLOCK_K = 128 // size
-    # Large tiles spill if each entry has a load of its own. On sm_89 steps of 128 bytes spill with entries of 4 bytes.
+    # Large tiles spill if each entry is loaded by an instruction of its own. In that case steps of 128 bytes spill on
+    # sm_89 if entries have 4 bytes.
     if d <= 1024 or not vectors:
         BLOCK_K = BLOCK_K if vectors or size == 2 else BLOCK_K // 2
-        stages = 2 if where == "hip" else 4
+        stages = 2 if target == "hip" else 4
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=4, num_stages=stages)
-    if where == "hip":
+    if target == "hip":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=4, num_stages=2)
     # Larger tiles spill in the epilogue, where registers hold a tile of G and the sums.
-    if where == "sm_90":
+    if target == "sm_90":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=4)
     return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=3)
 
@@ -52,7 +53,7 @@ def _gram_kernel(
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    # Masked, not clamped as in product.py: these columns are the contiguous axis of the loads.
+    # Indices past the edge are masked, and not clamped as in product.py, since these loads are contiguous along them.
     valid_m = offs_m < d
     valid_n = offs_n < d
     token = offs_k.to(tl.int64)[:, None]
@@ -69,7 +70,7 @@ def _gram_kernel(
 
     row = offs_m.to(tl.int64)[:, None]
     column = offs_n.to(tl.int64)[None, :]
-    # Only a tile on the diagonal has entries above it.
+    # Entries above the diagonal, which only tiles on the diagonal have, are not stored.
     valid = valid_m[:, None] & valid_n[None, :] & (row >= column)
     g_ptrs = G + row * stride_gr + column * stride_gd
     tl.store(g_ptrs, tl.load(g_ptrs, mask=valid, other=0.0) + acc, mask=valid)
@@ -79,7 +80,7 @@ def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
     """Add X^T X to the lower triangle of G in place.
 
     Args:
-        G: (d, d) fp32, any strides. Entries above its diagonal become undefined, see `mirror_lower`.
+        G: (d, d) fp32, any strides. Entries above its diagonal become undefined.
         X: (tokens, d), fp32 / bf16 / fp16, any strides.
         precision: rounding of fp32 inputs, "ieee" or "tf32".
 

@@ -17,7 +17,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def platform() -> str:
     """Return the target of the next launch: "interpreter", "hip", "sm_80" (and earlier) or "sm_90" (and later).
 
-    sm_120 counts as sm_80: it multiplies by the same instructions, and a program has 99 KiB of shared memory.
+    sm_120 counts as sm_80: it has the same instructions for tensor cores, and only 99 KiB of shared memory a program.
     """
     if INTERPRET:
         return "interpreter"
@@ -33,9 +33,9 @@ def warps(n: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return how many programs a persistent kernel launches: one on each multiprocessor, or 2 in the interpreter.
+    """Return the number of programs of a persistent kernel: one on each multiprocessor, or 2 in the interpreter.
 
-    For tensors on the meta device, with which kernels are only compiled, it is the number of an H100.
+    For the meta device, whose tensors serve to compile kernels without a GPU, it is the number of an H100.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
@@ -50,18 +50,21 @@ def triangle_tiles(d: int, block_m: int, block_n: int) -> int:
 
 
 def describable(matrix: Tensor) -> bool:
-    """Tell whether a tensor descriptor can describe a matrix: contiguous rows that start at multiples of 16 bytes."""
+    """Tell whether a tensor descriptor can describe a matrix: its rows are contiguous, and aligned to 16 bytes."""
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
     return aligned and matrix.stride(1) == 1
 
 
 def vectorized(matrix: Tensor) -> bool:
-    """Tell whether a kernel loads several entries at once: Triton looks for multiples of 16 entries and of 16 bytes."""
+    """Tell whether a thread can load several entries of a matrix by one instruction.
+
+    Triton does so if rows are contiguous, the address is a multiple of 16 bytes, and the row stride of 16 entries.
+    """
     return matrix.data_ptr() % 16 == 0 and matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0
 
 
 def interpreter_tile(rows: int, width: int) -> dict[str, int]:
-    """Choose a large tile for a row-wise kernel in the interpreter, where programs and steps cost more than entries."""
+    """Choose a large tile for a row-wise kernel: the interpreter's time grows with programs and steps, not entries."""
     BLOCK_D = min(triton.next_power_of_2(width), 65536)
     return dict(BLOCK_R=max(1, min(triton.next_power_of_2(rows), 262144 // BLOCK_D)), BLOCK_D=BLOCK_D)
 
@@ -94,18 +97,18 @@ def check_matrix(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> 
 
 
 def check_fp32_precision(precision: str) -> None:
-    """Raise unless `precision` is "ieee" or "tf32": these read fp32 inputs without splitting or converting them."""
+    """Raise unless `precision` is "ieee" or "tf32", which need no split or converted copy of fp32 inputs."""
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision: expected ieee or tf32, got {precision!r}")
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the tensor's GPU the current one in a `with` block: Triton launches on the current GPU."""
+    """Make the tensor's GPU the current GPU in a `with` block, since Triton launches on the current GPU."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
 def row_tile(rows: int, d: int) -> dict[str, int]:
-    """Choose tile sizes and launch options of a kernel whose programs pass once over a few rows, chunk by chunk."""
+    """Choose tile sizes and launch options of a kernel in which a program reads a few rows once, chunk by chunk."""
     if INTERPRET:
         return interpreter_tile(rows, d)
     BLOCK_D = min(triton.next_power_of_2(d), 4096)
@@ -126,7 +129,7 @@ def check_rows(
 
 
 def check_vector(name: str, vector: object, length: int, like: Tensor) -> None:
-    """Raise unless `vector` has this length, and contiguous fp32 entries."""
+    """Raise unless `vector` is a tensor of this length, on the device of `like`, with contiguous fp32 entries."""
     check(name, vector, (length,), (torch.float32,), like)
     assert isinstance(vector, Tensor)
     if not vector.is_contiguous():

@@ -1,14 +1,16 @@
 """lmo: choose the vertex of the mask polytope that keeps the k best scores of every row, or n of every m.
 
-    score (rows, d) fp32     fixed (rows, d) bool or none     V (rows, d) bool
+    score (rows, d) fp32     fixed (rows, d) bool or None     V (rows, d) bool
 
     flops = 0; about 10 comparisons an entry
-    bytes = rows d (4 + 1 + 1 with fixed)         (the score once, the vertex once)
+    bytes = rows d (4 + 1, + 1 with fixed)         (score and fixed read once, V written once)
 
-Exactly k entries are kept. Equal scores go to the lower index, -0.0 equals +0.0, a fixed entry counts as +inf, and NaN
-is an error. `topk.py` says how the k-th best score is found. A row of up to 32768 entries keeps its keys in registers
-for the search. Of a longer row the first 16384 keys stay there, and every count reads the others from the cache again.
-A row of more than 4096 entries is read once more when its entries are chosen.
+Exactly k entries of a row are kept; with `positive` fewer, if fewer scores are above 0. Equal scores go to the lower
+index, -0.0 equals +0.0, a fixed entry counts as +inf, and NaN is an error.
+
+`topk.py` says how the k-th best score is found. The search holds the keys of a row of up to 32768 entries in registers.
+Of a longer row it holds the first 16384 keys in registers, and reads the other keys from the cache for every count. A
+row of more than 4096 entries is read again after the search, when its entries are chosen.
 """
 
 import torch
@@ -26,7 +28,7 @@ INTEGERS = (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
     """Choose tile sizes and launch options: BLOCK_R rows, chunks of BLOCK_D columns, SEARCH_D keys in registers."""
-    width = triton.next_power_of_2(span(d, group))
+    width = triton.next_power_of_2(padded_d(d, group))
     if platform() == "interpreter":
         tile = interpreter_tile(rows, width)
         return tile | dict(SEARCH_D=tile["BLOCK_D"])
@@ -34,30 +36,31 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
         BLOCK_D = max(min(width, 1024 if group else 4096), triton.next_power_of_2(max(group, 1)))
         tile = dict(BLOCK_R=max(1, 1024 // BLOCK_D), BLOCK_D=BLOCK_D, SEARCH_D=BLOCK_D)
         return tile | dict(num_warps=warps(max(4, BLOCK_D // 512)))
-    # A thread has 16 keys, or 32 of a row of 32768. With more, some versions of the compiler spill.
+    # A thread has 16 keys, or 32 keys of a row of up to 32768. With more keys some versions of the compiler spill.
     search = width if width <= 32768 else 16384
     return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=search, num_warps=warps(min(32, width // 512)))
 
 
-def span(d: int, group: int) -> int:
-    """Return the length of a row whose groups begin a power of two apart, see `device.columns`."""
+def padded_d(d: int, group: int) -> int:
+    """Return the length of a row after each group is padded to a power of two, see `device.columns`."""
     return d // group * triton.next_power_of_2(group) if group else d
 
 
 def selection_options(d: int, k: int | Tensor, group: int, config: dict[str, int]) -> dict[str, object]:
-    """Return the compile-time arguments of a selection besides the tile sizes."""
+    """Return the compile-time arguments of a selection, except the tile sizes."""
     return dict(
         PER_ROW=isinstance(k, Tensor),
         GROUP=group,
         PADDED=triton.next_power_of_2(group) if group else 0,
-        ONE_CHUNK=span(d, group) <= config["BLOCK_D"] == config["SEARCH_D"],
+        ONE_CHUNK=padded_d(d, group) <= config["BLOCK_D"] == config["SEARCH_D"],
         WHOLE=d <= config["SEARCH_D"],
     )
 
 
 @triton.jit(do_not_specialize=["k"])
 def _lmo_kernel(
-    SCORE, FIXED, V, NAN, k, rows, d, span, stride_sr, stride_sd, stride_fr, stride_fd, stride_vr, stride_vd, stride_k,
+    SCORE, FIXED, V, NAN, k, rows, d, padded_d,
+    stride_sr, stride_sd, stride_fr, stride_fd, stride_vr, stride_vd, stride_k,
     POSITIVE: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
     ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, SEARCH_D: tl.constexpr,
@@ -74,7 +77,7 @@ def _lmo_kernel(
 
     if GROUP:
         nan = tl.zeros((BLOCK_R,), tl.int1)
-        for start in range(0, span, BLOCK_D):
+        for start in range(0, padded_d, BLOCK_D):
             keys = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, GROUP, PADDED, BLOCK_D)
             nan = nan | (tl.max(keys, axis=1) == NAN_KEY)
             chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
@@ -84,12 +87,12 @@ def _lmo_kernel(
     else:
         budget = load_budget(k, row, valid_r, stride_k, PER_ROW, BLOCK_R)
         first_keys = load_keys(score, fixed, 0, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
-        T, n, top, n_top, budget, high = key_range(
+        threshold, n, top, n_top, budget, high = key_range(
             first_keys, budget, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D
         )
         nan = high == NAN_KEY
-        T, ties_kept, tied = kth_key(
-            T, n, top, n_top, first_keys, budget, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
+        threshold, ties_kept, tied = kth_key(
+            threshold, n, top, n_top, first_keys, budget, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
             WHOLE, SEARCH_D,
         )  # fmt: skip
         passed = tl.zeros((BLOCK_R,), tl.int32)
@@ -97,9 +100,9 @@ def _lmo_kernel(
             if ONE_CHUNK:
                 keys = first_keys
             else:
-                # Loaded again, since registers cannot hold all keys and the running count of ties.
+                # The keys are loaded again, since registers cannot hold all of them and the running count of ties.
                 keys = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, BLOCK_D)
-            chosen, passed = take(keys, T, ties_kept, tied, passed)
+            chosen, passed = take(keys, threshold, ties_kept, tied, passed)
             column, valid_d = columns(start, d, 0, 0, BLOCK_D)
             valid = valid_r[:, None] & valid_d[None, :]
             tl.store(vertex + column[None, :].to(tl.int64) * stride_vd, chosen, mask=valid)
@@ -131,17 +134,17 @@ def lmo(
 
     Args:
         score: (rows, d) fp32, any strides.
-        k: number of kept entries of a row, an int or an int tensor (rows,); with `group`, an int, the number of a
-            group.
-        group: 0 for whole rows, else m of n:m, up to 32.
+        k: number of kept entries of a row, an int or an int tensor (rows,). With `group` it is an int, the number of
+            kept entries of a group.
+        group: 0 for whole rows, m for n:m; up to 32.
         fixed: (rows, d) bool, True for entries whose score counts as +inf.
         positive: whether to keep only scores above 0.
-        check_nan: whether to look for NaN, for which the host waits for the kernel.
+        check_nan: whether to raise if a score is NaN, for which the host waits for the kernel.
         out: (rows, d) bool, written and returned; allocated when None.
 
     Raises:
-        ValueError, TypeError: an argument does not fit this description, or a score is NaN and `check_nan` is set (`out`
-            has been written then).
+        ValueError, TypeError: an argument does not fit this description, or `check_nan` is set and a score is NaN, in
+            which case `out` has been written.
     """
     rows, d = check_matrix("score", score, (torch.float32,))
     check_selection(rows, d, k, group, fixed, score)
@@ -154,12 +157,12 @@ def lmo(
     config = configuration(rows, d, group)
     with on_device(score):
         _lmo_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            SCORE=score, FIXED=fixed, V=out, NAN=nan, k=k, rows=rows, d=d, span=span(d, group),
+            SCORE=score, FIXED=fixed, V=out, NAN=nan, k=k, rows=rows, d=d, padded_d=padded_d(d, group),
             stride_sr=score.stride(0), stride_sd=score.stride(1),
             stride_fr=row_stride(fixed), stride_fd=0 if fixed is None else fixed.stride(1),
             stride_vr=out.stride(0), stride_vd=out.stride(1), stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
             POSITIVE=positive, **selection_options(d, k, group, config), enable_fp_fusion=True, **config,
         )  # fmt: skip
     if check_nan and bool(nan.any()):
-        raise ValueError("score: NaN is no choice")
+        raise ValueError("score: contains NaN")
     return out

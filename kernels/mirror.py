@@ -1,12 +1,12 @@
-"""mirror_lower: copy the lower triangle of a square matrix to the upper one, in place.
+"""mirror_lower: copy the lower triangle of a square matrix to the upper triangle, in place.
 
     G (d, d) fp32
 
     flops = 0
-    bytes = 4 d (d - 1)          (the lower triangle read, the upper one written)
+    bytes = 4 d (d - 1)          (the lower triangle read, the upper triangle written)
 
 A Gram matrix is mirrored once, after the last call of `gram_accumulate`, which adds only to the lower triangle. On a
-GPU that computes f flops in the time of a byte, the copy takes as long as the products of 4 f tokens.
+GPU that makes f flops in the time it takes to move a byte, the copy takes as long as `gram_accumulate` of 4 f tokens.
 """
 
 import torch
@@ -32,7 +32,7 @@ def _mirror_kernel(G, d, stride_gr, stride_gd, BLOCK: tl.constexpr):
     offs_n = first_n + tl.arange(0, BLOCK)
     row = offs_m.to(tl.int64)[:, None]
     column = offs_n.to(tl.int64)[None, :]
-    # Only entries below the diagonal are read, and only entries above it are written, also in a tile on the diagonal.
+    # In tiles on the diagonal, too, only entries below the diagonal are read, and only entries above it are written.
     valid = (offs_m < d)[:, None] & (row > column)
     g = tl.load(G + row * stride_gr + column * stride_gd, mask=valid, other=0.0)
     mirror = G + tl.trans(column) * stride_gr + tl.trans(row) * stride_gd
@@ -40,7 +40,7 @@ def _mirror_kernel(G, d, stride_gr, stride_gd, BLOCK: tl.constexpr):
 
 
 def mirror_lower(G: Tensor) -> Tensor:
-    """Copy the lower triangle of G to the upper one, in place.
+    """Copy the lower triangle of G to the upper triangle, in place.
 
     Args:
         G: (d, d) fp32, any strides.

@@ -1,23 +1,24 @@
-"""packed_product, unpack: multiply and expand packed matrices on a GPU; `packed_cpu.py` has the formulas.
+"""packed_product, unpack: multiply by packed matrices, and expand them, on a GPU; `packed_cpu.py` has the formulas.
 
     values (rows, k) or (n,)      mask (rows, ceil(cols / 8)) uint8      x (batch, cols)      y (batch, rows)
 
     flops = 2 batch rows cols
     bytes = rows (k size(values) + cols / 8) + batch (cols + rows) size(x)
 
-A program walks some rows of W from left to right, tile by tile. It counts the bits of each word of the mask once. A
-running sum of the counts says where the word's weights begin in the values. A thread expands the 8 weights of a byte
-one after the other: a set bit loads a weight, and moves the position of the next one by 1. So a warp reads adjacent
-values, each once. A tile multiplies all rows of x at the same time on tensor cores. For more than 16 rows torch
-multiplies, after some rows of W at a time are expanded. Operands of 4 bytes, or of two dtypes, multiply in fp32 without
-tensor cores.
+A program expands some rows of W from left to right, tile by tile. It counts the set bits in each word of the mask. The
+running sum of these counts says where the word's weights begin in the values. A thread expands the 8 weights of a byte
+one after the other: for each set bit it loads a value, and moves to the position of the next value. So a warp reads
+adjacent values, and each value once. Tensor cores multiply a tile by all rows of x at the same time. If x has more than
+16 rows, some rows of W are expanded at a time, and torch multiplies. Operands in fp32, or in two dtypes, are multiplied
+in fp32 without tensor cores.
 
-At 60 % a weight of 16 bits takes 0.925 bytes. In the code for sm_90 it takes 11.8 instructions of a lane (11.3 for more
-than 4 rows of x; 15.6 with Triton 3.6): 4 for its bit and position, 2 for its address, 3 to load, clear and pack it,
-0.6 for the product. An H100 issues 8 instructions in the time of these bytes, and 17 in the time of the 2 bytes of a
-dense matrix. So instructions are the limit: at best the product takes 1.5 times the time of its bytes, and 0.7 times
-that of a dense product. In fp32 it has 33 to 37 instructions, in a time for 15 (packed) and 35 (dense). `unpack` has
-10.4, in a time for 26. None of this has run on a GPU.
+At a sparsity of 60 % a weight of 16 bits takes 0.925 bytes. In the code for sm_90 it takes 11.8 instructions of a lane
+(11.3 for more than 4 rows of x; 15.6 with Triton 3.6): 4 for its bit and position, 2 for its address, 3 to load, clear
+and pack it, 0.6 for the product. An H100 issues 8 instructions in the time it takes to load these bytes, and 17 in the
+time it takes to load the 2 bytes of a dense weight. So instructions are the limit: at best the product takes 1.5 times
+the time of its bytes, and 0.7 times the time of a dense product. In fp32 a weight takes 33 to 37 instructions. An H100
+issues 15 in the time of its packed bytes, and 35 in the time of its dense bytes. `unpack` takes 10.4 instructions a
+weight, and an H100 issues 26 in the time of the bytes. None of this has run on a GPU.
 """
 
 import threading
@@ -31,18 +32,18 @@ from .device import cast, dot
 from .launch import FLOATS, check, check_matrix, on_device, platform, warps
 from .packed_cpu import MOST, unpacked_product
 
-# Held while `unpack` launches, since transformers loads a checkpoint with several threads that call it. Triton 3.6 to
-# 3.9 gives other threads a kernel's launcher before its module is loaded, and the interpreter replaces functions of
-# `triton.language` during a launch.
+# Lock for the launches of `unpack`, which transformers calls in several threads when it loads a checkpoint. Launches in
+# several threads may fail: Triton 3.6 to 3.9 gives other threads a kernel's launcher before its module is loaded, and
+# the interpreter replaces functions of `triton.language` during a launch.
 LAUNCH = threading.Lock()
 
-# Parts of a tile's columns that have sums of their own, so that all warps share in the products of 16 rows.
+# Number of parts of a tile's columns. Each part has separate sums, so that all warps share the products of 16 rows.
 SPLIT = 4
 
 
 @triton.jit
 def _popcount(x):
-    """Count the bits set in each uint32, in a form that LLVM compiles to one instruction."""
+    """Count the bits set in each uint32, by a pattern that LLVM compiles to one instruction."""
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     return (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
@@ -50,7 +51,7 @@ def _popcount(x):
 
 @triton.jit
 def _weight(base, place, byte, BIT: tl.constexpr):
-    """Load the weights of one bit of every byte, and move to the positions of the next weights."""
+    """Load the weight of bit BIT of every byte; also return the positions of the next weights."""
     bit = (byte >> BIT) & 1
     return tl.load(base + place, mask=bit != 0, other=0.0), place + bit
 
@@ -69,12 +70,13 @@ def _rows(VALUES, MASK, STARTS, k, words, first, last, BLOCK_R: tl.constexpr):
 def _tile(
     base, mask, valid, place, first, words, BITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Load the weights (BLOCK_R, BLOCK_D) of a tile, and return the positions of the next tile's weights as well.
+    """Load the weights (BLOCK_R, BLOCK_D) of a tile; also return `place` for the next tile.
 
     Args:
         base, mask, valid: (BLOCK_R,), from `_rows`.
         place: (BLOCK_R,) uint32, the number of values of each row before the tile.
-        first: index of the tile's first word in the mask of a row, which has `words` words of BITS bits.
+        first: index of the tile's first word in the mask of a row.
+        words: number of words, of BITS bits, in the mask of a row.
     """
     index = first + tl.arange(0, BLOCK_D // BITS)
     word = tl.load(mask[:, None] + index, mask=valid[:, None] & (index < words)[None, :], other=0).to(tl.uint32)
@@ -94,7 +96,7 @@ def _tile(
     w5, at = _weight(base, at, byte, 5)
     w6, at = _weight(base, at, byte, 6)
     w7, at = _weight(base, at, byte, 7)
-    # Entries of joined tensors alternate along a new last axis, in the same thread.
+    # `tl.join` alternates the entries of two tensors along a new last axis, and each entry stays in its thread.
     even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
     odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
     return tl.reshape(tl.join(even, odd), (BLOCK_R, BLOCK_D)), place + tl.sum(count, axis=1)
@@ -139,7 +141,7 @@ def _arguments(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -
     """Check the tensors of a packed matrix, and return the arguments that both kernels need.
 
     Raises:
-        ValueError, TypeError: the tensors are no packed matrix.
+        ValueError, TypeError: the tensors do not make up a packed matrix.
     """
     rows = check_matrix("mask", mask, (torch.uint8,))[0]
     check("mask", mask, (rows, triton.cdiv(cols, 8)), (torch.uint8,), values)
@@ -152,18 +154,18 @@ def _arguments(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -
     for name, tensor in dict(values=values, mask=mask, starts=starts).items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: expected contiguous entries, got strides {tensor.stride()}")
-    whole = mask.shape[1] % 4 == 0 and mask.data_ptr() % 4 == 0
-    words = mask.view(torch.int32) if whole else mask
+    whole_words = mask.shape[1] % 4 == 0 and mask.data_ptr() % 4 == 0
+    words = mask.view(torch.int32) if whole_words else mask
     k = values.shape[1] if starts is None else 0
     matrix = dict(VALUES=values, MASK=words, STARTS=starts)
-    return dict(**matrix, cols=cols, k=k, words=words.shape[1], BITS=32 if whole else 8)
+    return dict(**matrix, cols=cols, k=k, words=words.shape[1], BITS=32 if whole_words else 8)
 
 
 def configuration(size: int, batch: int = 0) -> dict[str, int]:
-    """Choose tile sizes and launch options for weights of `size` bytes and `batch` rows of x, or 0 to unpack."""
+    """Choose tile sizes and launch options for weights of `size` bytes and `batch` rows of x; 0 is for `unpack`."""
     if platform() == "interpreter":
         return dict(BLOCK_R=32, BLOCK_D=512)
-    # Every BLOCK_R rows of W read all of x from the cache. With many rows of x a larger BLOCK_R reads them less often.
+    # A program reads all of x from the cache. If x has many rows, a larger BLOCK_R makes fewer programs read them.
     BLOCK_R = 32 if batch > 4 else 16
     return dict(BLOCK_R=BLOCK_R, BLOCK_D=1024 // size // (BLOCK_R // 16), num_warps=warps(4))
 
@@ -171,14 +173,14 @@ def configuration(size: int, batch: int = 0) -> dict[str, int]:
 def unpack(
     values: Tensor, mask: Tensor, starts: Tensor | None = None, *, cols: int, first: int = 0, last: int | None = None
 ) -> Tensor:
-    """Expand rows first to last of a packed matrix, (last - first, cols) in the dtype of the values.
+    """Expand rows of a packed matrix, (last - first, cols) in the dtype of the values.
 
     Args:
         values: (rows, k), or (n,) with `starts`; fp32 / bf16 / fp16. All tensors are contiguous.
         mask: (rows, ceil(cols / 8)) uint8. Bits after the last column are 0.
-        starts: (rows + 1,) int64, the beginning of each row in the values, and the end of the last row.
+        starts: (rows + 1,) int64, the positions in `values` at which each row begins and the last row ends.
         cols: number of columns of the matrix.
-        first, last: first row, and end of the rows; None: the end of the matrix.
+        first, last: first row, and the row after the last row; None: all rows from `first` on.
 
     Raises:
         ValueError, TypeError: an argument does not fit this description.
@@ -186,7 +188,7 @@ def unpack(
     matrix = _arguments(values, mask, starts, cols)
     last = len(mask) if last is None else last
     if not 0 <= first <= last <= len(mask):
-        raise ValueError(f"first, last: expected rows of {len(mask)}, got {first} to {last}")
+        raise ValueError(f"first, last: expected 0 <= first <= last <= {len(mask)}, got {first} and {last}")
     out = values.new_empty(last - first, cols)
     if out.numel():
         config = configuration(values.element_size())
@@ -198,10 +200,11 @@ def unpack(
 
 
 def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None = None) -> Tensor:
-    """Multiply x W^T, (batch, rows) in the dtype of x; sums are in fp32.
+    """Compute x W^T, (batch, rows) in the dtype of x; sums are in fp32.
 
     Args:
-        x: (batch, cols) fp32 / bf16 / fp16, contiguous. If its dtype differs from that of the values, both become fp32.
+        x: (batch, cols) fp32 / bf16 / fp16, contiguous. If x and the values differ in dtype, both are converted to
+            fp32.
         values, mask, starts: the packed matrix W, as for `unpack`.
 
     Raises:

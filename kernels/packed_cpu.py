@@ -1,16 +1,17 @@
-"""packed_product, unpack: multiply and expand packed matrices on a CPU.
+"""packed_product, unpack: multiply by packed matrices, and expand them, on a CPU.
 
-    y = x W^T      W[r, c] = values[starts[r] + rank], where bit c % 8 of mask[r, c / 8] is set, else 0
+    y = x W^T      W[r, c] = values[starts[r] + rank] if bit c % 8 of mask[r, c / 8] is set, else 0
                    rank = the number of bits set before c in row r
+                   without `starts` row r begins at r k
 
     values (rows, k) or (n,)      mask (rows, ceil(cols / 8)) uint8      x (batch, cols)      y (batch, rows)
 
     flops = 2 batch rows cols
     bytes = rows (k size(values) + cols / 8) + batch (cols + rows) size(x)
 
-If packed.cpp was compiled when the package was installed, it runs with the best instructions that the processor has,
-and up to 16 rows of x take at least the time of the bytes. For more rows torch multiplies, after some rows of W at a
-time are expanded; also for dtypes other than fp32 and bf16, and for widths that 32 does not divide.
+packed.cpp multiplies if it was compiled at installation, x has up to 16 rows, dtypes are fp32 or bf16, and 32 divides
+cols. It uses the best instructions that the processor has, and is memory-bound. In all other cases some rows of W are
+expanded at a time, and torch multiplies.
 """
 
 import ctypes
@@ -24,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Levels of instructions, in the order of packed.cpp.
+# Sets of instructions, in the order of their numbers in packed.cpp.
 LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
-# The most rows of x that packed.cpp multiplies in one call.
+# Highest number of rows of x that packed.cpp multiplies in one call.
 MOST = 16
-# Entries of W that are expanded at a time for more rows. Few entries stay in a CPU's caches. Many are expected to keep
-# a GPU busy (not measured).
+# Number of entries of W that are expanded at a time if x has more rows, on a CPU and on a GPU. Few entries stay in a
+# CPU's caches. Many entries are expected to keep a GPU busy (not measured).
 EXPANDED, EXPANDED_GPU = 1 << 22, 1 << 26
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -52,7 +53,7 @@ def _library() -> ctypes.CDLL | None:
 
 @cache
 def level() -> int | None:
-    """Return the index in LEVELS of the best instructions for packed.cpp on this machine; None if torch multiplies."""
+    """Return the index in LEVELS of the best instructions of this machine; None if packed.cpp was not compiled."""
     library = _library()
     return None if library is None else library.packed_level()
 
@@ -63,10 +64,10 @@ def _library_for(values: Tensor, cols: int) -> ctypes.CDLL | None:
 
 
 def _check(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -> None:
-    """Refuse wrong shapes and dtypes, and tensors with gaps, for which memory would be read beyond its end.
+    """Check shapes, dtypes and contiguity, since packed.cpp would read past the end of a wrong tensor.
 
     Raises:
-        ValueError: the tensors are no packed matrix.
+        ValueError: the tensors do not make up a packed matrix.
     """
     rows, k = len(mask), values.shape[-1]
     expected = [
@@ -95,14 +96,14 @@ def kept_bits(mask: Tensor, cols: int) -> Tensor:
 def unpack(
     values: Tensor, mask: Tensor, starts: Tensor | None = None, *, cols: int, first: int = 0, last: int | None = None
 ) -> Tensor:
-    """Expand rows first to last of a packed matrix, (last - first, cols) in the dtype of the values.
+    """Expand rows of a packed matrix, (last - first, cols) in the dtype of the values.
 
     Args:
         values: (rows, k), or (n,) with `starts`. All tensors are contiguous.
         mask: (rows, ceil(cols / 8)) uint8. Bits after the last column are 0.
-        starts: (rows + 1,) int64, the beginning of each row in the values, and the end of the last row.
+        starts: (rows + 1,) int64, the positions in `values` at which each row begins and the last row ends.
         cols: number of columns of the matrix.
-        first, last: first row, and end of the rows; None: the end of the matrix.
+        first, last: first row, and the row after the last row; None: all rows from `first` on.
 
     Raises:
         ValueError: an argument does not fit this description.
@@ -110,7 +111,7 @@ def unpack(
     _check(values, mask, starts, cols)
     last = len(mask) if last is None else last
     if not 0 <= first <= last <= len(mask):
-        raise ValueError(f"first, last: expected rows of {len(mask)}, got {first} to {last}")
+        raise ValueError(f"first, last: expected 0 <= first <= last <= {len(mask)}, got {first} and {last}")
     if library := _library_for(values, cols):
         out = values.new_empty(last - first, cols)
         arguments = [*_matrix(values, mask, starts, cols), first, last, out.data_ptr()]
@@ -121,7 +122,7 @@ def unpack(
 
 
 def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None = None) -> Tensor:
-    """Multiply x W^T, (batch, rows) in the dtype of x; sums are in fp32.
+    """Compute x W^T, (batch, rows) in the dtype of x; sums are in fp32.
 
     Args:
         x: (batch, cols) floating.
@@ -145,7 +146,7 @@ def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | Non
 def unpacked_product(
     x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None, unpack: Callable[..., Tensor]
 ) -> Tensor:
-    """Multiply x W^T by torch; `unpack` expands some rows of W at a time. Arguments as in `packed_product`."""
+    """Compute x W^T with torch; `unpack` expands some rows of W at a time. Other arguments as in `packed_product`."""
     cols, rows = x.shape[1], len(mask)
     y = x.new_empty(len(x), rows)
     size = max(1, (EXPANDED if x.device.type == "cpu" else EXPANDED_GPU) // cols)

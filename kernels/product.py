@@ -1,18 +1,18 @@
-"""product: multiply U = E G, the one matrix product of a Frank-Wolfe step.
+"""product: compute U = E G, the only matrix product of a Frank-Wolfe step.
 
     E (rows, d) fp32 / bf16 / fp16     G (d, d) symmetric, fp32 or bf16     U (rows, d) fp32
 
     flops = 2 rows d^2
-    bytes = rows d size(E) + d^2 size(G) + 4 rows d       (each operand once; + 4 rows d to add to what U holds)
+    bytes = rows d size(E) + d^2 size(G) + 4 rows d       (each operand read once; + 4 rows d with `add`)
 
-There are two kernels. The first runs on sm_90 and later, if large tiles fill the GPU, tensor cores multiply and rows
-are 16-byte aligned. It launches a program for each multiprocessor, and the programs walk the tiles. Bulk copies through
-tensor descriptors load both operands, so no thread computes an address or masks an edge, and the stores of a tile
-overlap with the loads of the next one. In all other cases every program computes one tile, and its threads load through
-pointers, ahead of the dot.
+There are two kernels. One runs on sm_90 and later, if large tiles fill the GPU, tensor cores multiply and rows are
+aligned to 16 bytes. It launches a program on each multiprocessor, and each program computes several tiles. Bulk copies
+through tensor descriptors load both operands, so no thread computes an address or masks an edge. The stores of a tile
+overlap with the loads of the next tile. In all other cases the other kernel runs: every program computes one tile, and
+its threads load operands through pointers, ahead of the dot.
 
 Sums are accumulated in fp32. `precision` says how operands are multiplied: "ieee" multiplies in fp32, without tensor
-cores for fp32 operands; "tf32x3" splits each operand into two tf32 numbers and multiplies three times, within 2^-21;
+cores for fp32 operands; "tf32x3" splits each operand into two tf32 values and multiplies three times, within 2^-21;
 "tf32" lets the tensor cores read the upper 19 bits; "bf16" rounds each tile to bf16 when it is loaded. Products of bf16
 operands are exact at any precision.
 """
@@ -30,8 +30,8 @@ from .launch import FLOATS, check, check_matrix, describable, multiprocessors, o
 # Targets on which bulk copies load tiles.
 DESCRIPTORS = ("sm_90", "interpreter")
 
-# Bytes of shared memory for the stages of a program. Of the targets that count as sm_80, sm_86, sm_89 and sm_120 have
-# the least shared memory, 99 KiB.
+# Bytes of shared memory for the stages of a program. For "sm_80" they fit the 99 KiB of sm_86, sm_89 and sm_120, which
+# run the same code with the least shared memory.
 PIPELINE = {"sm_80": 96 << 10, "sm_90": 192 << 10}
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -44,42 +44,42 @@ def configuration(
 
     Args:
         rows, d: shape of the output.
-        size: bytes of an entry of the dot's operands.
+        size: bytes of an entry of the operands in the dot.
         described: whether bulk copies can load the operands.
-        vectors: whether threads load several entries of both operands at once, see `launch.vectorized`.
-        stored: bytes of an entry of each operand in memory.
-        split: whether each operand is split into two parts, which need more registers.
+        vectors: whether a thread can load several entries of each operand by one instruction, see `launch.vectorized`.
+        stored: bytes of an entry of E and of G in memory.
+        split: whether each operand is split into two parts, which takes more registers.
     """
-    where = platform()
-    if where == "interpreter":
-        # In the interpreter programs and steps cost more than entries.
+    target = platform()
+    if target == "interpreter":
+        # In the interpreter, time grows with programs and steps more than with entries.
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8)
     tiles = triton.cdiv(rows, 128) * triton.cdiv(d, 128)
-    # A step reads 128 bytes of each row. On AMD it reads half of that, to fit into 64 KiB of shared memory.
+    # A step reads 128 bytes of each row. For the large tiles on AMD it reads half, to fit into 64 KiB of shared memory.
     BLOCK_K = 128 // size
     if rows <= 64 or tiles < 128 or (split and not vectors):
-        # There are too few large tiles to fill a GPU, or large tiles spill. Each entry with a load of its own needs an
-        # address, in two registers of a thread: then 64 x 64 tiles spill as well, unless 8 warps share them.
+        # Large tiles are too few to fill a GPU, or they would spill. Without `vectors` each entry needs an address, in
+        # two registers of a thread, and 64 x 64 tiles would spill as well, unless 8 warps share the addresses.
         BLOCK_M, BLOCK_N, num_warps, most = 64, 64, 4 if vectors else 8, 4
-    elif where == "hip":
+    elif target == "hip":
         BLOCK_M, BLOCK_N, BLOCK_K, num_warps, most = 128, 128, BLOCK_K // 2, 4, 2
     elif described and tiles >= 256:
-        # For a flop, 128 x 256 tiles read three quarters of the bytes of 128 x 128 tiles. Four stages and a quarter of
-        # the output fill shared memory. Only bulk copies leave enough registers for the sums: loads through pointers
-        # spill.
+        # For each flop, 128 x 256 tiles read three quarters of the bytes that 128 x 128 tiles read. Four stages and a
+        # quarter of the output fill shared memory. Only bulk copies leave enough registers for the sums: with loads
+        # through pointers such tiles spill.
         BLOCK_M, BLOCK_N, num_warps, most = 128, 256, 8, 4
     elif split or not (described or vectors):
-        # Half of BLOCK_K halves a thread's addresses. Tiles of 64 x 64 would load twice the entries for a flop, one by
-        # one.
+        # Half of BLOCK_K needs half of the addresses in a thread. Tiles of 64 x 64 would load twice the entries for
+        # each flop, one by one.
         BLOCK_M, BLOCK_N, BLOCK_K, num_warps, most = 128, 128, BLOCK_K // 2, 8, 3
     else:
         BLOCK_M, BLOCK_N, num_warps, most = 128, 128, 8, 3
     stages = 2
-    if where != "hip":
-        # The number of stages that fit shared memory: fewer for operands of 4 bytes that are rounded to 2 after the
-        # load. mma.sync reads its operands to registers, and needs one buffer less than there are stages.
-        fit = PIPELINE[where] // ((BLOCK_M * stored[0] + BLOCK_N * stored[1]) * BLOCK_K)
-        stages = min(most, fit + (where == "sm_80"))
+    if target != "hip":
+        # As many stages as fit shared memory: fewer if operands of 4 bytes are rounded to 2 bytes after the load. On
+        # sm_80 mma.sync reads its operands from registers, so a program needs one buffer less than it has stages.
+        fit = PIPELINE[target] // ((BLOCK_M * stored[0] + BLOCK_N * stored[1]) * BLOCK_K)
+        stages = min(most, fit + (target == "sm_80"))
     tile = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
     return tile | dict(GROUP_M=8, num_warps=num_warps, num_stages=stages)
 
@@ -106,14 +106,14 @@ def _product_kernel(
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
 
-    # Rows past the edge read the last row again. They are never stored, so the loads need no mask for them.
+    # Indices past the edge are clamped, and read the last row again. These sums are not stored, so loads need no mask.
     row = tl.minimum(offs_m, rows - 1).to(tl.int64)[:, None]
     column = tl.minimum(offs_n, d - 1).to(tl.int64)
     k = offs_k.to(tl.int64)
     e_ptrs = E + row * stride_er + k[None, :] * stride_ed
-    # G is symmetric, so row n is read for column n: it is contiguous along k, as E is, and as wgmma needs fp32
-    # operands. Tiles that are read along n would be transposed through registers (206 in place of 182 for tf32 on
-    # sm_90).
+    # G is symmetric, so row n is read in place of column n. Row n is contiguous along k, like a row of E, and like
+    # wgmma needs its fp32 operands. Tiles that are read along n would be transposed through registers (206 in place of
+    # 182 for tf32 on sm_90).
     g_ptrs = G + column[None, :] * stride_gr + k[:, None] * stride_gd
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, d, BLOCK_K):
@@ -133,17 +133,17 @@ def _descriptor_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(d, BLOCK_N)
-    # In a flattened loop the loads of the next tile start while this one is stored.
+    # In a flattened loop the loads of the next tile start while this tile is stored.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         first_m, first_n = grouped_tile(tile, rows, d, GROUP_M, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, d, BLOCK_K):
             e = E.load([first_m, start])
-            # Row n of the symmetric G is read for column n. Entries past the edges read as 0.
+            # G is symmetric, so row n is read in place of column n. Entries past the edges read as 0.
             g = G.load([first_n, start])
             acc = dot(e, g.T, acc, DTYPE, PRECISION)
-        # A tile passes through shared memory on its way to memory. It goes in quarters, since the operands of the next
-        # tile fill the rest.
+        # A tile passes through shared memory on its way to global memory. It goes in quarters, since the operands of
+        # the next tile fill the rest of shared memory.
         offs_m = first_m + tl.arange(0, BLOCK_M)
         first, second, third, fourth = quarters(acc, BLOCK_M, BLOCK_N)
         offs_n = first_n + tl.arange(0, BLOCK_N // 4)
@@ -169,12 +169,12 @@ def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict[str, 
 
 
 def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, object]) -> None:
-    """Launch a product on the current device. No operand is empty."""
+    """Launch the product of operands that are not empty, on the current device."""
     rows, d = out.shape
     low = options["DTYPE"] == tl.bfloat16
     split = options["PRECISION"] == "tf32x3"
-    whole = low or options["PRECISION"] == "tf32"
-    described = platform() in DESCRIPTORS and whole and describable(E) and describable(G)
+    tensor_cores = low or options["PRECISION"] == "tf32"
+    described = platform() in DESCRIPTORS and tensor_cores and describable(E) and describable(G)
     config = configuration(
         rows, d, 2 if low else 4, described=described, vectors=vectorized(E) and vectorized(G),
         stored=(E.element_size(), G.element_size()), split=split,
@@ -197,7 +197,7 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
 
 
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
-    """Multiply E G, accumulated in fp32.
+    """Compute E G, accumulated in fp32.
 
     Args:
         E: (rows, d), fp32 / bf16 / fp16, any strides.
@@ -214,9 +214,9 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
     if out is None:
         out = torch.empty(rows, d, dtype=torch.float32, device=E.device)
         if add:
-            raise ValueError("add: needs out")
+            raise ValueError("add: has nothing to add to; pass out")
     check("out", out, (rows, d), (torch.float32,), E)
-    # The platform of the current device decides what is launched.
+    # `platform()` is that of the current device.
     with on_device(E):
         options = dot_options((E.dtype, G.dtype), precision)
         if out.numel():
@@ -225,8 +225,9 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
 
 
 def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
-    """Multiply E C^T, accumulated in fp32.
+    """Compute E C^T, accumulated in fp32, for any square matrix C.
 
-    The kernels of `product` read row n of their matrix for column n of the output. For any matrix that is this product.
+    The kernels of `product` read row n of the right operand for column n of the output. So they compute E C^T, which is
+    E C if C is symmetric.
     """
     return product(E, C, precision=precision)

@@ -1,4 +1,4 @@
-"""removed and begin_fit: make the left operand of a product from a mask and weights. A program works on a few rows.
+"""removed and begin_fit: compute the left operand of a product from weights and a mask. A program works on a few rows.
 
     removed      E = target_gap + W * (1 - mask)
     begin_fit    Z = mask * start,   E = W - Z
@@ -8,8 +8,7 @@
     removed      flops = rows d      bytes = rows d (size(W) + 1 + size(E), + 4 with target_gap)
     begin_fit    flops = rows d      bytes = rows d (size(W) + size(start) + 1 + 4 + size(E))
 
-Each takes at least the time of its bytes. When E is stored, it is rounded once to the dtype in which the product reads
-it.
+Each is memory-bound. E is stored in the dtype in which the product reads it, and rounded only then.
 """
 
 import torch
@@ -66,9 +65,9 @@ def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None = None, *, out: T
     Args:
         W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous.
         mask: (rows, d) bool, True keeps a weight.
-        target_gap: (rows, d) fp32, target minus W; None: 0.
-        out: (rows, d), fp32 / bf16 / fp16, written and returned. None: it is allocated in the dtype of W, or with a
-            target gap in fp32.
+        target_gap: (rows, d) fp32, target minus W; None counts as 0.
+        out: (rows, d), fp32 / bf16 / fp16, written and returned. None: a new matrix, in fp32 with a target gap, in the
+            dtype of W without.
 
     Raises:
         ValueError, TypeError: an argument does not fit this description.
@@ -96,7 +95,7 @@ def begin_fit(W: Tensor, start: Tensor, mask: Tensor, *, dtype: torch.dtype = to
     Args:
         W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous.
         start: (rows, d), fp32 / bf16 / fp16; entries outside the mask are not read.
-        mask: (rows, d) bool.
+        mask: (rows, d) bool, True keeps a weight.
         dtype: dtype of E, fp32 or bf16.
 
     Returns:

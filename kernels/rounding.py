@@ -1,9 +1,8 @@
-"""round_mask: choose the binary mask of the highest entries of a relaxed mask, with ties by saliency, in three
-launches.
+"""round_mask: choose the binary mask of the highest entries of a relaxed mask M, in three launches.
 
     first  = lmo(M)
-    lowest = the lowest M of a row (or group) that is in `first`
-    order  = saliency, + the greatest fp32 number where M > lowest, - it where M < lowest
+    lowest = the lowest M among the entries of a row (or group) in `first`
+    order  = saliency + side,  side = the greatest fp32 value if M > lowest, minus this value if M < lowest, else 0
     mask   = lmo(order)
 
     M, saliency, order (rows, d) fp32     first, mask (rows, d) bool
@@ -11,7 +10,8 @@ launches.
     flops = 3 rows d
     bytes = rows d (5 + 13 + 5)      (M in, first out; M, first, saliency in, order out; order in, mask out)
 
-It takes at least the time of its bytes. A row that fits no chunk needs two passes; the second one reads from the cache.
+So ties in M go to the higher saliency. The operation is memory-bound. A row is read twice, the second time from the
+cache.
 """
 
 import torch
@@ -26,7 +26,7 @@ from .lmo import lmo
 
 @triton.jit
 def _lower(lowest, M, FIRST, row, start, valid_r, d, stride_m, stride_f, BLOCK_D: tl.constexpr):
-    """Return the lower of `lowest` and the lowest M of a chunk that is in FIRST."""
+    """Return the minimum of `lowest` and of the entries of M in one chunk for which FIRST is True."""
     column, valid_d = columns(start, d, 0, 0, BLOCK_D)
     valid = valid_r[:, None] & valid_d[None, :]
     m = tl.load(M + row[:, None] * stride_m + column[None, :], mask=valid, other=0.0)
@@ -56,11 +56,11 @@ def _order_kernel(
 
 
 def rounding_order(M: Tensor, first: Tensor, saliency: Tensor) -> Tensor:
-    """Compute the score by which a mask is rounded, (rows, d) fp32: `order` in the module.
+    """Compute `order`, the scores by which M is rounded, (rows, d) fp32; for the formula see the top of this file.
 
     Args:
         M, saliency: (rows, d) fp32, with contiguous rows.
-        first: (rows, d) bool, the highest M of every row, with contiguous rows.
+        first: (rows, d) bool, True for the highest M of every row, with contiguous rows.
     """
     order = torch.empty_like(M)
     config = row_tile(*M.shape)
@@ -74,14 +74,14 @@ def rounding_order(M: Tensor, first: Tensor, saliency: Tensor) -> Tensor:
 
 
 def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
-    """Choose the binary mask of the k highest M of every row (or group), (rows, d) bool.
+    """Choose the binary mask of the k highest M of every row (or group), (rows, d) bool; ties go to higher saliency.
 
     Args:
         M: (rows, d) fp32, the relaxed mask; its rows are contiguous.
         saliency: (rows, d) fp32, at least 0; its rows are contiguous.
-        k: number of kept entries of a row, an int or an int tensor (rows,); with `group`, an int, the number of a
-            group.
-        group: 0 for whole rows, else m of n:m, up to 32.
+        k: number of kept entries of a row, an int or an int tensor (rows,). With `group` it is an int, the number of
+            kept entries of a group.
+        group: 0 for whole rows, m for n:m; up to 32.
 
     Raises:
         ValueError, TypeError: an argument does not fit this description.
@@ -92,6 +92,6 @@ def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) 
     first = lmo(M, k, group=group, check_nan=False)
     if M.numel() == 0:
         return first
-    # A group counts as a row of its own.
+    # Each group is treated as a row.
     order = rounding_order(*(x.reshape(-1, group or d) for x in (M, first, saliency)))
     return lmo(order.view(rows, d), k, group=group, check_nan=False, out=first)

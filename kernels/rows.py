@@ -1,13 +1,13 @@
-"""row_errors and take_rows: compute the error of every row, and take rows from another matrix, in one pass each.
+"""row_errors and take_rows: compute the error of every row, and copy some rows of another matrix, in one pass each.
 
     row_errors   sum((W - Z) * R)                       W, Z (rows, d) floating     R (rows, d) fp32
     take_rows    X[taken] = Y[taken], in place          X, Y (rows, d)     taken (rows,) bool
 
     row_errors   flops = 3 rows d    bytes = rows d (size(W) + 4, + size(Z) with Z)
-    take_rows    flops = 0           bytes = 2 d size(X) for every row that is taken
+    take_rows    flops = 0           bytes = 2 d size(X) for every taken row
 
-Each takes at least the time of its bytes. The terms of a row are added in fp32, chunk by chunk, to a sum for every
-column of a chunk. A tree adds these sums. So the rounding error grows with the number of chunks and not with d.
+Each is memory-bound. `row_errors` has a sum in fp32 for every column of a chunk, adds the terms of a row to these sums
+chunk by chunk, and then adds the sums in a tree. So the rounding error grows with the number of chunks and not with d.
 """
 
 import torch
@@ -57,7 +57,7 @@ def row_errors(W: Tensor, R: Tensor, Z: Tensor | None = None) -> Tensor:
     Args:
         W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous.
         R: (rows, d) fp32.
-        Z: (rows, d), fp32 / bf16 / fp16; None: 0.
+        Z: (rows, d), fp32 / bf16 / fp16; None counts as 0.
 
     Raises:
         ValueError, TypeError: an argument does not fit this description.

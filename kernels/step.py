@@ -1,8 +1,8 @@
-"""row_step: make a Frank-Wolfe step but for its product, in place. A program works on one or a few rows.
+"""row_step: make a Frank-Wolfe step except for its product, in place. A program works on one or a few rows.
 
     D    = V - M                                    q = W^2 diag
     lin  = sum(D * (-2 W R + theta q (1 - 2 M)))    quad = sum(W D (R - U)) - theta sum(q D^2)
-    eta  = clip(-lin / (2 quad), 0, 1)              where quad <= 0: the better of 0 and 1
+    eta  = clip(-lin / (2 quad), 0, 1)              if quad <= 0: the better of 0 and 1
     M   += eta D                                    R   += eta (U - R)
     V    = lmo(2 W R - next_theta q (1 - 2 M))      E    = target_gap + W * (1 - V)
 
@@ -11,20 +11,21 @@
     flops = about 30 rows d, and about 10 comparisons an entry
     bytes = rows d (size(W) + 13 + 9 + size(E), + 1 with fixed, + 4 with target_gap)    (W M R U V in, M R V E out)
 
-A row that fits one chunk stays in registers, but for W and V, which are loaded again from the cache. If such rows have
-up to 4096 columns, and strides that are multiples of 16 entries, a multiprocessor of sm_90 works on two or more at the
-same time: while one chooses its vertex, others are loaded and stored. Of longer rows it works on one at a time.
+A row that fits one chunk stays in registers. Only its W and V are loaded twice, the second time from the cache. A
+multiprocessor of sm_90 works on two or more such rows at the same time, if they have up to 4096 columns, and strides
+that are multiples of 16 entries: while one row chooses its vertex, others are loaded and stored. Of longer rows a
+multiprocessor works on one at a time.
 
-A row that fits no chunk needs passes over its chunks, which are read from the cache as far as they fit:
+A row longer than a chunk takes several passes over its chunks, which are read from the cache as far as they fit:
 
     A    sums the terms of the line search
-    B    updates M and R, and writes the keys of the scores over U. It goes from the end to the start, since the cache
-         surely holds the chunks that were read last. With n:m it also chooses and writes V and E, and the row is done
+    B    updates M and R, and overwrites U by the keys of the scores, from the last chunk to the first, since the cache
+         still holds the last chunks. With n:m it also chooses V, writes V and E, and ends the step
     C    finds the k-th key (topk.py)
     D    writes V and E
 
-The search for the k-th key starts from the threshold of the row's last step, in `threshold` (rows,), 4 bytes a row.
-Ties are broken as in lmo.py. Sums and state are in fp32.
+The search for the k-th key starts from the threshold that the previous step of the row has found. `threshold` (rows,)
+holds it, in 4 bytes a row. Equal scores go to the lower index. Sums and state are in fp32.
 """
 
 import torch
@@ -46,7 +47,7 @@ from .launch import (
     row_stride,
     warps,
 )
-from .lmo import check_selection, selection_options, span
+from .lmo import check_selection, padded_d, selection_options
 from .topk import (
     bracket,
     candidate_key,
@@ -64,13 +65,13 @@ from .topk import (
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
     """Choose tile sizes and launch options: BLOCK_R rows, chunks of BLOCK_D columns, SEARCH_D keys in registers."""
-    width = triton.next_power_of_2(span(d, group))
+    width = triton.next_power_of_2(padded_d(d, group))
     if platform() == "interpreter":
         tile = interpreter_tile(rows, width)
         return tile | dict(SEARCH_D=tile["BLOCK_D"])
     if group & (group - 1):
-        # If the group size is not a power of two, the address of every entry is computed by itself. Short chunks leave
-        # registers for this. No entry belongs to two warps, or one could read what the other has stored.
+        # If the group size is not a power of two, every entry needs an address in registers, so chunks are short. No
+        # entry belongs to two warps, since one warp could then read what the other has already overwritten.
         chunk = min(width, 1024)
         return dict(BLOCK_R=1, BLOCK_D=chunk, SEARCH_D=chunk, num_warps=warps(max(1, chunk // 128)))
     if width <= (4096 if group else 8192):
@@ -79,15 +80,15 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
         return tile | dict(num_warps=warps(max(4, width // 512)))
     if group:
         return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=4096, num_warps=warps(16))
-    # Each of 1024 threads has 4 entries of a chunk, and 16 keys, or 32 of a row of up to 32768. With more, some
-    # versions of the compiler spill. In a longer row the search reads the other keys from the cache.
+    # Each of 1024 threads has 4 entries of a chunk, and 16 keys, or 32 keys of a row of up to 32768. With more keys
+    # some versions of the compiler spill. In a longer row the search reads the other keys from the cache.
     search = width if width <= 32768 else 16384
     return dict(BLOCK_R=1, BLOCK_D=4096, SEARCH_D=search, num_warps=warps(32))
 
 
 @triton.jit
 def _load_state(W, M, R, U, V, column, valid):
-    """Load one chunk of w, m, r, u, v in fp32. The pointers are those of the first column of the tile's rows."""
+    """Load one chunk of w, m, r, u, v in fp32. The pointers point at the first column of the tile's rows."""
     w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
     m = tl.load(M + column[None, :], mask=valid, other=0.0)
     r = tl.load(R + column[None, :], mask=valid, other=0.0)
@@ -98,13 +99,13 @@ def _load_state(W, M, R, U, V, column, valid):
 
 @triton.jit
 def _diagonal(DIAG, w, column, valid_d):
-    # DIAG is loaded from the cache at each use, since registers are scarce while they hold a whole row.
+    # DIAG is loaded from the cache at each use, since a whole row in registers leaves few of them.
     return w * w * tl.load(DIAG + column, mask=valid_d, other=0.0)[None, :]
 
 
 @triton.jit
 def _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d):
-    """Move one chunk of the state and store it; return the next score and the error of each entry."""
+    """Update one chunk of M and R, and store it; return the next score and the error of each entry."""
     m = move(m, v, step[:, None])
     r = move(r, u, step[:, None])
     tl.store(M + column[None, :], m, mask=valid)
@@ -126,38 +127,45 @@ def _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid):
 
 
 @triton.jit
-def _store_numbers(ETA, ERROR, row, valid_r, step, errors):
-    # Stored before the vertex is chosen, which needs the registers.
+def _store_step(ETA, ERROR, row, valid_r, step, errors):
+    # Called before the vertex is chosen, since the search needs the registers.
     tl.store(ETA + row, step, mask=valid_r)
     tl.store(ERROR + row, tl.sum(errors, axis=1), mask=valid_r)
 
 
 @triton.jit
-def _threshold(
+def _find_threshold(
     THRESHOLD, row, valid_r, lowest, keys, budget, U, d, WHOLE: tl.constexpr, SEARCH_D: tl.constexpr
 ):  # fmt: skip
-    """Call `kth_key` from THRESHOLD, which is replaced, or from the range of the keys if it is None."""
+    """Find the threshold of each row by `kth_key`. The search starts from THRESHOLD, and replaces it.
+
+    If THRESHOLD is None, the search starts from the range of the keys.
+    """
     if THRESHOLD is None:
-        T, n, top, n_top, budget, _ = key_range(keys, budget, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
+        threshold, n, top, n_top, budget, _ = key_range(keys, budget, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
     else:
         start = order_key(tl.load(THRESHOLD + row, mask=valid_r, other=0.0))
-        T, n, top, n_top = bracket(start, lowest + 1, budget, keys, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
-    T, ties_kept, tied = kth_key(T, n, top, n_top, keys, budget, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
+        threshold, n, top, n_top = bracket(
+            start, lowest + 1, budget, keys, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D
+        )
+    threshold, ties_kept, tied = kth_key(
+        threshold, n, top, n_top, keys, budget, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D
+    )
     if THRESHOLD is not None:
-        tl.store(THRESHOLD + row, key_score(T), mask=valid_r)
-    return T, ties_kept, tied
+        tl.store(THRESHOLD + row, key_score(threshold), mask=valid_r)
+    return threshold, ties_kept, tied
 
 
 @triton.jit(do_not_specialize=["k", "eta", "theta", "next_theta"])
 def _step_kernel(
-    W, DIAG, M, R, U, V, E, FIXED, TARGET_GAP, THRESHOLD, ETA, ERROR, k, eta, theta, next_theta, rows, d, span,
+    W, DIAG, M, R, U, V, E, FIXED, TARGET_GAP, THRESHOLD, ETA, ERROR, k, eta, theta, next_theta, rows, d, padded_d,
     stride_w, stride_m, stride_r, stride_u, stride_v, stride_e, stride_f, stride_t, stride_k,
     STORED: tl.constexpr, LINE_SEARCH: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr,
     PADDED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, SEARCH_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    # A program of one row always has a row. A mask would take registers that the search needs.
+    # With BLOCK_R = 1 the program's row exists, and needs no mask, whose registers the search needs.
     valid_r = row < rows if BLOCK_R > 1 else tl.full((BLOCK_R,), True, tl.int1)
     row = row.to(tl.int64)
     W += row[:, None] * stride_w
@@ -188,23 +196,23 @@ def _step_kernel(
         if LINE_SEARCH:
             lin, quad = line_terms(w, _diagonal(DIAG, w, column, valid_d), m, r, u, v, theta)
             step = line_search(tl.sum(lin, axis=1), tl.sum(quad, axis=1))
-            # Loaded again from the cache: without w and v in registers, twice as many rows are at work. The eviction
-            # policy keeps the compiler from merging these loads with the first ones.
+            # w and v are loaded again from the cache: without them in registers, a multiprocessor works on twice as
+            # many rows. The eviction policy keeps the compiler from merging these loads with the first loads.
             w = tl.load(W + column[None, :], mask=valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
             v = tl.load(V + column[None, :], mask=valid, other=0, eviction_policy="evict_first").to(tl.float32)
         score, errors = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)
-        _store_numbers(ETA, ERROR, row, valid_r, step, errors)
+        _store_step(ETA, ERROR, row, valid_r, step, errors)
         keys = candidate_key(score, None, valid, lowest)
         if GROUP:
             chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
         else:
-            T, ties_kept, tied = _threshold(
+            threshold, ties_kept, tied = _find_threshold(
                 THRESHOLD, row, valid_r, lowest, keys, budget, U, d, WHOLE=True, SEARCH_D=BLOCK_D
             )
-            chosen, passed = take(keys, T, ties_kept, tied, tl.zeros((BLOCK_R,), tl.int32))
-            # `span` equals d here, which the compiler does not know. So it computes the masks again after the search,
-            # and the search has their registers.
-            column, valid_d = columns(0, span, 0, 0, BLOCK_D)
+            chosen, passed = take(keys, threshold, ties_kept, tied, tl.zeros((BLOCK_R,), tl.int32))
+            # `padded_d` equals d here, but the compiler does not know it. So it computes the masks again, and does not
+            # keep them in registers during the search.
+            column, valid_d = columns(0, padded_d, 0, 0, BLOCK_D)
             valid = valid_r[:, None] & valid_d[None, :]
         _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
     else:
@@ -212,7 +220,7 @@ def _step_kernel(
         if LINE_SEARCH:
             lin = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
             quad = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-            for start in range(0, span, BLOCK_D):
+            for start in range(0, padded_d, BLOCK_D):
                 column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
                 valid = valid_r[:, None] & valid_d[None, :]
                 w, m, r, u, v = _load_state(W, M, R, U, V, column, valid)
@@ -223,8 +231,8 @@ def _step_kernel(
 
         # Pass B: the update and the next scores.
         errors = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-        for back in range(0, span, BLOCK_D):
-            column, valid_d = columns((span - 1) // BLOCK_D * BLOCK_D - back, d, GROUP, PADDED, BLOCK_D)
+        for back in range(0, padded_d, BLOCK_D):
+            column, valid_d = columns((padded_d - 1) // BLOCK_D * BLOCK_D - back, d, GROUP, PADDED, BLOCK_D)
             valid = valid_r[:, None] & valid_d[None, :]
             w, m, r, u, v = _load_state(W, M, R, U, V, column, valid)
             score, error_d = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)
@@ -235,22 +243,23 @@ def _step_kernel(
                 _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
             else:
                 tl.store(U + column[None, :], keys.to(tl.float32, bitcast=True), mask=valid)
-        _store_numbers(ETA, ERROR, row, valid_r, step, errors)
+        _store_step(ETA, ERROR, row, valid_r, step, errors)
 
         if not GROUP:
-            # Keys pass through global memory. Another thread may read a key than the one that wrote it, and Triton adds
-            # no barrier for that.
+            # Pass C reads keys that another thread may have stored in pass B, and Triton adds no barrier.
             tl.debug_barrier()
-            # Pass C: the k-th score.
+            # Pass C: the k-th key.
             first_keys = load_keys(U, None, 0, d, valid_r, 1, 0, None, 0, 0, SEARCH_D)
-            T, ties_kept, tied = _threshold(THRESHOLD, row, valid_r, lowest, first_keys, budget, U, d, WHOLE, SEARCH_D)
+            threshold, ties_kept, tied = _find_threshold(
+                THRESHOLD, row, valid_r, lowest, first_keys, budget, U, d, WHOLE, SEARCH_D
+            )
             # Pass D: the vertex.
             passed = tl.zeros((BLOCK_R,), tl.int32)
             for start in range(0, d, BLOCK_D):
                 column, valid_d = columns(start, d, 0, 0, BLOCK_D)
                 valid = valid_r[:, None] & valid_d[None, :]
                 keys = load_keys(U, None, start, d, valid_r, 1, 0, None, 0, 0, BLOCK_D)
-                chosen, passed = take(keys, T, ties_kept, tied, passed)
+                chosen, passed = take(keys, threshold, ties_kept, tied, passed)
                 w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
                 _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
 
@@ -262,15 +271,16 @@ def row_step(
     theta: float | Tensor = 0.0,
     next_theta: float | Tensor = 0.0,
 ) -> None:
-    """Make a Frank-Wolfe step of every row, but for its product, in place.
+    """Make a Frank-Wolfe step in every row, except for its product, in place.
+
+    `eta`, `theta` and `next_theta` are either all floats, or all tensors () fp32, which the kernel reads when it runs.
 
     Args:
-        state: the state, which changes in place.
-        eta: step size of all rows (open loop); None for the line search. `eta`, `theta` and `next_theta` are either all
-            numbers, or all tensors () fp32, which the kernel reads when it runs.
-        theta: weight of the integrality penalty with which V was chosen, 0 to 1.
-        next_theta: weight of the penalty with which the next V is chosen. Below 1, a vertex takes only positive scores;
-            at 1 it keeps exactly k entries.
+        state: the state, updated in place.
+        eta: step size of all rows; None: a line search finds the step size of each row.
+        theta: weight of the integrality penalty when V was chosen, 0 to 1.
+        next_theta: weight of the penalty for the choice of the next V. Below 1 a vertex keeps only entries with
+            positive scores; at 1 it keeps exactly k entries.
 
     Raises:
         ValueError, TypeError: the state or a number does not fit this description.
@@ -302,7 +312,7 @@ def row_step(
         _step_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
             W=W, DIAG=state.diag, M=state.M, R=state.R, U=state.U, V=state.V, E=state.E, FIXED=fixed,
             TARGET_GAP=target_gap, THRESHOLD=threshold, ETA=state.eta, ERROR=state.error, k=k,
-            **{"eta": 0.0, **numbers}, rows=rows, d=d, span=span(d, state.group),
+            **{"eta": 0.0, **numbers}, rows=rows, d=d, padded_d=padded_d(d, state.group),
             stride_w=W.stride(0), stride_m=state.M.stride(0), stride_r=state.R.stride(0), stride_u=state.U.stride(0),
             stride_v=state.V.stride(0), stride_e=state.E.stride(0), stride_f=row_stride(fixed),
             stride_t=row_stride(target_gap), stride_k=k.stride(0) if isinstance(k, Tensor) else 0,

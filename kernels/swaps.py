@@ -1,16 +1,17 @@
-"""row_swaps: make the best 1-swaps of every row's mask, in place, until none lowers the error. A program has one row.
+"""row_swaps: make the best 1-swaps of every row's mask, in place, until no swap lowers the error.
 
     a = q + 2 W R of kept entries      b = q - 2 W R of removed entries      q = W^2 diag(G)
-    swap i for p:  change = a_i + b_p - 2 W_i W_p G_ip      R += W_i G_i - W_p G_p      V_i = 0, V_p = 1
+    remove i, keep p:  change = a_i + b_p - 2 W_i W_p G_ip      R += W_i G_i - W_p G_p      V_i = 0, V_p = 1
 
     W (rows, d)     G (d, d) fp32     R (rows, d) fp32     V, fixed (rows, d) bool
 
     flops = about 30 d a swap
     bytes = rows d (size(W) + 4 + 1) in and rows d (4 + 1) out, and for every swap 3 rows of G, 12 d
 
-A swap needs three passes over the row, which stays in the cache. The first finds the best a and the best b, the second
-the best partner of each, and the third updates R. With n:m the first two are one pass over whole groups. The search of
-each row ends by itself, so no row waits for the longest search. Sums and state are in fp32. Ties go to the lower index.
+A swap takes three passes over the row, which stays in the cache. The first finds the lowest a and the lowest b, the
+second finds the best partner of each, and the third updates R. With n:m one pass over whole groups replaces the first
+two. A program has one row and ends with its search, so no row waits for a longer search. Sums and state are in fp32.
+Ties go to the lower index.
 """
 
 import torch
@@ -21,15 +22,15 @@ from torch import Tensor
 from .definitions import LEAST_GAIN
 from .device import columns
 from .launch import FLOATS, check_matrix, check_rows, interpreter_tile, on_device, platform, row_stride, warps
-from .lmo import check_selection, span
+from .lmo import check_selection, padded_d
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
-    """Choose tile sizes and launch options. A program has one row, and ends when the search of this row ends."""
-    width = triton.next_power_of_2(span(d, group))
+    """Choose tile sizes and launch options. On a GPU a program has one row."""
+    width = triton.next_power_of_2(padded_d(d, group))
     if platform() == "interpreter":
         return interpreter_tile(rows, width)
-    # These shapes compile without spills in all versions that were tried.
+    # These tiles compile without spills in all versions of Triton that were tried.
     BLOCK_D, threads = (512, 64) if group and not group & (group - 1) else (1024, 256)
     return dict(BLOCK_R=1, BLOCK_D=min(width, BLOCK_D), num_warps=warps(threads // 32))
 
@@ -52,7 +53,7 @@ def _changes(W, DIAG, R, V, FIXED, column, valid, valid_d):
 
 @triton.jit
 def _best(x, start, best, at):
-    """Update the lowest entry of every row, and its column, by the chunk x that begins at column `start`."""
+    """Update the lowest entry of every row, `best`, and its column, `at`, by the chunk x that begins at `start`."""
     value, index = tl.min(x, axis=1, return_indices=True)
     lower = value < best
     return tl.where(lower, value, best), tl.where(lower, start + index, at)
@@ -60,7 +61,10 @@ def _best(x, start, best, at):
 
 @triton.jit
 def _partners(w_rows, G, x, y, w, column, valid, stride_g, SHAPE: tl.constexpr):
-    """Find the best x of every group of a chunk and its best partner in y: the error's change, and both columns."""
+    """Find the lowest x of every group of a chunk, and its best partner in y.
+
+    Returns the change of the error by each of these pairs, the columns of x, and the columns of y.
+    """
     change_x, first = tl.min(tl.reshape(x, SHAPE), axis=2, return_indices=True)
     members = tl.reshape(column, (1, SHAPE[1], SHAPE[2]))
     begin = tl.min(members, axis=2)
@@ -76,7 +80,7 @@ def _partners(w_rows, G, x, y, w, column, valid, stride_g, SHAPE: tl.constexpr):
 
 @triton.jit
 def _best_of_groups(change, i, p, best, best_i, best_p):
-    """Update the best pair of every row by the pairs of a chunk's groups."""
+    """Update the best pair of every row by the best pairs of a chunk's groups."""
     value, group = tl.min(change, axis=1, return_indices=True)
     here = tl.arange(0, change.shape[1])[None, :] == group[:, None]
     lower = value < best
@@ -89,7 +93,7 @@ def _best_of_groups(change, i, p, best, best_i, best_p):
 
 @triton.jit(do_not_specialize=["limit", "least_gain"])
 def _swaps_kernel(
-    W, G, DIAG, R, V, FIXED, limit, least_gain, rows, d, span, stride_w, stride_g, stride_r, stride_v, stride_f,
+    W, G, DIAG, R, V, FIXED, limit, least_gain, rows, d, padded_d, stride_w, stride_g, stride_r, stride_v, stride_f,
     GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -109,39 +113,40 @@ def _swaps_kernel(
         w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
         v = tl.load(V + column[None, :], mask=valid, other=0).to(tl.int1)
         removed += tl.where(v, 0.0, w * w * tl.load(DIAG + column, mask=valid_d, other=0.0)[None, :])
-    least = -least_gain * tl.sum(removed, axis=1)
+    threshold = -least_gain * tl.sum(removed, axis=1)
 
-    go = valid_r
+    active = valid_r
     made = 0
     running = limit > 0
     while running:
         inf = tl.full((BLOCK_R,), float("inf"), tl.float32)
         none = tl.zeros((BLOCK_R,), tl.int32)
+        # The best pair with the lowest a (of a group), and the best pair with the lowest b.
         change, i, p = inf, none, none
-        change_too, i_too, p_too = inf, none, none
+        change_b, i_b, p_b = inf, none, none
         if GROUP:
             SHAPE: tl.constexpr = (BLOCK_R, BLOCK_D // PADDED, PADDED)
-            for start in range(0, span, BLOCK_D):
+            for start in range(0, padded_d, BLOCK_D):
                 column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
                 valid = valid_r[:, None] & valid_d[None, :]
                 w, a, b = _changes(W, DIAG, R, V, FIXED, column, valid, valid_d)
                 pair, first, second = _partners(w_rows, G, a, b, w, column, valid, stride_g, SHAPE)
                 change, i, p = _best_of_groups(pair, first, second, change, i, p)
                 pair, first, second = _partners(w_rows, G, b, a, w, column, valid, stride_g, SHAPE)
-                change_too, p_too, i_too = _best_of_groups(pair, first, second, change_too, p_too, i_too)
+                change_b, p_b, i_b = _best_of_groups(pair, first, second, change_b, p_b, i_b)
         else:
-            # The best a and the best b.
+            # The lowest a and the lowest b.
             best_a, best_b = inf, inf
             for start in range(0, d, BLOCK_D):
                 column, valid_d = columns(start, d, 0, 0, BLOCK_D)
                 valid = valid_r[:, None] & valid_d[None, :]
                 w, a, b = _changes(W, DIAG, R, V, FIXED, column, valid, valid_d)
                 best_a, i = _best(a, start, best_a, i)
-                best_b, p_too = _best(b, start, best_b, p_too)
-            # Their best partners.
+                best_b, p_b = _best(b, start, best_b, p_b)
+            # The best partner of each.
             w_i = 2 * tl.load(w_rows + i, mask=valid_r, other=0.0).to(tl.float32)
-            w_p = 2 * tl.load(w_rows + p_too, mask=valid_r, other=0.0).to(tl.float32)
-            g_i, g_p = G + i.to(tl.int64)[:, None] * stride_g, G + p_too.to(tl.int64)[:, None] * stride_g
+            w_p = 2 * tl.load(w_rows + p_b, mask=valid_r, other=0.0).to(tl.float32)
+            g_i, g_p = G + i.to(tl.int64)[:, None] * stride_g, G + p_b.to(tl.int64)[:, None] * stride_g
             for start in range(0, d, BLOCK_D):
                 column, valid_d = columns(start, d, 0, 0, BLOCK_D)
                 valid = valid_r[:, None] & valid_d[None, :]
@@ -149,33 +154,32 @@ def _swaps_kernel(
                 pairs = w_i[:, None] * w * tl.load(g_i + column[None, :], mask=valid, other=0.0)
                 change, p = _best(b - pairs, start, change, p)
                 pairs = w_p[:, None] * w * tl.load(g_p + column[None, :], mask=valid, other=0.0)
-                change_too, i_too = _best(a - pairs, start, change_too, i_too)
+                change_b, i_b = _best(a - pairs, start, change_b, i_b)
             change += best_a
-            change_too += best_b
-        better = change_too < change
-        i, p = tl.where(better, i_too, i), tl.where(better, p_too, p)
-        go = go & (tl.minimum(change, change_too) < least)
+            change_b += best_b
+        better = change_b < change
+        i, p = tl.where(better, i_b, i), tl.where(better, p_b, p)
+        active = active & (tl.minimum(change, change_b) < threshold)
 
-        w_i = tl.load(w_rows + i, mask=go, other=0.0).to(tl.float32)
-        w_p = tl.load(w_rows + p, mask=go, other=0.0).to(tl.float32)
+        w_i = tl.load(w_rows + i, mask=active, other=0.0).to(tl.float32)
+        w_p = tl.load(w_rows + p, mask=active, other=0.0).to(tl.float32)
         g_i, g_p = G + i.to(tl.int64)[:, None] * stride_g, G + p.to(tl.int64)[:, None] * stride_g
-        # R and V pass through global memory. Another thread may read an entry than the one that wrote it, and Triton
-        # adds no barrier for that.
+        # A thread may read entries of R and V that another thread stores, and Triton adds no barrier between passes.
         tl.debug_barrier()
         for start in range(0, d, BLOCK_D):
             column, valid_d = columns(start, d, 0, 0, BLOCK_D)
-            moved = go[:, None] & valid_d[None, :]
+            moved = active[:, None] & valid_d[None, :]
             r = tl.load(R + column[None, :], mask=moved, other=0.0)
             r += w_i[:, None] * tl.load(g_i + column[None, :], mask=moved, other=0.0)
             r -= w_p[:, None] * tl.load(g_p + column[None, :], mask=moved, other=0.0)
-            # If a row has fewer entries than the program has threads, several threads have the same entry. Only the
-            # first one stores it, and the others may read it after that. So r must not be used after this line.
+            # If a row has fewer entries than the program has threads, several threads load the same entry. One of them
+            # stores it, perhaps before the others load it. So r must not be used after this line.
             tl.store(R + column[None, :], r, mask=moved)
-        tl.store(v_rows + i, tl.zeros((BLOCK_R,), tl.int1), mask=go)
-        tl.store(v_rows + p, tl.full((BLOCK_R,), 1, tl.int1), mask=go)
+        tl.store(v_rows + i, tl.zeros((BLOCK_R,), tl.int1), mask=active)
+        tl.store(v_rows + p, tl.full((BLOCK_R,), 1, tl.int1), mask=active)
         tl.debug_barrier()
         made += 1
-        running = (made < limit) & (tl.max(go.to(tl.int32), axis=0) > 0)
+        running = (made < limit) & (tl.max(active.to(tl.int32), axis=0) > 0)
 
 
 def row_swaps(
@@ -186,10 +190,10 @@ def row_swaps(
     Args:
         W: (rows, d), fp32 / bf16 / fp16. The rows of every matrix are contiguous (column stride 1).
         G: (d, d) fp32, symmetric.
-        R: (rows, d) fp32, finite: the product of the removed weights plus the target gap; updated.
-        V: (rows, d) bool, the mask; updated.
-        limit: the most swaps of a row.
-        group: m of n:m, up to 32: swaps stay within a group; else 0.
+        R: (rows, d) fp32, finite: (W * (1 - V) + target gap) G; updated in place.
+        V: (rows, d) bool, the mask; updated in place.
+        limit: highest number of swaps of a row.
+        group: 0 for swaps within whole rows, m for swaps within the groups of n:m; up to 32.
         fixed: (rows, d) bool, True for entries that are never removed.
 
     Raises:
@@ -208,7 +212,7 @@ def row_swaps(
     with on_device(W):
         _swaps_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
             W=W, G=G, DIAG=G.diagonal().contiguous(), R=R, V=V, FIXED=fixed, limit=limit, least_gain=LEAST_GAIN,
-            rows=rows, d=d, span=span(d, group), stride_w=W.stride(0), stride_g=G.stride(0), stride_r=R.stride(0),
-            stride_v=V.stride(0), stride_f=row_stride(fixed),
+            rows=rows, d=d, padded_d=padded_d(d, group), stride_w=W.stride(0), stride_g=G.stride(0),
+            stride_r=R.stride(0), stride_v=V.stride(0), stride_f=row_stride(fixed),
             GROUP=group, PADDED=triton.next_power_of_2(group) if group else 0, enable_fp_fusion=True, **config,
         )  # fmt: skip

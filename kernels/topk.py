@@ -1,23 +1,26 @@
-"""Select the k best scores of a row, or n of every group, exactly, in device functions.
+"""Device functions that select the k best scores of a row, or n of every group, exactly.
 
-Scores are compared through 32-bit unsigned keys, which have the same order:
+They compare 32-bit unsigned keys, which have the same order as the scores:
 
     key(x) < key(y)  iff  x < y;    key(-0.0) = key(+0.0);    key(NaN) = NAN_KEY, above all;    0 = no entry
 
-A search for a row's k-th best key counts how many keys reach a threshold, until a threshold separates exactly k entries
-or only ties are left. It starts from the lowest and the highest key (`key_range`), or from a threshold that was right
-for similar scores (`bracket`):
+A key reaches a threshold if it is at least as high. A search for a row's k-th best key counts the keys that reach a
+threshold, and tries other thresholds until exactly k keys reach one, or until only equal keys are left. The bracket of
+a search is a threshold that at least k keys reach, and a higher one that fewer keys reach. At the start these are the
+lowest and the highest key (`key_range`), or one of them is a threshold that was right for similar scores (`bracket`):
 
-- While one end of the bracket is unknown, the threshold moves away from the known end in steps that grow fourfold.
-- Between two known ends regula falsi on the count gives the next threshold. The weights of the Illinois method keep
-  either end from standing still. After PATIENCE passes the search bisects, so there are never many passes.
-- Once the count at an end differs from k by one, that one key is looked up, and the search is done.
+- While the count at one end of the bracket is unknown, thresholds move away from the other end in steps that grow
+  fourfold.
+- Between ends with known counts, regula falsi on the counts gives the next threshold. The weights of the Illinois
+  method keep either end from standing still. After PATIENCE passes the search bisects, so there are never many passes.
+- Once the count at an end differs from k by one, a look-up of the next key ends the search.
 
-A pass is one reduction over the row: a count, or a look-up. On the scores of SmolLM2-135M a search from the last step's
-threshold takes 4 to 5 passes, a search from the range of the keys 8 to 9, and bisection on the bits 16 to 17 (counted
-once, by a script that is gone). No search takes more than 50. A count costs a comparison for each entry, and one sum.
-Radix selection by 4 bits would take 8 passes, each with 15 sums, or with a histogram in shared memory and an atomic for
-each entry. Only a row with a tie at its k-th key needs the running count that gives the tie to the lower index.
+A pass is one reduction over the row: a count, or a look-up. On the scores of SmolLM2-135M a search takes 4 to 5 passes
+from the threshold of the last step, and 8 to 9 from the range of the keys. Bisection on the bits takes 16 to 17
+(counted once, by a script that is gone). No search takes more than 50. A count costs a comparison for each entry, and
+one sum. Radix selection by 4 bits would take 8 passes, each with 15 sums, or with a histogram in shared memory and an
+atomic for each entry. Only a row with several keys equal to its k-th key needs a running count, which gives ties to the
+lower index.
 """
 
 import triton
@@ -34,8 +37,8 @@ LEAST_KEY = tl.constexpr(0x007FFFFF)
 # After this many passes the search bisects.
 PATIENCE = tl.constexpr(16)
 
-# First guess of the distance between two keys of a row of d entries near its threshold: SPREAD / d. An octave of scores
-# is 2^23 keys wide, so the guess puts an eighth of the row into an octave.
+# Two neighbouring keys of a row near its threshold are expected to differ by SPREAD / d, with d entries in the row. The
+# scores from x to 2 x have 2^23 keys, so an eighth of the row is expected among them.
 SPREAD = tl.constexpr(1 << 26)
 
 
@@ -60,7 +63,7 @@ def key_score(key):
 
 @triton.jit
 def lowest_key(positive):
-    """Return the key that candidates must exceed: that of score 0 if only positive scores count, else 0 (no entry)."""
+    """Return the key that candidates must exceed: the key of score 0 if they must be positive, else 0 (no entry)."""
     return tl.where(positive, ZERO_KEY, 0).to(tl.uint32)
 
 
@@ -68,11 +71,11 @@ def lowest_key(positive):
 def candidate_key(x, fixed, valid, lowest):
     """Compute the key of score x for a selection.
 
-    A fixed entry has the key of +inf; `fixed` may be None. A key that is not above `lowest` becomes 0, for no entry.
+    A fixed entry has the key of +inf; `fixed` may be None. Keys up to `lowest` become 0, which means no entry.
     """
     key = order_key(x)
     if fixed is not None:
-        # NaN is an error at a fixed entry as well, so it keeps its key.
+        # NaN is an error at a fixed entry as well, so NaN keeps its key.
         key = tl.where(fixed & (key != NAN_KEY), INF_KEY, key)
     return tl.where(valid & (key > lowest), key, 0)
 
@@ -84,9 +87,9 @@ def load_keys(
 ):  # fmt: skip
     """Load one chunk as keys (BLOCK_R, BLOCK_D); `score` and `fixed` point at the first column of the tile's rows.
 
-    If `lowest` is None, `score` holds the bits of keys in place of scores.
+    If `lowest` is None, `score` holds keys, as the bits of floats, in place of scores.
     """
-    # A group is within one thread, since its members are compared with each other.
+    # A whole group is in one thread, since all its members are compared with each other.
     column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D, 16 if GROUP else 4)
     valid = valid_r[:, None] & valid_d[None, :]
     column = column[None, :].to(tl.int64)
@@ -103,7 +106,7 @@ def load_keys(
 
 @triton.jit
 def load_budget(k, row, valid_r, stride_k, PER_ROW: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Load the budgets (BLOCK_R,) of the tile's rows: the number k for all, or the numbers at k + row * stride_k."""
+    """Load the budgets (BLOCK_R,) of the tile's rows. `k` is one budget, or with PER_ROW a pointer to the budgets."""
     if PER_ROW:
         budget = tl.load(k + row * stride_k, mask=valid_r, other=0).to(tl.int32)
     else:
@@ -113,18 +116,18 @@ def load_budget(k, row, valid_r, stride_k, PER_ROW: tl.constexpr, BLOCK_R: tl.co
 
 @triton.jit
 def count_reaching(
-    T, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
+    threshold, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
     WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
 ):  # fmt: skip
-    """Count the entries of each row with a key >= T.
+    """Count the entries of each row with a key >= threshold.
 
-    `keys` has the first SEARCH_D columns. Unless they are the WHOLE row, the other columns are loaded.
+    `keys` has the first SEARCH_D columns. If these are not the WHOLE row, the other columns are loaded.
     """
-    n = tl.sum((keys >= T[:, None]).to(tl.int32), axis=1)
+    n = tl.sum((keys >= threshold[:, None]).to(tl.int32), axis=1)
     if not WHOLE:
         for start in range(SEARCH_D, d, SEARCH_D):
             others = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
-            n += tl.sum((others >= T[:, None]).to(tl.int32), axis=1)
+            n += tl.sum((others >= threshold[:, None]).to(tl.int32), axis=1)
     return n
 
 
@@ -133,7 +136,7 @@ def highest_below(
     bound, flip, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
     WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
 ):  # fmt: skip
-    """Find in each row the highest of the keys ^ flip below `bound`; other arguments as in `count_reaching`."""
+    """Find the highest value of `key ^ flip` below `bound` in each row; other arguments as in `count_reaching`."""
     turned = keys ^ flip[:, None]
     best = tl.max(tl.where(turned < bound[:, None], turned, 0), axis=1)
     if not WHOLE:
@@ -148,7 +151,10 @@ def highest_below(
 def key_range(
     keys, k, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE: tl.constexpr, SEARCH_D: tl.constexpr
 ):  # fmt: skip
-    """Make the bracket of all keys of a row for `kth_key`, with its highest key; arguments as in `count_reaching`."""
+    """Return the bracket of all keys of a row, the budget, and the highest key; arguments as in `count_reaching`.
+
+    The bracket and the budget are the arguments `threshold`, `n`, `top`, `n_top` and `k` of `kth_key`.
+    """
     n = tl.sum((keys > 0).to(tl.int32), axis=1)
     low = tl.min(tl.where(keys > 0, keys, NAN_KEY), axis=1)
     high = tl.max(keys, axis=1)
@@ -158,7 +164,7 @@ def key_range(
             n += tl.sum((others > 0).to(tl.int32), axis=1)
             low = tl.minimum(low, tl.min(tl.where(others > 0, others, NAN_KEY), axis=1))
             high = tl.maximum(high, tl.max(others, axis=1))
-    # A row with fewer than k entries keeps them all.
+    # A row with fewer than k entries keeps all of them.
     return low, n, tl.minimum(high, NAN_KEY - 1) + 1, tl.zeros_like(n), tl.minimum(k, n), high
 
 
@@ -167,73 +173,77 @@ def bracket(
     start, least, k, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
     WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
 ):  # fmt: skip
-    """Make the bracket on one side of a threshold for `kth_key`, by one count.
+    """Return a bracket for `kth_key` of which a guess is one end, after one count.
 
     Args:
-        start: (BLOCK_R,) uint32, the threshold, which may be any number.
+        start: (BLOCK_R,) uint32, the guess of the threshold; it may be any key.
         least: uint32, a key that every entry reaches.
         k: (BLOCK_R,) int32, number of entries to keep.
-        keys and all others: as in `count_reaching`.
+        keys and the arguments after it: as in `count_reaching`.
+
+    Returns:
+        The arguments `threshold`, `n`, `top` and `n_top` of `kth_key`.
     """
     reach = tl.minimum(tl.maximum(start, tl.maximum(least, LEAST_KEY)), INF_KEY)
     m = count_reaching(reach, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
     rises = m >= k
-    T = tl.where(rises, reach, tl.maximum(least, LEAST_KEY))
+    threshold = tl.where(rises, reach, tl.maximum(least, LEAST_KEY))
     top = tl.where(rises, INF_KEY + 1, reach).to(tl.uint32)
-    return T, tl.where(rises, m, 0), top, tl.where(rises, -1, m)
+    return threshold, tl.where(rises, m, 0), top, tl.where(rises, -1, m)
 
 
 @triton.jit
 def kth_key(
-    T, n, top, n_top, keys, k, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
+    threshold, n, top, n_top, keys, k, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
     WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
 ):  # fmt: skip
-    """Find in each row a threshold T that at least k keys reach, and the number of keys equal to T to keep.
+    """Find in each row the threshold above which all keys are kept, and how many keys equal to it are kept.
 
     Args:
-        T, n, top, n_top: (BLOCK_R,), the bracket: n >= k keys reach T, and n_top < k keys reach `top`. If n is 0, every
-            entry reaches T, and their number is unknown. If n_top is -1, no key reaches `top`, which was not counted.
-        k: (BLOCK_R,) int32, number of entries to keep; a row with fewer entries keeps all.
-        keys and all others: as in `count_reaching`.
+        threshold, n, top, n_top: (BLOCK_R,), the bracket: n >= k keys reach `threshold`, and n_top < k keys reach
+            `top`. n = 0 means that every entry reaches `threshold`, but their number is unknown. n_top = -1 means that
+            no key reaches `top`, and that the search has made no count there.
+        k: (BLOCK_R,) int32, number of entries to keep. A row with fewer entries keeps all of them.
+        keys and the arguments after it: as in `count_reaching`.
 
     Returns:
-        T (BLOCK_R,) uint32: keys above T are kept;
-        ties_kept (BLOCK_R,) int32: of the keys equal to T the first `ties_kept` are kept;
-        tied: whether a row of the tile must leave out keys equal to T.
+        threshold (BLOCK_R,) uint32: keys above the threshold are kept;
+        ties_kept (BLOCK_R,) int32: of the keys equal to the threshold, this number is kept, from the lowest index on;
+        tied: whether a row of the tile must remove keys equal to its threshold.
     """
-    # Weight of the end that did not move last time. It is halved each time that the end stays again.
+    # Weight of the end that did not move in the last pass. It is halved whenever this end does not move again.
     weight = tl.zeros_like(n).to(tl.float32) + 1.0
     rose = n_top < 0
     stride = tl.zeros_like(n).to(tl.float32)
     made = 0
-    running = (n != k) & (top - T > (n > 0).to(tl.uint32))
+    running = (n != k) & (top - threshold > (n > 0).to(tl.uint32))
     while tl.max(running.to(tl.int32), axis=0) > 0:
         surplus = tl.maximum(n - k, 0).to(tl.float32)
         shortage = (k - n_top).to(tl.float32)
-        # With one end known, move away from it.
+        # If the count at only one end is known, move away from this end.
         stride = tl.maximum(4 * stride, tl.where(n == 0, shortage, surplus) * (SPREAD / d))
         stride = tl.minimum(stride, 2147483648.0)
-        jump = tl.minimum(stride.to(tl.uint32), top - T)
-        # With both ends known, go between them.
+        jump = tl.minimum(stride.to(tl.uint32), top - threshold)
+        # If the counts at both ends are known, choose a threshold between them.
         surplus *= tl.where(rose, 1.0, weight)
         shortage *= tl.where(rose, weight, 1.0)
         share = tl.where(made < PATIENCE, surplus / tl.maximum(surplus + shortage, 1e-30), 0.5)
-        between = T + ((top - T).to(tl.float32) * share).to(tl.uint32)
-        reach = tl.where(n == 0, top - jump, tl.where(n_top < 0, T + jump, between))
-        reach = tl.minimum(tl.maximum(reach, T + (n > 0).to(tl.uint32)), top - 1)
-        # With a count that differs from k by one, look the key up.
+        between = threshold + ((top - threshold).to(tl.float32) * share).to(tl.uint32)
+        reach = tl.where(n == 0, top - jump, tl.where(n_top < 0, threshold + jump, between))
+        reach = tl.minimum(tl.maximum(reach, threshold + (n > 0).to(tl.uint32)), top - 1)
+        # If the count at an end differs from k by one, look the next key up.
         drops = running & (n == k + 1)
         adds = running & (n_top == k - 1) & (n != k + 1)
         if tl.max((drops | adds).to(tl.int32), axis=0) > 0:
-            # The lowest key from T upwards is the highest of the flipped keys.
+            # The lowest key that reaches the threshold is the highest of the flipped keys.
             flip = tl.where(drops, NAN_KEY, 0).to(tl.uint32)
-            bound = tl.where(drops, (T ^ NAN_KEY) + 1, top)
+            bound = tl.where(drops, (threshold ^ NAN_KEY) + 1, top)
             nearest = flip ^ highest_below(
                 bound, flip, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D
             )
-            # NaN is outside the bracket, and so may be the key that is found in a row with fewer than k entries.
-            nearest = tl.minimum(tl.maximum(nearest, T), top - 1)
-            T = tl.where(drops, nearest, T)
+            # The key may be outside the bracket, if it is NaN, or if the row has fewer than k entries.
+            nearest = tl.minimum(tl.maximum(nearest, threshold), top - 1)
+            threshold = tl.where(drops, nearest, threshold)
             top = tl.where(adds, nearest + 1, top)
             reach = tl.where(drops, nearest + 1, tl.where(adds, nearest, reach))
         made += 1
@@ -241,23 +251,23 @@ def kth_key(
         rises = m >= k
         weight = tl.where(rises == rose, 0.5 * weight, 1.0)
         rose = rises
-        T = tl.where(running & rises, reach, T)
+        threshold = tl.where(running & rises, reach, threshold)
         n = tl.where(running & rises, m, n)
         top = tl.where(running & (rises == 0), reach, top)
         n_top = tl.where(running & (rises == 0), m, n_top)
-        running = (n != k) & (top - T > (n > 0).to(tl.uint32))
-    # Now a row with n > k has no key between T and top: n - n_top keys are equal to T.
+        running = (n != k) & (top - threshold > (n > 0).to(tl.uint32))
+    # Now a row with n > k has no key between `threshold` and `top`: n - n_top keys are equal to `threshold`.
     tied = tl.max(n - k, axis=0) > 0
     ties_kept = tl.where(n > k, k - tl.maximum(n_top, 0), 0x7FFFFFFF)
-    return T, ties_kept, tied
+    return threshold, ties_kept, tied
 
 
 @triton.jit
-def take(keys, T, ties_kept, tied, passed):
-    """Choose the kept entries of one chunk; also returns the number of ties so far, `passed`, for the next chunk."""
-    chosen = keys >= T[:, None]
+def take(keys, threshold, ties_kept, tied, passed):
+    """Choose the kept entries of one chunk; also return `passed`, the number of ties so far, for the next chunk."""
+    chosen = keys >= threshold[:, None]
     if tied:
-        tie = (keys == T[:, None]).to(tl.int32)
+        tie = (keys == threshold[:, None]).to(tl.int32)
         chosen = chosen & ((tie == 0) | (passed[:, None] + tl.cumsum(tie, axis=1) <= ties_kept[:, None]))
         passed += tl.sum(tie, axis=1)
     return chosen, passed
@@ -267,7 +277,10 @@ def take(keys, T, ties_kept, tied, passed):
 def take_of_groups(
     keys, n, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Choose the n best of every group of a chunk laid out by `columns`: entries that fewer than n others beat."""
+    """Choose the n best entries of every group of a chunk, which `columns` has padded.
+
+    An entry is chosen if fewer than n entries of its group are better.
+    """
     keys = tl.reshape(keys, (BLOCK_R, BLOCK_D // PADDED, PADDED))
     slot = tl.arange(0, PADDED)[None, None, :]
     rank = tl.zeros((BLOCK_R, BLOCK_D // PADDED, PADDED), tl.int32)

@@ -1,6 +1,6 @@
-"""Operations as Triton kernels, with the names of `cpu.py` and `packed_cpu.py`: `--kernel triton` runs them."""
+"""Operations as Triton kernels, for `--kernel triton`. They have the same names as in `cpu.py` and `packed_cpu.py`."""
 
-# ruff: noqa: F401, `backend` looks for these names here.
+# ruff: noqa: F401, since `backend` looks for these names in this module.
 
 from .adam import adam_step
 from .bound import bound_scores, bound_sums

@@ -1,12 +1,13 @@
-"""Multiply successive vertices on a CPU, mostly by updating an earlier product for the changed entries.
+"""Compute the products of successive vertices on a CPU, mostly by updating an earlier product.
 
-    U = (target_gap + W * (1 - V)) G = U' + (W * (V' - V)) G      U', V': the vertex before the last and its product
+    U = (target_gap + W * (1 - V)) G = U' + (W * (V' - V)) G      V', U': the vertex before the last, and its product
 
     W (rows, d) floating     V (rows, d) bool     U, target_gap (rows, d) fp32     G (d, d) symmetric
 
-Vertices settle in the end. Until then they zigzag: each is closer to the vertex before the last than to the last one.
-In a solve of 30 steps on SmolLM2-135M's layers at 60 % they change 3 to 4 times d entries of a row in all, where 30
-full products read 30 d. The sum of a row runs over its own changes in their order, so it does not depend on other rows.
+Successive vertices zigzag, until they no longer change: each is closer to the vertex before the last than to the last
+vertex. In a solve of 30 steps on SmolLM2-135M's layers at 60 %, 3 to 4 times d entries of a row change in all, while 30
+full products read 30 d. An update adds up the changes of each row in the order of its entries, so a row's product does
+not depend on other rows.
 """
 
 import numpy as np
@@ -17,18 +18,18 @@ from torch.nn.functional import embedding_bag
 from .cpu import product, round_operand
 from .topk_torch import as_float, masked
 
-# The first FIRST products are computed in full, and then one of every REFRESH. Early vertices differ so much that this
-# costs little. Early products are also many times larger than late ones, and updates would carry the rounding errors of
-# large numbers on.
+# The first FIRST products are computed in full, and then one of every REFRESH. At first this costs little, since early
+# vertices differ in many entries. Early products are also many times larger than late products, and updates would keep
+# their rounding errors.
 FIRST, REFRESH = 4, 8
 
-# PANEL: entries of G in a panel of its columns, which stays in a core's cache however far apart the changed rows are.
-# NARROWEST: the fewest columns of a panel that are worth a pass over the changes.
+# An update works on a panel of the columns of G at a time. PANEL: number of entries of a panel, which stays in a core's
+# cache. NARROWEST: number of columns below which a panel is not worth a pass over the changes.
 PANEL, NARROWEST = 1 << 18, 64
 
 
 class VertexProducts:
-    """Products U = (target_gap + W * (1 - V)) G for one V after the other.
+    """Compute products U = (target_gap + W * (1 - V)) G, for one V after the other.
 
     Args:
         W: (rows, d), fp32 / bf16 / fp16.
@@ -45,7 +46,7 @@ class VertexProducts:
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, V: Tensor, *, out: Tensor) -> Tensor:
-        """Multiply V (rows, d) bool; the product is written to `out` (rows, d) fp32 and returned."""
+        """Compute the product of V (rows, d) bool; write it to `out` (rows, d) fp32, and return it."""
         if self._made < FIRST or self._made % REFRESH == 0:
             E = masked(self._W, ~V)
             U = product(E if self._target_gap is None else E + self._target_gap, self._G, precision=self._precision)
@@ -53,20 +54,20 @@ class VertexProducts:
         else:
             self._kept.reverse()
             before, U = self._kept[0]
-            self._follow(before, V, U)
+            self._update(before, V, U)
             before.copy_(V)
         self._made += 1
         return out.copy_(U)
 
-    def _follow(self, before: Tensor, V: Tensor, U: Tensor) -> None:
+    def _update(self, before: Tensor, V: Tensor, U: Tensor) -> None:
         """Update U in place from the product of `before` to the product of V."""
         d = V.shape[1]
         positions = np.flatnonzero((before ^ V).numpy())
-        # The offsets at which the entries of each row begin, and the end of the last row.
+        # The positions in `entries` at which the entries of each row begin, and the end of the last row.
         offsets = torch.from_numpy(positions.searchsorted(np.arange(len(V) + 1) * d))
         columns, entries = torch.from_numpy(positions % d), torch.from_numpy(positions)
         change = round_operand(self._W.take(entries), self._precision)
-        # An entry that V keeps is no longer removed.
+        # If V keeps a changed entry, its weight leaves the sum of removed weights; else it joins.
         change *= 1 - 2 * as_float(V.take(entries))
         panels = max(1, min(round(d * d / PANEL), d // NARROWEST))
         for panel, part in zip(self._G.chunk(panels, 1), U.chunk(panels, 1), strict=True):

@@ -86,7 +86,7 @@ def lmo(
     """
     check_budget(score.shape, k, group)
     if check_nan and score.isnan().any():
-        raise ValueError("score: NaN is no choice")
+        raise ValueError("score: contains NaN")
     if fixed is not None:
         score = score.masked_fill(fixed, torch.inf)
     units = score.reshape(-1, group) if group else score

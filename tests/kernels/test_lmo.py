@@ -112,5 +112,5 @@ def test_nan_is_an_error(row_backend, options, sign):
     score[17, 99] = sign * torch.nan
     if "fixed" in options:
         options = options | dict(fixed=torch.ones_like(score, dtype=torch.bool))
-    with pytest.raises(ValueError, match="score: NaN is no choice"):
+    with pytest.raises(ValueError, match="score: contains NaN"):
         row_backend.lmo(score, **options)

@@ -146,6 +146,6 @@ def test_tensors_that_do_not_fit_are_refused(level):
             level.packed_product(*arguments)
     with pytest.raises((ValueError, TypeError), match="expected"):
         level.unpack(values[:4], mask, cols=64)
-    with pytest.raises(ValueError, match="expected rows of 8, got 4 to 9"):
+    with pytest.raises(ValueError, match="expected 0 <= first <= last <= 8, got 4 and 9"):
         level.unpack(values, mask, cols=64, first=4, last=9)
     assert level.packed_product(x[:0], values, mask).shape == (0, 8)
