@@ -1,1 +1,1 @@
-"""Choose which weights of a layer to keep, and their values; for one layer, or several that read the same input."""
+"""The solver: choose which weights of one layer, or of several with the same input, are kept, and their values."""

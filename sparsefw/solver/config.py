@@ -1,8 +1,8 @@
-"""PruneConfig: how a model is pruned, in the user's words. Its fields make the flags, their ranges and their help.
+"""PruneConfig: the settings of pruning. The flags of the command, with ranges and help, are made from its fields.
 
 A default that depends on other fields is `None` in the class and has its value in every instance:
 `PruneConfig().steps` is 12, `PruneConfig(reconstruct=0).steps` is 24, `PruneConfig(refit=0).steps` is 40.
-A config means the same on every machine: `kernel` and `precision` stay `None` until `on` settles them for a device.
+A config means the same on every machine: `kernel` and `precision` stay `None` until `on` sets them for a device.
 """
 
 import copy
@@ -26,16 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """Needs and effects of a method; `methods.CHOOSE` has its function.
+    """Properties of a method. The method's function is in `methods.CHOOSE`.
 
     Attributes:
-        saliency: the saliency of the warm start; None: the config's.
-        rows_independent: whether rows do not depend on each other, so that layers are stacked and solved in chunks.
-            Otherwise the rows of a layer share one budget.
-        frank_wolfe: whether the method takes the fields of a config that are marked `frank_wolfe`.
-        dense_target: whether the method takes a damped Gram matrix, and its layers may approximate the dense model's
+        saliency: the saliency of the warm start; None: `PruneConfig.warm_start`.
+        rows_independent: whether each row is solved by itself once its saliency and its budget are known. Then layers
+            are stacked and solved in chunks. If not, a fraction is the budget of all rows together; n:m stays the
+            budget of each group.
+        frank_wolfe: whether the method uses the fields of `PruneConfig` that are marked `frank_wolfe`.
+        dense_target: whether the method damps the Gram matrix, and its layers may approximate the dense model's
             outputs, see `targets`.
-        changes_weights: whether the method changes kept weights. Frank-Wolfe does so where `refit` is not 0.
+        changes_weights: whether the method always changes kept weights. It is False for Frank-Wolfe, where `refit`
+            decides.
     """
 
     saliency: str | None = None
@@ -45,8 +47,8 @@ class Method:
     changes_weights: bool = False
 
 
-# Saliencies, each of which is a method, too; and the saliencies that depend on the columns of a matrix, too.
-WARM_STARTS, OF_MATRIX = ("magnitude", "wanda", "ria"), ("ria",)
+# All saliencies, each of which is also a method; and the saliencies that need the sums of a matrix's columns.
+WARM_STARTS, COLUMN_SALIENCIES = ("magnitude", "wanda", "ria"), ("ria",)
 
 METHODS: dict[str, Method] = {
     "sparsefw": Method(frank_wolfe=True, dense_target=True),
@@ -55,7 +57,7 @@ METHODS: dict[str, Method] = {
 }
 
 PRESETS = ("sparsefw", "fast", "paper")
-# Defaults by preset, with a refit of the kept weights and without one, where the mask is final.
+# Defaults of the fields in _NAMES, by preset and by whether kept weights are refitted.
 _NAMES = ("steps", "step_rule", "alpha", "penalty", "swaps", "refit", "rounds", "target", "damp", "reconstruct")
 DEFAULTS = {
     ("sparsefw", True): (24, "line-search", 0.0, 0.7, 0, 4, 3, "dense", 0.1, 2),
@@ -65,19 +67,21 @@ DEFAULTS = {
     ("paper", True): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "dense", 0.1, 0),
     ("paper", False): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "layer", 0.0, 0),
 }
-# Kernel and precision by device.
+# Defaults of kernel and precision on each device.
 ON_GPU = dict(kernel="triton", precision="bf16")
 ON_CPU = dict(kernel="torch", precision="ieee")
-# Before a reconstruction, where more steps gain nothing, these replace the preset's.
+# These replace the preset's values if a reconstruction follows: then more steps gain nothing.
 BEFORE_RECONSTRUCTION = dict(steps=12, refit=2)
-# A Gram matrix of few tokens says less of other text. The default damping of a refit is MAX_DAMP for up to FEW_TOKENS
-# tokens, and falls as 1 / tokens with more, down to the preset's.
+# The fewer tokens a Gram matrix has, the less it says about other text. So the default damping of a refit is MAX_DAMP
+# for up to FEW_TOKENS tokens. With more tokens it falls as 1 / tokens, down to the preset's value.
 FEW_TOKENS, MAX_DAMP = 32_500, 0.4
-# Damping costs quality on the calibration's text and gains it on other text; a reconstruction makes up for the cost.
+# Damping lowers the quality on the calibration text and raises it on other text. A reconstruction makes up for the
+# loss, so more damping pays before it.
 DAMP_BEFORE_RECONSTRUCTION = 1.6
-# Passes of a reconstruction over MANY_WINDOWS windows or more: one pass makes as many steps as two over half of them.
+# With MANY_WINDOWS windows or more, a reconstruction makes PASSES_OF_MANY passes: one pass over all windows has as many
+# steps as two passes over half of them.
 MANY_WINDOWS, PASSES_OF_MANY = 128, 1
-# Windows that a reconstruction needs on every rank: one to fit weights to, and one to hold out.
+# Minimum number of windows on a rank for a reconstruction: one window to fit weights to, and one held out.
 MIN_WINDOWS = 2
 
 
@@ -85,56 +89,57 @@ MIN_WINDOWS = 2
 class PruneConfig:
     """How a model is pruned.
 
-    Two configs are equal if their values are, whether the user or a default has set them. `replace` changes some fields
-    and finds the defaults that depend on them anew; `dataclasses.replace` keeps the old ones.
+    Two configs with the same values are equal, even if the user has set a value in one and a default has set it in the
+    other. `replace` changes some fields and computes the defaults that depend on them again; `dataclasses.replace`
+    would keep the old defaults.
 
     Raises:
-        InputError: a value is out of its range, or values do not go together.
+        InputError: a value is out of its range, or two values contradict each other.
     """
 
     sparsity: str = flag(
-        "0.6: that fraction of every row is removed; layer:0.6: of every matrix; 2:4 (semi-structured): 2 of every 4 "
-        "weights are kept",
+        "0.6: remove this fraction of every row (sparsegpt: of every matrix); layer:0.6: remove this fraction of every "
+        "matrix; 2:4 (semi-structured): keep 2 of every 4 weights",
         "0.6", metavar="PATTERN",
     )  # fmt: skip
     method: str = flag("how masks are chosen", "sparsefw", choices=METHODS)
     compare: tuple[str, ...] = flag(
-        "prune with this method too, of those that --method takes, for the table; may be repeated (default: none; "
-        "built-in model: wanda)",
+        "another method to prune with, for the table of results; may be repeated (default: none; built-in model: "
+        "wanda)",
         (), metavar="METHOD", choices=METHODS, several=True,
     )  # fmt: skip
     preset: str = flag(
-        "sparsefw: line search, integrality penalty, 12 steps, alpha 0, refit 2, 3 rounds; with --reconstruct 0, 24 "
-        "steps and refit 4; with --refit 0, 40 steps and swaps; fast: 3 steps, one refit and targets of the layers "
-        "themselves, at SparseGPT's cost; paper: open loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded, "
-        "no refit",
+        "sparsefw: line search, integrality penalty, 12 steps, alpha 0, refit 2, 3 rounds (24 steps and refit 4 with "
+        "--reconstruct 0; 40 steps and swaps with --refit 0); fast: 3 steps, one refit and --target layer, in about "
+        "SparseGPT's time; paper: open loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded, no refit",
         "sparsefw", choices=PRESETS,
     )  # fmt: skip
     include: tuple[str, ...] = flag(
-        "prune only these layers; may be repeated. A name stands for all layers that have it as whole parts of their "
-        "name (down_proj, layers.0, model.layers.3.mlp), re:PATTERN for those whose name the pattern matches from its "
-        "start (default: all)",
+        "prune only these layers; may be repeated. NAME selects every layer that has it as whole parts of its dotted "
+        "name (down_proj, layers.0, model.layers.3.mlp); re:PATTERN selects every layer whose name begins with a match "
+        "of the regular expression (default: all)",
         (), metavar="NAME", several=True,
     )  # fmt: skip
     ignore: tuple[str, ...] = flag(
         "leave these layers dense, named as for --include; may be repeated (default: none)",
         (), metavar="NAME", several=True,
     )  # fmt: skip
-    keep_zeros: bool = flag("weights that are zero in the input stay zero (default: a refit may revive them)", False)
+    keep_zeros: bool = flag("weights that are zero before pruning stay zero (default: a refit may change them)", False)
     warm_start: str = flag(
         "saliency (importance score) of the first mask (default: wanda)", choices=WARM_STARTS, frank_wolfe=True
     )
     steps: int = flag(
-        "Frank-Wolfe steps (default: 12; 24 with --reconstruct 0; 40 with --refit 0; 3 with --preset fast, 10 with "
-        "both; 2000 with --preset paper)",
+        "Frank-Wolfe steps (default: 12; 24 with --reconstruct 0; 40 with --refit 0; 3 with --preset fast; 10 with "
+        "--preset fast --refit 0; 2000 with --preset paper)",
         metavar="N", least=0, most=10**6, frank_wolfe=True,
     )  # fmt: skip
     step_rule: str = flag(
-        "exact line search, or steps of 2 / (t + 2) (default: line-search; open-loop with --preset paper)",
+        "line-search: exact line search; open-loop: steps of 2 / (t + 2) (default: line-search; open-loop with "
+        "--preset paper)",
         choices=("line-search", "open-loop"), frank_wolfe=True,
     )  # fmt: skip
     alpha: float = flag(
-        "fraction of kept weights fixed by saliency (default: 0; 0.9 with --preset paper)",
+        "fraction of the kept weights that saliency fixes before the first step (default: 0; 0.9 with --preset paper)",
         metavar="A", least=0, most=1, frank_wolfe=True,
     )  # fmt: skip
     penalty: float = flag(
@@ -143,44 +148,43 @@ class PruneConfig:
         metavar="P", least=0, most=1, frank_wolfe=True,
     )  # fmt: skip
     swaps: int = flag(
-        "1-swaps at most of every row's mask after Frank-Wolfe, each of which lowers the row's error (default: 0; 100 "
-        "with --refit 0 and without another --preset)",
+        "make at most N 1-swaps in every row's mask after Frank-Wolfe; each swap lowers the row's error (default: 0; "
+        "100 with --refit 0, unless another --preset is named)",
         metavar="N", least=0, most=10**6, frank_wolfe=True,
     )  # fmt: skip
     refit: int = flag(
-        "weight update: conjugate-gradient steps with which kept weights make up for removed ones, in each refit; 0 "
-        "leaves kept weights as they are (default: 2; 4 with --reconstruct 0 and with --preset fast; 0 with --preset "
-        "paper)",
+        "weight update: conjugate-gradient steps of each refit, in which kept weights make up for removed ones; with 0 "
+        "kept weights do not change (default: 2; 4 with --reconstruct 0 and with --preset fast; 0 with --preset paper)",
         metavar="STEPS", least=0, most=10**6, frank_wolfe=True,
     )  # fmt: skip
     rounds: int = flag(
-        "rounds of choosing the mask again for refitted weights; 0 only refits (default: 3; 0 with --refit 0 and with "
-        "--preset fast and paper)",
+        "rounds that choose the mask again for refitted weights; with 0 the mask is only refitted (default: 3; 0 with "
+        "--refit 0 and with --preset fast and paper)",
         metavar="N", least=0, most=10**6, frank_wolfe=True,
     )  # fmt: skip
     target: str = flag(
-        "what layers approximate. dense: the dense model's outputs, so that they make up for pruned ones before them; "
-        "layer: what the layer itself makes of its input, without the dense model (default: dense; layer with "
-        "--refit 0 and with --preset fast, and with --preset paper unless --refit is given)",
+        "what a layer approximates. dense: its output in the dense model, so that it makes up for the layers pruned "
+        "before it; layer: the output of its own dense weight, without passes of the dense model (default: dense; "
+        "layer with --refit 0 and with --preset fast, and with --preset paper unless --refit is given)",
         choices=("dense", "layer"), frank_wolfe=True,
     )  # fmt: skip
     damp: float = flag(
-        "dampening: this share of the diagonal of the Gram matrix (the Hessian X X^T) is added to it where masks and "
-        "weights are chosen, so that they hold on other text (default: 1.6; with --reconstruct 0 and with --preset "
-        "fast: 0.4 with up to 32500 tokens of calibration, with more 13000 / tokens, at least 0.1; 0.2 with --refit 0; "
-        "0 with --preset paper unless --refit is given)",
-        # Far more than is of use; a diagonal of real inputs stays finite in fp32 with it.
+        "dampening: masks and weights are chosen on the Gram matrix (the Hessian X X^T) with this share of its "
+        "diagonal added to the diagonal, so that they also suit other text (default: 1.6; with --reconstruct 0 or "
+        "--preset fast: 0.4 for up to 32500 calibration tokens, 13000 / tokens for more, at least 0.1; 0.2 with "
+        "--refit 0; 0 with --preset paper unless --refit is given)",
+        # The limit is far above useful values. Up to it, the damped diagonal of real inputs stays finite in fp32.
         metavar="D", least=0, most=2**20, frank_wolfe=True,
     )  # fmt: skip
     reconstruct: int = flag(
-        "block-wise reconstruction: passes over the calibration windows that fit the kept weights of each block "
-        "together, after --method; 0 leaves them as the method makes them (default: 1; 2 with fewer than 128 windows "
-        "on a rank; 0 with --refit 0, with another --method or --preset, and with a single window on a rank)",
+        "block-wise reconstruction: passes over the calibration windows that fit all kept weights of a block together, "
+        "after --method has pruned its layers; 0: no reconstruction (default: 1; 2 with fewer than 128 windows on a "
+        "rank; 0 with --refit 0, with another --method or --preset, and with a single window on a rank)",
         metavar="PASSES", least=0, most=10**4,
     )  # fmt: skip
     kernel: str = flag(
-        "triton without a GPU runs in the interpreter: exact and slow (default: triton where CUDA is available, else "
-        "torch)",
+        "triton: Triton kernels, which without a GPU run in the interpreter, exact and slow; torch: plain torch "
+        "(default: triton if CUDA is available, else torch)",
         choices=("triton", "torch"),
     )  # fmt: skip
     precision: str = flag(
@@ -189,7 +193,7 @@ class PruneConfig:
     )
 
     def __post_init__(self) -> None:
-        # Python users write a number where the command line has a text.
+        # From Python the sparsity may be a number. On the command line it is always text.
         if isinstance(self.sparsity, numbers.Real):
             set_field(self, "sparsity", str(float(self.sparsity)))
         check_fields(self)
@@ -220,45 +224,45 @@ class PruneConfig:
             others = ", ".join(name for name, method in METHODS.items() if method.frank_wolfe)
             raise InputError(f"{option(unused[0])}: not used by {option('method', self.method)}, only by {others}")
         if self.rounds and not self.refit:
-            raise InputError(f"{option('rounds')}: masks for refitted weights, and {option('refit', 0)} refits none")
+            raise InputError(f"{option('rounds')}: needs refitted weights, but {option('refit', 0)} turns refits off")
         for name in ("penalty", "swaps", "refit"):
             if self.whole_matrix and getattr(self, name):
                 raise InputError(
-                    f"{option(name)}: not of {option('preset', 'paper')} with layer:, which solves by matrix"
+                    f"{option(name)}: must be 0 with {option('preset', 'paper')} and layer:, which solve whole matrices"
                 )
 
     def replace(self, **changes: Any) -> "PruneConfig":
-        """Change some fields, and find the defaults that depend on them anew."""
+        """Change some fields, and compute the defaults that depend on them again."""
         changed = type(self)(**(self.given | changes))
         return changed._with_defaults({name: getattr(self, name) for name in ON_CPU})
 
     def on(self, device: "torch.device") -> "PruneConfig":
-        """Settle kernel and precision for tensors on a device, unless the user names them."""
+        """Set kernel and precision for tensors on a device, unless the user has named them."""
         return copy.copy(self)._with_defaults(ON_CPU if device.type == "cpu" else ON_GPU)
 
     def _with_defaults(self, values: dict[str, Any]) -> "PruneConfig":
-        """Set fields that have no value yet."""
+        """Set each of these fields that has no value yet."""
         for name, value in values.items():
             if getattr(self, name) is DEPENDS:
                 set_field(self, name, value)
         return self
 
     def for_calibration(self, windows: int, seqlen: int, ranks: int = 1) -> "PruneConfig":
-        """Settle the passes of a reconstruction and the damping for a calibration, unless the user sets them.
+        """Choose the passes of a reconstruction and the damping for a calibration, unless the user has set them.
 
         Args:
             windows, seqlen: number of calibration windows, and tokens in each.
             ranks: number of ranks that share the windows.
 
         Raises:
-            InputError: the user asks for a reconstruction, and a rank has too few windows for it.
+            InputError: the user asks for a reconstruction, but a rank has too few windows for one.
         """
         passes, fewest, most = self.reconstruct, windows // ranks, -(-windows // ranks)
         if passes and fewest < MIN_WINDOWS:
             if "reconstruct" in self.given:
                 raise InputError(
-                    f"{option('reconstruct', passes)}: takes {MIN_WINDOWS} calibration windows or batches on "
-                    f"every rank, one to hold out, and one rank has {fewest}; give more, or {option('reconstruct', 0)}"
+                    f"{option('reconstruct', passes)}: needs {MIN_WINDOWS} calibration windows or batches on every "
+                    f"rank, one of them held out, but a rank has {fewest}; give more, or {option('reconstruct', 0)}"
                 )
             passes = 0
         elif passes and "reconstruct" not in self.given and most >= MANY_WINDOWS:
@@ -282,26 +286,32 @@ class PruneConfig:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """List all methods of the run; the weights of the last one are written."""
+        """List all methods of the run. The checkpoint gets the weights of the last method."""
         return (*self.compare, self.method)
 
     @property
     def whole_matrix(self) -> bool:
-        """Tell whether a `layer:` budget is one problem with one step size, as in the paper, and not one per row."""
+        """Tell whether a whole matrix is solved as one row, with one budget and one step size, as in the paper."""
         return self.preset == "paper" and self.pattern.scope == "layer"
 
     def rows_independent(self, method: str) -> bool:
-        """Tell whether a method solves every row by itself, so that layers that share an input can be stacked."""
+        """Tell whether a method solves each row by itself, so that layers with the same input can be stacked.
+
+        The saliency and the budget of a row may still depend on the layer's other rows, see `rows_shared`.
+        """
         return METHODS[method].rows_independent and not (METHODS[method].frank_wolfe and self.whole_matrix)
 
     def rows_shared(self, method: str) -> bool:
-        """Tell whether ranks may share the rows of a layer: no budget, saliency or factor is common to all rows."""
-        by_row = (METHODS[method].saliency or self.warm_start) not in OF_MATRIX
+        """Tell whether ranks may divide the rows of a layer.
+
+        They may if neither the solution of a row nor its saliency nor its budget depends on other rows.
+        """
+        by_row = (METHODS[method].saliency or self.warm_start) not in COLUMN_SALIENCIES
         return self.rows_independent(method) and self.pattern.scope != "layer" and by_row
 
     @property
     def uses_frank_wolfe(self) -> bool:
-        """Tell whether any method of the run takes the fields that are marked `frank_wolfe`."""
+        """Tell whether any method of the run uses the fields that are marked `frank_wolfe`."""
         return any(METHODS[method].frank_wolfe for method in self.methods)
 
     def dense_target(self, method: str) -> bool:
@@ -320,17 +330,17 @@ class PruneConfig:
 
     @property
     def goes_back(self) -> bool:
-        """Tell whether the windows return to a block's input for a reconstruction, after stages have moved them."""
+        """Tell whether the windows, which stages move into a block, return to its input for a reconstruction."""
         return self.reconstruct > 0 and self.dense_target(self.method)
 
     @property
     def backend(self) -> "Backend":
-        """Load the operations of the kernel at the precision, which `on` has settled.
+        """Load the operations of `kernel` at `precision`. `on` must have set both.
 
         Raises:
-            InputError: the kernel is Triton's, there is no GPU, and this process cannot interpret kernels any more.
+            InputError: the kernel is Triton's, there is no GPU, and Triton was imported without its interpreter.
         """
-        # Imported here: --help does not wait for it.
+        # Imported here, so that --help does not wait for torch.
         import torch
 
         from sparsefw.kernels.backend import load_backend

@@ -27,15 +27,16 @@ from sparsefw.kernels.topk_torch import as_float, infinite
 # The penalty's weight grows over this share of the steps, and is constant after them.
 RAMP = 0.8
 
-# The lower bound is computed after these shares of the steps, and each time costs an LMO. Without a penalty the last
-# bound is the largest. With a penalty the largest comes early (measured at 0.3), before the penalty pulls M away from
-# the convex optimum.
+# The lower bound is computed after each of these shares of the steps. Each bound costs one LMO. Without a penalty the
+# last bound is the largest. With a penalty the largest bound comes early (measured: after 0.3 of the steps), before the
+# penalty pulls M away from the convex optimum.
 CERTIFIED = (0.2, 0.3, 0.4, 1.0)
 
-# The attributes of a `Problem` whose first dimension is its rows.
+# Attributes of `Problem` with an entry for each row. `Problem.__getitem__` slices them.
 BY_ROW = ("W", "saliency", "k", "target_gap", "support", "fixed")
 
-# The arguments of `row_step` for each step: theta, next_theta and, without a line search, eta.
+# Arguments of `row_step` for each step: theta and next_theta, the penalty's weights in this step and in the next one,
+# and without a line search eta, the step size.
 Schedule = Sequence[tuple[float, ...]]
 
 
@@ -44,17 +45,18 @@ class Problem:
     """Rows of weights that read the same input, with the budget of each row.
 
     Attributes:
-        W: (rows, d) the weights: the layers' own or, with a refit, their targets. They are fp32, or on a GPU in the
-            checkpoint's dtype.
+        W: (rows, d) the layers' weights or, with a refit, their targets. The dtype is fp32 on a CPU, and the
+            checkpoint's dtype on a GPU.
         G: (d, d) fp32 Gram matrix of the input. Errors are measured on it.
-        H: (d, d) G with damping. Masks and weights are chosen on it. Without damping it is G itself. It is bf16 where
-            only products read it that would round it to bf16.
+        H: (d, d) G with damping, on which masks and weights are chosen; G itself without damping. It is bf16 if it is
+            only used in products that round to bf16, else fp32.
         saliency: (rows, d) fp32. The warm start keeps its highest entries, and rounding breaks ties by it.
         k: number of kept weights in a row or, with `group`, in a group; an int, or an int64 tensor (rows,).
         group: m of n:m, else 0.
-        exact: G from `Backend.exact_operand`, made once for all rows.
+        exact: G as `Backend.exact_operand` returns it, for exact products.
         dtype: the checkpoint's dtype, to which weights are rounded in the end.
-        target_gap: (rows, d) fp32 T - W, if masked weights approximate a target T: then E = T - M * W. None if T is W.
+        target_gap: (rows, d) fp32 T - W, if masked weights approximate a target T other than W. Then E = T - M * W.
+            None: T is W.
         support: (rows, d) bool, True where a weight may be nonzero; None: everywhere.
         fixed: (rows, d) bool, True for entries that every mask keeps; None: no entry.
     """
@@ -78,7 +80,7 @@ class Problem:
 
     @property
     def damping(self) -> Tensor | None:
-        """Damping as the diagonal of H - G, (d,) fp32; None where H is G."""
+        """Return the damping, the diagonal of H - G, (d,) fp32; None if H is G."""
         return None if self.H is self.G else self.H.diagonal() - self.G.diagonal()
 
 
@@ -90,10 +92,10 @@ class Choice:
         mask: (rows, d) bool, True keeps a weight.
         weight: (rows, d) in the checkpoint's dtype, 0 outside the mask; None leaves the kept weights unchanged.
         error: error of the weights that are written.
-        error_mask: error of the best mask found for unchanged weights; equals `error` without a refit.
+        error_mask: error of the best mask that was found with unchanged weights.
         error_warm_start: error of the warm start's mask.
-        bound: lower bound of the error of every mask that keeps the fixed entries and leaves weights unchanged; None if
-            no bound was computed.
+        bound: lower bound of the error of every mask with unchanged weights, the same budgets and the fixed entries;
+            None: no bound was computed.
     """
 
     mask: Tensor
@@ -107,7 +109,7 @@ class Choice:
 def mask_error(
     W: Tensor, mask: Tensor, G: Tensor | Terms, target_gap: Tensor | None = None, *, backend: Backend = TORCH
 ) -> Tensor:
-    """Error of a binary mask of unchanged weights in each row, (rows,) fp32; G as for `Backend.errors`."""
+    """Compute the error of a binary mask with unchanged weights, (rows,) fp32; G as for `Backend.errors`."""
     return backend.errors(backend.removed(W, mask, target_gap), G)
 
 
@@ -126,15 +128,15 @@ def penalty_schedule(steps: int, penalty: float) -> Schedule:
 
 
 def solve(problem: Problem, warm: Tensor, schedule: Schedule, *, swaps: int = 0, backend: Backend = TORCH) -> Choice:
-    """Choose a mask by Frank-Wolfe, whether or not it is better than the warm start's (see `or_warm_start`).
+    """Choose a mask by Frank-Wolfe. It may be worse than the warm start's; `or_warm_start` compares the two.
 
-    All work is launched before the host waits for a result, so errors are checked at the end.
+    Errors are checked only at the end, so that all GPU work is launched before the host waits for a result.
 
     Args:
         problem: the rows.
         warm: (rows, d) bool, the warm start.
-        schedule: an entry for each step. Without an entry, swaps begin at the warm start.
-        swaps: the most 1-swaps of a row after rounding, see `kernels/swaps.py`.
+        schedule: an entry for each step. If it is empty, the mask before the swaps is the warm start.
+        swaps: maximum number of 1-swaps in a row after rounding, see `kernels/swaps.py`.
         backend: the operations; its exact products measure the errors.
 
     Raises:
@@ -156,9 +158,9 @@ def solve(problem: Problem, warm: Tensor, schedule: Schedule, *, swaps: int = 0,
             if t in certified:
                 bound = torch.maximum(bound, lower_bound(problem, state, backend=backend))
         mask = backend.round_mask(state.M, problem.saliency, problem.k, group=problem.group)
-        # Checking the last step is enough: an entry that is not finite stays so.
+        # The error of the last step is enough: NaN and Inf stay in all later steps.
         finite.append(state.error)
-        # Free the memory for the last products.
+        # Frees the state's memory for the last products.
         del state, iterates
     del R
     if swaps:
@@ -171,7 +173,7 @@ def solve(problem: Problem, warm: Tensor, schedule: Schedule, *, swaps: int = 0,
 
 
 def or_warm_start(solution: Choice, warm: Tensor, *, backend: Backend = TORCH) -> Choice:
-    """Take the warm start's mask in the rows where the solution is no better. The solution's mask changes in place."""
+    """Take the warm start's mask in rows where the solution's error is not lower. The mask is changed in place."""
     better = solution.error < solution.error_warm_start
     backend.take_rows(solution.mask, warm, ~better)
     error = torch.where(better, solution.error, solution.error_warm_start)
@@ -181,17 +183,17 @@ def or_warm_start(solution: Choice, warm: Tensor, *, backend: Backend = TORCH) -
 def iterate(
     problem: Problem, warm: Tensor, schedule: Schedule, R: Tensor | None = None, *, backend: Backend = TORCH
 ) -> Iterator[RowState]:
-    """Make the Frank-Wolfe steps from the warm start, and yield the state after each of them.
+    """Make the Frank-Wolfe steps from the warm start, and yield the state after each step.
 
-    The state is the same object after each step, changed in place.
+    Each step changes the same state object in place.
 
     Args:
         problem, warm, schedule: as in `solve`.
-        R: (rows, d) fp32 product E H at the warm start, which becomes part of the state; None: it is computed here.
+        R: (rows, d) fp32 product E H at the warm start, which becomes part of the state; None: compute it here.
         backend: the operations.
     """
     terms = problem.exact if problem.H is problem.G and backend.precision == "bf16" else None
-    # The first of the terms is G in bf16, made once for all rows.
+    # `Terms.high` is G rounded to bf16, which was made once for all rows.
     operand = terms.high if isinstance(terms, Terms) else backend.operand(problem.H)
     state = _start(problem, warm, R, operand, backend)
     multiply = backend.product_of_vertex(problem.W, operand, problem.target_gap, V=state.V, E=state.E, out=state.U)
@@ -205,18 +207,18 @@ def iterate(
 
 
 def _start(problem: Problem, warm: Tensor, R: Tensor | None, operand: Tensor, backend: Backend) -> RowState:
-    """Make the state at the warm start, with R and the first vertex. Its U does not hold the vertex's product yet."""
+    """Make the state at the warm start, with R and the first vertex. U does not hold the vertex's product yet."""
     W, k, group, fixed = problem.W, problem.k, problem.group, problem.fixed
     dtype = W.dtype if problem.target_gap is None else torch.float32
     E = torch.empty_like(W, dtype=backend.operand_dtype(dtype))
     if R is None:
         R = backend.product(backend.removed(W, warm, problem.target_gap, out=E), operand)
-    # Half of the score without the penalty. Its memory becomes U.
+    # Half of the score, without the penalty's part. The state reuses the tensor as U.
     score = W * R
     V = backend.lmo(score, k, group=group, fixed=fixed, positive=True, check_nan=False)
     backend.removed(W, V, problem.target_gap, out=E)
     eta, error = W.new_empty(2, len(W), dtype=torch.float32).unbind()
-    # The lowest score in the vertex.
+    # The lowest score among the entries that the vertex keeps.
     threshold = torch.maximum(score, infinite(~V)).amin(1).mul_(2)
     diag = problem.H.diagonal().float().contiguous()
     return RowState(W, diag, as_float(warm), R, score, V, E, k, eta, error, group, fixed, problem.target_gap, threshold)
@@ -227,8 +229,8 @@ def lower_bound(problem: Problem, state: RowState, *, backend: Backend = TORCH) 
 
         error(M) - <gradient, M - V> = sum(target_gap * R) + sum(W * R * (1 + M - 2 V))
 
-    Here R = (target_gap + W * (1 - M)) G, and V is the best vertex for the gradient without the penalty. The bound
-    holds because the error is convex. If the steps used a damped matrix, the damping's part of R is subtracted first.
+    Here R = (target_gap + W * (1 - M)) G, and V is the best vertex for the gradient of the error, without the penalty.
+    The bound holds because the error is convex. If the steps used H, the damping's part of R is subtracted first.
     """
     score, constant = backend.bound_scores(
         problem.W, state.R, state.M, target_gap=problem.target_gap, damping=problem.damping

@@ -1,15 +1,15 @@
-"""Optimize the kept weights of several matrices together, by gradients.
+"""Optimize the kept weights of several matrices together, by gradient descent with Adam.
 
-Adam (Kingma and Ba, arXiv 1412.6980) moves every kept weight w with gradient g in step t, counted from 0:
+Adam (Kingma and Ba, arXiv 1412.6980) moves every kept weight w with gradient g. In step t, counted from 0:
 
     m <- 0.9 m + 0.1 g;   v <- 0.999 v + 0.001 g^2;   w <- w - rate(t) rms(w) / sqrt(d) m' / sqrt(v')
 
-m' and v' are m and v, corrected for their start at 0. rms(w) is the root mean square of the kept weights of w's
-parameter before the first step, d the parameter's number of columns, and rate(t) = rate (1 + cos(pi t / steps)) / 2. If
-all weights of a row move together, the row's output changes by the share rate(t). So one rate suits weights of any
-scale and models of any width. Removed weights have no gradient, and stay exact zeros.
+m' and v' are m and v with Adam's bias correction, as both start at 0. rms(w) is the root mean square, before the first
+step, of the kept weights of the parameter that holds w; d is the width of the layer's input. rate(t) is
+rate (1 + cos(pi t / steps)) / 2. If all weights of a row move together, the row's output changes by the share rate(t).
+So one rate suits weights of any scale and models of any width. Removed weights do not move, and stay exactly 0.
 
-Weights in half precision move in fp32. After every step they are rounded to the dtype in which they are written.
+Weights in half precision move in fp32. After every step they are rounded to the parameter's dtype.
 """
 
 import math
@@ -29,7 +29,7 @@ class KeptWeights:
         matrices: (parameter, views) of each parameter. A view is a pruned matrix in the parameter, and its zeros are
             the removed weights. Other entries of the parameter never move.
         steps: number of steps that will be made.
-        rate: rate of the first step, see the module.
+        rate: rate of the first step, see the module's docstring.
         backend: the operations.
         undo: whether to keep a copy of the weights for `put_back`.
     """
@@ -58,8 +58,8 @@ class KeptWeights:
     def gradients(self) -> list[Tensor]:
         """Return the gradients that were accumulated since the last step; zeros for a parameter without a gradient.
 
-        Ranks add them up, and NCCL takes only contiguous tensors. So the dimensions of each are permuted to the order
-        of its memory.
+        Ranks sum the gradients by NCCL, which takes only contiguous tensors. So the dimensions of each gradient are
+        permuted to the order in which they lie in memory.
         """
         gradients = []
         for parameter in self.parameters:
@@ -72,9 +72,9 @@ class KeptWeights:
         """Move the weights against the gradients, and drop the gradients.
 
         Args:
-            backward: computes missing gradients. A parameter moves as soon as its gradient is complete, so that few
-                gradients are in memory. Parameters that share memory, and those whose gradients come in slices (see
-                `SliceGradients`), move at the end.
+            backward: computes the missing gradients. A parameter moves as soon as its gradient is complete, so that few
+                gradients are in memory together. A parameter moves after `backward` if it shares its memory, has a
+                gradient already, or gets its gradient in slices (see `SliceGradients`).
             trial: only call `backward`, to see whether it raises an error. Nothing moves, and no step is counted.
         """
         # The rate falls to 0 along half a period of a cosine.
@@ -84,7 +84,8 @@ class KeptWeights:
             id(x.parameter): x.forget if trial else partial(x.step, rate, self._done, self._backend)
             for x in self._variables
         }
-        # torch refuses to use a tensor for gradients after a change, and a change counts for all that share its memory.
+        # torch refuses to compute gradients with a changed tensor, and marks all tensors that share its memory.
+        # So only parameters with memory of their own move inside `backward`.
         awaited = [x for x in self.parameters if x.grad is None and x.untyped_storage().nbytes() == x.nbytes]
         hooks = [x.register_post_accumulate_grad_hook(lambda x: moves.pop(id(x))()) for x in awaited]
         try:
@@ -116,7 +117,7 @@ class KeptWeights:
 
 
 class _Variable:
-    """Kept weights of one parameter, with their state. Each parameter moves alone, so that few gradients are copied."""
+    """Kept weights of one parameter, with Adam's state. Parameters move one by one: few gradients are copied then."""
 
     def __init__(self, parameter: nn.Parameter, views: list[Tensor], undo: bool) -> None:
         self.parameter = parameter
@@ -131,7 +132,7 @@ class _Variable:
 
     @torch.no_grad()
     def step(self, rate: float, step: int, backend: Backend) -> None:
-        """Move the kept weights against their gradient; a missing gradient counts as zeros."""
+        """Move the kept weights against their gradient, and drop the gradient. A missing gradient counts as zeros."""
         gradient = self.parameter.grad
         if gradient is None:
             gradient = torch.zeros_like(self.parameter)
@@ -152,15 +153,15 @@ class _Variable:
 
 
 def bytes_of_state(weights: int, kept: int, itemsize: int, undo: bool = True) -> int:
-    """Count the bytes of a parameter's state, without the parameter itself and its gradient.
+    """Count the bytes of the optimizer's state of a parameter, without the parameter and its gradient.
 
-    The state of a kept weight is its index, its first value, its value in fp32, m and v.
+    The state of a kept weight is its index, its value before the first step (with `undo`), its value in fp32, m and v.
 
     Args:
         weights: number of weights, kept or removed.
         kept: number of kept weights.
         itemsize: bytes of a weight.
-        undo: as for `KeptWeights`.
+        undo: whether the values before the first step are stored, as in `KeptWeights`.
     """
     return kept * (index_dtype(weights).itemsize + undo * itemsize + 3 * max(4, itemsize))
 
@@ -171,7 +172,7 @@ def index_dtype(entries: int) -> torch.dtype:
 
 
 def _in_memory(tensor: Tensor, like: Tensor) -> Tensor:
-    """Permute the dimensions of a tensor to the order in which those of `like` lie in memory."""
+    """Permute the dimensions of a tensor by the decreasing strides of `like`, which is the order in its memory."""
     return tensor.permute(sorted(range(like.ndim), key=like.stride, reverse=True))
 
 
@@ -180,7 +181,7 @@ def kept_entries(parameter: Tensor, views: Iterable[Tensor]) -> Tensor:
 
     Args:
         parameter: the parameter; its memory has no gaps.
-        views: the pruned matrices in it. Their zeros are the removed weights.
+        views: the pruned matrices in the parameter. Their zeros are the removed weights.
     """
     kept = torch.zeros_like(parameter, dtype=torch.bool)
     for view in views:

@@ -1,7 +1,7 @@
-"""Prune the layers that read the same input, and report their errors.
+"""Prune layers that read the same input, and measure their errors.
 
-The layers are stacked and, where rows are independent, solved in chunks that fit a memory limit, on a CPU several at
-the same time. Neither stacks nor chunks change a result.
+The layers are stacked. If rows are independent, the stack is solved in chunks that fit a memory limit; on a CPU several
+chunks are solved at the same time. Neither the stacking nor the chunks change a result.
 """
 
 import math
@@ -28,25 +28,26 @@ class LayerResult:
     """Errors of a pruned layer: one row of the log and of the report.
 
     Attributes:
-        name: the weight's name in the checkpoint's model.
+        name: name of the weight in the model.
         shape: (out, in).
         pattern: pattern of sparsity, as the user wrote it.
-        kept: number of weights that the mask keeps. Only with `keep_zeros` may it be fewer than the pattern allows.
+        kept: number of weights that the mask keeps. It is below the pattern's number only with `keep_zeros`.
         method: the method that chose the mask.
         warm_start: saliency of the warm start.
         alpha: fraction of kept entries that are fixed by saliency; None for a method without fixed entries.
         steps: Frank-Wolfe steps of the first solve.
-        target: "dense" or "layer", see `PruneConfig`. In the errors below T is the target under "dense", and the
-            layer's own weight W under "layer".
-        error_warm_start: ||T X - (M * W) X||_F^2 of the warm start's mask, over all calibration tokens. With a refit,
-            which starts from T, it is ||T X - (M * T) X||_F^2.
+        target: "dense" or "layer", see `PruneConfig`. In the errors below, T is the target with "dense", and the
+            layer's own weight W with "layer".
+        error_warm_start: ||T X - (M * W) X||_F^2 of the warm start's mask M, over all calibration tokens. With a refit
+            T takes the place of W: ||T X - (M * T) X||_F^2.
         error_mask: the same error of the best mask found before any refit.
         error: ||T X - Z X||_F^2 of the weights that are written.
-        relative_mask, relative_error: error_mask and error, divided by error_warm_start; 1 where both are 0, and inf
-            where only error_warm_start is 0.
-        gap: error_mask minus the largest lower bound. The error of any mask with the same budget in each row, with the
-            fixed entries and with unchanged weights, is lower by no more than this. None where no step was made.
-        seconds: seconds of choosing mask and weights, without the calibration. Those of a stack are split by rows.
+        relative_mask, relative_error: error_mask and error, divided by error_warm_start; 1 if both are 0, and inf if
+            only error_warm_start is 0.
+        gap: error_mask minus the largest lower bound: the most by which another mask with unchanged weights, the same
+            budgets and the fixed entries could be better. None without Frank-Wolfe steps.
+        seconds: seconds of choosing mask and weights, without the calibration. The seconds of a stack are divided among
+            its layers by their rows.
         transposed: whether the checkpoint stores the weight as (in, out).
     """
 
@@ -74,7 +75,7 @@ class LayerResult:
 def solve_layer(
     W: Tensor, G: Tensor, config: PruneConfig | None = None, *, name: str = "layer", B: Tensor | None = None
 ) -> tuple[Tensor, Tensor, LayerResult]:
-    """Prune one layer, for callers with a loop of their own.
+    """Prune one layer, for callers that loop over the layers of a model themselves.
 
     `torch.set_float32_matmul_precision` decides how exact products in fp32 are.
 
@@ -82,9 +83,8 @@ def solve_layer(
         W: (rows, d) weight, fp32 / bf16 / fp16; it is not changed.
         G: (d, d) fp32 Gram matrix (Hessian) X X^T of the layer's inputs X (d, tokens).
         config: how to prune; None is the default. Fields about a whole model (compare, target, include, ignore) are
-            not used, and no reconstruction follows. If it names no kernel and no precision, they follow from the device
-            of W.
-        name: the layer's name, for messages.
+            not used, and no reconstruction follows. A kernel or precision that is not set follows from the device of W.
+        name: the layer's name, for messages and the result.
         B: (rows, d) fp32 cross matrix D X^T, where D (rows, tokens) is the wanted output minus W X. With it the layer's
             target is pruned in place of W, see `targets`.
 
@@ -92,10 +92,10 @@ def solve_layer(
         The mask (rows, d) bool, True keeps a weight; the pruned weight (rows, d) in the dtype of W; and the errors.
 
     Raises:
-        TypeError: an argument is no tensor or has another dtype, or the config is no PruneConfig.
+        TypeError: an argument is not a tensor of an allowed dtype, or the config is not a PruneConfig.
         ValueError: a shape is wrong.
         InputError: d does not divide into the pattern's groups.
-        FloatingPointError: W, G or B holds NaN or Inf, or numbers too large for the errors.
+        FloatingPointError: W, G or B holds NaN or Inf, or values so large that the errors overflow.
     """
     _check_matrix("W", W, None, torch.float32, torch.bfloat16, torch.float16)
     _check_matrix("G", G, (W.shape[1], W.shape[1]), torch.float32)
@@ -103,11 +103,11 @@ def solve_layer(
         _check_matrix("B", B, W.shape, torch.float32)
     if config is not None and not isinstance(config, PruneConfig):
         raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
-    # The default makes fewer steps where a reconstruction follows; here none does.
+    # Without `reconstruct=0` the defaults would make fewer steps, in the belief that a reconstruction follows.
     config = (config or PruneConfig()).replace(reconstruct=0).on(W.device)
     pruned = W.detach().clone()
     masks: list[Tensor] = []
-    # `no_grad` holds for this thread only: those that solve chunks would record gradients.
+    # `no_grad` holds for this thread only. Without `detach` the threads that solve chunks would record gradients.
     G, cross = G.detach(), None if B is None else Cross("outputs", B.detach())
     (result,) = prune_layers([(name, pruned)], G, config.method, config, config.backend, crosses=[cross], masks=masks)
     return torch.cat(masks)[: len(W)], pruned, result
@@ -135,16 +135,16 @@ def prune_layers(
     """Choose masks and weights of layers that read the same input, and write the weights in place.
 
     Args:
-        layers: (name, weight) of each layer. The weight is an (out, in) view into the block, fp32 / bf16 / fp16, of any
-            strides. Several layers need one dtype and a method with `PruneConfig.rows_independent`. With
-            `PruneConfig.rows_shared` a weight may be a slice of a layer's rows.
-        G: (in, in) fp32 Gram matrix of their input.
+        layers: (name, weight) of each layer. The weight is an (out, in) view into the block, fp32 / bf16 / fp16, with
+            any strides. Several layers must have one dtype and a method with `PruneConfig.rows_independent`. With
+            `PruneConfig.rows_shared`, a weight may be a slice of a layer's rows.
+        G: (in, in) fp32 Gram matrix of the layers' input.
         method: one of METHODS.
         config: the config of the run.
         backend: the operations.
-        memory: bytes that the state of a solve may take. Longer stacks are solved in chunks of rows.
-        crosses: cross matrix of each layer, or None. A layer with one is pruned to approximate its target in place of
-            its weight, see `targets`.
+        memory: limit in bytes for the state of a solve. A stack that needs more is solved in chunks of rows.
+        crosses: cross matrix of each layer, or None. A layer with a cross matrix is pruned to approximate its target in
+            place of its weight, see `targets`.
         masks: a list to which the masks of the stacked rows, (rows, in) bool, are appended chunk by chunk. Rows that
             pad a stack come last.
 
@@ -153,13 +153,13 @@ def prune_layers(
 
     Raises:
         InputError: the rows do not divide into the pattern's groups, or the memory is too small for the smallest chunk.
-        ValueError: a layer has a cross matrix, and the method knows no targets.
+        ValueError: a layer has a cross matrix, but the method takes no targets (`Method.dense_target`).
         FloatingPointError: an error is not finite, or G is not positive definite for a method that needs it. The
             message names the layers.
     """
     crosses = crosses or [None] * len(layers)
     if any(crosses) and not METHODS[method].dense_target:
-        raise ValueError(f"crosses: {method} approximates the layers' own outputs")
+        raise ValueError(f"crosses: {method} takes none, as it approximates the layers' own outputs")
     for name, weight in layers:
         patterns.check_width(config.pattern, weight.shape[1], name)
     targets = ["dense" if cross else "layer" for cross in crosses]
@@ -194,7 +194,7 @@ def prune_layers(
 
 
 def _write(stack: Stack, chunk: slice, choice: Choice) -> None:
-    """Write the weights that were chosen for a chunk of the stack into the layers."""
+    """Write the weights of a choice, made for a chunk of the stack, into the layers."""
     for weight, (rows, place) in zip(stack.weights, places(stack.weights, chunk), strict=True):
         if choice.weight is None:
             weight[rows] = masked(weight[rows], choice.mask[place])
@@ -203,9 +203,10 @@ def _write(stack: Stack, chunk: slice, choice: Choice) -> None:
 
 
 def _measures(choice: Choice) -> Tensor:
-    """Collect the measures of each row that are summed for a layer's result, (5, rows) fp64.
+    """Collect five measures of each row, whose sums over a layer's rows make its result, (5, rows) fp64.
 
-    These are error_warm_start, error_mask, error, the bound (NaN without one), and the number of kept weights.
+    The measures are error_warm_start, error_mask, error, the bound (NaN if there is none), and the number of kept
+    weights.
     """
     bound = torch.full_like(choice.error, math.nan) if choice.bound is None else choice.bound
     measures = choice.error_warm_start, choice.error_mask, choice.error, bound, choice.mask.sum(1)
@@ -240,7 +241,7 @@ def _result(
 
 
 def relative(error: float, warm: float) -> float:
-    """Divide an error by that of the warm start's mask; 1 where both are 0."""
+    """Divide an error by `warm`, the error of the warm start's mask. The result is 1 if both are 0."""
     if warm:
         return error / warm
     # Rounding may leave the error of an exact fit just below 0.

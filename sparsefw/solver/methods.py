@@ -1,8 +1,9 @@
-"""Choose masks, and weights where a method changes them: a function for each of METHODS.
+"""The methods: for each name in METHODS a function that chooses masks and, with some methods, new weights.
 
-A saliency scores how much a weight matters by itself. Each saliency is a method of its own. Frank-Wolfe takes one for
-its warm start, for fixed entries and for ties. SparseGPT chooses mask and weights of one layer in one sweep over its
-inputs (Frantar & Alistarh 2023, arXiv 2301.00774). Frank-Wolfe itself is in `frank_wolfe`, refits are in `refit`.
+A saliency scores the importance of each weight by itself. Each saliency is also a method. Frank-Wolfe uses a saliency
+for its warm start, for fixed entries and to break ties. SparseGPT chooses mask and weights of one layer in one sweep
+over its inputs (Frantar & Alistarh 2023, arXiv 2301.00774). The steps of Frank-Wolfe are in `frank_wolfe`, refits in
+`refit`.
 """
 
 from collections.abc import Callable
@@ -52,18 +53,19 @@ SALIENCIES = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
 def choose_frank_wolfe(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
     """Choose masks by Frank-Wolfe and, with `config.refit`, weights as well."""
     if not config.steps:
-        # A step's error depends on all weights. That of the warm start's mask misses a kept weight that is not finite.
+        # The error of a step shows NaN and Inf in all weights. The error of the warm start's mask does not show them in
+        # the kept weights.
         check_finite(problem)
     if config.whole_matrix:
         problem, backend = paper.as_one_row(problem, backend)
-    # NaN is found in the errors, at the end of `solve`.
+    # Not checked for NaN here: `solve` finds NaN in the errors at its end.
     warm = backend.lmo(problem.saliency, problem.k, group=problem.group, check_nan=False)
     if config.alpha:
         problem = replace(problem, fixed=paper.fixed_entries(problem, warm, config.alpha, backend))
     schedule = frank_wolfe.penalty_schedule(config.steps, config.penalty)
     if config.step_rule == "open-loop":
         schedule = paper.open_loop(schedule)
-    # Where the mask is chosen again after a refit, choosing the first one on H made no difference.
+    # With a refit the mask is chosen again, on H. Choosing the first mask on H as well was measured to change nothing.
     first = replace(problem, H=problem.G) if config.refit else problem
     choice = frank_wolfe.solve(first, warm, schedule, swaps=config.swaps, backend=backend)
     if config.preset != "paper":
@@ -81,7 +83,7 @@ def choose_frank_wolfe(problem: Problem, config: PruneConfig, backend: Backend) 
     )
     written = fit.Z.to(problem.dtype)
     error = backend.errors(problem.W.float() - written.float(), problem.exact)
-    # Errors are those of the weights as they are written, and compared row by row: no refit makes a row worse.
+    # Compares errors row by row, with weights as they are written, so that a refit never makes a row worse.
     better = error < choice.error
     backend.take_rows(choice.mask, fit.mask, better)
     backend.take_rows(written, masked(problem.W.to(problem.dtype), choice.mask), ~better)
@@ -105,8 +107,8 @@ def choose_sparsegpt(problem: Problem, config: PruneConfig, backend: Backend) ->
 
 
 def choice_of(problem: Problem, mask: Tensor, Z: Tensor, backend: Backend) -> Choice:
-    """Make the choice of a method that returns its mask and weights Z, (rows, d) each: measure their errors."""
-    # The warm start plays no part but for its error, which is reported.
+    """Make the `Choice` of a mask and its weights Z, (rows, d) each: round the weights and measure the errors."""
+    # The warm start is needed only for its error, which the report has.
     warm = backend.lmo(problem.saliency, problem.k, group=problem.group)
     written = Z.to(problem.dtype)
     error = backend.errors(problem.W.float() - written.float(), problem.exact)
@@ -135,15 +137,15 @@ def sparsegpt(
         minimise ||(W - Z) X||_F^2 = sum((W - Z) * ((W - Z) G)),  G = X X^T,  Z = 0 where the mask is False
 
     The sweep goes through the columns from left to right. C is the upper Cholesky factor of the inverse, G^-1 = C^T C.
-    It tells the cost of removing W_ij once the columns before j are final, and the best update of the columns after j:
+    C gives the cost of removing W_ij once the columns before j are final, and the best update of the columns after j:
 
         cost   = W_ij^2 / C_jj^2
         update   W_i,j: -= W_ij / C_jj * C_j,j:
 
-    As published, a block of columns gets its mask when the sweep reaches the block, with one budget for all its rows.
-    So the scopes `row` and `layer` are the same here, and rows keep different numbers of weights. Under n:m a group
-    gets its mask when the sweep reaches the group. A block is then the largest multiple of m that fits, at least one
-    group. Unlike in the published code, ties never prune more: the budgets of the blocks add up to the layer's exactly.
+    As published, a block of columns gets its mask when the sweep reaches the block, with one budget for all rows. So
+    the scopes `row` and `layer` are the same here, and rows keep different numbers of weights. Under n:m a group gets
+    its mask when the sweep reaches the group, and the width of a block is a multiple of m. Unlike in the published
+    code, ties do not remove additional weights: the budgets of the blocks add up to the layer's budget exactly.
 
     Args:
         W: (rows, d) weight, fp32 / bf16 / fp16.
@@ -151,11 +153,11 @@ def sparsegpt(
         pattern: the pattern of sparsity; d is a multiple of its group.
         support: (rows, d) bool, True where a weight may be nonzero; None: everywhere.
         damp: addition to the diagonal of G, as a fraction of its mean.
-        blocksize: number of columns of a block.
+        blocksize: number of columns of a block; under n:m rounded down to whole groups, but at least one group.
 
     Returns:
         The mask (rows, d) bool, True keeps a weight, and the weights Z (rows, d) fp32, exactly 0 outside the mask. If
-        numbers overflow, Z is not finite.
+        values overflow, Z is not finite.
 
     Raises:
         FloatingPointError: G is not positive definite.
@@ -164,7 +166,7 @@ def sparsegpt(
     group = pattern.group
     width = max(group, blocksize // group * group) if group else blocksize
     C = inverse_factor(G, damp)
-    # A copy: the sweep works in place.
+    # `masked_fill` copies W, since the sweep works in place.
     Z = W.float().masked_fill(G.diagonal() == 0, 0)
     mask = torch.empty_like(Z, dtype=torch.bool)
     for start in range(0, d, width):
@@ -172,7 +174,7 @@ def sparsegpt(
         block, factor = slice(start, end), C[start:end, start:end]
         allowed = None if support is None else support[:, block]
         if not group:
-            # The difference of two totals, so that the roundings of the blocks do not add up.
+            # A difference of two rounded totals. If each block's budget were rounded, the roundings would add up.
             budget = pattern.kept(rows * end) - pattern.kept(rows * start)
             mask[:, block] = _costliest(Z[:, block], factor, budget, 0, allowed)
         errors = _sweep(Z[:, block], mask[:, block], factor, pattern, allowed)
@@ -181,10 +183,10 @@ def sparsegpt(
 
 
 def inverse_factor(G: Tensor, damp: float) -> Tensor:
-    """Factor the damped inverse by its upper Cholesky factor C, C^T C = (G + damp mean(diag G) I)^-1, (d, d) fp32.
+    """Compute the upper Cholesky factor C of the damped inverse: C^T C = (G + damp mean(diag G) I)^-1, (d, d) fp32.
 
-    With rows and columns reversed, the lower factor of a matrix becomes an upper one: G = P P^T, hence C = P^-1. This
-    needs one decomposition. The published code decomposes, inverts and decomposes again.
+    The lower Cholesky factor of G with rows and columns reversed is, reversed again, an upper factor P with G = P P^T.
+    Hence C = P^-1. This needs one decomposition. The published code decomposes, inverts and decomposes again.
 
     Args:
         G: (d, d) fp32 Gram matrix; a diagonal entry of 0 counts as 1.
@@ -203,7 +205,7 @@ def inverse_factor(G: Tensor, damp: float) -> Tensor:
     del backwards, diagonal
     identity = torch.eye(len(G), dtype=G.dtype, device=G.device)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    # So that besides G no more than three matrices of this size exist at the same time.
+    # Freed so that, besides G, at most three matrices of this size exist at the same time.
     del lower, identity
     return inverse.flip((0, 1))
 
@@ -212,15 +214,15 @@ def _sweep(Z: Tensor, mask: Tensor, factor: Tensor, pattern: Pattern, allowed: T
     """Make the columns of one block final, in place.
 
     Args:
-        Z: (rows, width) fp32 weights. Those in the mask are updated, all others become 0.
+        Z: (rows, width) fp32 weights. Kept weights are updated, removed weights become 0.
         mask: (rows, width) bool, from `_costliest`; under n:m it is filled here, group by group.
-        factor: (width, width) fp32 part of the Cholesky factor that belongs to the block.
+        factor: (width, width) fp32 part of the Cholesky factor C with the block's rows and columns.
         pattern: the pattern of sparsity.
         allowed: (rows, width) bool, True where a weight may be nonzero; None: everywhere.
 
     Returns:
-        Removed weights divided by the C_jj of their column, (rows, width) fp32. The columns after the block move by
-        minus their product with C.
+        The removed weights, each divided by the C_jj of its column, (rows, width) fp32. The caller subtracts their
+        product with C from the columns after the block.
     """
     errors = torch.empty_like(Z)
     group = pattern.group
@@ -237,7 +239,10 @@ def _sweep(Z: Tensor, mask: Tensor, factor: Tensor, pattern: Pattern, allowed: T
 
 
 def _costliest(Z: Tensor, factor: Tensor, k: int, group: int, allowed: Tensor | None) -> Tensor:
-    """Choose the k weights, of all or of every group, whose removal costs most; `allowed` says which may be chosen."""
+    """Choose the k weights whose removal costs most, of all rows together or, with `group`, of every group.
+
+    Weights that are False in `allowed` are not chosen.
+    """
     # The square root of the cost has the same order, and does not overflow.
     cost = (Z / factor.diagonal()).abs_()
     if allowed is not None:

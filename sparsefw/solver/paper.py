@@ -1,10 +1,10 @@
-"""Change what `frank_wolfe` does into the published algorithm (arXiv 2510.13713), for `--preset paper`.
+"""The steps in which the published algorithm (arXiv 2510.13713) differs from `frank_wolfe`, for `--preset paper`.
 
 - Fixed entries (alpha-fixing): every mask keeps a share of the warm start's entries, those of the highest saliency.
 - Open loop: the step sizes are 2 / (t + 2), in place of a line search.
-- `layer:` patterns: the whole matrix has one budget, one LMO and one step size, as the paper's C_k.
+- `layer:` patterns: the whole matrix has one budget, one LMO and one step size, as in the paper's polytope C_k.
 
-The published algorithm always takes its last iterate, rounded. So `frank_wolfe.or_warm_start` is not called.
+The published algorithm always takes its rounded last iterate. So `frank_wolfe.or_warm_start` is not called.
 """
 
 from dataclasses import replace
@@ -21,10 +21,10 @@ from sparsefw.solver.frank_wolfe import Problem, Schedule
 def fixed_entries(problem: Problem, warm: Tensor, alpha: float, backend: Backend) -> Tensor:
     """Find the entries to fix: in every row the floor(alpha k) most salient ones of the warm start, (rows, d) bool.
 
-    With groups, k counts the kept weights of the whole row, so groups of high saliency get more fixed entries.
+    Under n:m, k here counts the kept weights of the whole row. So groups of high saliency get more fixed entries.
     """
     k = problem.k * (problem.W.shape[1] // problem.group) if problem.group else problem.k
-    # 1e-9 makes up for rounding, which may end just below a whole number: 0.29 * 100 = 28.999999999999996.
+    # 1e-9 corrects a product that rounding leaves just below a whole number: 0.29 * 100 = 28.999999999999996.
     count = (k.double() * alpha + 1e-9).long() if isinstance(k, Tensor) else int(k * alpha + 1e-9)
     fixed: Tensor = backend.lmo(problem.saliency.masked_fill(~warm, -1.0), count, check_nan=False)
     return fixed
@@ -36,16 +36,17 @@ def open_loop(schedule: Schedule) -> Schedule:
 
 
 def as_one_row(problem: Problem, backend: Backend) -> tuple[Problem, Backend]:
-    """Give all rows one budget, the sum of theirs, and return the problem with the operations that solve it."""
+    """Replace the budgets of the rows by their sum. Returns the problem and the operations that solve it."""
     assert isinstance(problem.k, Tensor)
     return replace(problem, k=int(problem.k.sum())), WholeMatrix(backend.operations, backend.precision)
 
 
 class WholeMatrix(Backend):
-    """Operations that choose from the whole matrix as if it was one row, in plain torch: no GPU program can hold it.
+    """Operations that treat the whole matrix as one row. They are plain torch, as no GPU program can hold such a row.
 
-    k counts the kept weights of the whole matrix. Products and errors are those of each row, but the step size and the
-    error of an iterate are those of the matrix, repeated for every row. There is no penalty, no swap and no group.
+    k counts the kept weights of the whole matrix. Products, and errors of masks, are computed by row. The step size and
+    the error of an iterate are computed for the matrix and repeated for every row. Penalty, swaps and groups are not
+    supported.
     """
 
     def lmo(self, score: Tensor, k: int, *, fixed: Tensor | None = None, group: int = 0, **options: Any) -> Tensor:
@@ -53,7 +54,7 @@ class WholeMatrix(Backend):
         return cpu.lmo(score.reshape(1, -1), k, fixed=_one_row(fixed), **options).view(score.shape)
 
     def round_mask(self, M: Tensor, saliency: Tensor, k: int, *, group: int = 0) -> Tensor:
-        """Choose the mask of the k highest M of the matrix."""
+        """Choose the mask that keeps the k highest entries of M in the matrix."""
         return cpu.round_mask(M.reshape(1, -1), saliency.reshape(1, -1), k).view(M.shape)
 
     def row_step(self, state: RowState, **numbers: Any) -> None:
@@ -66,7 +67,7 @@ class WholeMatrix(Backend):
             of_rows[1:] = of_rows[0]
 
     def repeat(self, *args: Any) -> Any:
-        """Run the steps one by one: a step waits for the GPU, so that it cannot be a CUDA graph."""
+        """Run the steps one by one. A step waits for the GPU, so it cannot be part of a CUDA graph."""
         return cpu.repeat(*args)
 
     def bound_scores(self, *args: Tensor, **options: Tensor | None) -> tuple[Tensor, Tensor]:

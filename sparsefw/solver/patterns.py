@@ -21,7 +21,7 @@ class Pattern:
     Attributes:
         text: the pattern as the user wrote it.
         sparsity: fraction of the weights that are removed, in (0, 1).
-        scope: whether a "row", a "layer" or a "group" has one budget.
+        scope: the weights that share a budget: those of a "row", of a "layer", or of a "group".
         group: m of n:m, else 0.
     """
 
@@ -31,7 +31,7 @@ class Pattern:
     group: int = 0
 
     def kept(self, weights: int) -> int:
-        """Return how many of the weights that share one budget are kept; exact for n:m."""
+        """Return how many of this number of weights with one budget are kept. The removed number is rounded down."""
         return weights - int(self.sparsity * weights)
 
 
@@ -39,7 +39,7 @@ def parse(text: str) -> Pattern:
     """Parse a value of `--sparsity`.
 
     Raises:
-        InputError: the value has none of the three forms, its sparsity lies outside (0, 1), n >= m, or m > 32.
+        InputError: the value has none of the three forms, or not 0 < fraction < 1, or not 0 < n < m <= 32.
     """
     if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text):
         n, m = int(match[1]), int(match[2])
@@ -51,7 +51,7 @@ def parse(text: str) -> Pattern:
     if match := re.fullmatch(r"(layer:)?(?=\.?[0-9])([0-9]{0,9}(?:\.[0-9]{0,30})?)", text):
         sparsity = Fraction(match[2])
         if not 0 < sparsity < 1:
-            raise InputError(f"{option('sparsity', text)}: removes a fraction between 0 and 1, both excluded")
+            raise InputError(f"{option('sparsity', text)}: expected a fraction between 0 and 1, both excluded")
         return Pattern(text, sparsity, "layer" if match[1] else "row")
     raise InputError(f"{option('sparsity', text)}: expected a fraction (0.6), layer:0.6 or n:m (2:4)")
 
@@ -64,9 +64,10 @@ def check_width(pattern: Pattern, d: int, name: str) -> None:
 
 
 def budget(pattern: Pattern, rows: int, d: int, rows_independent: bool) -> tuple[int, int]:
-    """Return how many weights of a (rows, d) matrix share one budget, and how many of these are kept.
+    """Return how many consecutive weights of a (rows, d) matrix share one budget, and how many of them are kept.
 
-    Weights that share a budget follow each other. Where rows depend on each other, all rows share one budget.
+    Under n:m a group has one budget. A fraction is the budget of a row, or of the whole matrix if the scope is "layer"
+    or rows depend on each other.
     """
     by_row = pattern.scope == "row" and rows_independent
     width = pattern.group or (d if by_row else rows * d)

@@ -11,10 +11,12 @@ Damping draws Z towards W, and stops weights whose inputs are nearly the same fr
 The best mask for unchanged weights is not the best one for refitted weights. So `reselect` chooses again:
 
 1. Frank-Wolfe on W has chosen a mask (`frank_wolfe.solve`). Refit it.
-2. Run Frank-Wolfe on the candidates T = Z + R / diag(H). A kept weight stays as it is; a removed one goes where an
-   exact step along its own coordinate puts it. This minimises ||(W - M * T) X||_F^2. Refit the mask.
-3. In rounds, take the k largest |T_j| sqrt(H_jj) and refit them. A row accepts a round that lowers its error. In other
-   rows the round has exchanged too many weights: in the next one, an entry must beat a kept entry by a margin.
+2. Run Frank-Wolfe on the candidates C = Z + R / diag(H), R = (W - Z) H. The candidate of a kept weight is the weight in
+   Z. The candidate of a removed weight is its value after an exact step along its coordinate. Frank-Wolfe minimises
+   ||(W - M * C) X||_F^2 over M. Refit the mask that it finds.
+3. In each round, keep the k largest |C_j| sqrt(H_jj) and refit them. A row accepts a round that lowers its error. In a
+   row that rejects it, the round has exchanged too many weights: in the next round, a removed weight must beat a kept
+   weight by a margin.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +29,8 @@ from sparsefw.kernels.topk_torch import as_float
 from sparsefw.solver import frank_wolfe
 from sparsefw.solver.frank_wolfe import Problem, Schedule
 
-# Steps of the second Frank-Wolfe for each step of the first. Of all splits of 40 steps, 30 + 10 left the lowest error.
+# Steps of the second Frank-Wolfe, as a fraction of the first one's. Of all splits of 40 steps, 30 + 10 left the lowest
+# error.
 RESTART = 1 / 3
 
 # The margin of a row becomes 2 margin + 0.1 after a rejected round, and 0.7 margin after an accepted one.
@@ -41,8 +44,8 @@ class RowFit:
     Attributes:
         mask: (rows, d) bool, True keeps a weight.
         Z: (rows, d) fp32, 0 outside the mask.
-        R: (rows, d) fp32, (W - Z) G.
-        error: (rows,) fp32, sum((W - Z) * R) per row.
+        R: (rows, d) fp32, (W - Z) H.
+        error: (rows,) fp32, the error on H: sum((W - Z) * R) of each row.
     """
 
     mask: Tensor
@@ -51,7 +54,7 @@ class RowFit:
     error: Tensor
 
     def take_better(self, other: "RowFit", backend: Backend = TORCH) -> Tensor:
-        """Replace in place the rows in which the other fit has a lower error; return which these are, (rows,) bool."""
+        """Replace in place the rows in which the other fit has a lower error. Returns these rows as (rows,) bool."""
         better = other.error < self.error
         for name in ("mask", "Z", "R"):
             backend.take_rows(getattr(self, name), getattr(other, name), better)
@@ -75,12 +78,12 @@ def refit(W: Tensor, H: Tensor, mask: Tensor, start: Tensor, steps: int, *, back
         H: (d, d) damped Gram matrix; fp32, or from `Backend.operand`.
         mask: (rows, d) bool, True keeps a weight.
         start: (rows, d) fp32 start of Z; entries outside the mask are ignored.
-        steps: number of steps, of one product each. The start costs one product more.
+        steps: number of conjugate-gradient steps. Each costs one product, and the start costs another one.
         backend: the operations.
     """
     Z, E = backend.begin_fit(W, start, mask)
     R = backend.product(E, backend.operand(H))
-    # Free the memory for the steps.
+    # Frees E's memory for the steps.
     del E
     descend(Z, R, H, mask, steps, backend=backend)
     return RowFit(mask, Z, R, backend.row_errors(W, R, Z))
@@ -92,8 +95,8 @@ def descend(Z: Tensor, R: Tensor, H: Tensor, mask: Tensor | None, steps: int, *,
     A step is the product P H followed by `conjugate_step`. In fp32 no step raises the objective.
 
     Args:
-        Z: (rows, d) fp32 weights, which move.
-        R: (rows, d) fp32 residual B - Z H, which moves with them.
+        Z: (rows, d) fp32 weights, changed in place.
+        R: (rows, d) fp32 residual B - Z H, changed in place together with Z.
         H: (d, d), as in `refit`.
         mask: (rows, d) bool, True where a weight moves; None: everywhere.
         steps, backend: as in `refit`.
@@ -101,7 +104,8 @@ def descend(Z: Tensor, R: Tensor, H: Tensor, mask: Tensor | None, steps: int, *,
     if not steps:
         return
     operand, U = backend.operand(H), torch.empty_like(Z)
-    # Z moves along P as the product reads it, rounded or not, so that R stays the residual of Z.
+    # P has the dtype in which products read it. So Z and R move along the same, perhaps rounded, P, and R stays the
+    # residual of Z.
     P = torch.empty_like(Z, dtype=operand.dtype)
     rz, enough = Z.new_empty(2, len(Z))
     state = (Z, R, P, U, rz, enough, inverse_diagonal(H))
@@ -132,11 +136,11 @@ def reselect(
         backend: the operations.
 
     Returns:
-        In every row the fit with the lowest error on H. An error that is not finite is never lower, so no check is
-        needed that would make the host wait for a GPU.
+        The fit with the lowest error on H in every row. NaN and Inf never count as lower, so no check is needed that
+        would make the host wait for the GPU.
     """
     W, support = problem.W, problem.support
-    # Converted once for all refits.
+    # H is converted once for all refits.
     operand = backend.operand(problem.H)
     inverse, root = inverse_diagonal(problem.H), problem.H.diagonal().float().sqrt()
 
@@ -146,30 +150,30 @@ def reselect(
         return refit(W, operand, mask, start, refit_steps, backend=backend)
 
     def candidates(margin: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        T, score = backend.candidates(best.Z, best.R, best.mask, inverse, root, margin=margin, support=support)
-        return T, score
+        C, score = backend.candidates(best.Z, best.R, best.mask, inverse, root, margin=margin, support=support)
+        return C, score
 
     # A copy, since rows of the best fit are replaced in place.
     best = fit(mask.clone(), W)
     if rounds == 0:
         return best
-    T, score = candidates()
+    C, score = candidates()
     schedule = frank_wolfe.penalty_schedule(round(RESTART * steps), penalty)
-    best.take_better(fit(_restart(problem, T, score, schedule, backend), T), backend)
+    best.take_better(fit(_restart(problem, C, score, schedule, backend), C), backend)
     margin = torch.zeros_like(best.error)
     for _ in range(rounds):
-        T, score = candidates(margin)
+        C, score = candidates(margin)
         chosen = backend.lmo(score, problem.k, group=problem.group, check_nan=False)
-        # Free the memory for the refit.
+        # Frees the score's memory for the refit.
         del score
-        better = best.take_better(fit(chosen, T), backend)
+        better = best.take_better(fit(chosen, C), backend)
         margin = torch.where(better, NARROW * margin, WIDEN * margin + FIRST)
     return best
 
 
-def _restart(problem: Problem, T: Tensor, score: Tensor, schedule: Schedule, backend: Backend) -> Tensor:
-    """Choose a mask for the candidates T by Frank-Wolfe, (rows, d) bool; `score` is their saliency."""
-    candidates = replace(problem, W=T, saliency=score, target_gap=problem.W - T, fixed=None)
+def _restart(problem: Problem, C: Tensor, score: Tensor, schedule: Schedule, backend: Backend) -> Tensor:
+    """Choose a mask for the candidates C by Frank-Wolfe, (rows, d) bool; `score` is the candidates' saliency."""
+    candidates = replace(problem, W=C, saliency=score, target_gap=problem.W - C, fixed=None)
     warm = backend.lmo(score, problem.k, group=problem.group, check_nan=False)
     M = as_float(warm)
     for state in frank_wolfe.iterate(candidates, warm, schedule, backend=backend):

@@ -1,6 +1,6 @@
 """Stack layers that read the same input into one problem, and cut the problem into chunks of rows.
 
-A chunk is so small that the state of its solve fits the memory, and on a CPU the caches as well.
+A chunk is so small that the state of its solve fits into the memory limit and, on a CPU, into the caches.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,16 +21,16 @@ from sparsefw.solver.methods import SALIENCIES
 from sparsefw.solver.patterns import Pattern
 from sparsefw.solver.targets import TARGET_STEPS, Cross, cross_rows, damped, find_target
 
-# The number of rows of a stack or chunk is a multiple of this. A matrix product sums a remainder of rows in another
-# order. Without a remainder the result of a row does not depend on other rows.
+# The number of rows of a stack or chunk is a multiple of this. A matrix product may sum leftover rows in another order.
+# Without leftover rows the result of a row does not depend on the number of rows.
 ROW_UNIT = 64
 
-# The longest chunk on a CPU, in rows, or in entries if that allows more rows. A longer chunk does not fit the caches.
-# In a shorter one the work between two calls from Python is too little: threads wait for each other at the calls.
+# The longest chunk on a CPU has CPU_ROWS rows, or CPU_ENTRIES entries if that allows more rows. A longer chunk does not
+# fit into the caches. In a shorter one each operation takes so little time that threads wait for each other in Python.
 CPU_ROWS, CPU_ENTRIES = 384, 1 << 19
 
-# Bytes of a solve for each entry of a chunk at the peak, as measured on a CPU (88 with the stack's W and saliency):
-# fp32 W, T, the target gap, M, R, U, E, the refit's Z and R, temporaries of the row step, and bool masks.
+# Peak bytes of a solve for each entry of a chunk, as measured on a CPU; with the stack's W and saliency it is 88. They
+# hold fp32 W, T, the target gap, M, R, U, E, the refit's Z and R, temporaries of the row step, and bool masks.
 BYTES_PER_ENTRY = 80
 
 
@@ -41,13 +41,13 @@ class Stack:
     Attributes:
         names: name of each layer.
         weights: (out, in) weight of each layer.
-        crosses: cross matrix of each layer or None, see `targets`. The list is emptied once the targets are computed.
-        G: (in, in) fp32 Gram matrix of their input.
+        crosses: cross matrix of each layer or None, see `targets`. The list is emptied before targets are computed.
+        G: (in, in) fp32 Gram matrix of the layers' input.
         method: properties of the method.
         config: the config of the run.
         backend: the operations.
-        memory: bytes for the state of the chunks that are solved at the same time. Rows of zeros pad the stack to a
-            multiple of ROW_UNIT. None: all rows are solved at once, without padding.
+        memory: limit in bytes for the state of all chunks that are solved at the same time. Rows of zeros pad the stack
+            to a multiple of ROW_UNIT. None: the stack is solved as a whole, without padding.
     """
 
     names: list[str]
@@ -74,7 +74,8 @@ def places(weights: Iterable[Tensor], part: slice) -> list[tuple[slice, slice]]:
         part: a slice of the stack's rows.
 
     Returns:
-        For each layer a slice of its own rows and a slice of the part's; both may be empty.
+        For each layer the slice of its rows that lie in the part, and the slice of the part that holds them. Both may
+        be empty.
     """
     found, start = [], 0
     for weight in weights:
@@ -86,10 +87,10 @@ def places(weights: Iterable[Tensor], part: slice) -> list[tuple[slice, slice]]:
 
 
 def stack_rows(stack: Stack) -> Problem:
-    """Make the problem of a stack. This empties `stack.crosses`, and the rows of the padding are zero."""
+    """Make the problem of a stack, with padding rows of zeros. Empties `stack.crosses`."""
     G, config, backend = stack.G, stack.config, stack.backend
     own = stack.weights[0].dtype
-    # A CPU is slow in bf16 and fp16, and fp32 holds the same weights.
+    # A CPU is slow in bf16 and fp16, and fp32 represents the same weights exactly.
     dtype = torch.float32 if G.device.type == "cpu" else own
     W = torch.zeros(stack.height, len(G), dtype=dtype, device=G.device)
     layers = [place for _, place in places(stack.weights, slice(0, stack.height))]
@@ -98,7 +99,7 @@ def stack_rows(stack: Stack) -> Problem:
     support = W != 0 if config.keep_zeros else None
     exact, H = backend.exact_operand(G, own), G
     if stack.method.dense_target:
-        # Swaps need H exactly. Refits and targets only multiply by it.
+        # Without a refit, swaps need H exactly. With one, H is only a factor of products.
         only_products = config.refit and backend.precision == "bf16"
         H = damped(G, config.damp, torch.bfloat16 if only_products else torch.float32)
     target_gap = _to_targets(stack, W, exact, H, support)
@@ -111,9 +112,9 @@ def stack_rows(stack: Stack) -> Problem:
 
 
 def kept(saliency: Tensor, layers: list[slice], pattern: Pattern) -> int | Tensor:
-    """Count the kept weights of stacked rows or their groups, as in `Problem.k`.
+    """Compute the budgets of stacked rows or of their groups, as in `Problem.k`.
 
-    A `layer:` budget selects the highest saliencies of a whole matrix. The number of those in a row is the row's k.
+    A `layer:` budget selects the highest saliencies of a whole matrix. The number selected in a row is the row's k.
 
     Args:
         saliency: (rows, d) fp32.
@@ -126,26 +127,27 @@ def kept(saliency: Tensor, layers: list[slice], pattern: Pattern) -> int | Tenso
     k = torch.zeros(rows, dtype=torch.int64, device=saliency.device)
     for layer in layers:
         matrix = saliency[layer].reshape(1, -1)
-        # NaN is found later, in the errors, where the message names the layer.
+        # Not checked for NaN here: the check of the errors finds NaN later, and names the layer.
         highest = cpu.lmo(matrix, pattern.kept(matrix.numel()), check_nan=False)
         k[layer] = highest.view(-1, d).sum(1)
     return k
 
 
 def _to_targets(stack: Stack, W: Tensor, G: Tensor | Terms, H: Tensor, support: Tensor | None) -> Tensor | None:
-    """Compute the targets of a stack chunk by chunk: with a refit they replace W in place, else the gap is returned.
+    """Compute the targets of a stack, chunk by chunk.
 
-    The target of a layer without a cross matrix is its own weight, and that of the padding is zero. Targets that
-    replace W are rounded to the dtype that is written, since a row may be written with the target's own weights.
+    With a refit the targets replace W in place. Without a refit the target gap is returned. A layer without a cross
+    matrix has its own weight as its target, and the padding has zeros. Targets that replace W are rounded to the
+    checkpoint's dtype, since they may be written as the kept weights of a row.
 
     Args:
-        stack: the stack; its `crosses` are emptied.
+        stack: the stack; its list `crosses` is emptied.
         W, support: (rows, d) as in the `Problem`.
         G: Gram matrix from `Backend.exact_operand`.
         H: damped Gram matrix.
 
     Returns:
-        Target gap T - W, (rows, d) fp32, where there is no refit. None with a refit, and without any cross matrix.
+        Target gap T - W, (rows, d) fp32; None with a refit, or if no layer has a cross matrix.
     """
     crosses = [*stack.crosses]
     stack.crosses.clear()
@@ -153,14 +155,14 @@ def _to_targets(stack: Stack, W: Tensor, G: Tensor | Terms, H: Tensor, support: 
         return None
     gap = None if stack.config.refit else torch.empty_like(W, dtype=torch.float32)
     own = stack.weights[0].dtype
-    most = torch.finfo(own).max
+    largest = torch.finfo(own).max
 
     def put(rows: slice) -> None:
         B = cross_rows(crosses, places(stack.weights, rows), W[rows], G, backend=stack.backend)
         support_of_rows = None if support is None else support[rows]
         T = find_target(W[rows], H, B, TARGET_STEPS, support=support_of_rows, backend=stack.backend)
         if gap is None:
-            W[rows] = T.clamp(-most, most).to(own)
+            W[rows] = T.clamp(-largest, largest).to(own)
         else:
             gap[rows] = T - W[rows]
 
@@ -171,7 +173,7 @@ def _to_targets(stack: Stack, W: Tensor, G: Tensor | Terms, H: Tensor, support: 
 
 
 def cpu_rows(d: int) -> int:
-    """Return the most rows of d entries that one thread of a CPU solves at a time."""
+    """Return the maximum height of a CPU's chunk with rows of d entries."""
     return max(CPU_ROWS, CPU_ENTRIES // d // ROW_UNIT * ROW_UNIT)
 
 
@@ -179,14 +181,14 @@ def cpu_rows(d: int) -> int:
 def in_chunks(stack: Stack) -> Iterator[tuple[list[slice], Callable[..., Iterator[Any]]]]:
     """Cut a stack into chunks of rows whose state fits the memory.
 
-    On a CPU each of torch's threads solves a chunk of its own at the same time. The operations on a chunk are too short
-    to be split over threads, and numpy's selection uses one thread only.
+    On a CPU, torch's threads solve different chunks at the same time. The operations on one chunk are too short to be
+    split over threads, and numpy's selection uses one thread only.
 
     Yields:
-        The chunks as slices of rows, and a function like `map` that solves them.
+        The chunks as slices of rows, and `map` or a `map` over threads, with which the caller solves them.
 
     Raises:
-        InputError: the smallest chunk does not fit the memory.
+        InputError: the smallest chunk does not fit into the memory limit.
     """
     if stack.memory is None:
         yield [slice(0, stack.height)], map
@@ -196,7 +198,7 @@ def in_chunks(stack: Stack) -> Iterator[tuple[list[slice], Callable[..., Iterato
     units = stack.memory // unit
     if not units:
         needed, given = unit / 2**30, stack.memory / 2**30
-        raise InputError(f"{stack.names[0]}: a solve needs {needed:.3f} GiB at least, and {given:.3f} are set aside")
+        raise InputError(f"{stack.names[0]}: a solve needs at least {needed:.3f} GiB of memory, but has {given:.3f}")
     before = torch.get_num_threads()
     on_cpu = stack.G.device.type == "cpu"
     threaded = on_cpu and stack.backend.thread_safe

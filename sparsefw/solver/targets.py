@@ -1,22 +1,26 @@
 """Damp the Gram matrix, and find the targets of layers.
 
 A target is the weight with which a layer would make up for the pruning of the layers before it. Because of that pruning
-the layer outputs Y = W X for its input X, where the same layer of the dense model outputs Y + D. The target makes up
-for the difference D as far as the input allows:
+the layer outputs Y = W X for its input X, while the same layer of the dense model outputs Y + D. The target makes up
+for the difference D as far as the input X allows:
 
     T minimises ||D - (T - W) X||_F^2,    so that    (T - W) G = B,    G = X X^T,  B = D X^T
 
-Pruning then approximates T in place of W. The output of a layer that adds to the residual stream includes that stream.
+Pruning then approximates T in place of W. If a layer adds its product to the residual stream, the stream after the
+layer counts as its output.
 
 B is computed from one of three matrices, depending on what calibration has measured. X_dense is the layer's input in
-the dense model, S the stream after the layer in the dense model, and h the stream before the layer plus the bias:
+the dense model, S the stream after the layer in the dense model, and h the stream before the layer in the pruned model
+plus the bias:
 
-    "inputs":   C^T = X (X_dense - X)^T, and B = W C, where the layer's output is its product: D = W X_dense - W X
-    "streams":  (S - h) X^T, and B = (S - h) X^T - W G, where it adds its product to the stream: D = S - (h + W X)
-    "outputs":  B itself, from the outputs of both models
+    "inputs"    for a layer that outputs its product: D = W X_dense - W X.
+                The matrix is C^T = X (X_dense - X)^T, and B = W C.
+    "streams"   for a layer that adds its product to the stream: D = S - (h + W X).
+                The matrix is (S - h) X^T, and B = (S - h) X^T - W G.
+    "outputs"   for any other layer. The matrix is B itself, from the layer's outputs in both models.
 
-The first two subtract no outputs: those are rounded in bf16, and nearly the same in both models. The first matrix is
-the same for all layers that read X.
+The first two do not subtract outputs, which are rounded to bf16 and nearly the same in both models. The matrix of
+"inputs" is the same for all layers that read X.
 """
 
 from collections.abc import Sequence
@@ -31,20 +35,20 @@ from sparsefw.solver.refit import descend
 # Conjugate-gradient steps from a layer's weight to its target.
 TARGET_STEPS = 4
 
-# For damping, a diagonal entry counts as at least this share of the median of those above 0. Otherwise the weights of a
-# nearly dead input could become huge, and ruin the first text in which it is alive.
+# Damping counts each diagonal entry as at least this share of the median positive entry. Without this floor the weights
+# of a nearly dead input could become huge, and ruin the output on text in which the input is alive.
 FLOOR = 0.01
 
 
 def damped(G: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Make H: a copy of G with damp max(diag G, FLOOR m) added to its diagonal, m the median of its positive entries.
+    """Make H: a copy of G with damp max(diag G, FLOOR m) added to its diagonal, m the median positive diagonal entry.
 
     Damping treats every input as slightly more independent of the others. It draws refitted weights towards the layer's
-    own weights, and masks towards the weights that matter most by themselves.
+    own weights, and masks towards the weights of the highest saliency.
 
     Args:
         G: (d, d) fp32 Gram matrix.
-        damp: share of the diagonal that is added; 0 returns G.
+        damp: share of the diagonal that is added; with 0 the result is G in this dtype.
         dtype: dtype of the result.
     """
     if not damp:
@@ -59,11 +63,11 @@ def damped(G: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Tensor
 
 @dataclass(frozen=True)
 class Cross:
-    """Cross matrix that calibration has measured of a layer, from which B is computed.
+    """Cross matrix of a layer, as calibration has measured it. B is computed from it.
 
     Attributes:
-        of: "inputs", "streams" or "outputs", see the module.
-        matrix: (d, d) fp32 of "inputs"; (rows, d) fp32 of the others.
+        of: "inputs", "streams" or "outputs", see the module's docstring.
+        matrix: fp32, (d, d) for "inputs", and (rows, d) for "streams" and "outputs".
     """
 
     of: str
@@ -81,7 +85,7 @@ def cross_rows(
     """Compute B for rows of stacked layers, (rows, d) fp32.
 
     Args:
-        crosses: cross matrix of each layer; None: its target is its own weight, and its B is 0.
+        crosses: cross matrix of each layer; None: the layer's target is its own weight, and its B is 0.
         places: for each layer the slice of its rows, and the slice of W that holds them.
         W: (rows, d) weights. Rows that belong to no layer are padding.
         G: (d, d) Gram matrix without damping, from `Backend.exact_operand`.
@@ -89,7 +93,7 @@ def cross_rows(
     """
     B = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
     of = {cross.of: cross.matrix for cross in crosses if cross}
-    # One product for all rows: the result of a row must not depend on the other layers.
+    # A single product of all rows, so that the result of a row does not depend on which layers the stack has.
     if "inputs" in of:
         from_inputs = backend.product_transposed(backend.operand(W), backend.operand(of["inputs"]))
     if "streams" in of:
@@ -111,13 +115,13 @@ def find_target(
 ) -> Tensor:
     """Find targets T by conjugate gradients that start at W, (rows, d) fp32.
 
-    Some directions of the input hardly vary, and say little about D. Few steps on H leave T close to W in these.
+    Along some directions the inputs hardly vary, and say little about D. There, a few steps on H leave T close to W.
 
     Args:
         W: (rows, d) the layers' weights, fp32 / bf16 / fp16.
         H: (d, d) damped Gram matrix; fp32, or from `Backend.operand`.
         B: (rows, d) fp32; overwritten.
-        steps: number of conjugate-gradient steps, of one product each.
+        steps: number of conjugate-gradient steps. Each costs one product.
         support: (rows, d) bool, True where a weight may change; None: everywhere.
         backend: the operations.
     """

@@ -115,7 +115,7 @@ def test_the_example_prunes_and_quantises(tmp_path, capsys):
     [
         (dict(), "sparsity: missing"),
         (dict(sparsity=0.6, mask_structure="2:4"), "fixes the sparsity"),
-        (dict(sparsity=[0.5, 1.5]), "sparsity='1.5': removes a fraction between 0 and 1"),
+        (dict(sparsity=[0.5, 1.5]), "sparsity='1.5': expected a fraction between 0 and 1"),
         (dict(sparsity=0.5, preset="fastest"), "preset='fastest': expected one of"),
         (dict(sparsity=0.5, stps=3), "stps"),
     ],

@@ -157,5 +157,5 @@ class TestForCalibration:
         """All is as in a run that is to reconstruct nothing."""
         found = PruneConfig().for_calibration(3, 16, 2)
         assert (found.reconstruct, found.steps, found.refit, found.damp) == (0, 24, 4, 0.4)
-        with pytest.raises(InputError, match=r"^reconstruct=2: takes 2 calibration"):
+        with pytest.raises(InputError, match=r"^reconstruct=2: needs 2 calibration"):
             PruneConfig(reconstruct=2).for_calibration(3, 16, 2)

@@ -35,7 +35,7 @@ def test_a_layers_budget_goes_to_its_most_salient_entries():
 @pytest.mark.parametrize(
     ("texts", "match"),
     [
-        (("0", "1", "1.5", "layer:1", "60"), "removes a fraction between 0 and 1"),
+        (("0", "1", "1.5", "layer:1", "60"), "expected a fraction between 0 and 1"),
         (("4:4", "5:4", "0:4", "2:64"), "n:m keeps n of every m"),
         (("", ".", "layer:", "-0.5", "nan", "2:4:8", "1e-1", "row:0.5", "٢:٤", "0.5\n"), "expected a fraction"),
     ],

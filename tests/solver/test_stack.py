@@ -138,5 +138,5 @@ class TestChunks:
         assert torch.get_num_threads() == 3
 
     def test_too_little_memory(self):
-        with pytest.raises(InputError, match=r"layer0: a solve needs 0.000 GiB at least, and 0.000 are set aside"):
+        with pytest.raises(InputError, match=r"layer0: a solve needs at least 0.000 GiB of memory, but has 0.000"):
             run(make_layers(), memory=UNIT - 1)
