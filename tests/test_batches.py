@@ -406,7 +406,7 @@ class TestRefusals:
 
     def test_a_forward_that_fails(self):
         model, batches = drawn("vit")
-        with pytest.raises(InputError, match=r"fails on these batches: .*see whether the model itself runs on them"):
+        with pytest.raises(InputError, match=r"fails on these batches: .*check that the model itself runs on them"):
             prune(model, calibration=[{"pixel_values": torch.randn(2, 3, 9, 9)}], **QUICK)
         lines = []
         unlabelled = {"pixel_values": torch.randn(2, 3, 16, 16)}

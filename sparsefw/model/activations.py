@@ -1,4 +1,4 @@
-"""Stores of activations between two blocks (the device, pinned memory, mapped files), and how much is held at once."""
+"""Stores for the activations between two blocks (GPU, pinned memory, mapped files), and sizes of micro-batches."""
 
 import os
 import tempfile
@@ -11,36 +11,36 @@ from torch import Tensor
 
 from sparsefw.errors import naming
 
-# Places for activations, the place nearest to the work first.
+# Places where activations can be stored, the fastest first.
 PLACES = ("gpu", "host", "file")
 
 
-# Tokens in one micro-batch. A GPU works on them for longer than the host takes to launch the work, and they take little
-# memory compared with a block's weights. A CPU is busy with fewer, and the micro-batch that shows the stages of a block
-# is then a smaller share of all.
+# Tokens in one micro-batch. On a GPU the work on this number takes longer than the launch, and the activations take
+# little memory compared with a block's weights. On a CPU fewer tokens suffice. The survey of a block runs one more
+# micro-batch, so with small micro-batches it is a smaller share of the work.
 BATCH_TOKENS = {"gpu": 16384, "cpu": 2048}
 
-# Steps of a pass over the calibration windows in a block's reconstruction, at least, where there are windows for them:
-# many steps on few windows do more than few on many.
+# The least number of steps in a reconstruction's pass over the calibration windows, if there are enough windows. Many
+# steps with few windows lower the loss more than few steps with many windows.
 LEAST_STEPS = 256
 
-# One in this number of micro-batches is held out of all that is fitted.
+# One micro-batch in HELD_OUT is held out: nothing is fitted to it.
 HELD_OUT = 16
 
-# Most bytes for the state of a solve: more make nothing faster.
+# The most bytes for the state of a solve. More bytes would not make a solve faster.
 SOLVER = 4 << 30
 
 
 class Store:
     """A store of tensors.
 
-    Pinned memory is copied to the GPU on one CUDA stream and from it on another, while the GPU works: the next tensor
-    need not wait until the last one has left.
+    Copies to the GPU and copies from the GPU have a CUDA stream each, besides the stream of the work. So the next
+    tensor is copied in while the last one is copied out and the GPU works.
 
     Args:
-        device: device that the work is done on.
-        place: one of PLACES. "gpu" is where the work is, so that it is the same as "host" without a GPU.
-        folder: folder of the files, for "file" only; None is the system's folder for temporary files.
+        device: device of the work.
+        place: one of PLACES. "gpu" means the device of the work, so without a GPU it is the same as "host".
+        folder: folder of the files if the place is "file"; None: the system's folder for temporary files.
     """
 
     def __init__(self, device: torch.device, place: str = "gpu", folder: Path | None = None) -> None:
@@ -49,9 +49,9 @@ class Store:
         self.inward, self.outward = (torch.cuda.Stream(self.device) if self.pins else None for _ in range(2))
 
     def put(self, x: Tensor) -> "Stored":
-        """Store a tensor, with its dimensions in the order in which they lie in memory."""
+        """Store a tensor with its strides."""
         if x.untyped_storage().nbytes() != x.nbytes or 0 in x.stride():
-            # A slice would hold all of the tensor that it is cut from, and nothing can be copied to repeated entries.
+            # A slice would keep its whole base tensor in memory. An expanded tensor cannot be written to.
             x = x.clone()
         if self.place == "file" and x.numel():
             return Stored(self, _mapped(x, self.folder).copy_(x))
@@ -67,12 +67,12 @@ class Store:
 
 @dataclass(eq=False)
 class Stored:
-    """A tensor in a store. Its memory is free when nothing holds it any more.
+    """A tensor in a store. Its memory is freed when the last reference to this object is gone.
 
     Attributes:
         store: the store.
-        kept: the tensor there.
-        left: the end of its copy to pinned memory.
+        kept: the tensor in the memory of the store.
+        left: the event at the end of the tensor's copy to pinned memory; None if nothing was copied.
     """
 
     store: Store
@@ -81,7 +81,7 @@ class Stored:
     _arriving: tuple[Tensor, torch.cuda.Event] | None = None
 
     def fetch(self) -> None:
-        """Begin to copy it from pinned memory to the device."""
+        """Begin to copy the tensor from pinned memory to the device."""
         inward = self.store.inward
         if inward and self._arriving is None:
             if self.left:
@@ -90,28 +90,28 @@ class Stored:
                 self._arriving = self.kept.to(self.store.device, non_blocking=True), inward.record_event()
 
     def drop(self) -> None:
-        """Drop the copy on the device, which was not read."""
+        """Drop a copy on the device that `fetch` has begun and nothing has read."""
         self._arriving = None
 
     def read(self) -> Tensor:
-        """The tensor, on the device."""
+        """Return the tensor on the device."""
         self.fetch()
         if self._arriving is None:
             return self.kept.to(self.store.device)
         (x, arrived), self._arriving = self._arriving, None
         work = torch.cuda.current_stream(self.store.device)
         work.wait_event(arrived)
-        # The memory belongs to the stream of the copies, which must not use it again before the work is done.
+        # The memory belongs to the stream of the copies. That stream must not reuse it before the work is done.
         x.record_stream(work)
         return x
 
 
 class Activations:
-    """One tensor of every micro-batch. While one is worked on, the next one is copied to the device.
+    """One tensor of every micro-batch. While the device works on one tensor, the next one is copied to the device.
 
-    The host launches work before the GPU gets to it, and every micro-batch at work takes memory. So a read waits until
-    the GPU has finished all micro-batches but the last one, unless the tensors are on the GPU anyway. A tensor that is
-    put takes memory until it is copied out, so at most two copies are under way.
+    The host launches work ahead of the GPU, and each launched micro-batch takes GPU memory. So a read waits until the
+    GPU has finished all earlier micro-batches but the last one, unless the tensors are stored on the GPU anyway. A new
+    tensor takes GPU memory until it is copied out. So at most two copies to the host are under way.
 
     Args:
         store: the store of the tensors.
@@ -120,11 +120,11 @@ class Activations:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._stored: list[Stored] = []
-        # The end of the work that had been launched when a micro-batch was read last.
+        # The event at the end of all work that was launched before the last read.
         self._launched: torch.cuda.Event | None = None
         # Number of the micro-batch that is copied to the device ahead of use.
         self._prefetched: int | None = None
-        # The end of the last copy out.
+        # The event at the end of the last copy to the host.
         self._left: torch.cuda.Event | None = None
 
     def __len__(self) -> int:
@@ -135,7 +135,7 @@ class Activations:
         self._stored.append(self._put(x))
 
     def __setitem__(self, j: int, x: Tensor) -> None:
-        # The old one goes first, so that memory does not have both.
+        # The old tensor is dropped first, so that memory never holds both.
         del self._stored[j]
         self._stored.insert(j, self._put(x))
 
@@ -153,7 +153,7 @@ class Activations:
                 self._launched.synchronize()
             self._launched = torch.cuda.current_stream(self.store.device).record_event()
         if self._prefetched not in (None, j):
-            # It was skipped, because it is held out, say. It would stay on the device until it is read.
+            # The prefetched micro-batch was skipped (it may be held out). Its copy must not stay on the device.
             self._stored[self._prefetched].drop()
         x = self._stored[j].read()
         self._prefetched = j + 1 if j + 1 < len(self) else None
@@ -162,13 +162,13 @@ class Activations:
         return x
 
     def fork(self) -> "Activations":
-        """A copy that changes independently."""
+        """Return a list of the same tensors that changes independently."""
         copy = Activations(self.store)
         copy._stored = list(self._stored)
         return copy
 
     def some(self, numbers: Sequence[int], size: int = 0) -> "Activations":
-        """Take some of the tensors; with a size, in pieces of this number of windows (the first axis), as views."""
+        """Take some of the tensors. With `size`, cut them into views of at most `size` windows (the first axis)."""
         found, chosen = Activations(self.store), [self._stored[j] for j in numbers]
         found._stored = chosen
         if size:
@@ -181,10 +181,11 @@ class Activations:
 
 
 def _mapped(like: Tensor, folder: Path | None) -> Tensor:
-    """A tensor in a file without a name, so that nothing is left of it however the run ends."""
+    """An uninitialized tensor in a file that is already deleted, so that no file remains when the process ends."""
     place = folder or Path(tempfile.gettempdir())
     with naming(place), tempfile.NamedTemporaryFile(dir=place) as file:
-        # A full disk shows here: a mapped file would end the process when it is written to.
+        # Raises an error if the disk is full. If the disk is found full only in a write to the mapped file, the process
+        # is killed.
         os.posix_fallocate(file.fileno(), 0, like.nbytes)
         mapped = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
         return mapped.as_strided(like.shape, like.stride())
@@ -192,17 +193,17 @@ def _mapped(like: Tensor, folder: Path | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Placement:
-    """How much a run holds at once, and in which memory.
+    """The sizes of a run's working sets, and the place of its activations.
 
     Attributes:
-        batch: windows in one micro-batch.
-        place: where activations are held, one of PLACES.
-        folder: folder of the file of activations, for "file" only.
-        ahead: whether the next block is read, and the last one written, while one is worked on.
-        solver: bytes that the state of a solve may take; its rows are solved in chunks.
-        kept_width: inputs of layers with at most this number of entries a token are kept where the activations are, and
-            the next run of the windows begins there; 0: no input is kept.
-        step: windows in a step of a reconstruction, if a micro-batch has several steps; 0: a step is a micro-batch.
+        batch: number of windows in one micro-batch.
+        place: place of the activations, one of PLACES.
+        folder: folder of the activations' files, if the place is "file".
+        ahead: whether the next block is read and the last one written in the background.
+        solver: the most bytes for the state of a solve. Rows are solved in chunks of this size.
+        kept_width: the inputs of a layer are kept if they have at most this width, so that the next run of the windows
+            begins at the layer; 0: no inputs are kept.
+        step: number of windows in a step of a reconstruction; 0: a step takes a whole micro-batch.
     """
 
     batch: int
@@ -214,20 +215,20 @@ class Placement:
     step: int = 0
 
     def store(self, device: torch.device) -> Store:
-        """A store for activations at this place, for work on `device`."""
+        """Make a store for activations at `place`, for work on `device`."""
         return Store(device, self.place, self.folder)
 
 
 def held_out_batches(count: int) -> range:
     """Numbers of the micro-batches that are held out: the last of every sixteen.
 
-    Of fewer than sixteen, and at least two, the last one is held out.
+    If there are two to fifteen micro-batches, the last one is held out. A single one is not held out.
     """
     return range(HELD_OUT - 1, count, HELD_OUT) or range(count)[1:][-1:]
 
 
 def split_batches(count: int) -> tuple[list[int], list[int]]:
-    """Numbers of the micro-batches to learn from, and of those that are held out."""
-    # A range, in which a number is found at once.
+    """Numbers of the micro-batches to learn from, and numbers of the held-out ones."""
+    # A range: it finds a number in constant time.
     held_out = held_out_batches(count)
     return [j for j in range(count) if j not in held_out], list(held_out)

@@ -1,4 +1,4 @@
-"""A model that runs one block at a time, and such a model in memory, whose open block is a copy."""
+"""A model that runs one block at a time (`BlockModel`), and its variant for a model in memory (`ResidentModel`)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,47 +31,46 @@ from sparsefw.model.swap import (
 )
 from sparsefw.timeline import READ, Timeline
 
-# Whether a model of a dtype computes in fp32 on a device.
+# Called with the dtype of a model's weights, and the device; returns whether the model computes in fp32 there.
 InFp32 = Callable[[torch.dtype, torch.device], bool]
 
 
 class BlockModel:
     """A model that runs one block at a time.
 
-    On the device are the weights of one block, or those that the forward needs outside of the blocks. The next block is
-    read while one is worked on. At the end of a `with` statement the model is as it was.
+    The device holds the weights of one block, or the weights that the forward needs outside of the blocks. While a
+    block is open, the next block is read. The end of a `with` statement gives the model its own tensors back.
 
     Args:
         model: the whole model.
-        path: the blocks that its forward runs through.
-        shared: parameters of blocks that stay dense.
-        device: device that it runs on.
-        in_fp32: whether it computes in fp32, though its weights are in half precision.
+        path: the path of the model's forward.
+        shared: parameters that several blocks share. They stay dense.
+        device: device that the model runs on.
+        in_fp32: whether a model with weights in half precision computes in fp32.
 
     Attributes:
-        model, device, shared, in_fp32: these.
+        model, device, shared, in_fp32: the arguments.
         timeline: the times at which blocks are read and worked on.
-        runs: the module whose forward is run: the model, or its text model, see `Path`.
-        input_kind: the kind of input of its forward, in words, for messages.
-        blocks: the blocks that it runs through, in the order of their calls. A block that is called twice stands there
-            twice, and stays dense.
-        names: their names in the model, e.g. "model.layers.0".
-        block_types: their types.
-        unique_blocks: numbers of the blocks that are called for the first time.
-        unused: the blocks that it does not run through, by name. They stay as they are.
-        flow: the trace of its forward, which shows how blocks hand tensors on.
-        forms: the forms of what blocks return.
-        after_blocks: by the shapes of their inputs, functions that make logits while the weights outside of the blocks
-            are there, see `forward.logits_after_blocks`.
-        logits_itemsize: bytes of an entry of the logits; 0 without any.
-        vocabulary: number of the tokens that the model embeds; None if it may read something else.
-        max_seqlen: tokens in the longest window that the model takes; None if its config does not say.
-        pieces, piece_bytes: names of all tensors outside of `blocks` that are written, in pieces that fit into memory
-            where a block does; and the bytes of each piece.
-        notes: what the user should know of the model, one line each.
-        outside_bytes: bytes on the device of the parameters outside of the blocks, without those that are there anyway.
-        quantized_bytes: most bytes of tensors as they are stored that are in memory besides what is made of them.
-        joined_bytes: bytes of the largest parameter that is made of several tensors.
+        runs: the module whose forward runs: the model, or its text model, see `Path`.
+        input_kind: the kind of input of the forward, in words, for messages.
+        blocks: the blocks in the order of their calls. A block that is called twice is listed twice, and stays dense.
+        names: names of `blocks` in the model, e.g. "model.layers.0".
+        block_types: types of `blocks`, see `stubs.block_type`.
+        unique_blocks: numbers in `blocks` without repetitions: the first call of each block.
+        unused: blocks that the forward does not call, by name. They are not changed.
+        flow: the trace of the forward.
+        templates: what blocks of each type return.
+        after_blocks: functions that compute logits, by the shapes of their inputs, see `forward.logits_after_blocks`.
+            They are valid while the weights outside of the blocks are loaded.
+        logits_itemsize: bytes of an entry of the logits; 0 if the model returns no logits.
+        vocabulary: number of the tokens that the model embeds; None if the model may read other input than tokens.
+        max_seqlen: number of tokens in the longest window that the model takes; None if the config sets no limit.
+        pieces: names of all tensors outside of `blocks` that are written, in groups (pieces) that fit into memory.
+        piece_bytes: bytes of each piece.
+        notes: what the user should know about the model, one line each.
+        outside_bytes: bytes of the parameters outside of the blocks that are copied to the device for a forward.
+        quantized_bytes: peak bytes of stored tensors that are in memory together with the tensors made from them.
+        joined_bytes: bytes of the largest parameter that is made from several stored tensors.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class BlockModel:
         self.model, self.shared, self.device, self.timeline = model, shared, torch.device(device), Timeline()
         self.in_fp32 = in_fp32
         self.runs, self.input_kind, self.unused, self.names = path.runs, path.input_kind, path.unused, path.order
-        self.flow, self.forms, self.logits_itemsize = path.flow, path.forms, path.logits_itemsize
+        self.flow, self.templates, self.logits_itemsize = path.flow, path.templates, path.logits_itemsize
         self.blocks = [path.blocks[name] for name in path.order]
         self.block_types = [block_type(block) for block in self.blocks]
         self.unique_blocks = [self.names.index(name) for name in dict.fromkeys(self.names)]
@@ -97,7 +96,7 @@ class BlockModel:
         self.outside_bytes = self.quantized_bytes = self.joined_bytes = 0
         inside = {module for block in self.blocks for module in block.modules()}
         self._others = [(name, module) for name, module in model.named_modules() if module not in inside]
-        # The slots of open blocks, and under None those outside of the blocks.
+        # The slots of each open block, by the block's number; under None the slots outside of the blocks.
         self._open: dict[int | None, list[TensorSlot]] = {}
         self.after_blocks: dict[tuple[torch.Size, ...], Callable[[Tensor], Tensor] | None] = {}
         self._reader = ThreadPoolExecutor(1)
@@ -110,20 +109,20 @@ class BlockModel:
     def __exit__(self, *error: object) -> None:
         self._reader.shutdown(cancel_futures=True)
         self._next = None
-        # An error may have left some open.
+        # An error may have left blocks open.
         for i in [*self._open]:
             self.close(i)
 
     def read(self, i: int | None) -> Mapping[str, Loadable]:
-        """Read the tensors of block i that are not in memory, named as in `block_tensors`; None: outside of blocks."""
+        """Read block i's tensors that are not in memory, by the names of `block_tensors`; i=None: outside of blocks."""
         return {}
 
     def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[TensorSlot], Tensor]:
-        """A function that makes the tensor for each slot of block i, on the device, of what `read` returned."""
+        """Return a function from a slot of block i to its tensor on the device. `tensors` is a result of `read`."""
         return lambda slot: dequantized(tensors.get(slot.path, slot.own)).detach().to(self.device, copy=True)
 
     def _slots(self, i: int | None) -> list[TensorSlot]:
-        """The slots of all tensors in block i, or outside of the blocks."""
+        """The slots of all tensors in block i; i=None: outside of the blocks."""
         return slots_of(self._others if i is None else self.blocks[i].named_modules(prefix=self.names[i]))
 
     def open(self, i: int, prefetch: bool = True) -> nn.Module:
@@ -131,7 +130,7 @@ class BlockModel:
 
         Args:
             i: number of the block.
-            prefetch: whether to read the next block meanwhile.
+            prefetch: whether to read the next block in the background.
 
         Raises:
             InputError: a parameter holds NaN or Inf.
@@ -142,7 +141,7 @@ class BlockModel:
             block = self.open_alone(i, tensors)
             for name, parameter in block.named_parameters():
                 check_finite(f"{self.names[i]}.{name}", parameter)
-        # The next block is read into the same pinned memory if nothing holds it any more.
+        # Frees the pinned memory of this block, so that the next block can be read into it.
         del tensors
         self._next = None
         if not prefetch:
@@ -152,12 +151,15 @@ class BlockModel:
         return block
 
     def open_alone(self, i: int, tensors: Mapping[str, Loadable] | None = None) -> nn.Module:
-        """Put block i on the device, unchecked, with these weights, named as in `block_tensors`; None: its own."""
+        """Put block i on the device, without the check for NaN, and without reading the next block.
+
+        `tensors` are weights by the names of `block_tensors`; None: the model's own weights.
+        """
         self._fill(i, self._timed_read(i) if tensors is None else tensors)
         return self.blocks[i]
 
     def _fill(self, i: int | None, tensors: Mapping[str, Loadable]) -> list[TensorSlot]:
-        """Put weights into their slots, which are returned."""
+        """Put weights into the slots of block i (None: outside of the blocks); return these slots."""
         if i not in self._open:
             self._open[i] = self._slots(i)
         make = self._make(i, tensors)
@@ -165,14 +167,14 @@ class BlockModel:
         return self._open[i]
 
     def round(self, i: int) -> None:
-        """Round the weights of block i, which is open, to the dtypes that they are written in."""
+        """Round the weights of the open block i to the dtypes in which they are written."""
         for slot in self._open[i]:
             x = slot.tensors[slot.name]
             if x.dtype != slot.own.dtype:
                 x.detach().copy_(x.to(slot.own.dtype))
 
     def close(self, i: int | None) -> None:
-        """Drop the weights of block i; None: those outside of the blocks."""
+        """Drop the weights of block i; None: the weights outside of the blocks."""
         if i is None:
             self.after_blocks.clear()
         if i in self._open:
@@ -180,30 +182,32 @@ class BlockModel:
 
     @contextmanager
     def outside(self, checked: bool = True) -> Iterator[None]:
-        """Put the weights that the forward needs outside of the blocks on the device inside the `with` block.
+        """Load the weights outside of the blocks to the device inside the `with` block.
 
-        They are embeddings, the final norm and the head. They are checked for NaN and Inf, unless `checked` is false.
+        These are the embeddings, the final norm and the head. They are checked for NaN and Inf, unless `checked` is
+        false. A nested call does nothing.
 
         Raises:
-            InputError: they hold NaN or Inf.
+            InputError: a weight holds NaN or Inf.
         """
-        inner = None in self._open
+        is_nested = None in self._open
         try:
-            if not inner:
+            if not is_nested:
                 for slot in self._fill(None, self._timed_read(None)):
                     tensor = slot.tensors[slot.name]
                     if checked and isinstance(tensor, nn.Parameter) and not tensor.is_meta:
                         check_finite(slot.path, tensor)
-                # The embeddings are large, and nothing else is of their size. The checks have waited for the copies.
+                # No later tensor is as large as the embeddings, so their pinned memory would not be reused. The checks
+                # have waited for the copies from it, so it can be freed.
                 release_pinned()
             yield
         finally:
-            if not inner:
+            if not is_nested:
                 self.close(None)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Put all weights that the forward needs on the device inside the `with` block, unchecked."""
+        """Load all weights that the forward needs to the device inside the `with` block, without checks for NaN."""
         with ExitStack() as opened:
             if not self.is_whole:
                 opened.enter_context(self.outside(checked=False))
@@ -214,17 +218,17 @@ class BlockModel:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all weights are on the device anyway, in the dtype that they compute in."""
+        """Whether the model's own weights are all on the device, and need no conversion to fp32."""
         return not any(is_copied(x, self.device, self.in_fp32) for x in self.model.parameters())
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
-        """The tensors of block i, which is open, on the host, by the names that they are written under.
+        """The parameters of the open block i on the host, by the names under which they are written.
 
-        The block has other tensors when it is opened again. Tensors on a GPU are copied, see `to_host`.
+        Parameters on a GPU are copied, see `to_host`. Opening the block again does not change the returned tensors.
         """
-        # By their slots: hooks of `state_dict` may leave parts out. Buffers are not changed.
+        # The slots are read, since hooks may leave parameters out of `state_dict`.
         parameters = [slot for slot in self._open[i] if isinstance(slot.own, nn.Parameter)]
-        # A tensor that has several slots is written once.
+        # A tensor with several slots is written once.
         first = {id(slot.own): slot for slot in reversed(parameters)}
         tensors = {slot.path: (slot.tensors[slot.name], slot.own.dtype) for slot in reversed(first.values())}
         return {path: to_host(x.detach().to(dtype)) for path, (x, dtype) in tensors.items()}
@@ -244,17 +248,17 @@ def resident(
 ) -> Iterator["ResidentModel"]:
     """Let a model in memory run one block at a time inside the `with` block.
 
-    Meanwhile it is in evaluation mode, keeps no cache of keys and values, returns no more than is needed, runs nothing
-    compiled, and calls its layers one by one. At the end it is as it was.
+    Inside, the model is in evaluation mode, has no cache of keys and values, returns only the outputs that a run needs,
+    runs without torch.compile, and multiplies with one matrix at a time. All of this is undone at the end.
 
     Args:
         model: the model.
-        batch: arguments of its forward; None: it is a model of transformers, and runs on text.
-        device: device that it runs on.
-        in_fp32: whether a model of a dtype computes in fp32 on a device.
+        batch: arguments of the model's forward; None: a few tokens, for a model of transformers.
+        device: device that the model runs on.
+        in_fp32: returns whether a model computes in fp32, see `InFp32`.
 
     Raises:
-        InputError: as `path_through`; or its weights hold NaN or Inf.
+        InputError: as `path_through`; or weights outside of the blocks hold NaN or Inf.
     """
     with (
         as_python(),
@@ -271,7 +275,7 @@ class ResidentModel(BlockModel):
 
     Args:
         model, batch, device, in_fp32: as for `resident`.
-        set_back: sets back what the run has changed of the model's configs and mode.
+        set_back: undoes the run's changes to the model's configs and to its training mode.
     """
 
     def __init__(
@@ -301,16 +305,16 @@ class ResidentModel(BlockModel):
 
     def _slots(self, i: int | None) -> list[TensorSlot]:
         slots = super()._slots(i)
-        # Tensors that are on the device are used there.
+        # A block is always copied. Outside of the blocks, tensors on the device are used without a copy.
         return slots if i is not None else [slot for slot in slots if is_copied(slot.own, self.device, self.in_fp32)]
 
     def change(self, i: int, tensors: Mapping[str, Tensor]) -> None:
-        """Give block i these weights for good, in place.
+        """Write these weights into block i of the caller's model, in place.
 
-        Buffers stay as they are: their entries may share memory, to which nothing can be copied.
+        Buffers are not written: an expanded buffer cannot be written to.
         """
         for slot in self._slots(i):
             if slot.path in tensors and isinstance(slot.own, nn.Parameter):
-                # A tensor of inference mode can be written to only there.
+                # A tensor made in inference mode can only be written to in inference mode.
                 with torch.inference_mode() if slot.own.is_inference() else torch.no_grad():
                     slot.own.copy_(tensors[slot.path])

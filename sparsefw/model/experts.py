@@ -1,8 +1,8 @@
-"""Find the experts of a mixture among the numbered modules of a block, and the matrices that are no layers.
+"""Find the experts in a block with a mixture of experts, and the matrices that stay dense, such as routers.
 
-Experts are numbered modules that are alike, and so are parts that every token goes through in turn: the two attentions
-of a block of LongCat-Flash, say, or the blocks of a stage of Swin. All experts read what was there before the mixture
-has chosen among them. Parts in turn read what the part before them has returned.
+Experts are numbered modules that are alike. But so are modules that run one after the other on every token (sequential
+parts): the two attentions in a block of LongCat-Flash, or the blocks in a stage of Swin. The inputs tell them apart.
+All experts read the mixture's input, and a sequential part reads the output of the part before it.
 """
 
 from collections import defaultdict
@@ -19,28 +19,28 @@ from sparsefw.model.tape import Op, TapeValue, name_of
 # Names of functions that choose among the entries of a tensor.
 _CHOOSING = {"topk", "argmax", "argmin", "sort", "argsort", "msort", "kthvalue", "multinomial"}
 
-# Names of functions that choose if their indices are read.
+# Names of functions that return values and indices. They count as choosing if a later call reads the indices.
 _EXTREMES = {"max", "min"}
 
-# Names of functions that take the entries at some indices, with the position of the axis among their arguments.
+# Names of functions that gather entries by index, and the position of the axis among their arguments.
 _TAKING = {"gather": 1, "take_along_dim": 2}
 
-# Names of functions that cut a tensor into parts. Others that change the number of entries add them up, or combine them
-# with other tensors.
+# Names of functions that cut a tensor into parts. All other functions that change the number of entries combine several
+# entries into one.
 _CUTTING = {"__getitem__", "chunk", "split", "narrow", "unbind", "select", "tensor_split", "split_with_sizes"}
 
-# Names of functions that raise a weight to fp32 whatever the precision of the model.
+# Names of functions that convert a weight to fp32, whatever the dtype of the model.
 _RAISING = {"float", "double", "type"}
 
 _NOTHING: frozenset[str] = frozenset()
 
 
 def experts_of(block: nn.Module) -> frozenset[str]:
-    """Names of the modules in a block that look like experts: numbered, and one of several that are alike.
+    """Names of the modules in a block that look like experts: numbered modules that are alike.
 
-    Modules are alike if their parameters have the same names. Modules of an `nn.Sequential` are no experts: every token
-    goes through all of them. Nor are numbered parts of a block that differ, as the attention and the MLP of T5. Parts
-    that are alike may still be no experts: what they read shows it, see `without_parts_in_turn`.
+    Modules are alike if their parameters have the same names. So the attention and the MLP of T5, which are numbered,
+    are no experts. Modules of an `nn.Sequential` are no experts either: every token goes through all of them.
+    `without_parts_in_turn` then removes other modules that are alike and no experts.
     """
     experts: set[str] = set()
     for name, module in block.named_modules():
@@ -56,39 +56,39 @@ def experts_of(block: nn.Module) -> frozenset[str]:
 
 
 def without_parts_in_turn(experts: frozenset[str], tape: BlockTape) -> frozenset[str]:
-    """Leave out of `experts_of` the parts that every token goes through in turn.
+    """Remove sequential parts from the names of modules that look like experts.
 
-    The modules of a list are such parts if all are called, and all but one read outputs of others.
+    The modules of a list are sequential parts if all are called, and all but one read outputs of modules in the list.
 
     Args:
-        experts: names of modules.
-        tape: a forward, with the calls of these modules.
+        experts: names of modules, from `experts_of`.
+        tape: a recorded forward with the calls of these modules.
     """
     read = _modules_read(tape)
     lists: dict[str, set[str]] = {}
     for name in experts:
         lists.setdefault(name.rpartition(".")[0], set()).add(name)
-    in_turn = (
+    sequential = (
         names
         for names in lists.values()
         if names <= read.keys() and sum(names.isdisjoint(read[name]) for name in names) == 1
     )
-    return experts.difference(*in_turn)
+    return experts.difference(*sequential)
 
 
 class _Origins(dict[TapeValue, frozenset[str]]):
-    """Names of the modules or matrices that values are made of."""
+    """Maps a value to the names of the modules or matrices whose outputs it is computed from."""
 
     def of(self, values: Iterable[Any]) -> frozenset[str]:
-        """The names of all these values together."""
+        """The union of the names of these values."""
         return _NOTHING.union(*(self.get(x, _NOTHING) for x in values))
 
 
 def _modules_read(tape: BlockTape) -> dict[str, frozenset[str]]:
-    """By name of a module that was called, the modules whose outputs its input was made of.
+    """Map each called module to the modules whose outputs its input is computed from.
 
-    Outputs are followed as long as all entries of them go on. A function that is given integers or booleans may choose
-    among the entries, and so may one that writes to a part of a tensor: their results are not followed.
+    An output is followed through functions that use all its entries. A function with integers or booleans among its
+    inputs may choose among the entries, and so may a write to a part of a tensor. Their results are not followed.
     """
     origins = _Origins()
     for name, _, values in tape.modules:
@@ -100,7 +100,7 @@ def _modules_read(tape: BlockTape) -> dict[str, frozenset[str]]:
         origins |= {after: origins.of([after, before]) for before, after in op.written}
     read: dict[str, frozenset[str]] = {}
     for name, values, _ in tape.modules:
-        # A module may write to its argument, and return that.
+        # A module that writes to its argument and returns it does not count as reading its own output.
         read[name] = read.get(name, _NOTHING) | (origins.of(values) - {name})
     return read
 
@@ -110,10 +110,10 @@ class _Use:
     """The use of a matrix in a forward.
 
     Attributes:
-        reads: the matrices whose outputs it reads, entry by entry.
-        leads_to: the matrices that its outputs go into next; None among them: something else.
-        first: the first matrices that read what it reads.
-        decides: whether the forward decides by its outputs.
+        reads: names of the matrices whose outputs the input is made from, entry by entry.
+        leads_to: names of the matrices that the outputs are multiplied with next; None stands for any other use.
+        first: for each input of the matrix, the name of the first matrix that reads this input.
+        decides: whether one of the first three conditions of `find_no_layers` holds.
     """
 
     reads: set[str | None] = field(default_factory=set)
@@ -123,23 +123,25 @@ class _Use:
 
 
 def find_no_layers(tape: BlockTape) -> frozenset[str]:
-    """Names of the matrices of a block that are multiplied with an input and stay dense.
+    """Names of the block's matrices that are multiplied with an input and still stay dense.
 
-    A matrix decides, and is one of them, if
+    A matrix stays dense as part of a router if
 
-    - the forward chooses among its outputs, by `topk`, say, or takes some of them by their indices;
-    - it has one output, which is the weight of a whole vector;
-    - it is called a router;
-    - all that its outputs go into are such matrices: it is an inner layer of a router;
+    - the forward chooses among its outputs, for example by `topk`, or gathers some outputs by index;
+    - it has a single output, which scales a whole vector;
+    - its name contains "router";
+    - all its outputs go into matrices of a router;
     - the forward multiplies with it in fp32 whatever the model's dtype;
-    - it reads nothing but the outputs of such matrices.
+    - it reads only outputs of matrices of a router.
 
-    So is a matrix that reads several inputs, and shares one of them with others: it has no Gram matrix of its own.
+    A matrix also stays dense if it reads several inputs and shares one of them with another matrix, since it has no
+    single Gram matrix.
     """
     uses: dict[str, _Use] = defaultdict(_Use)
     raised: set[str] = set()
-    # By value, without another product in between: the matrices of which each entry follows from one output, those of
-    # which any entry follows, and those of whose largest or smallest outputs it has the indices.
+    # The matrices that a value comes from, without another product in between. `by_entry`: each entry of the value
+    # comes from one output of the matrix. `by_any`: some entry depends on outputs. `indices`: the value holds the
+    # indices of the largest or smallest outputs.
     by_entry, by_any, indices = _Origins(), _Origins(), _Origins()
     first_reader: dict[tuple[TapeValue, Reading], str] = {}
     for op in tape.ops:
@@ -176,12 +178,11 @@ def find_no_layers(tape: BlockTape) -> frozenset[str]:
 
 
 def choose_all_over(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Make a call of a torch function; if it chooses among entries, let each token choose others.
+    """Call a torch function. If it chooses among entries, change the scores so that the tokens choose different ones.
 
-    The layers that are found must not depend on the experts that a few tokens happen to be sent to. These may have no
-    weights, so that no layer of an expert is seen. Where all weights are zero, all tokens would be sent to the same
-    experts. Here the first token prefers the first entries, the last token the last ones. Use it in `Calls` outside of
-    all other modes.
+    A forward on a few tokens should reach as many experts as possible, since only the layers of reached experts are
+    found. On weights that are all zero, every token would be sent to the same experts. Here the first token prefers the
+    first entries, and the last token the last entries. Use this in the outermost `Calls`.
     """
     function = name_of(func)
     along = "dim" in kwargs or (len(args) > 1 and isinstance(args[1], int))
@@ -191,13 +192,13 @@ def choose_all_over(func: Any, args: tuple, kwargs: dict) -> Any:
             entries = scores.shape[-1]
             tokens, places = (torch.linspace(0, 1, n) for n in (scores.numel() // entries, entries))
             distances = (tokens[:, None] - places).abs().view(scores.shape)
-            # Far more than scores differ by, and less than what masks take from them.
+            # 100 is far more than the differences between scores, and less than masks subtract from scores.
             args = (scores - 100 * distances.to(scores), *args[1:])
     return func(*args, **kwargs)
 
 
 def _chooses(op: Op) -> bool:
-    """Whether a call chooses among the entries of a tensor, or takes those on its last axis that indices name."""
+    """Whether a call chooses among the entries of a tensor, or gathers entries by index along the last axis."""
     if op.name in _TAKING:
         at = _TAKING[op.name]
         axis = op.args[at] if len(op.args) > at else op.kwargs.get("dim")
@@ -206,7 +207,7 @@ def _chooses(op: Op) -> bool:
 
 
 def _closed(names: set[str], related: Mapping[str, Set[str | None]]) -> set[str]:
-    """Add to names all those that are related to nothing but such names, directly or by others."""
+    """Add names to a set until no other name is related only to names in the set."""
     found = more = names
     while more:
         more = {name for name, others in related.items() if others and others <= found} - found

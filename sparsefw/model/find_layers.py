@@ -1,8 +1,8 @@
-"""Products of a recorded forward with the matrices of a block. They show which matrices are layers.
+"""Find the layers of a block: the products of a recorded forward with the block's matrices.
 
-There is no list of layer types. A layer is a matrix, or a slice of one, among the block's own parameters that the
-forward multiplies with an input. So layers with a transposed weight are found, and the experts of a mixture, which are
-slices of one 3-D parameter and are multiplied one at a time or all at once.
+There is no list of layer types. A layer is a parameter of the block, or a slice of a parameter, that the forward
+multiplies with an input. So the search also finds layers with a transposed weight, and experts that are slices of one
+3-D parameter, whether one call multiplies with a single expert or with all experts.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -21,20 +21,21 @@ from sparsefw.model.tape import Calls, Op, Tape, TapeValue, tensors_in
 
 @dataclass(frozen=True)
 class Reading:
-    """The way in which a product reads a tensor.
+    """The part of a tensor that a product reads, and the axis along which it multiplies.
 
     Attributes:
-        inputs: axis of the matrix's inputs, counted from the end.
-        expert: axis, counted from the end, and index of the part that is read; None: the product reads all of it.
+        inputs: axis of the tensor that is multiplied with the matrix, counted from the end.
+        expert: (axis, index) if the product reads only `tensor.select(axis, index)`, with the axis counted from the
+            end; None: the product reads the whole tensor.
     """
 
     inputs: int = -1
     expert: tuple[int, int] | None = None
 
     def rows(self, X: Tensor) -> Tensor:
-        """The inputs in a tensor, (tokens, in)."""
+        """The inputs that the product reads in X, (tokens, in)."""
         if self.expert is not None:
-            # The expert's axis is before the last two.
+            # `_matrices` gives the expert an axis before the last two, so `inputs` stays valid.
             X = X.select(*self.expert)
         X = X.movedim(self.inputs, -1)
         return X.reshape(-1, X.shape[-1])
@@ -45,10 +46,10 @@ class Product:
     """A product of an input with a layer's matrix.
 
     Attributes:
-        layer: the layer. Its Gram matrix is named as if it were the first layer to read this input.
-        X: the tensor that is read.
-        reading: how it is read.
-        alone: whether the call multiplies with no other matrix, and the last axis of its output is the layer's output.
+        layer: the layer. `layer.gram` is the layer's own name here; `watch.Watch` sets it.
+        X: the tensor that the product reads.
+        reading: the part of X that the product reads.
+        alone: whether the call multiplies with this matrix only, and the layer's output is the last axis of its result.
     """
 
     layer: Layer
@@ -57,28 +58,28 @@ class Product:
     alone: bool
 
 
-# Functions that multiply a left operand with a right one. For each: the positions and names of both among its
-# arguments, and of the tensor that is added to the product.
+# Functions that multiply a left operand with a right one. For each function: position and name of the left operand, of
+# the right operand, and (if there is one) of the tensor that is added to the product.
 _CALLS: dict[Any, tuple[tuple[int, str], ...]] = {nn.functional.linear: ((0, "input"), (1, "weight"), (2, "bias"))}
 _CALLS |= dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), ((0, "input"), (1, "other")))
 _CALLS |= dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), ((0, "input"), (1, "mat2")))
 _CALLS |= dict.fromkeys((torch.addmm, Tensor.addmm), ((1, "mat1"), (2, "mat2"), (0, "input")))
 _CALLS |= dict.fromkeys((torch.baddbmm, Tensor.baddbmm), ((1, "batch1"), (2, "batch2"), (0, "input")))
 
-# Names of all functions that multiply tensors. Each entry of their output combines several entries of the input.
+# Names of functions whose output entries each combine several entries of the inputs, such as products.
 MIXING = {function.__name__ for function in _CALLS}
 MIXING |= {"einsum", "tensordot", "bilinear", "outer", "conv1d", "conv2d", "embedding", "scaled_dot_product_attention"}
 
 
 class WeightNames:
-    """The names of a block's matrices and of their slices, found by the memory in which a tensor lies."""
+    """Finds the name of a block's matrix, or of a slice of one, by the address of a tensor."""
 
     def __init__(self, block: nn.Module) -> None:
         self._by_storage: dict[int, list[tuple[Tensor, str]]] = {}
         for name, parameter in block.named_parameters():
             if parameter.dim() in (2, 3):
                 self._by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((parameter, name))
-        # Tensors without data have no address.
+        # Address 0 stands for tensors without data.
         self._by_storage.pop(0, None)
 
     def is_weight(self, tensor: Tensor) -> bool:
@@ -86,13 +87,13 @@ class WeightNames:
         return tensor.untyped_storage().data_ptr() in self._by_storage
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tape has to hold a tensor: a weight, or a bias, which may be computed."""
+        """Whether a tape has to hold a tensor: a weight, or any vector, which may be a computed bias."""
         return tensor.dim() < 2 or self.is_weight(tensor)
 
     def locate(self, matrix: Tensor) -> tuple[str | None, bool]:
-        """Find the name of a matrix, and whether it is the transpose of what is stored.
+        """Find the name of a matrix, and whether the matrix is the transpose of the stored parameter or slice.
 
-        The name is None for a matrix of others, and for a part of a parameter that is no slice of it.
+        The name is None if the matrix is neither a parameter of the block nor a slice of one.
         """
         axes = _axes(matrix)
         for parameter, name in self._by_storage.get(matrix.untyped_storage().data_ptr(), ()):
@@ -103,9 +104,10 @@ class WeightNames:
 
 
 def _stored_at(matrix: Tensor, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield what begins in a parameter where a matrix begins: the parameter, or one of its slices with the index.
+    """Yield the parameter, and the slice of it, that begin at the same address as a matrix.
 
-    A parameter with two axes may consist of slices of some rows each.
+    Each comes with its index as text: "" for the parameter, or "[3]" for a slice. A 2-D parameter counts as a stack of
+    slices with as many weights as the matrix.
     """
     offset = int(matrix.storage_offset()) - int(parameter.storage_offset())
     if parameter.dim() == 2:
@@ -121,7 +123,7 @@ def _stored_at(matrix: Tensor, parameter: Tensor) -> Iterator[tuple[str, Tensor]
 
 
 def _axes(matrix: Tensor) -> list[tuple[int, int]]:
-    """List the steps in memory and the sizes of a matrix's axes."""
+    """List the stride and size of each axis of a matrix, without axes of size 1."""
     return [(step, size) for step, size in zip(matrix.stride(), matrix.shape, strict=True) if size > 1]
 
 
@@ -139,7 +141,7 @@ def products_of(op: Op, names: WeightNames) -> list[Product]:
     if not all(isinstance(x, TapeValue) for x in operands[:2]):
         return []
     weights = [x.tensor is not None and names.is_weight(x.tensor) for x in operands[:2]]
-    # The output of a layer is not scaled, and a product of two weights has no input.
+    # A call that scales its result is no layer, and neither is a product of two weights.
     if sum(weights) != 1 or {"alpha", "beta"} & kwargs.keys():
         return []
     left = weights[0]
@@ -148,7 +150,7 @@ def products_of(op: Op, names: WeightNames) -> list[Product]:
     if not X.shape or weight.dim() < 2 or (linear and left):
         return []
     matrices = weight if left or linear else weight.mT
-    # A matrix on the left multiplies columns.
+    # If the weight is the left operand, it multiplies the columns of X.
     inputs = -2 if left and len(X.shape) > 1 else -1
     added = operands[2] if len(operands) > 2 else None
     alone = inputs == -1 and (added is None or len(added.shape) == 1)
@@ -163,19 +165,19 @@ def products_of(op: Op, names: WeightNames) -> list[Product]:
 
 
 def _matrices(X: TapeValue, matrices: Tensor, inputs: int) -> Iterator[tuple[Tensor, Reading, bool]]:
-    """Yield each matrix (out, in) that multiplies a tensor, how it reads the tensor, and whether there are others.
+    """Yield each matrix (out, in) of a product, the part of X that it reads, and whether the call has several matrices.
 
     Args:
-        X: the tensor.
-        matrices: (..., out, in), with an axis for experts where there are several.
-        inputs: the axis of the tensor that is multiplied.
+        X: the tensor that is multiplied with the matrices.
+        matrices: (..., out, in). One of the first axes may be an axis of experts; the rest of them have size 1.
+        inputs: the axis of X that is multiplied, counted from the end.
     """
     axes = [axis for axis in range(-matrices.dim(), -2) if matrices.shape[axis] > 1]
     if not axes:
         yield matrices.flatten(0, -2), Reading(inputs), False
     if len(axes) != 1:
         return
-    # All experts read an input without an axis for them. A step of 0 in memory repeats an entry.
+    # If X has no axis of experts, all experts read the same input. With a stride of 0 along this axis they do, too.
     (axis,) = axes
     own = len(X.shape) >= -axis and X.shape[axis] > 1
     repeated = own and X.strides[axis] == 0
@@ -192,10 +194,10 @@ class BlockTape:
         ops: the operations.
         products: products with matrices of the block, by the number of their operation.
         hidden: the block's input.
-        output: the hidden states that it returns.
-        handed_on: other tensors of the block that later blocks are given.
-        names: the block's matrices.
-        modules: calls of modules: the name, the first tensor among the arguments, and the tensors that it returns.
+        output: the hidden states that the block returns.
+        handed_on: the other tensors that later blocks read after this block.
+        names: finds the names of the block's matrices.
+        modules: calls of modules: name of the module, first tensor among its arguments, and the tensors it returns.
     """
 
     ops: list[Op]
@@ -220,9 +222,8 @@ def record_block(
         block: the block, on its device.
         run: runs a micro-batch through the block: called with the block's input, returns the block's output.
         hidden: one micro-batch.
-        handed_on: called with the block's output; returns the tensors that later blocks are given besides the hidden
-            states.
-        modules: names of the modules whose calls are wanted.
+        handed_on: called with the block's output; returns the tensors other than hidden states that later blocks read.
+        modules: names of the modules whose calls are recorded.
     """
     names = WeightNames(block)
     tape = Tape((hidden,), names.holds)
@@ -230,7 +231,7 @@ def record_block(
 
     def note(name: str, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         with tape.pause():
-            # Its other arguments may be sums that go from module to module.
+            # Only the first argument counts: others may be accumulators that are passed from module to module.
             read, returned = (tuple(map(tape.value, tensors_in(x))) for x in ((args, kwargs), out))
             calls.append((name, read[:1], returned))
 

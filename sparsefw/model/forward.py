@@ -1,7 +1,7 @@
-"""Run an opened model's own forward with stubs in place of its blocks: up to the last block, or after it.
+"""Run an opened model's own forward with stubs in place of its blocks: the part up to the last block, or after it.
 
-The arguments that it gives every block (masks, rotary tables, windows of a block) are traced, so that no architecture
-is named here.
+The arguments that the forward gives every block (masks, rotary tables, attention windows) are traced, so that no
+architecture is named here.
 """
 
 import inspect
@@ -20,31 +20,31 @@ from sparsefw.model.hidden_states import HiddenStates, MicroBatch
 from sparsefw.model.nested import ConstantRef, ValueRef, rebuilt
 from sparsefw.model.padding import unpadded_of
 from sparsefw.model.partial_forward import DIFFERS
-from sparsefw.model.stubs import BATCHES, Form, explained, run_with_stubs
+from sparsefw.model.stubs import BATCHES, Template, explained, run_with_stubs
 from sparsefw.model.trace import Call, Trace, replay
 from sparsefw.model.tracer import Tracer
 
 
-def form_of(model: BlockModel, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
-    """The form of what block i returns. The class does not tell, so one block of each type is run.
+def template_of(model: BlockModel, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
+    """The template of what block i returns. If there is none for the block's type, the block runs to show its output.
 
     Args:
         model: the model.
         i: number of the block.
-        args, kwargs: its input, and its other arguments, which stay as they are.
+        args, kwargs: the block's arguments, the hidden states first. They are not changed.
 
     Raises:
-        InputError: it returns no tensor.
+        InputError: the block returns no tensor.
     """
     hidden, *others = args
-    if (known := model.forms.find(model.block_types[i], hidden)) is None:
+    if (known := model.templates.find(model.block_types[i], hidden)) is None:
         block = model.open_alone(i)
-        # Copies: the block will change the arguments themselves when it is run.
+        # The block gets copies of objects: only its real run later may change the objects themselves.
         others, kwargs = rebuilt((others, kwargs), lambda x: x)
         with explained(type(model.model).__name__, model.names[i], model.input_kind):
             output = block(hidden, *others, **kwargs)
         model.close(i)
-        known = model.forms.add(model.block_types[i], output, hidden, model.names[i], type(model.model).__name__)
+        known = model.templates.add(model.block_types[i], output, hidden, model.names[i], type(model.model).__name__)
     return known
 
 
@@ -52,12 +52,11 @@ def trace_forward(model: BlockModel, batch: Batch) -> Trace:
     """Trace the model's forward up to its last block.
 
     Args:
-        model: the model, inside `BlockModel.outside`.
+        model: the model; call this inside `BlockModel.outside`.
         batch: arguments of the forward.
 
     Raises:
-        InputError: the model's code outside of its blocks fails, it calls its blocks in another order, or they hand
-            tensors on in a way that cannot be followed.
+        InputError: the forward fails, calls the blocks in another order, or passes tensors on in an unknown way.
     """
     batch, last = batch.to(model.device, model.in_fp32), len(model.blocks) - 1
     blocks = dict(zip(model.names, model.blocks, strict=True))
@@ -66,14 +65,14 @@ def trace_forward(model: BlockModel, batch: Batch) -> Trace:
     def make_stub(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if model.names[i] != name:
             raise InputError(DIFFERS)
-        return form_of(model, i, args, kwargs).after(args[0])
+        return template_of(model, i, args, kwargs).after(args[0])
 
     run_with_stubs(model.runs, blocks, batch, model.input_kind, make_stub, tracer, last)
     return tracer.trace(model.flow.end)
 
 
 def embed(model: BlockModel, ids: Tensor, batch_size: int, store: Store | None = None) -> HiddenStates:
-    """Embed windows of tokens (windows, seqlen), `batch_size` of them in a micro-batch. As `embed_batches`."""
+    """Embed windows of tokens (windows, seqlen), with `batch_size` windows in a micro-batch, see `embed_batches`."""
     return embed_batches(model, map(token_batch, ids.split(batch_size)), store)
 
 
@@ -82,29 +81,31 @@ def check_token(token: int, vocabulary: int | None) -> None:
 
     Args:
         token: the token.
-        vocabulary: number of the tokens that the model embeds; None: it may read something else.
+        vocabulary: number of the tokens that the model embeds; None: the model may read other input than tokens.
     """
     if vocabulary is not None and token >= vocabulary:
-        raise InputError(f"token {token}: the model embeds {vocabulary} tokens; give those of its own tokenizer")
+        raise InputError(
+            f"token {token}: the model embeds {vocabulary} tokens; give tokens of the model's own tokenizer"
+        )
 
 
 @torch.no_grad()
 def embed_batches(
     model: BlockModel, batches: Iterable[Batch], store: Store | None = None, pieces: Iterable[Batch] = ()
 ) -> HiddenStates:
-    """Embed batches, and trace what the model's forward gives every block.
+    """Embed batches, and trace the arguments that the model's forward gives every block.
 
-    The forward is traced for every batch: its own Python code may do otherwise for other lengths, masks or numbers.
+    The forward is traced for every batch, since its Python code may depend on the batch's lengths, masks and values.
 
     Args:
         model: the model.
-        batches: arguments of its forward, for each micro-batch.
-        store: where hidden states are; None: where the work is.
-        pieces: a batch of each size in which pieces of the micro-batches are run, too, see `HiddenStates.some`.
+        batches: arguments of the model's forward, for each micro-batch.
+        store: store for the hidden states; None: they stay on the model's device.
+        pieces: one batch for each size of the pieces that micro-batches are cut into, see `HiddenStates.some`.
 
     Raises:
-        InputError: the model has no embedding for a token, weights hold NaN or Inf, or its blocks hand tensors on in a
-            way that cannot be followed.
+        InputError: the model has no embedding for a token, weights hold NaN or Inf, or the tensors between blocks
+            cannot be traced.
     """
     vocabulary, store = model.vocabulary, store or Store(model.device)
     states = HiddenStates(model, Activations(store))
@@ -112,7 +113,7 @@ def embed_batches(
     with model.outside():
         for batch in batches:
             if vocabulary is not None:
-                # Other models read no tokens.
+                # With a vocabulary, the tensors of a batch are tokens.
                 check_token(max(int(ids.max()) for ids in batch.tensors), vocabulary)
             trace = trace_forward(model, batch)
             if first is None:
@@ -130,7 +131,7 @@ def embed_batches(
 
 
 def _micro_batch(batch: Batch, trace: Trace, first: dict[int, Stored], store: Store) -> MicroBatch:
-    """A micro-batch before the first block. Constants that are equal to the first micro-batch's are held once."""
+    """A micro-batch before the first block. A constant that equals the first micro-batch's is not stored again."""
     constants = {}
     for n, x in trace.constants.items():
         known = first[n]
@@ -140,18 +141,18 @@ def _micro_batch(batch: Batch, trace: Trace, first: dict[int, Stored], store: St
 
 
 def _arguments(model: BlockModel, i: int, call: Call) -> dict[str, Any]:
-    """The arguments of block i besides its hidden states, by the names of its parameters."""
+    """The arguments of block i without its hidden states, by the parameter names of the block's forward."""
     names = [*inspect.signature(model.blocks[i].forward).parameters][1:]
     return dict(zip(names, call.args, strict=False)) | call.kwargs
 
 
 def _find_padding(model: BlockModel, trace: Trace) -> None:
-    """Note the positions of a micro-batch that masks do not hide from a block."""
+    """Find the padding of a micro-batch from the attention masks among each block's arguments; sets `Call.unpadded`."""
     for i, call in trace.calls.items():
         masks = (
             (name, trace.constants[x.number])
             for name, x in _arguments(model, i, call).items()
-            # Masks of a cross-attention are of other positions.
+            # A mask of cross-attention is for the positions of the other sequence.
             if isinstance(x, ConstantRef) and re.search("^(?!.*(encoder|cross|memory)).*(attention|padding)_mask", name)
         )
         # In torch's own layers, true means that a position is padding.
@@ -159,8 +160,8 @@ def _find_padding(model: BlockModel, trace: Trace) -> None:
 
 
 def _difference(model: BlockModel, batch: Batch, states: HiddenStates, trace: Trace) -> str:
-    """Say in a line why a batch cannot be run like the first one."""
-    # The first one itself may differ from what the model was given when it was opened.
+    """Say in one line how the traced forward of a batch differs from that of the first batch."""
+    # Without an earlier batch, the batch differs from the input with which the model was opened.
     known = states.batches[0] if states.batches and batch.name else MicroBatch()
     for i in sorted(known.calls.keys() & trace.calls.keys()):
         first, now = (_arguments(model, i, calls[i]) for calls in (known.calls, trace.calls))
@@ -179,12 +180,11 @@ def run_after_blocks(
     """Run the part of the model's forward that comes after the last block.
 
     Args:
-        model: the model, inside `BlockModel.outside`.
+        model: the model; call this inside `BlockModel.outside`.
         batch: arguments of the forward.
-        hidden: the output of the last block; None: something of its form. Gradients go back to it where windows are run
-            by themselves.
-        others: the other tensors that the forward reads there, by their numbers in the trace.
-        tracer: traces the forward, where windows are run by themselves.
+        hidden: the last block's output; None: a stub. With `Trace.by_window` it gets gradients.
+        others: the other tensors of blocks that this part reads, by their numbers in the trace.
+        tracer: traces the forward; only with `Trace.by_window`.
 
     Returns:
         The output of the model.
@@ -194,28 +194,30 @@ def run_after_blocks(
         tracer = Tracer(type(model.model).__name__, batch.tensors)
 
     def make_stub(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # By windows nobody reads the other tensors, whose shape may be another one.
-        form = model.forms.find(model.block_types[i], args[0], any_shape=True) if by_window else None
-        form = form or form_of(model, i, args, kwargs)
+        # With `by_window` only hidden states are read, so a template with other tensors of another shape will do.
+        template = model.templates.find(model.block_types[i], args[0], any_shape=True) if by_window else None
+        template = template or template_of(model, i, args, kwargs)
         if tracer and not by_window and i == last:
             tracer.real = others
-        # A view: gradients go through it.
-        return form.after(args[0]) if i < last or hidden is None else form.around(hidden, lambda x: x.view_as(x))
+        if i < last or hidden is None:
+            return template.after(args[0])
+        # A view passes gradients to `hidden`.
+        return template.around(hidden, lambda x: x.view_as(x))
 
     blocks = dict(zip(model.names, model.blocks, strict=True))
     return run_with_stubs(model.runs, blocks, batch, model.input_kind, make_stub, tracer)
 
 
 def logits_after_blocks(model: BlockModel, batch: Batch, hidden: Tensor) -> Any:
-    """The logits among what `run_after_blocks` returns, with the same bits; None: there are no logits.
+    """The logits in the output of `run_after_blocks`, with the same bits; None: there are no logits.
 
-    The model's forward goes through stubs of all blocks. So it runs once for each shape: the steps after the last block
-    are traced, and replayed as long as the weights outside of the blocks are there. Where the steps depend on the
-    batch, or cannot be followed, the model's forward runs each time.
+    A model's whole forward is slow even with stubs. So it runs once for each shape of the inputs. The steps after the
+    last block are traced then, and replayed as long as the weights outside of the blocks are loaded. If these steps
+    depend on the batch, or cannot be traced, the model's forward runs each time.
 
     Args:
-        model, batch: as for `run_after_blocks`; windows are run by themselves.
-        hidden: the output of the last block. Gradients go back to it.
+        model, batch: as for `run_after_blocks`; the model's trace has `Trace.by_window`.
+        hidden: the last block's output. It gets gradients.
     """
     shapes = hidden.shape, *(x.shape for x in batch.tensors)
     if again := model.after_blocks.get(shapes):
@@ -229,9 +231,12 @@ def logits_after_blocks(model: BlockModel, batch: Batch, hidden: Tensor) -> Any:
 
 
 def _logits_again(tracer: Tracer, count: int, logits: Any) -> Callable[[Tensor], Tensor] | None:
-    """A function that makes the logits of the output of the last block, of `count`; None: they cannot be replayed."""
+    """A function that computes logits from the last block's output by a replay; None: the steps cannot be replayed.
+
+    `count` is the number of blocks.
+    """
     try:
-        # As if they were the input of another block.
+        # The tracer takes the logits for the input of one more block.
         tracer.before_block(count, "logits", logits, (), {})
         trace = tracer.trace()
     except InputError:

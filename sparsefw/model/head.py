@@ -1,11 +1,11 @@
-"""Logits, perplexity and predictions of a model, by its own final norm, head and caps after the last block.
+"""Logits, losses and perplexity from the last block's output, by the model's own final norm, head and soft-capping.
 
 A pruned model's predictions are compared with those of the dense model:
 
     divergence = sum over tokens and vocabulary of p (log p - log q)        p: dense, q: pruned (Kullback and Leibler)
 
-Its gradient by q's logits is q - p. It goes back to the hidden states while the logits are there, so that only the
-logits of one window are in memory, and the fp32 distributions of a piece of them.
+Its gradient with respect to q's logits is q - p. `divergence` backpropagates it to the hidden states window by window.
+So memory holds the logits of one window only, and fp32 distributions for one piece of these logits.
 """
 
 import math
@@ -27,26 +27,25 @@ from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.tape import Calls
 from sparsefw.ranks import ALONE, Ranks
 
-# Entries of the logits whose distributions are in memory at once, at least those of a token: few stay in a processor's
-# cache, and their memory is used again.
+# Number of logits in a piece, by type of device; a piece has at least one token. On a CPU a piece fits into the cache.
 PIECE = {"cpu": 2**18, "cuda": 2**24}
 
-# The last tokens by which logits of a part of a window are compared with those of the whole.
+# Number of tokens whose logits are compared in `predicts`: the last ones.
 COMPARED = 4
 
-# Functions of which models make their losses.
+# torch's loss functions. A model's forward calls them in fp32, see `_in_fp32`.
 LOSSES = {F.cross_entropy, F.nll_loss, F.log_softmax, F.kl_div, F.mse_loss, F.l1_loss, F.smooth_l1_loss}
 LOSSES |= {F.binary_cross_entropy, F.binary_cross_entropy_with_logits}
 
-# math.exp overflows beyond it.
+# The largest x for which math.exp(x) does not overflow.
 LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def perplexity(states: HiddenStates, samples: Windows | Batches, ranks: Ranks = ALONE) -> float:
-    """exp of the mean of `window_losses` over all ranks, each of which has some of the samples.
+    """exp of the mean loss (`window_losses`) over the windows of all ranks. Each rank has a part of the samples.
 
     Raises:
-        InputError: as `window_losses`.
+        InputError: the model returns no loss for a batch.
     """
     losses = window_losses(states, samples)
     sums = ranks.gather((sum(map(sum, losses)), sum(map(len, losses))))
@@ -55,11 +54,14 @@ def perplexity(states: HiddenStates, samples: Windows | Batches, ranks: Ranks = 
 
 @torch.no_grad()
 def window_losses(states: HiddenStates, samples: Windows | Batches) -> list[list[float]]:
-    """By micro-batch, the mean negative log-likelihood per predicted token of each window.
+    """The losses of the windows, in a list for each micro-batch.
+
+    The loss of a window is the mean negative log-likelihood of its predicted tokens. A caller's batch has one loss,
+    which the model itself returns.
 
     Args:
-        states: the windows or batches after the last block.
-        samples: these windows; or these batches, each of which has the loss that the model itself returns.
+        states: hidden states of the samples after the last block.
+        samples: the windows of tokens, or a caller's batches.
 
     Raises:
         InputError: the model returns no loss for a batch.
@@ -74,7 +76,7 @@ def window_losses(states: HiddenStates, samples: Windows | Batches) -> list[list
             ids = samples.ids[first : first + windows]
             first += windows
             if model.flow.by_window and hidden.shape[:2] == ids.shape:
-                # One window at a time: logits over a large vocabulary are the largest tensor of a run.
+                # One window at a time, since logits over a large vocabulary are the largest tensor of a run.
                 losses.append(
                     [loss for n in range(windows) for loss in _losses(model, ids[n : n + 1], hidden[n : n + 1])]
                 )
@@ -84,31 +86,34 @@ def window_losses(states: HiddenStates, samples: Windows | Batches) -> list[list
 
 
 def _losses(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> list[float]:
-    """Mean negative log-likelihood of all tokens but the first of each window; arguments as for `logits`."""
+    """Each window's mean negative log-likelihood of all its tokens but the first; arguments as for `logits`."""
     predictions = logits(model, ids, hidden, others)
     targets = ids[:, 1:].to(model.device)
     return [F.cross_entropy(x[:-1].float(), y).item() for x, y in zip(predictions, targets, strict=True)]
 
 
 def _in_fp32(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Make a call; a loss in fp32 at least. In bf16 a loss near 5 is right to 0.03, and a perplexity to 3 %."""
+    """Call a torch function; a loss function gets its tensors in fp32 at least.
 
-    def exact(x: Tensor) -> Tensor:
+    In bf16 a loss near 5 has an error of up to 0.03, and the perplexity one of 3 %.
+    """
+
+    def raised(x: Tensor) -> Tensor:
         return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
     if func in LOSSES:
-        args, kwargs = tree_map_only(Tensor, exact, (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, raised, (args, kwargs))
     return func(*args, **kwargs)
 
 
 def exp(x: float) -> float:
-    """exp(x); infinity where it is beyond the largest float."""
+    """exp(x); infinity if exp(x) is larger than the largest float."""
     return math.inf if x > LARGEST_EXPONENT else math.exp(x)
 
 
 @torch.no_grad()
 def check_losses(model: BlockModel, batches: Iterable[Batch]) -> None:
-    """Refuse batches without a loss before a run, which would end without a perplexity.
+    """Refuse batches for which the model returns no loss. Called before a run, which would end without a perplexity.
 
     The model's own forward runs with stubs in place of the blocks.
 
@@ -121,26 +126,28 @@ def check_losses(model: BlockModel, batches: Iterable[Batch]) -> None:
 
 
 def _own_loss(model: BlockModel, batch: Batch, j: int, hidden: Tensor | None, others: dict[int, Tensor]) -> Tensor:
-    """The loss that a model returns for batch j; hidden, others: as for `logits`, None as for `run_after_blocks`."""
+    """The loss that the model returns for batch j of the evaluation; other arguments as for `run_after_blocks`."""
     with Calls(_in_fp32):
         returned = run_after_blocks(model, batch, hidden, others)
     value = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise InputError(
-            f"evaluate[{j}]: {type(model.model).__name__} returns no loss for this batch; add what it makes one of, "
-            "such as labels"
+            f"evaluate[{j}]: {type(model.model).__name__} returns no loss for this batch; add the arguments that its "
+            "loss needs, such as labels"
         )
     return value
 
 
 def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> Any:
-    """Logits (batch, seqlen, vocabulary); None: the model returns none. Inside `outside` no weights are read anew.
+    """Logits (batch, seqlen, vocabulary); None if the model returns no logits.
+
+    Loads the weights outside of the blocks, unless the caller has entered `BlockModel.outside`.
 
     Args:
         model: the model, for which `embed` has run.
         ids: (batch, seqlen) tokens.
-        hidden: (batch, seqlen, d) in most models, the last block's output.
-        others: tensors of earlier blocks that are read after the last one, see `HiddenStates.after_last`.
+        hidden: the last block's output, (batch, seqlen, d) in most models.
+        others: other tensors of blocks that the forward reads after the last block, see `HiddenStates.after_last`.
     """
     with model.outside():
         if model.flow.by_window:
@@ -149,30 +156,31 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
 
 
 def tokens_of_pass(n: int, every: int) -> slice:
-    """The tokens of a window that steps look at in pass n over the windows: others than in the pass before."""
+    """The tokens of a window that pass n compares: one in `every`. The next pass takes their right neighbours."""
     return slice(n % every, None, every)
 
 
 @torch.no_grad()
 def predicts(states: HiddenStates, ids: Tensor, every: int) -> bool:
-    """Whether a token's hidden state after the last block tells by itself which token comes next.
+    """Whether a token's logits depend only on the hidden state of this token after the last block.
+
+    Returns false, too, if a block would have to run to find out. Call this inside `BlockModel.outside`.
 
     Args:
-        states: windows of tokens before any block; inside `BlockModel.outside`.
-        ids: (windows, seqlen) their tokens.
-        every: a step looks at one token in this number.
+        states: hidden states of windows before the first block.
+        ids: (windows, seqlen) tokens of the windows.
+        every: the test computes the logits of one token in `every`, and compares them with those of the whole window.
     """
     model, hidden = states.model, states.hidden[0]
     if not model.flow.by_window or hidden.shape[:2] != ids[: states.windows[0]].shape:
         return False
     some = tokens_of_pass(0, every)
-    if not all(
-        model.forms.find(kind, x, any_shape=True) for kind in model.block_types for x in (hidden[:1], hidden[:1, some])
-    ):
-        # One of the blocks would have to be run.
+    parts = hidden[:1], hidden[:1, some]
+    if not all(model.templates.find(kind, x, any_shape=True) for kind in model.block_types for x in parts):
+        # A stub is missing, and only a run of the block would show its output.
         return False
     whole = logits(model, ids[:1], hidden[:1])
-    # The logits of a classifier are of the whole window.
+    # A classifier returns logits for the whole window, not for each token.
     if not isinstance(whole, Tensor) or whole.ndim != 3 or whole.shape[:2] != ids[:1].shape:
         return False
     try:
@@ -182,17 +190,17 @@ def predicts(states: HiddenStates, ids: Tensor, every: int) -> bool:
         return False
     # A comparison of all tokens would take several times the memory of their logits.
     last, others = whole[:, some][:, -COMPARED:], part[:, -COMPARED:]
-    # Logits may be -inf, and NaN in a damaged model. Products of other shapes round differently.
+    # Logits may be -inf, and NaN in a damaged model. Products of different shapes round differently.
     finite = last[last.isfinite()]
     within = 0.01 * float(finite.abs().max()) if len(finite) else 0.0
     return last.shape == others.shape and torch.allclose(last, others, rtol=0.01, atol=within, equal_nan=True)
 
 
 def divergence(model: BlockModel, ids: Tensor, hidden: Tensor, dense: Tensor) -> Tensor:
-    """The divergence, summed over all tokens, () fp32. It has a gradient by `hidden`.
+    """The Kullback-Leibler divergence, summed over all tokens, () fp32. It has a gradient with respect to `hidden`.
 
     Args:
-        model: the model, inside `BlockModel.outside`.
+        model: the model; call this inside `BlockModel.outside`.
         ids: (windows, seqlen) tokens.
         hidden, dense: (windows, seqlen, d) the last block's output in the pruned and in the dense model.
     """
@@ -201,24 +209,24 @@ def divergence(model: BlockModel, ids: Tensor, hidden: Tensor, dense: Tensor) ->
 
 
 class _Divergence(torch.autograd.Function):
-    """`divergence`, which makes its gradient in the forward."""
+    """Autograd function of `divergence`. Its forward computes the gradient, and its backward only scales it."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, dense: Tensor, ids: Tensor, model: BlockModel) -> Tensor:
-        total, asked = hidden.new_zeros((), dtype=torch.float32), ctx.needs_input_grad[0]
+        total, needs_gradient = hidden.new_zeros((), dtype=torch.float32), ctx.needs_input_grad[0]
         gradients: list[Tensor] = []
         for n in range(len(ids)):
             window = slice(n, n + 1)
-            x = hidden[window].detach().requires_grad_(asked)
+            x = hidden[window].detach().requires_grad_(needs_gradient)
             p_logits = logits(model, ids[window], dense[window])
-            with torch.set_grad_enabled(asked):
+            with torch.set_grad_enabled(needs_gradient):
                 q_logits = logits(model, ids[window], x)
-            add_divergence(total, p_logits, q_logits.detach(), asked)
-            if asked:
+            add_divergence(total, p_logits, q_logits.detach(), needs_gradient)
+            if needs_gradient:
                 gradients += torch.autograd.grad(q_logits, x, p_logits)
-            # The logits of the next window take their memory.
+            # Frees the logits before those of the next window are made.
             del p_logits, q_logits
-        if asked:
+        if needs_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         return total
 
@@ -231,7 +239,7 @@ class _Divergence(torch.autograd.Function):
 def add_divergence(total: Tensor, p_logits: Tensor, q_logits: Tensor, replace: bool) -> None:
     """Add the divergence of logits (windows, tokens, vocabulary) to `total`, () fp32.
 
-    With `replace`, its gradient by q_logits takes the place of p_logits.
+    With `replace`, the gradient of the divergence with respect to q_logits overwrites p_logits.
     """
     tokens = max(1, PIECE[total.device.type] // p_logits.shape[-1])
     for p, q in zip(p_logits.split(tokens, 1), q_logits.split(tokens, 1), strict=True):
@@ -242,7 +250,7 @@ def _compare_piece(p_logits: Tensor, q_logits: Tensor, replace: bool) -> Tensor:
     """The divergence of a piece of the logits, () fp32. `replace` is as for `add_divergence`."""
     log_p, log_q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
     p = log_p.exp()
-    # A token that never comes has the logit -inf, and adds nothing.
+    # A token with p = 0 (logit -inf) adds nothing; the formula would give NaN.
     divergence = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum()
     if replace:
         p_logits.copy_(log_q.exp_().sub_(p))

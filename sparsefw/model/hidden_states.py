@@ -1,6 +1,7 @@
 """Hidden states on their way through the blocks of a model, in micro-batches.
 
-The blocks run one by one, each with the arguments that the model's own forward gives it, as `forward.embed` traced it.
+The blocks run one by one. `forward.embed` has traced the model's own forward, and each block gets the arguments that
+this forward gives it. A block may also pass other tensors than hidden states to later blocks (`handed_on`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,15 +23,16 @@ from sparsefw.model.trace import Call, replay
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch between two blocks: all that it has besides its hidden states.
+    """All that a micro-batch holds between two blocks, without its hidden states.
 
     Attributes:
-        windows: number of windows in it.
-        name: name of a caller's batch, for messages.
-        calls: what the model's forward gives each block, by the block's number.
-        constants: the constants of its trace by number. Keys and values are shared by all streams.
-        objects: the objects that several blocks are given.
-        values: tensors of blocks by their numbers; in a store, or as tensors while a block runs.
+        windows: number of windows in the micro-batch.
+        name: name of the caller's batch, for messages; "" for windows.
+        calls: the traced calls of blocks, by the block's number.
+        constants: the constants of the trace by number. Forks share them.
+        objects: the objects that are an argument of several blocks.
+        values: tensors that later blocks read, by their numbers in the trace. They are in a store (`Stored`), or are
+            tensors while a block runs.
     """
 
     windows: int = 1
@@ -42,14 +44,15 @@ class MicroBatch:
 
 
 class BlockRun:
-    """A block that runs on one micro-batch: called with the hidden states, it returns the block's output.
+    """A callable that runs a block on one micro-batch: takes the hidden states, and returns the block's output.
 
-    Every run begins with the objects as they were before the block. Only the block calls torch functions.
+    The block may change objects among its arguments, so every run gets a copy of them. Only the block calls torch
+    functions in a run, so that `run_part` can number its calls.
 
     Args:
         model: the model.
         i: number of the block.
-        block: another module in its place; None: the block itself.
+        block: a module that runs in place of the block; None: the block itself runs.
         batch: the micro-batch before the block.
 
     Attributes:
@@ -69,7 +72,7 @@ class BlockRun:
         self.returned: Any = None
 
     def _tensor(self, leaf: Any) -> Any:
-        """The tensor that a leaf of a nested value stands for."""
+        """The tensor that a leaf (a reference or a stored tensor) of a nested value stands for."""
         if isinstance(leaf, ValueRef):
             return self._values[leaf.number]
         if isinstance(leaf, ConstantRef):
@@ -88,12 +91,12 @@ class BlockRun:
         return self.returned
 
     def handed_on(self) -> MicroBatch:
-        """The micro-batch after the last run, with all tensors that later blocks may be given."""
+        """The micro-batch after the last run, with all tensors that later blocks may read."""
         outputs = dict(zip(self._batch.calls[self._number].outputs, leaves_of(self.returned), strict=False))
         return replace(self._batch, objects=self._objects, values=self._values | outputs)
 
     def next_input(self) -> tuple[MicroBatch, Tensor]:
-        """The micro-batch when the next block begins, and that block's input; after the last block its output."""
+        """The micro-batch before the next block, and that block's input; after the last block, the block's output."""
         batch = self.handed_on()
         following = batch.calls.get(self._number + 1)
         if following is None:
@@ -103,7 +106,7 @@ class BlockRun:
         return batch, batch.values[hidden.number] if isinstance(hidden, ValueRef) else self._tensor(hidden)
 
     def stored(self, batch: MicroBatch, live: Iterable[int], store: Store) -> MicroBatch:
-        """Put the live values of a micro-batch into a store. Those from before the block are there already."""
+        """Put the live values of a micro-batch into a store. Tensors that were read from the store are not copied."""
         where = {id(x): known for known, x in self._tensors.items()}
 
         def leaf(x: Tensor) -> Stored:
@@ -121,15 +124,14 @@ class HiddenStates:
 
     Attributes:
         model: the model whose blocks run.
-        hidden: per micro-batch, the input of the next block, (batch, seqlen, d) in most models; or the residual stream
-            at a later point of the block.
-        batches: per micro-batch, what it has besides its hidden states.
-        pieces: by number of windows, what a piece of a micro-batch has besides its hidden states, see `some`.
-        position: the point of the block at which `hidden` is.
-        kept: a later point of the block that runs begin at, and its tensors; None: they begin at `position`.
-        prefetched: number of the micro-batch whose tensors are copied to the device ahead of use, and these.
-        unchecked: pending NaN check: block, micro-batch, and whether it is finite. This is read one step late, so that
-            the host does not wait for the GPU.
+        hidden: the hidden states of each micro-batch at `position`, (batch, seqlen, d) in most models.
+        batches: the other data of each micro-batch.
+        pieces: the other data of a piece of a micro-batch, by the piece's number of windows, see `some`.
+        position: the point of the current block that `hidden` has reached; at first the block's input.
+        kept: a later point at which runs begin, and the tensors there; None: runs begin at `position`.
+        prefetched: number of the micro-batch that is copied to the device ahead of use, and its stored tensors.
+        unchecked: the pending NaN check: block, micro-batch, and whether the hidden states are finite. The result is
+            read one micro-batch later, so that the host does not wait for the GPU.
     """
 
     model: BlockModel
@@ -151,14 +153,15 @@ class HiddenStates:
         return [batch.windows for batch in self.batches]
 
     def fork(self) -> "HiddenStates":
-        """Copy the micro-batches, so that they run independently."""
+        """Return a copy that moves through the blocks independently. Both share the tensors."""
         hidden, batches = self.hidden.fork(), [*self.batches]
         return replace(self, hidden=hidden, batches=batches, position=INPUT, kept=None, unchecked=None)
 
     def some(self, numbers: Sequence[int], divided: bool = False) -> "HiddenStates":
-        """Take some of the micro-batches, at the input of a block; with `divided` in pieces, if there are any.
+        """Take some of the micro-batches, at the input of a block.
 
-        Pieces are views: nothing is copied. All pieces of a size have the same besides their hidden states.
+        With `divided` they are cut into pieces, if `pieces` has any. A piece is a view of the hidden states, without a
+        copy. All pieces of one size share the other data.
         """
         size = max(self.pieces, default=0) if divided else 0
         batches = [self.batches[j] for j in numbers]
@@ -167,20 +170,20 @@ class HiddenStates:
         return replace(self, hidden=self.hidden.some(numbers, size), batches=batches, kept=None, unchecked=None)
 
     def go_back(self, start: "HiddenStates") -> None:
-        """Become the same as a fork of these micro-batches, which is at the input of a block."""
+        """Return to an earlier state: take over the micro-batches of `start`, a fork at the input of a block."""
         self.hidden, self.batches, self.position, self.kept = start.hidden, start.batches, INPUT, None
 
     def close(self) -> None:
-        """Let all tensors go."""
+        """Release all tensors."""
         self.hidden.clear()
         self.batches, self.kept = [], None
 
     def run_of(self, i: int, j: int, block: nn.Module | None = None) -> BlockRun:
-        """Prepare a run of block i, or of another module in its place, on micro-batch j."""
+        """Prepare a run of block i on micro-batch j; `block`, if given, runs in place of block i."""
         if self.hidden.store.pins:
             number, fetched = self.prefetched
             if number not in (j, j + 1):
-                # It was skipped.
+                # The prefetched micro-batch was skipped.
                 for stored in fetched:
                     stored.drop()
             self.prefetched = j + 1, self._given(i, j + 1) if j + 1 < len(self) else []
@@ -189,24 +192,27 @@ class HiddenStates:
         return BlockRun(self.model, i, block, self.batches[j])
 
     def _given(self, i: int, j: int) -> list[Stored]:
-        """The stored tensors that block i is given with micro-batch j, besides the hidden states."""
+        """The stored tensors among the arguments of block i for micro-batch j, without the hidden states."""
         batch, call = self.batches[j], self.batches[j].calls[i]
         leaves = leaves_of([batch.values, batch.objects, call.args, call.kwargs])
         found = (batch.constants[x.number] if isinstance(x, ConstantRef) else x for x in leaves)
         return [x for x in found if isinstance(x, Stored)]
 
     def unpadded(self, i: int, j: int) -> Tensor | None:
-        """The positions of micro-batch j that count in block i; None: all."""
+        """(batch, seqlen) for micro-batch j in block i: true at tokens, false at padding; None: there is no padding."""
         return self.batches[j].calls[i].unpadded
 
     def after_last(self, j: int) -> dict[int, Tensor]:
-        """The tensors of micro-batch j that the forward reads after the last block, besides its hidden states."""
+        """The tensors of blocks that the forward reads after the last block for micro-batch j, by number.
+
+        The last block's hidden states are not among them.
+        """
         return {number: self.batches[j].values[number].read() for number in self.model.flow.end}
 
     def between(self) -> list[Tensor]:
         """The tensors of the first micro-batch: its hidden states, what blocks have handed on, and constants.
 
-        Of the constants only those that depend on the arguments of the forward: they differ from window to window.
+        Only constants that depend on the arguments of the forward are listed. They differ between micro-batches.
         """
         first = self.batches[0]
         constants = first.constants
@@ -216,7 +222,7 @@ class HiddenStates:
         return [self.hidden[0], *handed_on, *(constants[n].read() for n in dependent)]
 
     def handed_on(self, i: int, run: BlockRun) -> list[Tensor]:
-        """The tensors of a run of block i that later blocks are given, besides the hidden states."""
+        """The tensors that later blocks read after a run of block i, without the hidden states."""
         batch = run.handed_on()
         live = [batch.values[n] for n in self.model.flow.live.get(i, []) if n in batch.values]
         return tensors_of([live, batch.objects])
@@ -224,15 +230,15 @@ class HiddenStates:
     def part(
         self, i: int, j: int, block: nn.Module | None = None, *, take: Iterable[Point] = (), end: Point | None = None
     ) -> tuple[dict[Point, Tensor], BlockRun | None]:
-        """Run micro-batch j from where it is through a part of block i, or of another module in its place.
+        """Run micro-batch j through a part of block i, from `position` or `kept` on.
 
         Args:
             i, j: number of the block and of the micro-batch.
-            block: the other module.
+            block: a module that runs in place of block i; None: block i runs.
             take, end: as in `run_part`.
 
         Returns:
-            The wanted tensors, and the run; None if it ended before the end of the block.
+            The wanted tensors, and the run. The run is None if it ended before the end of the block.
 
         Raises:
             InputError: as `run_part`.
@@ -250,13 +256,13 @@ class HiddenStates:
         return taken, None if returned is None else run
 
     def output(self, i: int, j: int, block: nn.Module | None = None) -> BlockRun:
-        """Run micro-batch j through block i, or another module in its place."""
+        """Run micro-batch j to the end of block i; `block`, if given, runs in place of block i."""
         _, run = self.part(i, j, block)
         assert run is not None
         return run
 
     def advance(self, i: int, block: nn.Module | None = None) -> None:
-        """Run all micro-batches through block i, or another module in its place, to the next block's input.
+        """Run all micro-batches through block i to the next block's input; `block`, if given, runs in its place.
 
         Raises:
             InputError: an output holds NaN or Inf.
@@ -266,14 +272,14 @@ class HiddenStates:
         self.arrive(INPUT)
 
     def leave(self, i: int, j: int, run: BlockRun) -> None:
-        """Move micro-batch j on to the input of block i + 1, with all that later blocks are given.
+        """Move micro-batch j to the input of block i + 1, with all tensors that later blocks read.
 
         Raises:
-            InputError: the block returned something else than others of its class; or as `put`.
+            InputError: the block's output has another structure than that of other blocks of its class; or as `put`.
         """
-        if _form_of(run.returned) != _form_of(self.batches[j].calls[i].form):
+        if _structure_of(run.returned) != _structure_of(self.batches[j].calls[i].returned):
             raise InputError(
-                f"{self.model.names[i]}: {UNSUPPORTED}: it does not return the same as other blocks of its class"
+                f"{self.model.names[i]}: {UNSUPPORTED}: the block does not return the same as other blocks of its class"
             )
         with torch.no_grad():
             batch, hidden = run.next_input()
@@ -281,7 +287,7 @@ class HiddenStates:
         self.put(i, j, hidden)
 
     def is_chained(self, i: int) -> bool:
-        """Whether the input of block i + 1 is made of the output of block i. Otherwise another chain begins there."""
+        """Whether block i + 1 reads the output of block i. If not, a new chain begins, such as a decoder's."""
         call, following = self.batches[0].calls[i], self.batches[0].calls.get(i + 1)
         if following is None:
             return True
@@ -292,24 +298,24 @@ class HiddenStates:
         return isinstance(following.hidden, ValueRef) and following.hidden.number in reached
 
     def next_input(self, i: int, j: int) -> Tensor:
-        """The input that block i makes of micro-batch j for the next block, with its graph of gradients."""
+        """Run micro-batch j through block i, and return the next block's input with its autograd graph."""
         run = self.run_of(i, j)
         run(self.hidden[j])
         return run.next_input()[1]
 
     def arrive(self, position: Point, kept: tuple[Point, Activations] | None = None) -> None:
-        """Note where all micro-batches are now, `INPUT` for the next block's input, and what is kept of them."""
+        """Set `position` and `kept` after all micro-batches have moved. `INPUT` is the input of the next block."""
         self.position, self.kept = position, kept
         self.settle()
 
     def put(self, i: int, j: int, out: Tensor) -> None:
-        """Replace micro-batch j by its hidden states at a later point of block i, or after it.
+        """Set the hidden states of micro-batch j: `out` at a later point of block i, or after the block.
 
-        They are checked after the next micro-batch has been launched, or by `settle`: a GPU would wait otherwise while
-        the host prepares the next one. Only one check is pending at a time, so that few micro-batches are in memory.
+        The check of `out` for NaN is read when the next micro-batch is put, or by `settle`. A GPU would idle if the
+        host read it now. Only one check is pending at a time, so that few micro-batches are in memory.
 
         Raises:
-            InputError: the micro-batch before holds NaN or Inf.
+            InputError: the micro-batch that was put before holds NaN or Inf.
         """
         self.hidden[j] = out
         finite = AsyncBool(all_finite(out))
@@ -320,7 +326,7 @@ class HiddenStates:
         """Check the micro-batch that was put last.
 
         Raises:
-            InputError: it holds NaN or Inf.
+            InputError: this micro-batch holds NaN or Inf.
         """
         if self.unchecked:
             (i, j, finite), self.unchecked = self.unchecked, None
@@ -328,5 +334,5 @@ class HiddenStates:
                 check_finite(f"activations after {self.model.names[i]}", self.hidden[j])
 
 
-def _form_of(returned: Any) -> list[Any]:
+def _structure_of(returned: Any) -> list[Any]:
     return outline(returned, lambda leaf: "tensor")

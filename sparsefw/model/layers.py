@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsefw.model.partial_forward import INPUT, Point
 from sparsefw.selection import without_index
 
-# The index of a slice of a parameter.
+# The index of a slice in a layer's name, such as "[3]".
 _SLICE = re.compile(r"\[\d+\]")
 
 
@@ -21,12 +21,12 @@ class Layer:
     """One prunable matrix.
 
     Attributes:
-        name: parameter name inside the block; an expert's slice carries its index, "experts.down_proj[3]".
-        weight: (out, in) view of the block's own parameter: writing to it changes the block.
-        gram: name of the Gram matrix of its input, which is the name of the first layer that reads this input.
-        bias: (out,) the block's own parameter that is added to the product; None: there is no bias.
-        at_once: whether it is an expert that is multiplied in one call with the others.
-        transposed: whether the columns of the weight are the rows of the stored parameter.
+        name: name of the parameter inside the block, for a slice with its index: "experts.down_proj[3]".
+        weight: (out, in) view of the block's own parameter. Writing to the view changes the block.
+        gram: name of the Gram matrix of the layer's input: the name of the first layer that reads this input.
+        bias: (out,) the tensor that the block adds to the product; None: there is no bias.
+        at_once: whether the layer is an expert, and one call multiplies with all experts.
+        transposed: whether `weight` is the transpose of the stored parameter or slice.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Layer:
 
 
 def kind_of(name: str, experts: frozenset[str]) -> str:
-    """A layer's name without an expert's index: the same for all experts.
+    """A layer's name with "*" for an expert's index, so that it is the same for all experts.
 
     Args:
         name: the layer's name inside its block.
@@ -50,11 +50,11 @@ def kind_of(name: str, experts: frozenset[str]) -> str:
 
 
 class ReadsInput(Protocol):
-    """A layer, or the shape of one."""
+    """A layer or a `LayerShape`: an object with the name of a Gram matrix."""
 
     @property
     def gram(self) -> str:
-        """Return the name of the Gram matrix of its input."""
+        """Return the name of the Gram matrix of the layer's input."""
 
 
 L = TypeVar("L", bound=ReadsInput)
@@ -97,12 +97,12 @@ def not_pruned(block: nn.Module, layers: Mapping[str, int]) -> list[str]:
 
 
 def slices_of(name: str, parameter: Tensor, size: int | None = None) -> list[str]:
-    """List the layer names of a parameter's slices along its first axis; empty if it is not used in slices.
+    """List the layer names of a parameter's slices along its first axis; empty if the parameter is a single layer.
 
     Args:
         name: name of the parameter.
-        parameter: (experts, out, in); or a matrix, which consists of experts one below the other if a layer is smaller.
-        size: number of weights of one of its layers; None: not known.
+        parameter: (experts, out, in); or a matrix, which may be the experts' matrices stacked by rows.
+        size: number of weights of one of the parameter's layers; None if unknown, and then a matrix is not cut.
     """
     count = len(parameter) if parameter.dim() == 3 else 1
     if parameter.dim() == 2 and size:
@@ -111,13 +111,12 @@ def slices_of(name: str, parameter: Tensor, size: int | None = None) -> list[str
 
 
 def layer_of(block: nn.Module, name: str, gram: str, shape: tuple[int, int], transposed: bool) -> Layer:
-    """Find a layer that was seen in another copy of its block.
+    """Find a layer in a block by what is known of it from another copy of the block.
 
     Args:
-        block: this copy.
-        name, gram: see `Layer`.
-        shape: shape of its weight.
-        transposed: whether the columns of the weight are the rows of the stored parameter.
+        block: the block.
+        name, gram, transposed: attributes of the layer, see `Layer`.
+        shape: shape of the layer's weight.
     """
     base = without_index(name)
     matrix: Tensor = block.get_parameter(base)
@@ -132,8 +131,8 @@ class ResidualWrite:
     """The residual stream before and after a layer that adds its product to it.
 
     Attributes:
-        stream: the stream before the layer.
-        sum: the stream after it; None: this is the block's output.
+        stream: the point of the stream before the layer.
+        sum: the point of the stream after the layer; None: the block's output.
     """
 
     stream: Point
@@ -142,17 +141,19 @@ class ResidualWrite:
 
 @dataclass(frozen=True)
 class Role:
-    """A layer's role in its block, by which its cross matrix is measured, see `measure`.
+    """A layer's role in its block. It decides how the layer's cross matrix is measured, see `measure`.
 
-    The default is the role of a layer in a block that has to be run as a whole.
+    - With `write`, it is measured from the residual streams of both models.
+    - With `input` only, it is measured from the layer's inputs in both models.
+    - With neither, it is measured from the layer's outputs in both models. All layers of a block that has to run as a
+      whole have this role, the default.
 
     Attributes:
         segment: number of the cuts before the layer, see `stages`.
-        input: the point of its input; None: outputs in both models have to be recorded, since the input is not known,
-            or the product goes into other sums than the residual stream.
-        write: where it adds its product to the stream. Such a layer is measured from the streams of both models, and
-            another one with an input from the inputs in both models.
-        cacheable: whether the block can go on from the input and the last cut, and saves layers by that.
+        input: the point of the layer's input; None if it is unknown, or if the product is added to another sum than the
+            residual stream.
+        write: the residual stream before and after the layer; None if the layer does not add its product to it.
+        cacheable: whether the block can resume from `input` and the last cut, and this skips at least one layer.
     """
 
     segment: int = 0
@@ -165,19 +166,19 @@ class Role:
 class Stage:
     """Layers that read one input. They are pruned before the inputs of later layers are measured.
 
-    The same layers of all experts are one stage, too.
+    The corresponding layers of all experts are one stage, though each expert has its own input.
 
     Attributes:
-        key: name of their Gram matrix, without an expert's index.
-        last: name of the layer that a micro-batch uses last; None for experts, where any may be the last.
-        final: whether no stage follows.
+        key: name of the layers' Gram matrix, without an expert's index, see `kind_of`.
+        last: name of the layer that a forward uses last; None for experts, whose order depends on the micro-batch.
+        final: whether this is the last stage of the block.
         start: the point at which the stage's runs begin: a cut, or the block's input.
-        next_start: the cut at which the runs of the next stage begin, if it is a later one. The dense model's
-            micro-batches move on to it in this stage, and in the final stage to the end of the block.
-        input: the point of the layers' input; None: the layers are watched.
-        cacheable: whether the pruned model's next run can begin at the input.
-        layers: the layers, if they are not watched. A micro-batch may show others, if they are experts.
-        writes: the layers that write to the residual stream.
+        next_start: the start of the next stage if it is later than `start`, else None. In this stage the dense model's
+            micro-batches move to this point. In the final stage they move to the end of the block.
+        input: the point of the layers' input; None if it is unknown. Then a `Watch` finds the layers in each forward.
+        cacheable: whether the pruned model's next run can begin at `input`.
+        layers: the layers; empty if `input` is None.
+        writes: the layers among them that add their product to the residual stream, by name.
     """
 
     key: str

@@ -1,8 +1,8 @@
 """Accumulate Gram and cross matrices of a block's layers over the calibration windows.
 
-Layers that read the same input share its Gram matrix. A cross matrix compares a layer with the dense model. A stage is
-measured by running the windows of both models through the part of the block that it needs. Then those of the pruned
-model stay at the stage's start, and those of the dense model at the start of the next stage.
+Layers that read the same input share its Gram matrix. A cross matrix compares a layer with the dense model. To measure
+a stage, the windows of both models run through the part of the block that the stage needs. Afterwards the pruned
+model's windows are at the stage's start, and the dense model's windows at the start of the next stage.
 """
 
 from collections.abc import Callable, Container, Iterable
@@ -25,20 +25,20 @@ from sparsefw.model.stubs import hidden_of
 from sparsefw.model.watch import Selector, Watch, everything
 from sparsefw.solver.targets import Cross
 
-# Runs one micro-batch, by its number, through a block.
+# Called with the number of a micro-batch; runs it through a block.
 Run = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
 class Captured:
-    """Layers of a block or of a stage, with the matrices that the calibration has accumulated.
+    """Layers of a block or of a stage, with their Gram and cross matrices.
 
     Attributes:
-        layers: the selected layers, in the order of use, without the experts that no token was sent to.
+        layers: the selected layers, in the order of use. Experts that got no token are not listed.
         grams: Gram matrices (in, in) fp32, by `Layer.gram`.
-        crosses: cross matrices by layer, see `refit.target`; empty without a comparison with the dense model. Experts
-            have no cross matrix, since they are sent other tokens than in the dense model.
-        ignored: names of the layers that were seen and not selected.
+        crosses: cross matrices by the layer's name; empty if there was no comparison with the dense model. Experts have
+            no cross matrix, since in the dense model they get other tokens.
+        ignored: names of the layers that `selected` has left out.
     """
 
     layers: list[Layer]
@@ -65,7 +65,7 @@ class _Sums:
 
 
 def _zeros_in(sums: dict[str, Tensor], name: str, A: Tensor, B: Tensor) -> Tensor:
-    """The sum of this name, for A^T B; zeros at first."""
+    """The sum that A^T B is added to; made of zeros if there is none of this name."""
     if name not in sums:
         sums[name] = torch.zeros(A.shape[1], B.shape[1], dtype=torch.float32, device=A.device)
     return sums[name]
@@ -88,39 +88,40 @@ def capture(
 
     Args:
         block: the block, on its device.
-        run: runs a micro-batch through it.
+        run: runs a micro-batch through the block.
         batches: numbers of the micro-batches.
-        backend: its `gram_accumulate`, `mirror_lower` and `cross_accumulate` are used.
+        backend: the kernels that accumulate the matrices.
         selected: selects layers by their names inside the block. An input that no selected layer reads has no Gram
             matrix.
-        stage: watch its layers only, and run no more of the block than they need; None: watch the whole block.
-        dense: the dense model's block, and a function that runs one of its micro-batches; with them, cross matrices are
-            accumulated, too.
-        unpadded: called with the number of a micro-batch; returns its positions that count, None: all.
-        move: called after each run of the dense model with the number of the micro-batch and the result of the run,
-            None if it ended before. What the model makes of a block's output then is no output of a layer.
-        experts: names of modules that may be experts; None: those of `experts_of`.
+        stage: watch only this stage's layers, and run no more of the block than they need; None: watch the whole block.
+        dense: the dense model's block, and a function that runs a micro-batch through it; None: do not accumulate cross
+            matrices.
+        unpadded: called with the number of a micro-batch; returns the positions without padding, None: all.
+        move: called after each run of the dense model with the number of the micro-batch, and the result of the run;
+            None in place of the result if the run ended early. It is called outside of the watch, so that the calls
+            that it makes are not taken for layers.
+        experts: names of modules that may be experts; None: `experts_of` finds them.
 
     Raises:
-        InputError: a layer shares its input with different layers from one micro-batch to the next.
+        InputError: the layers that share an input differ between two micro-batches.
     """
     sums, names, dense_names = _Sums(backend), WeightNames(block), WeightNames((dense or [block])[0])
     experts = experts_of(block) if experts is None else experts
 
     def add_crosses(j: int, run_dense: Run) -> None:
-        # A new watch for each micro-batch, so that the outputs are freed with it.
+        # A new watch for each micro-batch, so that its outputs are freed at the end of this function.
         dense_watch = Watch(dense_names, experts, selected, stage=stage, record_outputs=True)
         move(j, dense_watch.through(partial(run_dense, j)))
         for name, X, output in watch.pairs(unpadded(j)):
             expected = dense_watch.output_of(name)
             if expected is not None and expected.shape == output.shape:
-                # Rounded only once, whatever the dtype: torch subtracts in fp32.
+                # In half precision torch subtracts in fp32, and rounds only the difference.
                 sums.add_cross(name, (expected - output).to(X.dtype), X)
 
     watch = Watch(names, experts, selected, sums.add_gram, stage, record_outputs=dense is not None)
     for j in batches:
         watch.through(partial(run, j), unpadded(j))
-        # A function of its own: nothing of a micro-batch may outlive it.
+        # A separate function, so that no variable keeps the micro-batch's tensors in memory.
         if dense:
             add_crosses(j, dense[1])
     idle = {name for name, G in sums.grams.items() if is_expert(name, experts) and not G.diagonal().any()}
@@ -132,14 +133,14 @@ def capture(
 
 @dataclass(frozen=True)
 class Pair:
-    """A block in both models, with their calibration windows.
+    """A block of the pruned and of the dense model, with the calibration windows of both.
 
     Attributes:
         number: number of the block.
         pruned: the windows in the pruned model, whose block is open.
         dense: the windows in the dense model.
         dense_block: the block of the dense model.
-        experts: names of modules that may be experts; None: those of `experts_of`.
+        experts: names of modules that may be experts; None: `experts_of` finds them.
     """
 
     number: int
@@ -152,15 +153,15 @@ class Pair:
 def measure(
     stage: Stage, pair: Pair, *, backend: Backend, selected: Selector, keep: bool, passing: Container[int] = ()
 ) -> Captured:
-    """Measure a stage.
+    """Measure a stage: accumulate the Gram and cross matrices of its layers.
 
     Args:
         stage: the stage.
-        pair: the block in both models. Its windows move on.
-        backend: its `gram_accumulate`, `mirror_lower` and `cross_accumulate` are used.
+        pair: the block in both models. Its windows move on, see the module's docstring.
+        backend: the kernels that accumulate the matrices.
         selected: selects layers by their names inside the block.
-        keep: whether the inputs in the pruned model are kept. The next run begins there, and not at the stage's start.
-        passing: numbers of the micro-batches that only move on, and are not measured.
+        keep: whether to keep the layers' inputs in the pruned model, so that the next run begins there.
+        passing: numbers of the micro-batches that move on without being measured (the held-out ones).
 
     Raises:
         InputError: the block runs differently from one micro-batch to the next, or activations hold NaN or Inf.
@@ -181,7 +182,7 @@ def measure(
 def _measure_known(
     stage: Stage, input_point: Point, pair: Pair, backend: Backend, kept: Activations | None, passing: Container[int]
 ) -> Captured:
-    """Measure layers whose input is a known point of the block; `kept` receives their inputs."""
+    """Measure a stage whose input is a known point of the block; the inputs are appended to `kept`."""
     sums, streams = _Sums(backend), {write.stream for write in stage.writes.values()}
     gram = stage.layers[0].gram
     for j in range(len(pair.pruned)):
@@ -197,11 +198,11 @@ def _measure_known(
             sums.add_cross("", X, dense[input_point] - X)
         for layer in stage.layers:
             if write := stage.writes.get(layer.name):
-                # The layer fills the gap between the streams. It is rounded only once: torch subtracts in fp32.
+                # The layer has to fill the gap between the streams. torch subtracts in fp32, and rounds only the gap.
                 S, h = dense[write.sum], _as_matrix(taken[write.stream])
                 sums.add_cross(layer.name, (S - h).to(X.dtype), X)
                 if layer.bias is not None:
-                    # It is subtracted apart from the gap, which would have more digits with it.
+                    # The bias is part of h. It is subtracted in fp32 here, as the gap is rounded.
                     sums.crosses[layer.name].addr_(layer.bias.float(), X.float().sum(0), alpha=-1)
     backend.mirror_lower(sums.grams[gram])
     # X^T (X_dense - X) of all layers that do not write to the stream.
@@ -212,11 +213,11 @@ def _measure_known(
 
 
 def _dense_tensors(stage: Stage, pair: Pair, j: int) -> dict[Point | None, Tensor]:
-    """Find what a stage is compared with in micro-batch j of the dense model, and move the micro-batch on.
+    """Run micro-batch j of the dense model, return the tensors that a stage is compared with, and move j on.
 
     Returns:
-        Matrices (tokens, width) by point: the input if a layer needs it, and the streams after the layers that write to
-        them. The block's output stands under None.
+        Matrices (tokens, width) by point: the input, if a layer is measured from it, and the stream after each layer
+        that writes to it. The key None stands for the block's output.
     """
     compared = {write.sum for write in stage.writes.values()}
     if len(stage.writes) < len(stage.layers):
@@ -237,11 +238,11 @@ def _dense_tensors(stage: Stage, pair: Pair, j: int) -> dict[Point | None, Tenso
 def _measure_watched(
     stage: Stage, pair: Pair, backend: Backend, selected: Selector, passing: Container[int]
 ) -> Captured:
-    """Measure layers that have to be watched: experts, and layers whose outputs are recorded in both models."""
+    """Measure a stage without a known input, by watching its layers: experts, or layers compared by their outputs."""
     run_dense = partial(pair.dense.part, pair.number, block=pair.dense_block)
 
     def move(j: int, ran: tuple[object, BlockRun] | None) -> None:
-        """Move the dense model's micro-batch on; a run that went far enough is not made again."""
+        """Move micro-batch j of the dense model on. `ran` is its run so far; None if the run ended early."""
         if stage.final:
             pair.dense.leave(pair.number, j, ran[1] if ran else pair.dense.output(pair.number, j, pair.dense_block))
         elif stage.next_start is not None:
@@ -273,7 +274,7 @@ def _measure_watched(
 def _run_pruned(
     stage: Stage, pair: Pair, j: int, *, take: Iterable[Point] = (), end: Point | None = None
 ) -> dict[Point, Tensor]:
-    """Run micro-batch j of the pruned model as far as a stage needs it, and move it on to the stage's start."""
+    """Run micro-batch j of the pruned model up to `end`, and move it to the stage's start; returns tensors by point."""
     moves = pair.pruned.position != stage.start
     taken, _ = pair.pruned.part(pair.number, j, take={*take, stage.start} if moves else take, end=end)
     if moves:

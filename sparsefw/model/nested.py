@@ -1,6 +1,6 @@
-"""Nested values, which blocks are given and return: tensors inside of tuples, lists, dicts and other objects.
+"""Nested values: tensors inside tuples, lists, dicts and other objects, as blocks take and return them.
 
-References take the place of tensors in them.
+In a trace, references take the place of the tensors.
 """
 
 import copy
@@ -18,60 +18,60 @@ from sparsefw.model.activations import Stored
 from sparsefw.model.partial_forward import UNSUPPORTED
 from sparsefw.model.tape import TapeValue
 
-# Values without parts: they are never changed.
+# Types of immutable values without parts.
 _ATOMS: tuple[type, ...] = (type(None), type(...), int, float, complex, str, bytes, range, slice, frozenset, np.generic)
 _ATOMS += (Enum, torch.dtype, torch.device, torch.layout, torch.Size)
 
-# Parts of a nested value: a tensor, a value without parts, one with parts, one that was met before, and the key of the
-# next part.
+# Kinds of parts of a nested value: a tensor or reference, a value without parts, a value with parts, an object that was
+# visited before, and a key (the next part is the key's item).
 LEAF, ATOM, OBJECT, AGAIN, KEY = "leaf", "atom", "object", "again", "key"
 
-# Copies by the ids of what they are copies of. The original is held, so that no other object takes its id.
+# Maps id(original) to (original, copy). It holds the original, so that no other object gets the same id.
 Memo = dict[int, tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """A number that takes the place of something in a nested value."""
+    """A number in place of a tensor or an object in a nested value."""
 
     number: int
 
 
 class ConstantRef(_Reference):
-    """Reference to a tensor that the model's forward makes without its blocks, or to a weight outside of them."""
+    """Reference to a constant: a tensor that does not depend on blocks' outputs, such as a mask or a weight."""
 
 
 class ValueRef(_Reference):
-    """Reference to a tensor that a block returns, or that the model's forward makes of such tensors."""
+    """Reference to a followed tensor: one that a block returns, or that the forward computes from such tensors."""
 
 
 class ObjectRef(_Reference):
-    """Reference to an object that several blocks are given, and may change."""
+    """Reference to an object that several blocks get as an argument, and may change."""
 
 
 _LEAVES = (Tensor, Stored, TapeValue, _Reference)
 
 
 def is_atom(value: Any) -> bool:
-    """Whether a value has no parts. Functions, classes and modules count as atoms: they are not changed.
+    """Whether a value has no parts (is an atom). Functions, classes and modules also count as atoms.
 
     Raises:
-        InputError: it may have parts, but they cannot be found, as in a set or an array.
+        InputError: the value has a type whose parts cannot be found, such as a set.
     """
     if isinstance(value, _ATOMS) or callable(value):
         return True
     if not hasattr(value, "__dict__") and not isinstance(value, list | tuple | dict):
-        raise InputError(f"{UNSUPPORTED}: its blocks are given or return a {type(value).__name__}")
+        raise InputError(f"{UNSUPPORTED}: its blocks take or return a {type(value).__name__}")
     return False
 
 
 def rebuilt(value: Any, leaf: Callable[[Any], Any], memo: Memo | None = None) -> Any:
-    """Copy a nested value with other leaves. Parts that were one object are one object in the copy.
+    """Copy a nested value with other leaves. An object that occurs twice in the value is copied once.
 
     Args:
         value: the value.
         leaf: called with each tensor or reference; returns the replacement.
-        memo: copies of objects that are known; new ones are added.
+        memo: copies of objects that have been made before; the copies made here are added.
     """
     memo = {} if memo is None else memo
     if id(value) in memo:
@@ -84,7 +84,7 @@ def rebuilt(value: Any, leaf: Callable[[Any], Any], memo: Memo | None = None) ->
     if is_atom(value):
         return value
     new = copy.copy(value)
-    # Before its parts, which may hold it.
+    # Registered before the parts are copied, since a part may refer back to this object.
     memo[id(value)] = value, new
     if isinstance(value, list):
         new[:] = [rebuilt(item, leaf, memo) for item in value]
@@ -112,25 +112,25 @@ def numbers_in(value: Any, kind: type[_Reference] = ValueRef) -> set[int]:
 
 
 def objects_of(value: Any) -> list[Any]:
-    """List the objects in a nested value that may be changed, the outer ones first."""
+    """List the mutable objects in a nested value, outer objects first."""
     return [part for kind, part, _ in _walk(value, {}) if kind is OBJECT and not isinstance(part, tuple)]
 
 
 def outline(value: Any, leaf: Callable[[Any], Any] = id) -> list[Any]:
-    """List the parts of a nested value for a comparison with those of another one.
+    """List the parts of a nested value, so that two values can be compared by their lists.
 
-    Equal outlines mean the same tensors in the same places. Functions of one name are equal: a forward may make them
-    anew each time.
+    Equal lists mean the same structure with equal leaves. Functions are compared by name, since a forward may define a
+    function anew in each run.
 
     Args:
         value: the value.
-        leaf: called with each tensor or reference; returns what it is compared by.
+        leaf: called with each tensor or reference; returns the key by which leaves are compared.
     """
     return [(kind, leaf(part)) if kind is LEAF else (kind, type(part), what) for kind, part, what in _walk(value, {})]
 
 
 def _walk(value: Any, met: Memo) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the kind of each part of a nested value, the part, and what it is compared by."""
+    """Yield for each part of a nested value its kind, the part, and a key by which parts are compared."""
     if isinstance(value, _LEAVES):
         yield LEAF, value, None
     elif id(value) in met:

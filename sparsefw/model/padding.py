@@ -4,19 +4,19 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-# A mask that is added to scores hides the positions with less.
+# In a mask that is added to attention scores, a position with a lower value than this is hidden.
 HIDDEN = -1e3
 
 
 def unpadded_of(masks: Iterable[Tensor]) -> Tensor | None:
-    """Find the positions (batch, seqlen) that masks of attention do not hide from all others.
+    """Find the positions that attention masks do not hide from every other position.
 
     Args:
-        masks: (batch, seqlen) or (batch, ..., seqlen), true or not 0 where a position is seen; or numbers that are
-            added to scores, far below 0 where a position is hidden.
+        masks: (batch, seqlen) or (batch, ..., seqlen). A mask of booleans or integers is not 0 at visible positions. A
+            floating-point mask is added to attention scores, and is far below 0 at hidden positions.
 
     Returns:
-        True at these positions; None: there is no padding, or the masks do not tell.
+        (batch, seqlen) true at visible positions; None if no position or every position is hidden.
     """
     found: Tensor | None = None
     for x in masks:
@@ -27,10 +27,10 @@ def unpadded_of(masks: Iterable[Tensor]) -> Tensor | None:
 
 
 def without_padding(x: Tensor, unpadded: Tensor | None) -> Tensor:
-    """Replace a tensor (batch, seqlen, d) or (seqlen, batch, d) by zeros at the positions of padding.
+    """Set a tensor (batch, seqlen, d) or (seqlen, batch, d) to zero at the positions of padding.
 
-    A tensor of another form is returned as it is. So is a tensor with as many windows as tokens: inside a block it is
-    not known which of the two come first.
+    A tensor of any other shape is returned unchanged. So is every tensor if batch and seqlen are equal, since the two
+    layouts cannot be told apart then.
     """
     for seen in () if unpadded is None or unpadded.shape == unpadded.T.shape else (unpadded, unpadded.T):
         if x.shape[:-1] == seen.shape:

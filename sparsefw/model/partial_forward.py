@@ -1,11 +1,11 @@
-"""Run a part of a block: begin at tensors of an earlier run, and end at a tensor that is wanted.
+"""Run a part of a block: begin at tensors of an earlier run, and end at a wanted tensor.
 
-No architecture is named. The calls of torch functions in a block's forward are numbered, so a tensor is known by the
-call that makes it. The block's own forward runs from its start, but calls before the beginning of the part get meta
-tensors, which have no data and cost nothing. At the beginning a given tensor replaces the output of the call, and from
-there on the block really runs.
+No architecture is named. The calls of torch functions in a block's forward are numbered, and the number of a call
+identifies its output. The block's own forward runs from its start, but the calls before the part get meta tensors,
+which cost nothing. At the start of the part a given tensor replaces the output of a call. From there on the calls
+compute real data.
 
-A trace is not replayed here: the block may go other ways in another micro-batch, with experts, say.
+A trace could not be replayed here, since a block may take another branch in each micro-batch, for example with experts.
 """
 
 import zlib
@@ -29,7 +29,7 @@ class Point:
     Attributes:
         call: number of the call, from 1; 0 is the block's input.
         function: name of the function.
-        path: checksum of the names of all functions up to this call. A block that goes another way has other points.
+        path: checksum of the names of all functions up to this call. It differs if the block takes another branch.
     """
 
     call: int
@@ -39,22 +39,23 @@ class Point:
 
 UNSUPPORTED = "unsupported model"
 DIFFERS = f"{UNSUPPORTED}: a block runs differently from one micro-batch to the next"
-CANNOT_GO_ON = f"{UNSUPPORTED}: a block cannot go on from its residual stream as it did before"
+CANNOT_RESUME = f"{UNSUPPORTED}: a block cannot resume from its residual stream as it did before"
 
 # The block's input, the hidden states.
 INPUT = Point(0)
 
-# Names of functions that return the same numbers in another form or precision. They cost next to nothing.
+# Names of functions that return the same values in another shape or precision. They cost next to nothing.
 SAME = {"reshape", "view", "dropout", "to", "float"}
 
-# Functions that tell the device of a tensor. Tensors that are made there, such as positions, are real in every part.
+# Functions that return the device of a tensor. A meta tensor also returns the real device, so that the block makes new
+# tensors, such as positions, with data.
 _PLACES = {getattr(torch.Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu")}
 
-# The results of calls without data, by all that they depend on. Such calls compute nothing, but torch takes 0.2 ms to
-# find the shape of a product and 2 ms for that of attention, and every part of every micro-batch makes them again.
+# A cache of the results of calls on meta tensors. Such calls compute nothing, but torch takes 0.2 ms to find the shape
+# of a product and 2 ms for attention, and each part of each micro-batch repeats them.
 _results: dict[tuple, Any] = {}
 
-# When there are more results, all are forgotten. One takes about a kilobyte.
+# The cache is cleared when it has this number of results. A result takes about a kilobyte.
 MOST_RESULTS = 10_000
 
 
@@ -76,18 +77,18 @@ class _Part:
         self._given = {point.call: (point, tensor) for point, tensor in given.items()}
         self.begin, self._take, self._end = max(self._given), take, end
         self._place = next(iter(given.values()))
-        # Given tensors, once their calls are reached. Before the beginning, what is made of them is a meta tensor, too.
+        # The given tensors whose calls have been reached. A call before the part makes meta tensors of them.
         self._known = [tensor for point, tensor in given.items() if point == INPUT]
         self.taken = {point: tensor for point, tensor in given.items() if point in take}
-        # Given and wanted tensors, with the number of writes to them when they were given or made.
+        # Given and wanted tensors, with their versions (torch's count of writes) when they were given or made.
         self._versions = [(tensor, tensor._version) for tensor in given.values()]
 
     def unchanged(self) -> bool:
-        """Whether no given or wanted tensor was written to since."""
+        """Whether no given or wanted tensor has been written to since it was given or made."""
         return all(tensor._version == version for tensor, version in self._versions)
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Make the next call of the block, or skip it."""
+        """Handle the next call of the block: compute it, or skip it with meta tensors."""
         point = self.last = next_point(self.last, func)
         out = self._make(func, args, kwargs) if self.begin else func(*args, **kwargs)
         if point.call <= self.begin and point.call in self._given:
@@ -106,7 +107,7 @@ class _Part:
         begun = self.last.call > self.begin
         sources = [x for x in tensors_in((args, kwargs)) if x.is_meta or (not begun and self._is_known(x))]
         if not sources:
-            # Nothing that the call depends on was skipped.
+            # No input of the call was skipped.
             return func(*args, **kwargs)
         if func in _PLACES:
             return func(self._place)
@@ -116,10 +117,10 @@ class _Part:
         try:
             out = call_without_data(func, args, kwargs)
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            raise InputError(CANNOT_GO_ON) from error
-        # A shape or a dtype may be asked of any tensor.
+            raise InputError(CANNOT_RESUME) from error
+        # Inside the part a meta tensor may be asked for its shape or dtype, but no tensor may be computed from it.
         if begun and tensors_in(out):
-            raise InputError(CANNOT_GO_ON)
+            raise InputError(CANNOT_RESUME)
         return out
 
     def _is_known(self, x: Tensor) -> bool:
@@ -140,31 +141,32 @@ def run_part(
     """Run a part of a block.
 
     Args:
-        run: runs the block, called with its input.
-        given: tensors that the run begins with, the hidden states first. It begins after the latest of them, and reads
-            no other tensor that was made before.
-        take: points whose tensors are wanted.
-        end: the run ends with this point; None: with the end of the block.
+        run: runs the block; called with the block's input.
+        given: tensors by point, the hidden states first. The part begins after the latest of these points. It reads no
+            other tensor that is made before.
+        take: points of the wanted tensors.
+        end: the point at which the part ends; None: the end of the block.
 
     Returns:
-        The wanted tensors, and the output of the block; None if the run ended before.
+        The wanted tensors by point, and the output of the block; None in place of the output if the part ended before.
 
     Raises:
-        InputError: the block does not make these tensors, reads others, or writes to them.
+        InputError: the block has no such points, reads other tensors from before the part, or writes to a given or
+            wanted tensor.
     """
     part, output = _Part(given, wanted := set(take), end), None
     if runs := end not in given:
         hidden = given[INPUT] if INPUT in given else next(iter(given.values())).to("meta")
-        # In a whole run without wanted tensors no call has to be seen.
+        # Calls are intercepted only where needed: not in a run of the whole block without wanted tensors.
         seen = Calls(part.call) if part.begin or wanted or end else nullcontext()
-        # no_grad is entered first: it is a call, too.
+        # no_grad is entered before `seen`, which would count it as a call.
         with suppress(ForwardIsOver), torch.no_grad(), seen:
             output = run(hidden)
     if (runs and part.last.call < part.begin) or len(part.taken) < len(wanted) or not part.unchanged():
         raise InputError(DIFFERS)
     # The hidden states come first.
     if any(tensor.is_meta for tensor in tensors_in(output)[:1]):
-        raise InputError(CANNOT_GO_ON)
+        raise InputError(CANNOT_RESUME)
     return part.taken, output
 
 
@@ -173,12 +175,12 @@ def call_without_data(func: Any, args: tuple, kwargs: dict) -> Any:
 
     Args:
         func: a torch function.
-        args, kwargs: its arguments. Tensors with data are not touched. The meta device takes the place of a device.
+        args, kwargs: the function's arguments. They are not changed. Devices among them are replaced by "meta".
     """
-    # Modes would see how tensors are looked at.
+    # Reading the tensors' metadata must not count as calls.
     with torch._C.DisableTorchFunction():
-        # By their text, since 1, 1.0 and True are equal.
-        key = func, torch.get_default_dtype(), repr(with_tensors((args, kwargs), _form))
+        # The key has the arguments' text, since 1, 1.0 and True are equal as keys.
+        key = func, torch.get_default_dtype(), repr(with_tensors((args, kwargs), _metadata))
         if key in _results:
             return with_tensors(_results[key], Tensor.detach)
 
@@ -193,7 +195,7 @@ def call_without_data(func: Any, args: tuple, kwargs: dict) -> Any:
     out = func(*args, **kwargs)
     written = versions != [x._version for x in operands]
     made = tensors_in(out)
-    # Some functions return one of their arguments, and the block may ask whether they did.
+    # A result that is one of the arguments is not cached, since the block may test for identity.
     if made and not written and all(x.is_meta and not any(x is y for y in operands) for x in made):
         if len(_results) >= MOST_RESULTS:
             _results.clear()
@@ -201,6 +203,6 @@ def call_without_data(func: Any, args: tuple, kwargs: dict) -> Any:
     return out
 
 
-def _form(x: Tensor) -> tuple[Any, ...]:
-    """The properties of a tensor that the form of a result depends on."""
+def _metadata(x: Tensor) -> tuple[Any, ...]:
+    """The properties of a tensor that the shape and dtype of a result depend on."""
     return type(x), x.dtype, x.layout, tuple(x.shape), x.stride() if x.layout is torch.strided else ()

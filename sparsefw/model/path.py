@@ -1,8 +1,8 @@
-"""Find the path of a model's own forward: its blocks, in the order of their calls, and how they hand tensors on.
+"""Find the path of a model's own forward: its blocks, in the order of their calls, and the tensors between them.
 
-A model may have other parts: a tower for images or sound, blocks that read the tower's output, layers that predict
-further tokens. The forward itself shows what is used, on a few tokens or on a batch of a caller, so that no
-architecture is named here. Blocks of several lists come one after the other, such as those of an encoder and a decoder.
+A model may have parts that text does not use: a vision or audio encoder, blocks that read its output, layers that
+predict further tokens. So the forward runs on a few tokens, or on a batch of the caller, and shows which parts it uses.
+No architecture is named here. A path may lead through several lists of blocks, such as an encoder and a decoder.
 """
 
 from collections import Counter
@@ -24,10 +24,10 @@ from sparsefw.model.nested import objects_of, rebuilt
 from sparsefw.model.stubs import (
     BATCHES,
     TEXT,
-    Forms,
     ForwardFailed,
     MakeStub,
     NotABlock,
+    Templates,
     block_type,
     explained,
     run_with_stubs,
@@ -37,20 +37,20 @@ from sparsefw.model.tape import tensors_in
 from sparsefw.model.trace import Trace
 from sparsefw.model.tracer import Tracer
 
-# A few tokens are enough for every kind of attention.
+# The input that shows the path on text. Eight tokens are enough for every kind of attention.
 FEW_TOKENS = token_batch(torch.zeros(1, 8, dtype=torch.int64))
 
-# Modules whose weights are no layers.
+# Types of modules whose weights are not pruned.
 _NO_LAYERS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-# Functions that ask a tensor for its form alone. Asking for the device needs the tensor there.
-_FORM = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "requires_grad", "is_meta")}
-_FORM |= {Tensor.size, Tensor.dim, Tensor.numel}
+# Functions that read only a tensor's metadata. The device is not among them: a tensor has the right one only if loaded.
+_METADATA = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "requires_grad", "is_meta")}
+_METADATA |= {Tensor.size, Tensor.dim, Tensor.numel}
 
-# Inside its `with` block, the tensors of modules are where they are needed.
+# Called with modules; inside the `with` block of what it returns, the modules can run.
 Ready = Callable[[Iterable[nn.Module]], AbstractContextManager[None]]
 
-# Lists of modules that may be blocks, by name: for each its modules by their names in the model.
+# Lists of modules that may be blocks, by the name of the list. A list maps names in the model to modules.
 Stacks = dict[str, dict[str, nn.Module]]
 
 
@@ -59,17 +59,17 @@ class Path:
     """The path of a forward through a model.
 
     Attributes:
-        runs: the module whose forward it is: the model, or its text model where the model's own forward cannot do
-            without other input.
-        input_kind: the kind of input, in words.
+        runs: the module whose forward runs: the model, or its text model if the model does not run on text alone.
+        input_kind: the kind of input in words, `TEXT` or `BATCHES`.
         blocks: the blocks by name.
-        order: their names in the order of their calls. A block that is called twice stands there twice.
-        unused: the blocks of the same lists that are not called, by name.
-        reads: names of the parameters and stored buffers outside of the blocks that are read, all names of tied ones.
+        order: names of the blocks in the order of their calls. A block that is called twice is listed twice.
+        unused: blocks of the same lists that the forward does not call, by name.
+        reads: names of all parameters and stored buffers that the forward reads outside of the blocks. A tied tensor is
+            listed under all its names.
         flow: the trace of the forward.
-        forms: the forms of what the blocks return.
-        logits_itemsize: bytes of an entry of the logits; 0 without any.
-        passed_over: by the name of a list, why its modules are no blocks.
+        templates: what blocks of each type return.
+        logits_itemsize: bytes of an entry of the logits; 0 if the model returns no logits.
+        passed_over: maps the name of a list whose modules are no blocks to the reason.
     """
 
     runs: nn.Module
@@ -79,7 +79,7 @@ class Path:
     unused: dict[str, nn.Module]
     reads: frozenset[str]
     flow: Trace
-    forms: Forms
+    templates: Templates
     logits_itemsize: int
     passed_over: dict[str, str] = field(default_factory=dict)
 
@@ -89,13 +89,14 @@ def path_through(model: nn.Module, batch: Batch | None, outside: Ready, inside: 
 
     Args:
         model: the model.
-        batch: arguments of its forward; None: a few tokens. Where the model's own forward fails on them, that of a text
-            model inside of it is taken.
-        outside, inside: for modules outside of the blocks, and in a block.
-        device: where these modules have their tensors, and the few tokens are.
+        batch: arguments of the model's forward; None: a few tokens. If the model's forward fails on a few tokens, the
+            forward of a text model inside the model is taken.
+        outside: makes the modules outside of the blocks ready to run.
+        inside: makes the modules of a block ready to run.
+        device: device of the few tokens, and of the tensors in `outside` and `inside`.
 
     Raises:
-        InputError: it has no list of blocks, the forward fails, or it hands tensors on in a way that is not followed.
+        InputError: the model has no list of blocks, the forward fails, or tensors between blocks cannot be traced.
     """
     if batch is not None:
         return _path(model, model, batch, BATCHES, outside, inside)
@@ -107,7 +108,7 @@ def path_through(model: nn.Module, batch: Batch | None, outside: Ready, inside: 
         except InputError as error:
             failed = failed or error
             if not isinstance(error, ForwardFailed):
-                # A forward that runs, and is refused for what it does, is not replaced by another one.
+                # The forward ran, and was refused for what it does. Then no text model is tried in its place.
                 break
     assert failed is not None
     raise failed
@@ -119,7 +120,7 @@ def _path(model: nn.Module, runs: nn.Module, batch: Batch, input_kind: str, outs
         try:
             path = _Forward(runs, stacks, batch, input_kind, inside).path(model, outside)
         except NotABlock as error:
-            # The lists inside of its modules may be such lists.
+            # This list holds no blocks. The next pass looks for lists inside of its modules.
             passed_over[next(name for name, stack in stacks.items() if error.name in stack)] = str(error)
             continue
         if path is None:
@@ -129,7 +130,7 @@ def _path(model: nn.Module, runs: nn.Module, batch: Batch, input_kind: str, outs
         raise InputError(next(iter(passed_over.values())))
     raise InputError(
         f"unsupported model {type(model).__name__}: its forward on {input_kind} calls no modules of a ModuleList or "
-        "Sequential that hold layers"
+        "Sequential that contain weight matrices"
     )
 
 
@@ -148,7 +149,7 @@ def _stacks(model: nn.Module, passed_over: dict[str, str]) -> Stacks:
 
 
 def _may_be_block(module: nn.Module) -> bool:
-    """Whether a module consists of others, and has a matrix."""
+    """Whether a module has submodules, and contains a weight matrix."""
     if not any(module.children()):
         return False
     owners = (m for m in module.modules() if not isinstance(m, _NO_LAYERS))
@@ -159,35 +160,36 @@ class _Forward:
     """A model's own forward, with stubs for the blocks.
 
     Args:
-        runs: the model whose forward it is.
-        stacks: lists of what may be its blocks.
+        runs: the module whose forward runs.
+        stacks: lists of modules that may be blocks.
         batch: the arguments of the forward.
-        input_kind: the kind of input, in words, for messages.
-        inside: inside its `with` block, modules of a block have their tensors where they are needed.
+        input_kind: the kind of input in words, for messages.
+        inside: makes the modules of a block ready to run.
     """
 
     def __init__(self, runs: nn.Module, stacks: Stacks, batch: Batch, input_kind: str, inside: Ready) -> None:
         self._runs, self._kind, self._stacks = runs, type(runs).__name__, stacks
         self._batch, self._input_kind, self._inside = batch, input_kind, inside
         self._blocks = {name: block for stack in stacks.values() for name, block in stack.items()}
-        self._forms = Forms()
-        # The attributes of modules before they were run.
+        self._templates = Templates()
+        # The attributes of the blocks' modules before the blocks ran, to be restored afterwards.
         self._before: dict[nn.Module, dict[str, Any]] = {}
 
     @torch.no_grad()
     def path(self, model: nn.Module, outside: Ready) -> Path | None:
-        """Run the forward, and look at what it uses; None if it calls no block.
+        """Run the forward, and find its path; None if the forward calls no block.
 
-        The first block of each type is run, and shows what the others return. So is each block that is given objects,
-        which it may change. Then the forward is run once more with other stubs. Both runs have to do the same.
+        The first block of each type really runs, and shows what blocks of this type return. A block that gets objects
+        as arguments also runs, since it may change them. Stubs replace all other blocks. Then the forward runs again,
+        with other values in the stubs. The forward is refused unless both runs make the same calls.
 
         Args:
             model: the whole model.
             outside: as for `path_through`.
 
         Raises:
-            NotABlock: it gives a block no hidden states.
-            InputError: the forward fails, or hands tensors on in a way that cannot be followed.
+            NotABlock: the first argument of a supposed block is not a tensor.
+            InputError: the forward fails, or its tensors between blocks cannot be traced.
         """
         in_blocks = {module for block in self._blocks.values() for module in block.modules()}
         with outside(module for module in model.modules() if module not in in_blocks):
@@ -211,11 +213,11 @@ class _Forward:
             except ForwardFailed:
                 same = False
             if not same:
-                # Something is made of blocks' outputs without a torch function, say, or of objects that blocks change:
-                # it would count as a constant.
+                # For example, the forward computes a tensor from blocks' outputs without torch functions, or from
+                # objects that blocks change. A trace would take this tensor for a constant.
                 raise InputError(
-                    f"unsupported model {self._kind}: what its forward does around its blocks depends on what they "
-                    "return or change in a way that cannot be followed, or on chance"
+                    f"unsupported model {self._kind}: what its forward does around its blocks depends on the blocks' "
+                    "outputs in a way that cannot be followed, or on chance"
                 )
             if not any(count == 1 for count in Counter(names).values()):
                 raise InputError(
@@ -233,9 +235,9 @@ class _Forward:
             order=names,
             unused={name: block for stack in used for name, block in stack.items() if name not in names},
             reads=frozenset(name for name, key in stored.items() if key in read),
-            # They are those of a few tokens, and may be copies of weights.
+            # The constants belong to a few tokens only, and may be copies of weights.
             flow=replace(trace, constants={}, windows_first=windows_first),
-            forms=self._forms,
+            templates=self._templates,
             logits_itemsize=logits.element_size() if isinstance(logits, Tensor) else 0,
         )
 
@@ -244,22 +246,22 @@ class _Forward:
         return run_with_stubs(self._runs, self._blocks, self._batch, self._input_kind, make_stub, tracer)
 
     def _run_block(self, i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool = False) -> Any:
-        """Make the stub for a block's output, with the block's changes to the objects that it is given.
+        """Make the stub for a block's output. If there are objects among the arguments, the block runs on them.
 
-        In the second forward, `again`, the stub has other numbers, and there are no changes.
+        In the second forward (`again`) the stub has other values, and the block does not run.
         """
         block, objects = self._blocks[name], objects_of((*args, *kwargs.values()))
         kind = block_type(block)
-        form = self._forms.find(kind, args[0])
-        if form is None or (objects and not again):
-            # The objects themselves, with other tensors than those that are followed.
+        template = self._templates.find(kind, args[0])
+        if template is None or (objects and not again):
+            # The block gets the objects themselves, so that its changes show, but copies of the traced tensors.
             memo = {id(known): (known, known) for known in objects}
             own, others = rebuilt((args, kwargs), Tensor.detach, memo)
             self._before = {module: dict(vars(module)) for module in block.modules()} | self._before
             with explained(self._kind, name, self._input_kind), self._inside(block.modules()):
                 output = block(*own, **others)
-            form = form or self._forms.add(kind, output, own[0], name, self._kind)
-        return form.after(args[0], _other_values if again else Tensor.detach)
+            template = template or self._templates.add(kind, output, own[0], name, self._kind)
+        return template.after(args[0], _other_values if again else Tensor.detach)
 
 
 class _Reads(Tracer):
@@ -267,10 +269,10 @@ class _Reads(Tracer):
 
     Args:
         model, arguments, weights: as for `Tracer`.
-        watched: names of tensors, by their ids.
+        watched: names of the watched tensors, by the tensor's id.
 
     Attributes:
-        read: names of the watched tensors that a function reads, in a block or outside.
+        read: names of the watched tensors that a torch function has read, inside or outside of blocks.
     """
 
     def __init__(
@@ -281,13 +283,13 @@ class _Reads(Tracer):
 
     def record(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Make a call, and record it."""
-        if func not in _FORM:
+        if func not in _METADATA:
             self.read |= {self._watched[id(x)] for x in tensors_in((args, kwargs)) if id(x) in self._watched}
         return super().record(func, args, kwargs)
 
 
 def _other_values(x: Tensor) -> Tensor:
-    """A tensor of the same form with other numbers; indices are those of the tensor in another order."""
+    """A tensor of the same shape and dtype with other values. Integers are reversed, and so stay valid indices."""
     if not (x.is_floating_point() or x.is_complex()):
         return x.flip(tuple(range(x.dim())))
     return torch.linspace(0.5, 1.5, x.numel(), device=x.device).view(x.shape).to(x.dtype)
@@ -297,11 +299,11 @@ def _other_values(x: Tensor) -> Tensor:
 def zeros_in(modules: Iterable[nn.Module], in_fp32: bool = False) -> Iterator[None]:
     """Give modules zeros in place of tensors on the meta device inside the `with` block; tied tensors stay tied.
 
-    All of them are views of one piece of memory, which is as large as the largest tensor. It is never written to, so
-    that the system gives no memory for it.
+    All zeros are views of one allocation of the size of the largest tensor. Nothing writes to it, so the operating
+    system assigns no physical memory.
     """
     slots = [slot for slot in slots_of(("", module) for module in modules) if slot.own.is_meta]
-    forms = {slot: computed(slot.own, in_fp32) for slot in slots}
-    memory = torch.from_numpy(np.zeros(max((x.nbytes for x in forms.values()), default=0), np.uint8))
-    with filled(slots, lambda slot: memory[: forms[slot].nbytes].view(forms[slot].dtype).view(slot.own.shape)):
+    metas = {slot: computed(slot.own, in_fp32) for slot in slots}
+    memory = torch.from_numpy(np.zeros(max((x.nbytes for x in metas.values()), default=0), np.uint8))
+    with filled(slots, lambda slot: memory[: metas[slot].nbytes].view(metas[slot].dtype).view(slot.own.shape)):
         yield

@@ -1,4 +1,7 @@
-"""Settings of transformers and torch with which a forward returns no more than a run needs, and shows all products."""
+"""Settings of transformers and torch: a forward returns only what a run needs, and each matrix product is a torch call.
+
+A torch function mode (`tape.Calls`) then sees every product with a matrix.
+"""
 
 import types
 from collections.abc import Callable, Iterator
@@ -16,10 +19,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 @contextmanager
 def attention_by_calls() -> Iterator[None]:
-    """Let `nn.MultiheadAttention` multiply with one matrix at a time inside the `with` block.
+    """Let `nn.MultiheadAttention` show its matrix products to torch function modes inside the `with` block.
 
-    By default it calls one fused function, or one function of Python, and a torch function mode does not see the calls
-    inside.
+    By default a torch function mode sees a single call: a fused function, or a Python function as a whole.
     """
     fast, whole = torch.backends.mha.get_fastpath_enabled(), functional.multi_head_attention_forward
     try:
@@ -32,7 +34,7 @@ def attention_by_calls() -> Iterator[None]:
 
 
 def _not_dispatched(function: Any) -> Any:
-    """Copy a function of Python so that a torch function mode sees the calls inside of it."""
+    """Copy a Python function so that a torch function mode sees the calls inside, and not the function itself."""
     names = function.__globals__ | {"has_torch_function": lambda operands: False}
     same = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     same.__kwdefaults__ = function.__kwdefaults__
@@ -42,14 +44,14 @@ def _not_dispatched(function: Any) -> Any:
 def one_by_one(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run transformers' experts one at a time, with a single wait for the GPU.
 
-    The calls are those of transformers' own loop, "eager", in the same order, so that they give the same bits. That
-    loop reads each expert's number and tokens, and waits for the GPU five times an expert. Here tokens are sorted by
-    expert.
+    The products are those of transformers' own loop ("eager"), in the same order, and give the same bits. But that loop
+    waits for the GPU five times for each expert. Here the tokens are sorted by expert first.
 
     Args:
-        experts: a module of `use_experts_implementation`.
+        experts: a module of experts whose class has transformers' decorator `use_experts_implementation`.
         hidden_states: (tokens, d).
-        top_k_index, top_k_weights: (tokens, k) the experts of each token, and their weights.
+        top_k_index: (tokens, k) numbers of each token's experts.
+        top_k_weights: (tokens, k) factors for the outputs of these experts.
     """
     out, count = torch.zeros_like(hidden_states), len(top_k_index)
     with torch.no_grad():
@@ -57,7 +59,8 @@ def one_by_one(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
         order = chosen.argsort(stable=True)
         numbers = torch.arange(experts.num_experts + 1, device=chosen.device)
         bounds = torch.searchsorted(chosen[order], numbers).tolist()
-        # Sorted by expert, and then in the loop's order: the place among a token's experts, and the token.
+        # For each pair of a token and one of its experts: the column in `top_k_index`, and the token. The pairs are
+        # sorted by expert, and within an expert as in transformers' loop.
         places, tokens = order.div(max(1, count), rounding_mode="floor"), order % max(1, count)
 
     def product(x: Tensor, name: str, n: int) -> Tensor:
@@ -87,12 +90,12 @@ ALL_EXPERTS_FUNCTIONS.register(ONE_BY_ONE, one_by_one)
 
 @contextmanager
 def masks_kept() -> Iterator[None]:
-    """Give blocks of transformers a mask inside the `with` block wherever a batch has one, or the block has a window.
+    """Let transformers give a block a mask whenever the batch has a mask, or the block has an attention window.
 
-    By default transformers leaves out a mask that hides nothing. So a block would run differently for a batch without
-    padding, or shorter than the window.
+    This holds inside the `with` block. By default transformers drops a mask that hides nothing. So a block would run
+    differently for a batch without padding, or for a batch that is shorter than the attention window.
     """
-    # These functions say whether a mask is left out.
+    # transformers asks these functions whether to drop a mask.
     names = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
     before = {name: getattr(masking_utils, name) for name in names}
     try:
@@ -103,18 +106,18 @@ def masks_kept() -> Iterator[None]:
 
 
 def _ignores_mask(ignores: Callable[..., bool], mask: Tensor | None, *sizes: Any) -> bool:
-    # The last of the sizes is the window.
+    # The last of the sizes is the attention window.
     return mask is None and sizes[-1] is None and ignores(mask, *sizes)
 
 
-# Entries of a config, and their values in a run: a forward returns no more than is needed, and fills no cache of keys
-# and values; mixtures multiply with one expert at a time, so that the input of each is seen.
+# Entries of a config, and their values in a run. A forward returns no optional outputs, and has no cache of keys and
+# values. Mixtures of experts multiply with one expert at a time, so that each expert's input is a tensor.
 _ENTRIES: dict[str, Any] = {"output_hidden_states": False, "output_attentions": False, "output_router_logits": False}
 _ENTRIES |= {"return_dict": True, "use_cache": False, "_experts_implementation_internal": ONE_BY_ONE}
 
 
 def ask_for_no_more(config: Any) -> None:
-    """Change a config, and those in it, so that a forward returns what a run needs."""
+    """Change a config and its sub-configs so that a forward returns only what a run needs."""
     _ask(config)
     for name in getattr(config, "sub_configs", ()):
         ask_for_no_more(getattr(config, name, None))
@@ -130,9 +133,9 @@ def _ask(config: Any) -> None:
 def asked_for_no_more(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Put a model in memory into evaluation mode, with the config entries of a run, inside the `with` block.
 
-    Yields a function that sets all back earlier: a model is written with its own config.
+    Yields a function that undoes this before the end of the block, so that a model is written with its own config.
     """
-    # Modules may share a config.
+    # By id, since modules may share a config.
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(config, name, getattr(config, name, None)) for config in configs for name in _ENTRIES]
     before += [(module, "training", module.training) for module in model.modules()]

@@ -1,13 +1,11 @@
-"""A checkpoint's model without its weights, the loading of tensors into it, and all else private to transformers.
+"""A checkpoint's model without its weights (the skeleton), and the loading of tensors into it.
 
-The skeleton is the model's own class, whole, and costs no memory: parameters are on the meta device, and only buffers
-that are computed, not stored (rotary tables, masks), are real. Tensors are loaded when they are needed, a block at a
-time, and renamed or stacked on the way as transformers does it for the whole model. So the experts of only one block
-are stacked at a time.
+The skeleton is an instance of the model's own class. It takes hardly any memory: its parameters are on the meta device,
+and only computed buffers (rotary tables, masks) have data. Tensors are loaded a block at a time. transformers renames
+and stacks them in the same way as for a whole model, so the stacked experts of only one block are in memory.
 
-Nearly every private or undocumented name of transformers that the models need stands here; the others in `settings`
-and `streamed`. transformers may change these in any version. They were tested with 5.17 to 5.24; when a later version
-breaks one, this file is the place to mend it.
+Nearly all private names of transformers that the package `model` uses are in this file; the others are in `settings`
+and `streamed`. They were tested with transformers 5.17 to 5.24, and another version may change them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -40,10 +38,12 @@ from sparsefw.memory import to_host
 from sparsefw.model.settings import ONE_BY_ONE, ask_for_no_more
 from sparsefw.model.swap import restore, slots_of
 
-# Computed buffers of real models take a few MiB; a config that asks for more than its checkpoint's size is no model's.
+# Bytes that computed buffers may take beyond the checkpoint's size. In real models they take a few MiB; a config that
+# asks for more is damaged or malicious.
 BUFFERS_ALLOWED = 64 * 2**20
 
-# The lists of classes that generate text, by type of config. Where no class is named, the first that has one counts.
+# transformers' lists of classes that generate text; each maps a type of config to classes. If a config names no class,
+# the first list with an entry for it counts.
 _GENERATING = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
 
 
@@ -52,12 +52,13 @@ class Skeleton:
     """A model on the meta device.
 
     Attributes:
-        model: the model; its computed buffers are real, on the host.
-        goes_into: the parameter that a tensor becomes, or becomes a part of, by the tensor's name in the checkpoint.
+        model: the model; only its computed buffers have data, on the host.
+        goes_into: maps a tensor's name in the checkpoint to the parameter that the tensor is loaded into, as a whole or
+            as a part of the parameter.
         conversions: how transformers renames and stacks tensors.
         checkpoint: the checkpoint.
-        unused: names of tensors that the model has no use for.
-        replaced: the class that the config names, where another one was built; else "".
+        unused: names of the checkpoint's tensors that the model does not use.
+        replaced: the class that the config names, if another class was built; else "".
     """
 
     model: PreTrainedModel
@@ -68,46 +69,46 @@ class Skeleton:
     replaced: str = ""
 
     def load(self, tensors: Mapping[str, Loadable], device: torch.device) -> dict[str, Tensor]:
-        """Make parameters of tensors of the checkpoint, by their names. They may share the tensors' memory.
+        """Make parameters from tensors of the checkpoint; returns them by name. They may share the tensors' memory.
 
         Quantized tensors are dequantized on the device.
 
         Args:
-            tensors: tensors by their names in the checkpoint: all those of the parameters that they go into.
+            tensors: tensors by name in the checkpoint. A parameter that is joined from several tensors needs them all.
             device: device for the parameters.
         """
         slots = slots_of(self.model.named_modules(remove_duplicate=False))
         try:
             report = _load_tensors(self.model, tensors, self.checkpoint.dtype, device, self.conversions)
-            # Shapes were compared when the skeleton was built.
+            # These errors cannot occur: shapes were compared when the skeleton was built.
             assert not report.mismatched_keys, report
             assert not report.conversion_errors, report
-            # A tensor may go into several parameters, as one of queries, keys and values does.
+            # The result is read from the slots, since one tensor (fused queries, keys and values) may fill several.
             return {slot.path: x for slot in slots if (x := slot.tensors[slot.name]) is not slot.own}
         finally:
             restore(slots)
 
     def names_of(self, tensors: Iterable[str]) -> dict[str, list[str]]:
-        """List the names of tensors by the parameter that they go into, without those that go into no parameter."""
+        """Group the names of tensors by the parameter that they are loaded into; unused tensors are left out."""
         names: dict[str, list[str]] = {}
         for name, parameter in _destinations(self.model, tensors, self.conversions).items():
             names.setdefault(parameter, []).append(name)
         return names
 
     def exported(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Turn parameters, by their names in the model, into the checkpoint's tensors, on the host, see `to_host`."""
+        """Convert parameters, by their names in the model, back to tensors of a checkpoint, on the host (`to_host`)."""
         return {k: to_host(v) for k, v in revert_weight_conversion(self.model, tensors).items()}
 
 
 def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
-    """Build a checkpoint's model from its config, and compare it with the checkpoint's headers; reads no tensor.
+    """Build a checkpoint's model from its config, and compare it with the headers of the tensors; reads no tensor.
 
     Args:
-        checkpoint: the checkpoint. Without tensors it is a config alone: all tensors of its class count as there.
-        as_named: whether to take the class that the config names, though it may generate no text.
+        checkpoint: the checkpoint. If it has no tensors, it is a config only, and is treated as complete.
+        as_named: whether to take the class that the config names even if that class does not generate text.
 
     Raises:
-        InputError: transformers cannot load it, or tensors are missing or do not fit.
+        InputError: transformers cannot load the model, or tensors are missing or have wrong shapes.
     """
     # transformers would draw a progress bar for every block.
     logging.disable_progress_bar()
@@ -117,13 +118,13 @@ def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """Read the config of a checkpoint, with the defaults of its class, and without quantization.
+    """Read the config of a checkpoint, with the defaults of its class, and without the entry for quantization.
 
-    For a quantized model transformers would ask for the libraries and the GPU that it needs. The checkpoint's tensors
-    are dequantized before transformers sees them.
+    With this entry transformers would ask for the libraries and the GPU that the quantization needs. A run does not
+    need them: tensors are dequantized before transformers gets them.
 
     Raises:
-        InputError: transformers cannot load it.
+        InputError: transformers cannot load the config.
     """
     with errors_in_one_line(f"{checkpoint.folder}: transformers cannot load this config", limit=600):
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
@@ -136,31 +137,31 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
 
 
 def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
-    # Some versions of the fused attention silently leave out a cap on attention logits.
+    # Some versions of the fused attention silently ignore soft-capping of attention logits.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     options: dict[str, Any] = {
         "dtype": checkpoint.dtype,
         "attn_implementation": "eager" if capped else None,
-        # One product per expert, where its inputs can be seen.
+        # One product per expert, so that each expert's input is a tensor.
         "experts_implementation": ONE_BY_ONE,
     }
     named = config.architectures or []
     kind, config = class_of(config, checkpoint.folder, as_named)
-    # On the meta device, where nothing is allocated: `from_pretrained` would make up what is missing.
+    # Built on the meta device, where nothing is allocated. `from_pretrained` would initialize missing parameters.
     with torch.device("meta"):
         model = kind._from_config(config, **options)
         if not checkpoint.tensors:
-            # Each tied tensor once.
+            # Of tied parameters, a checkpoint stores one.
             state = {n: x for n, x in model.state_dict().items() if n not in model.all_tied_weights_keys}
             infos = {name: TensorInfo(checkpoint.folder, x.dtype, tuple(x.shape)) for name, x in state.items()}
             checkpoint = replace(checkpoint, tensors=infos)
         promises = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in checkpoint.tensors.items()}
     conversions = get_model_conversion_mapping(model)
     report = _load_tensors(model, promises, checkpoint.dtype, torch.device("meta"), conversions)
-    # Names that the class knows to be missing or superfluous.
+    # Drops names from the report that the class declares as legitimately missing or unexpected.
     model._adjust_missing_and_unexpected_keys(report)
     _check(report, model, checkpoint)
-    # Tied parameters become one, and buffers are computed.
+    # Ties parameters, and computes buffers.
     model._finalize_model_loading(model, LoadStateDictConfig(device_map={"": torch.device("cpu")}), report)
     model.eval().requires_grad_(False)
     goes_into = _destinations(model, checkpoint.tensors, conversions)
@@ -173,10 +174,10 @@ def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
 def class_of(
     config: PretrainedConfig, place: Path, as_named: bool = False
 ) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """Find the class of a config's model, and the config that the class takes: for a class of text, the text part.
+    """Find the class for a config, and the config that this class takes: for a text model, the config's text part.
 
-    It is the class that the config names, if transformers lists it for generating text. Otherwise it is the class that
-    the lists have for the config, models of text alone first. No code of a checkpoint is run.
+    It is the class that the config names, if transformers lists this class for generating text. If not, it is the class
+    in transformers' lists for this type of config; text-only models come first. No code of a checkpoint is run.
 
     Args:
         config: the config as transformers has read it.
@@ -184,12 +185,12 @@ def class_of(
         as_named: as for `build`.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such class.
     """
     kind = _generating_class(config, as_named)
     if kind is None:
         named = shown(", ".join(map(str, config.architectures or [])) or config.model_type)
-        why = "has a decoder that reads what an encoder puts out" if config.is_encoder_decoder else "generates no text"
+        why = "has a decoder that reads an encoder's output" if config.is_encoder_decoder else "generates no text"
         raise InputError(
             f"{place}: transformers cannot load this model: unsupported architecture: {named} {why}; give a model that "
             f"generates text from text, or prune this one {_on_batches(config.architectures, place)}"
@@ -200,16 +201,19 @@ def class_of(
 
 
 def _generating_class(config: PretrainedConfig, as_named: bool) -> type[PreTrainedModel] | None:
-    """Find the class that the config names, if transformers lists it for generating text, and it takes this config.
+    """Find the class of `class_of`; None if there is none.
 
-    Otherwise it is the class that the lists have for this type of config; None if there is no such class. The config of
-    an encoder and a decoder has to name its class, and the class has to be in the first list, where decoders run alone.
-    Another decoder would be pruned without the encoder's output, which it reads. An encoder that fills in masked tokens
-    has to name a class that generates text, too: with another class it sees the tokens that it would predict.
+    A class that the config names counts only if it takes this type of config. In two cases the lists are not searched
+    for another class:
+
+    - A model with encoder and decoder has to name a class of the first list, whose decoders run alone. Other decoders
+      need the encoder's output, and would be pruned without it.
+    - The type of config also has classes that fill in masked tokens, and the config names a class. If the named class
+      does not generate text, its tokens see the later tokens, which the model would have to predict.
     """
     lists = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING") for task in _GENERATING]
     lists = lists[:1] if config.is_encoder_decoder else lists
-    # A list has a name, or several, for every type of model.
+    # An entry of a list is the name of a class, or a tuple of names.
     listed = [entry for classes in lists for entry in classes._model_mapping.values()]
     known = {name for entry in listed for name in ([entry] if isinstance(entry, str) else entry)}
     taken = {type(config), type(config.get_text_config())}
@@ -225,7 +229,7 @@ def _generating_class(config: PretrainedConfig, as_named: bool) -> type[PreTrain
 
 
 def _on_batches(names: Any, place: Path) -> str:
-    """Say how a model of a class that a config names is pruned from Python."""
+    """Tell the user how to prune a model on batches, from Python. `names` are the classes that the config names."""
     name = names[0] if isinstance(names, list) and has_class(names[:1]) else "AutoModel"
     reads = getattr(getattr(transformers, name), "main_input_name", "input_ids")
     return (
@@ -236,7 +240,7 @@ def _on_batches(names: Any, place: Path) -> str:
 
 
 def has_class(names: object) -> bool:
-    """Whether transformers has a class of one of the names that a config lists."""
+    """Whether transformers has any of the classes that a config names."""
     listed = names if isinstance(names, list) else []
     return any(isinstance(name, str) and isinstance(getattr(transformers, name, None), type) for name in listed)
 
@@ -257,11 +261,12 @@ def _load_tensors(
     """Convert tensors and put them into a model, as `from_pretrained` does; returns the report of transformers.
 
     Args:
-        model: the model, whose other parameters stay as they are.
-        tensors: tensors of the checkpoint by name, all those of the parameters that they go into; or meta tensors.
+        model: the model. Parameters without tensors are not changed.
+        tensors: tensors of the checkpoint by name, or meta tensors. A parameter that is joined from several tensors
+            needs them all.
         dtype: dtype for the parameters.
         device: device for the parameters.
-        conversions: how tensors of a checkpoint are renamed and stacked for a model of its class.
+        conversions: how transformers renames and stacks tensors for a model of this class.
 
     Raises:
         OutOfMemoryError: the memory of the GPU is full.
@@ -272,16 +277,16 @@ def _load_tensors(
         device_map={"": device},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        # Its annotation names two of the subclasses, and it takes all.
+        # The annotation of `weight_mapping` names two subclasses only, but all are accepted.
         weight_mapping=conversions,  # type: ignore[arg-type]
     )
-    # It lists all parameters of the model, which must not count as reading them.
+    # This call touches all parameters of the model. Without this `with`, a tracer would count them as read.
     with torch._C.DisableTorchFunction():
         report, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options)
-    # Loading replaces these conversions by those of the loaded tensors. `Skeleton.exported` needs those of all tensors.
+    # Loading sets this attribute to the conversions of the loaded tensors. `Skeleton.exported` needs all conversions.
     if conversions_of_all is not None:
         model._weight_conversions = conversions_of_all
-    # transformers catches exceptions while it joins tensors.
+    # transformers catches exceptions while it joins tensors. Full memory is raised again here.
     for text in report.conversion_errors.values():
         if "OutOfMemoryError" in text:
             raise torch.OutOfMemoryError(next(line for line in text.splitlines() if "OutOfMemoryError" in line))
@@ -291,7 +296,7 @@ def _load_tensors(
 
 
 def _destinations(model: PreTrainedModel, names: Iterable[str], conversions: list[WeightTransform]) -> dict[str, str]:
-    """Find the parameter that each tensor of a checkpoint becomes, or becomes a part of, without unused tensors."""
+    """Map each tensor of a checkpoint to the parameter that it is loaded into; unused tensors are left out."""
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     state, parameter_of = model.state_dict(), {}
@@ -305,7 +310,7 @@ def _destinations(model: PreTrainedModel, names: Iterable[str], conversions: lis
 
 
 def _check_dtypes(goes_into: dict[str, str], model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Refuse integers where the model has floating-point numbers: they are weights of a quantization without scales."""
+    """Refuse integer tensors for floating-point parameters: they are quantized weights without their scales."""
     state = model.state_dict()
     for name, parameter in goes_into.items():
         tensor = checkpoint.tensors[name]
@@ -319,17 +324,17 @@ def _check_dtypes(goes_into: dict[str, str], model: PreTrainedModel, checkpoint:
 def _check(report: Any, empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
     if report.conversion_errors:
         name, error = sorted(report.conversion_errors.items())[0]
-        raise InputError(f"{name}: cannot be made of the checkpoint's tensors: {first_line(error)}")
+        raise InputError(f"{name}: cannot be made from the checkpoint's tensors: {first_line(error)}")
     if mismatched := sorted(report.mismatched_keys):
         name, stored, expected = mismatched[0]
         raise InputError(f"{name}: the checkpoint has shape {tuple(stored)}, the config asks for {tuple(expected)}")
-    # One tensor is enough for parameters that are tied.
+    # Of two tied parameters, one may be missing.
     tied = [pair for pair in empty.all_tied_weights_keys.items() if not report.missing_keys.issuperset(pair)]
     if missing := sorted(report.missing_keys.difference(*tied)):
         text = f"{missing[0]}: this tensor is missing from the checkpoint ({len(missing)} in all)"
         named: Any = checkpoint.config.get("architectures")
         if has_class(named) and type(empty).__name__ not in named:
-            # Its own class may need no more, such as an encoder without a head.
+            # The class that the config names may not need this tensor, such as an encoder without a head.
             text += f": {named[0]} generates no text; prune it {_on_batches(named, checkpoint.folder)}"
         raise InputError(text)
     size = sum(buffer.nbytes for buffer in empty.buffers())
@@ -338,5 +343,5 @@ def _check(report: Any, empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
 
 def attention_implementation(model: PreTrainedModel) -> str:
-    """The name of the attention function: "eager" holds all scores in memory, others do not."""
+    """The name of the attention function. "eager" holds all attention scores in memory; other functions do not."""
     return model.config._attn_implementation

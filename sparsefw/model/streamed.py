@@ -1,7 +1,7 @@
 """A checkpoint's model, whose weights are in memory only while they are used.
 
-Tensors that no text needs are never loaded: a tower for images, blocks that text does not run through, layers that the
-model's class has no use for.
+The model never loads tensors that text does not need: a vision encoder, blocks that text does not run through, tensors
+that the model's class does not use.
 """
 
 from collections import Counter, defaultdict
@@ -36,8 +36,8 @@ class StreamedModel(BlockModel):
         infos: headers of all tensors of the checkpoint, by name.
 
     Raises:
-        InputError: transformers cannot load it or run it on text, tensors are missing or do not fit, or no stack of
-            blocks is found.
+        InputError: transformers cannot load the model or run it on text, tensors are missing or have wrong shapes, or
+            the model has no list of blocks.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class StreamedModel(BlockModel):
         shared = shared_parameters(model, path.order, model.all_tied_weights_keys, goes_into.values())
         super().__init__(model, path, shared, device, in_fp32)
         _change_buffers(model, lambda x: x.to(self.device))
-        # The skeleton's own tensors; tied parameters are one.
+        # The skeleton's tensors by name. All names of a tied parameter map to one tensor.
         self._own = model.state_dict(keep_vars=True)
         reads = path.reads & self._own.keys()
         outside = {id(self._own[name]): computed(self._own[name], in_fp32).nbytes for name in reads}
         self.outside_bytes = sum(outside.values())
-        # Names of the checkpoint's tensors by block; under None those outside of the blocks that are loaded.
+        # Names of the checkpoint's tensors by block; under None the loaded tensors outside of the blocks.
         self._tensors: dict[str | None, list[str]] = defaultdict(list)
         for name, parameter in goes_into.items():
-            # All parameters that it becomes.
+            # All parameters that the tensor is loaded into.
             places = [parameter, *(place for place, source in shared.sources.items() if source == parameter)]
             for block in {block_of(place, path.blocks) for place in places}:
                 if block is not None or not reads.isdisjoint(places):
@@ -77,46 +77,48 @@ class StreamedModel(BlockModel):
         self.notes = [*self._notes_of_model(), *self._notes_of_tensors()]
 
     def read(self, i: int | None) -> Mapping[str, Loadable]:
-        """Read block i's tensors as they are stored, to the host; None: those outside of the blocks that text needs."""
+        """Read block i's stored tensors to the host; None: the tensors that text needs outside of the blocks."""
         return self._read_tensors({name: self.infos[name] for name in self.tensors_of(i)}, self.device.type == "cuda")
 
     def _slots(self, i: int | None) -> list[TensorSlot]:
-        # Computed buffers are in memory.
+        # Computed buffers are in memory already, and need not be loaded.
         return [slot for slot in super()._slots(i) if slot.path in self._own and slot.own.is_meta]
 
     def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[TensorSlot], Tensor]:
         goes_into = self._skeleton.goes_into
-        # Tensors that a block shares with others may be missing. They are never changed, so the checkpoint's are read.
+        # `tensors` may lack parameters that the block shares with other modules. Pruning never changes these, so the
+        # checkpoint's tensors are read.
         inside = "" if i is None else f"{self.names[i]}."
-        others = [name for name in self.tensors_of(i) if not goes_into[name].startswith(inside)]
-        if missing := {name: self.infos[name] for name in others if name not in tensors}:
+        shared = [name for name in self.tensors_of(i) if not goes_into[name].startswith(inside)]
+        if missing := {name: self.infos[name] for name in shared if name not in tensors}:
             tensors = {**tensors, **self._read_tensors(missing, False)}
         values = self._skeleton.load(tensors, self.device)
-        # Tied parameters are one tensor.
+        # The values by the id of the skeleton's tensor: `values` may have only one name of a tied parameter.
         of_tied = {id(self._own[name]): value for name, value in values.items()}
         values |= {name: values[source] for name, source in self.shared.sources.items() if source in values}
 
         return lambda slot: values.get(slot.path, of_tied.get(id(self._own[slot.path]), slot.own))
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
-        """As `BlockModel.block_tensors`, under the checkpoint's names and in its form."""
+        """As `BlockModel.block_tensors`, with the checkpoint's names and layout (e.g. one tensor for each expert)."""
         state = self.blocks[i].state_dict(prefix=f"{self.names[i]}.")
         sources = self.shared.sources
         own = {name: x.to(self._own[name].dtype) for name, x in state.items() if name not in sources}
         tensors = self._skeleton.exported(own)
-        # A parameter that is one tensor of the checkpoint may have several names that transformers understands.
-        mine, its = self._skeleton.names_of(tensors), self._skeleton.names_of(self.tensors_of(i))
-        same = {mine[p][0]: its[p][0] for p in mine if len(mine[p]) == len(its.get(p, ())) == 1}
+        # transformers may export a tensor under another name than the checkpoint has for it. The checkpoint's name is
+        # taken if the parameter is a single tensor in both.
+        exported, stored = self._skeleton.names_of(tensors), self._skeleton.names_of(self.tensors_of(i))
+        same = {exported[p][0]: stored[p][0] for p in exported if len(exported[p]) == len(stored.get(p, ())) == 1}
         return {same.get(name, name): tensor for name, tensor in tensors.items()}
 
     def other_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read tensors outside of the blocks, as the checkpoint has them, to the host; see `pieces`."""
+        """Read tensors outside of the blocks to the host, dequantized, by the checkpoint's names; see `pieces`."""
         read = dict(self._read_tensors({name: self.infos[name] for name in names}, False))
-        # The stored form of a tensor leaves memory as soon as it is dequantized.
+        # `pop` frees the quantized tensor as soon as it is dequantized.
         return {name: dequantized(read.pop(name)) for name in [*read]}
 
     def tensors_of(self, i: int | None) -> list[str]:
-        """Names of the checkpoint's tensors that block i needs; None: those that are needed outside of the blocks."""
+        """Names of the checkpoint's tensors that block i needs; None: those that text needs outside of the blocks."""
         return self._tensors[None if i is None else self.names[i]]
 
     def _bytes_of(self, i: int | None) -> int:
@@ -125,8 +127,8 @@ class StreamedModel(BlockModel):
     def _cut(self, block_bytes: int) -> list[list[str]]:
         """Cut the list of all tensors outside of the blocks into pieces.
 
-        A piece is not larger than the largest block (`block_bytes`) or the tensors that text needs, which are held
-        together in any case. A single tensor may be larger.
+        A piece has at most the bytes of the largest block (`block_bytes`), or of all tensors that text needs outside of
+        the blocks, whichever is more: memory has to hold each of these anyway. A single larger tensor is a piece.
         """
         most, size = max(block_bytes, self._bytes_of(None)), 0
         blocks, needed = frozenset(self.names), self.tensors_of(None)
@@ -143,8 +145,8 @@ class StreamedModel(BlockModel):
         return pieces
 
     def _find_quantized_bytes(self) -> int:
-        """Most bytes of tensors as they are stored that are in memory besides what is made of them."""
-        # Tensors that are written as they are, are dequantized one at a time.
+        """Peak bytes of stored tensors that are in memory together with the tensors made from them."""
+        # Sets of tensors that are converted together. Tensors of `pieces` are dequantized one at a time.
         together = [*self._tensors.values(), *([name] for piece in self.pieces for name in piece)]
         stored = {name: x.stored_nbytes for name, x in self.infos.items() if x.dequantize}
         if self.in_fp32:
@@ -152,23 +154,23 @@ class StreamedModel(BlockModel):
         return max(sum(stored.get(name, 0) for name in names) for names in together)
 
     def _notes_of_model(self) -> Iterator[str]:
-        """What the user should know of the class that is built, and of how it runs."""
+        """What the user should know about the class of the model, and about how it runs."""
         built, kind = self._skeleton, type(self.model).__name__
         source = built.checkpoint
         if built.replaced:
             yield f"config.json names {built.replaced}: pruned as {kind}"
         if self.runs is not self.model:
-            yield f"{kind} does not run on text alone: its {type(self.runs).__name__} is run in its place"
+            yield f"{kind} does not run on text alone: only its text model {type(self.runs).__name__} runs"
         yield from self.shared.notes
         if self.in_fp32:
             yield arithmetic.note(source.dtype)
         if dequantized := quantization.note(self.infos.values(), source.quantization):
             yield dequantized
         if source.config.get("auto_map"):
-            yield "auto_map is not written: it names code of the checkpoint, which is neither run nor copied"
+            yield "auto_map is not written: it names code in the checkpoint, and this code is neither run nor copied"
 
     def _notes_of_tensors(self) -> Iterator[str]:
-        """What the user should know of tensors that are not pruned, or are written in another dtype."""
+        """What the user should know about tensors that are not pruned, or are written in another dtype."""
         infos, unused, kind = self.infos, self._skeleton.unused, type(self.model).__name__
         loaded = {*self.tensors_of(None), *unused}
         others = [name for piece in self.pieces for name in piece if name not in loaded]

@@ -1,4 +1,4 @@
-"""Run a model's own forward with stubs in place of its blocks; its errors become one line."""
+"""Run a model's own forward with stubs in place of its blocks; report errors of the model's code in one line."""
 
 import inspect
 import itertools
@@ -18,10 +18,10 @@ from sparsefw.model.partial_forward import UNSUPPORTED, ForwardIsOver
 from sparsefw.model.tape import Calls
 from sparsefw.model.tracer import Tracer
 
-# The attributes of a module that hold hooks: those that run before and after its forward, and others.
+# Names of a module's attributes that hold hooks of any kind.
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
-# Blocks of one type return the same.
+# The type of a block, from `block_type`. Blocks of one type return outputs of the same structure.
 BlockType = tuple[Any, ...]
 
 # Makes the stub for a block's output: called with the number of the call, the block's name, and its arguments.
@@ -29,29 +29,29 @@ MakeStub = Callable[[int, str, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class ForwardFailed(InputError):
-    """A model's own code raised an exception, which is the cause of this one."""
+    """A model's own code raised an exception. That exception is the `__cause__` of this one."""
 
 
 class NotABlock(InputError):
-    """What was taken for a block is called in a way that no block is.
+    """A module that was taken for a block is not one: its first argument is not a tensor.
 
     Attributes:
-        name: its name.
+        name: name of the module.
     """
 
     def __init__(self, model: str, name: str) -> None:
-        super().__init__(f"unsupported model {model}: {name} is not given its hidden states as first argument")
+        super().__init__(f"unsupported model {model}: {name} does not get hidden states as its first argument")
         self.name = name
 
 
-# The kinds of input of a model's forward, in words, each with the advice to follow where the forward fails on it.
+# The kinds of input of a model's forward, in words, and the advice to the user if the forward fails on such input.
 TEXT, BATCHES = "text alone", "these batches"
 ADVICE = {
-    TEXT: "see whether transformers runs this model on tokens without other input",
-    BATCHES: "see whether the model itself runs on them",
+    TEXT: "check that transformers runs this model on tokens without other input",
+    BATCHES: "check that the model itself runs on them",
 }
 
-# Exceptions that pass through a model's forward as they are.
+# Exceptions of a model's forward that `explained` does not change.
 PASSED = (InputError, MemoryError, torch.OutOfMemoryError, ForwardIsOver)
 
 
@@ -61,11 +61,11 @@ def explained(model: str, place: str, input_kind: str = TEXT) -> Iterator[None]:
 
     Args:
         model: name of the model's class.
-        place: what runs: the name of a block, or words.
+        place: the part that runs, for the message: a block's name or a description.
         input_kind: the kind of input of the forward, in words.
 
     Raises:
-        ForwardFailed: an exception came out of it.
+        ForwardFailed: the forward raised an exception that is not among PASSED.
     """
     try:
         yield
@@ -74,8 +74,7 @@ def explained(model: str, place: str, input_kind: str = TEXT) -> Iterator[None]:
     # A model's code may raise any exception.
     except Exception as error:
         if "DefaultCPUAllocator" in str(error) or is_gpu_failure(error):
-            # The host's memory is full, for which torch has no class. Or a kernel of ours has failed, which is launched
-            # inside of the forward.
+            # Not the model's fault: the host's memory is full (torch has no class for this), or a GPU operation failed.
             raise
         raise ForwardFailed(
             f"unsupported model {model}: {place} fails on {input_kind}: {type(error).__name__}: "
@@ -84,74 +83,74 @@ def explained(model: str, place: str, input_kind: str = TEXT) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Form:
-    """The form of what blocks of a type return.
+class Template:
+    """An example of what blocks of one type return. Stubs for their outputs are made from it.
 
     Attributes:
-        output: the output of one of them.
-        keeps: whether its hidden states have the form of the block's input.
+        output: the output of one of these blocks.
+        keeps_shape: whether the hidden states in it have the shape and dtype of the block's input.
     """
 
     output: Any
-    keeps: bool
+    keeps_shape: bool
 
     def after(self, hidden: Tensor, change: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
-        """Make a stub for the output of a block. Each of its tensors is a new object.
+        """Make a stub for the output of a block. Each tensor in the stub is a new object.
 
         Args:
-            hidden: the block's input, which is taken for the hidden states of the output if they have the same form.
-            change: makes each tensor of the stub.
+            hidden: the block's input. It also becomes the stub's hidden states if `keeps_shape` is true.
+            change: called with each tensor; returns the tensor for the stub.
         """
-        return self.around(hidden if self.keeps else leaves_of(self.output)[0], change)
+        return self.around(hidden if self.keeps_shape else leaves_of(self.output)[0], change)
 
     def around(self, hidden: Tensor, change: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
-        """Make a stub for an output with these hidden states, as `after`."""
+        """Make a stub with `hidden` as the hidden states of the output; `change` as for `after`."""
         # The hidden states come first.
         tensors = iter([hidden, *leaves_of(self.output)[1:]])
         return rebuilt(self.output, lambda _: change(next(tensors)))
 
 
-class Forms:
-    """The forms of what blocks of each type return, as far as they are known."""
+class Templates:
+    """The templates of all types of blocks that have run so far."""
 
     def __init__(self) -> None:
-        # By type, and shape of the input; None for any shape.
-        self._known: dict[tuple[BlockType, tuple[int, ...] | None], Form] = {}
+        # By type of block and shape of its input; a template under the shape None is for inputs of any shape.
+        self._known: dict[tuple[BlockType, tuple[int, ...] | None], Template] = {}
 
-    def find(self, kind: BlockType, hidden: Tensor, any_shape: bool = False) -> Form | None:
-        """Find what a block of a type returns for this input; None: not known.
+    def find(self, kind: BlockType, hidden: Tensor, any_shape: bool = False) -> Template | None:
+        """Find the template for a block of this type with this input; None: no such block has run.
 
-        With `any_shape`, the output for another input will do, if it keeps the form of hidden states.
+        With `any_shape`, a template for an input of another shape is returned, too, if it has `keeps_shape`.
         """
         found = self._known.get((kind, None)) or self._known.get((kind, tuple(hidden.shape)))
         if found is None and any_shape:
-            return next((form for (known, _), form in self._known.items() if known == kind and form.keeps), None)
+            return next((x for (known, _), x in self._known.items() if known == kind and x.keeps_shape), None)
         return found
 
-    def add(self, kind: BlockType, output: Any, hidden: Tensor, block: str, model: str) -> Form:
-        """Note the output of a block.
+    def add(self, kind: BlockType, output: Any, hidden: Tensor, block: str, model: str) -> Template:
+        """Add a template made from a block's output.
 
         Args:
-            kind: its type.
+            kind: type of the block.
             output: the output.
             hidden: the block's input.
-            block: its name, for the message.
+            block: name of the block, for the message.
             model: name of the model's class, for the message.
 
         Raises:
-            InputError: it holds no tensor.
+            InputError: the output holds no tensor.
         """
         if not (leaves := leaves_of(output)):
             kind_of_output = type(output).__name__
             raise InputError(f"{block}: {UNSUPPORTED} {model}: the block returns a {kind_of_output} without tensors")
         first, shape = leaves[0], tuple(hidden.shape)
         same = (first.shape, first.dtype) == (hidden.shape, hidden.dtype)
-        # A stub takes the block's input for its hidden states, or else needs their form alone.
+        # Of the hidden states a template keeps the shape and dtype. Expanded zeros take no memory.
         others = iter([first.new_zeros(()).expand(first.shape), *leaves[1:]])
-        form = Form(rebuilt(output, lambda _: next(others)), same)
-        # Other tensors than hidden states have another shape for another input.
-        self._known[kind, None if same and len(leaves) == 1 else shape] = form
-        return form
+        template = Template(rebuilt(output, lambda _: next(others)), same)
+        # The shapes of other tensors may depend on the input's shape.
+        self._known[kind, None if same and len(leaves) == 1 else shape] = template
+        return template
 
 
 def block_type(block: nn.Module) -> BlockType:
@@ -171,22 +170,22 @@ def run_with_stubs(
     """Run a model's own forward with stubs in place of its blocks.
 
     Args:
-        runs: the model.
-        blocks: its blocks, by name.
-        batch: the arguments, where the model's weights are.
+        runs: the module whose forward runs.
+        blocks: the blocks, by name.
+        batch: the arguments, on the device of the model's weights.
         input_kind: the kind of input, in words.
-        make_stub: called for every block, returns a stub for the block's output. The hidden states are the first of the
-            arguments that it is called with, even if the forward gives them by name. Inside this function the block is
-            as it was, and can be run.
-        tracer: traces the forward, without the work of `make_stub`.
-        last: the forward ends after this call of a block; None: it goes to its end.
+        make_stub: called for every block; returns a stub for the block's output. The first of the block's arguments are
+            the hidden states, even if the forward gives them by keyword. Inside this function the block is the original
+            one, and can run.
+        tracer: traces the forward, but not the calls inside `make_stub`.
+        last: number of the block's call after which the forward is ended; None: the forward runs to its end.
 
     Returns:
-        The output of the model; None if it ended before.
+        The output of the model; None if the forward was ended early.
 
     Raises:
-        NotABlock: it gives a block no hidden states.
-        ForwardFailed: it fails.
+        NotABlock: the first argument of a block is not a tensor.
+        ForwardFailed: the forward raised an exception.
     """
     calls = itertools.count()
 
@@ -217,9 +216,9 @@ def run_with_stubs(
 
 @contextmanager
 def _replaced(name: str, block: nn.Module, replacement: Callable[[str, tuple, dict], Any]) -> Iterator[None]:
-    """Replace a block, and its forward, by a function inside the `with` block; no hooks are called.
+    """Replace a block's forward by a function inside the `with` block; the block's hooks are not called.
 
-    Inside the replacement the block is as it was.
+    While `replacement` runs, the block has its own forward and hooks.
     """
     first = _first_parameter(block)
 
@@ -235,7 +234,10 @@ def _replaced(name: str, block: nn.Module, replacement: Callable[[str, tuple, di
 
 @contextmanager
 def _called_with(block: nn.Module, attributes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Give a block another forward, or its class's, and other hooks inside the `with` block; yields its own ones."""
+    """Replace a block's `forward` and hooks inside the `with` block; yields the replaced ones.
+
+    If `attributes` has no `forward`, the block has the forward of its class.
+    """
     own = {name: vars(block)[name] for name in ("forward", *_HOOKS) if name in vars(block)}
     try:
         vars(block).pop("forward", None)
@@ -247,7 +249,10 @@ def _called_with(block: nn.Module, attributes: dict[str, Any]) -> Iterator[dict[
 
 
 def _first_parameter(block: nn.Module) -> str:
-    """The name of the first argument of a block's forward; of its class's, if its own forward takes any arguments."""
+    """The name of the first parameter of a block's forward; "" if there is no such name.
+
+    A wrapped forward may take `*args` only. Then the forward of the block's class is asked.
+    """
     for forward in (block.forward, MethodType(type(block).forward, block)):
         first = next(iter(inspect.signature(forward).parameters.values()), None)
         if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD:

@@ -1,6 +1,6 @@
-"""Swap the tensors of modules for others for a while, and find parameters that several blocks share.
+"""Replace the tensors of modules temporarily, and find parameters that several blocks share.
 
-A parameter may be used at several depths of a model: by several blocks, or by a block that runs more than once.
+A parameter is shared if several blocks use it, or if its block runs more than once in a forward.
 """
 
 import copy
@@ -22,9 +22,9 @@ class TensorSlot:
     """A place in a module for a parameter or a buffer.
 
     Attributes:
-        tensors: the parameters or the buffers of the module.
-        name: name of the slot among them.
-        path: its name in the model, or inside the block whose slots were listed.
+        tensors: the module's dict of parameters, or its dict of buffers.
+        name: key of the slot in this dict.
+        path: the slot's full name: the name of the module that `slots_of` was given, and `name`.
         own: the module's own tensor.
     """
 
@@ -35,7 +35,7 @@ class TensorSlot:
 
 
 def slots_of(modules: Iterable[tuple[str, nn.Module]]) -> list[TensorSlot]:
-    """List the slots of all tensors of modules, which are given with their names."""
+    """List the slots of all tensors in modules. Each module comes with its name."""
     slots = []
     for path, module in modules:
         stored: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -47,7 +47,7 @@ def slots_of(modules: Iterable[tuple[str, nn.Module]]) -> list[TensorSlot]:
 
 
 def fill(slots: Iterable[TensorSlot], make: Callable[[TensorSlot], Tensor]) -> None:
-    """Put other tensors into slots. A tensor with several slots is replaced by one other tensor.
+    """Put other tensors into slots. All slots of one own tensor get the same new tensor.
 
     Args:
         slots: the slots.
@@ -69,18 +69,18 @@ def restore(slots: Iterable[TensorSlot]) -> None:
 
 
 class DenseBlock(nn.Module):
-    """A block that goes on running with copies of the tensors that it has now, whatever becomes of these."""
+    """A block that keeps a copy of its present tensors, and runs with this copy after the block has been pruned."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        # A method: a module would be registered as a part of this one.
+        # The bound method is kept, since the block itself would be registered as a submodule.
         self._slots, self._run = slots_of(block.named_modules()), block.__call__
         self._copies = {id(slot.own): copy.deepcopy(slot.own) for slot in self._slots}
         self._named = [(name, self._copies[id(x)]) for name, x in block.named_parameters()]
         self._parameters_of = block.parameters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block. Only the block calls torch functions."""
+        """Run the block with the copies. All torch functions that this calls are the block's."""
         try:
             for slot in self._slots:
                 slot.tensors[slot.name] = self._copies[id(slot.own)]
@@ -95,12 +95,12 @@ class DenseBlock(nn.Module):
             parameter.copy_(before)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
-        """The copies, by the names of the block's parameters."""
+        """Yield the copies by the names of the block's parameters."""
         return iter(self._named)
 
 
 def addresses(tensor: Tensor) -> tuple[int, int]:
-    """The address of a tensor's first entry, and the address after its last one."""
+    """The address of a tensor's first entry, and the address after its last entry."""
     last = sum(step * (size - 1) for step, size in zip(tensor.stride(), tensor.shape, strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
@@ -117,14 +117,14 @@ def filled(slots: list[TensorSlot], make: Callable[[TensorSlot], Tensor]) -> Ite
 
 @contextmanager
 def on_device(modules: Iterable[nn.Module], device: torch.device, in_fp32: bool = False) -> Iterator[None]:
-    """Put the tensors of modules on a device inside the `with` block; no tensor is one of inference mode there.
+    """Put the tensors of modules on a device inside the `with` block, as ordinary tensors (not of inference mode).
 
-    Buffers are always copied: the modules may write to them.
+    Parameters are copied only if needed, see `is_copied`. Buffers are always copied: the modules may write to them.
 
     Args:
         modules: the modules.
         device: the device.
-        in_fp32: whether those of half precision are in fp32.
+        in_fp32: whether tensors in half precision are converted to fp32.
     """
     slots = slots_of(("", module) for module in modules)
     others = [slot for slot in slots if not isinstance(slot.own, nn.Parameter) or is_copied(slot.own, device, in_fp32)]
@@ -139,11 +139,12 @@ def is_copied(tensor: Tensor, device: torch.device, in_fp32: bool) -> bool:
 
 @dataclass(frozen=True)
 class SharedParameters:
-    """Parameters of blocks that stay dense because they have inputs of several depths, by their names in the model.
+    """Parameters of blocks that stay dense because they are used at several depths, by their names in the model.
 
     Attributes:
-        names: all parameters that are one tensor with others, or lie in the same memory, and those of repeated blocks.
-        sources: for each parameter that the checkpoint has no tensor for, the parameter whose tensor it is.
+        names: all parameters that are one tensor, or overlap in memory, with a parameter of a block, this parameter
+            included; and all parameters of `repeated` blocks.
+        sources: maps a parameter without a tensor in the checkpoint to the parameter whose tensor it shares.
         repeated: names of the blocks that run more than once in a forward.
     """
 
@@ -153,7 +154,7 @@ class SharedParameters:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know, one line each."""
+        """What the user should know about shared parameters, one line each."""
         inside = tuple(f"{block}." for block in self.repeated)
         between = sorted(name for name in self.names if not name.startswith(inside))
         notes = [f"stay dense: {len(between)} parameters that blocks share, {between[0]} first"] if between else []
@@ -164,7 +165,7 @@ class SharedParameters:
 
 
 def block_of(parameter: str, blocks: Container[str]) -> str | None:
-    """Name the block that a parameter belongs to; None if it is outside of the blocks."""
+    """Name the block that a parameter belongs to; None if the parameter is outside of the blocks."""
     parts = parameter.split(".")
     return next((name for n in range(1, len(parts)) if (name := ".".join(parts[:n])) in blocks), None)
 
@@ -175,13 +176,13 @@ def shared_parameters(
     """Find the parameters that blocks share with each other, or with the rest of the model.
 
     Args:
-        model: the model, whose parameters may be on the meta device.
+        model: the model. Its parameters may be on the meta device.
         blocks: names of the blocks, in the order of their calls.
-        tied: for each parameter that is tied to another one, the name of that one.
+        tied: maps a tied parameter to the parameter that it is tied to.
         stored: names of the parameters that the checkpoint has tensors for.
 
     Raises:
-        InputError: a parameter outside of the blocks is one tensor with a block's, and is not in the checkpoint.
+        InputError: a parameter outside of the blocks shares a block's tensor, and is not in the checkpoint.
     """
     calls = Counter(blocks)
     inside, repeated = tuple(f"{block}." for block in calls), tuple(block for block, n in calls.items() if n > 1)
@@ -197,15 +198,19 @@ def shared_parameters(
             if name in stored or name == source:
                 continue
             if not name.startswith(inside):
-                raise InputError(f"{name}: unsupported model {type(model).__name__}: it is one tensor with {source}")
+                raise InputError(
+                    f"{name}: unsupported model {type(model).__name__}: this parameter outside of the blocks is one "
+                    f"tensor with {source}"
+                )
             sources[name] = source
     return SharedParameters(frozenset(names), sources, repeated)
 
 
 def _named(model: nn.Module, blocks: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
-    """List all parameters with all their names; inside a block these are the block's names, which layers have, too.
+    """List all parameters of the model under all their names.
 
-    A block that is a wrapper may name its parameters otherwise than the model does.
+    Inside a block the names are those of the block's `named_parameters`, which the names of layers follow. In a block
+    that is a wrapper they may differ from the names in the model.
     """
     slots = slots_of(model.named_modules(remove_duplicate=False))
     parameters = {slot.path: slot.own for slot in slots if isinstance(slot.own, nn.Parameter)}
@@ -220,10 +225,10 @@ def _named(model: nn.Module, blocks: Iterable[str]) -> list[tuple[str, nn.Parame
 
 
 def _groups(parameters: list[tuple[str, nn.Parameter]], tied: dict[str, str]) -> list[list[str]]:
-    """Group the names of parameters that are one tensor, or lie in the same memory."""
+    """Group the names of parameters that are one tensor, or whose memory overlaps."""
     pairs, last = [*tied.items()], ("", 0, "")
     for memory, start, end, name in sorted((*_memory_of(x), name) for name, x in parameters):
-        # Disjoint parts of one storage are not the same.
+        # Disjoint parts of one storage do not overlap, and are not grouped.
         if memory == last[0] and start < last[1]:
             pairs.append((name, last[2]))
         last = max(last, (memory, end, name))
@@ -237,7 +242,7 @@ def _groups(parameters: list[tuple[str, nn.Parameter]], tied: dict[str, str]) ->
 
 
 def _memory_of(x: nn.Parameter) -> tuple[str, int, int]:
-    """Name the memory of a parameter, with its addresses there. A tensor without data counts as a memory of its own."""
+    """Name the memory of a parameter, with its addresses there. A tensor without data has a memory for itself alone."""
     if x.is_meta or not x.numel() or not x.data_ptr():
         return f"tensor {id(x)}", 0, 1
     return str(x.device), *addresses(x)

@@ -1,7 +1,7 @@
-"""The tape of a forward: its calls of torch functions, in order.
+"""The tape of a forward: a list of its calls of torch functions (operations), in order.
 
-All that has to be known of a forward is read off this list. An operation has values in place of tensors. A value is a
-tensor between two writes to it, so that it is made once and never changes.
+Other files read the dataflow of a forward from this list. Operations refer to values in place of tensors. A value is
+the state of a tensor between two writes to the tensor. So a value is made once, and never changes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -15,23 +15,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Types without tensors inside. Looking at the type is ten times as fast as torch's own search through all containers.
+# Types without tensors inside. The test of a type is ten times as fast as torch's own search through containers.
 _PLAIN = frozenset(
     [type(None), type(...), bool, int, float, complex, str, slice, torch.Size, torch.dtype, torch.device, torch.layout]
 )
 
 
-# Names of functions whose results tell the numbers in a tensor. A forward may go on by what they tell.
+# Names of functions that return values of a tensor to Python. A forward may branch on these values.
 READING = {"__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "item", "tolist", "numpy"}
 READING |= {"equal", "allclose", "is_nonzero", "__array__", "__dlpack__"}
 
 
 class Calls(TorchFunctionMode):
-    """Hand every call of a torch function inside the `with` block to another function.
+    """Pass every call of a torch function inside the `with` block to a handler.
 
     Args:
-        handle: called as handle(function, args, kwargs) in place of the torch function; returns the result. Calls that
-            it makes itself go to the modes outside of this one.
+        handle: called as handle(function, args, kwargs) in place of the torch function; returns the result. This mode
+            does not see the calls inside the handler.
     """
 
     def __init__(self, handle: Callable[[Any, tuple, dict], Any]) -> None:
@@ -44,13 +44,13 @@ class Calls(TorchFunctionMode):
 
 @dataclass(frozen=True, eq=False)
 class TapeValue:
-    """A tensor of a recorded forward between two writes to it. It has the tensor's form, and not its numbers.
+    """The state of a tensor between two writes to the tensor. It has the tensor's shape, but not its data.
 
     Attributes:
-        maker: number of the operation that has made it or written to it; 0: it is an argument of the forward; None: it
-            is a constant, which no recorded operation has made.
-        shape, strides, dtype: its form.
-        tensor: the tensor, if the tape holds it.
+        maker: number of the operation whose result or write the value is; 0 for an argument of the forward; None for a
+            constant, which no recorded operation has made.
+        shape, strides, dtype: metadata of the tensor.
+        tensor: the tensor, if the tape holds it (`Tape.holds`).
     """
 
     maker: int | None
@@ -68,9 +68,9 @@ class Op:
         number: number of the call, from 1.
         function: the function.
         args, kwargs, out: arguments and result, with values in place of tensors.
-        inputs, outputs: the values among them, in order. A function may return one of its arguments.
-        written: the values before and after the call of each input that the call writes to, and of the tensor that such
-            an input is a view of. Where the call returns this tensor, `outputs` has the value after the call.
+        inputs, outputs: the values among the arguments and in the result, in order. A result may be an argument.
+        written: (value before, value after) for each input that the call writes to, and for the base of such an input
+            if the input is a view. If the call returns such a tensor, `outputs` has the value after the call.
     """
 
     number: int
@@ -89,7 +89,7 @@ class Op:
 
     @property
     def made(self) -> tuple[TapeValue, ...]:
-        """Values that the call has made: those that it returns, and those that it has written."""
+        """Values that the call has made: its outputs, and the values after its writes."""
         return (*self.outputs, *(after for _, after in self.written))
 
 
@@ -99,7 +99,7 @@ class Tape:
 
     Attributes:
         arguments: tensors among the arguments of the forward.
-        holds: whether the tape holds a tensor. Then the tensor stays in memory, as the attribute of its value.
+        holds: called with a tensor; returns whether its value keeps the tensor in memory (`TapeValue.tensor`).
         ops: the operations so far.
         paused: whether calls are made without being recorded.
     """
@@ -108,9 +108,9 @@ class Tape:
     holds: Callable[[Tensor], bool] = lambda x: False
     ops: list[Op] = field(default_factory=list)
     paused: bool = False
-    # The value of each tensor, and the number of writes to the tensor when the value was made.
+    # The latest value of each tensor, and the tensor's version (torch's count of writes) at that time.
     _known: MutableMapping[Tensor, tuple[TapeValue, int]] = field(default_factory=WeakIdKeyDictionary)
-    # Number of the last operation that wrote to a storage.
+    # Number of the last operation that wrote to a storage, by the storage's identity.
     _writer: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -122,18 +122,21 @@ class Tape:
         return self.call(func, args, kwargs)[0]
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> tuple[Any, Op | None, list[Tensor]]:
-        """As `record`, and returns the operation (None while paused) and the tensors of its inputs, too."""
+        """Make a call, and record it; returns its result, the operation, and the tensors of the operation's inputs.
+
+        While paused there is no operation (None).
+        """
         if self.paused:
             return func(*args, **kwargs), None, []
         operands: list[Tensor] = []
         inputs: list[TapeValue] = []
 
-        def known(x: Tensor) -> TapeValue:
+        def input_value(x: Tensor) -> TapeValue:
             operands.append(x)
             inputs.append(self.value(x))
             return inputs[-1]
 
-        own, others = with_tensors((args, kwargs), known)
+        own, others = with_tensors((args, kwargs), input_value)
         versions = [_version(x) for x in operands]
         out = func(*args, **kwargs)
         number = len(self.ops) + 1
@@ -147,22 +150,22 @@ class Tape:
                 written[id(x)] = before, self._add(x, number)
         outputs: list[TapeValue] = []
 
-        def made(x: Tensor) -> TapeValue:
+        def output_value(x: Tensor) -> TapeValue:
             outputs.append(self._find(x) or self._add(x, number))
             return outputs[-1]
 
-        result = with_tensors(out, made)
+        result = with_tensors(out, output_value)
         self.ops.append(Op(number, func, own, others, result, tuple(inputs), tuple(outputs), tuple(written.values())))
         return out, self.ops[-1], operands
 
     def value(self, x: Tensor) -> TapeValue:
-        """Find the value of a tensor as it is now. A tensor that was not met before is a constant.
+        """Find the present value of a tensor. A tensor that no operation has made or read before is a constant.
 
-        Call it inside `pause`, unless it is called by `record`: looking at a tensor is a call, too.
+        Call this inside `pause`, except during `record`: it reads the tensor's metadata, which would be recorded.
         """
         if (found := self._find(x)) is not None:
             return found
-        # A known tensor with another number of writes was written to by another view of its memory.
+        # If a known tensor has a new version here, another view of its memory was written to.
         return self._add(x, self._writer.get(_storage(x)) if x in self._known else None)
 
     @contextmanager
@@ -191,14 +194,14 @@ def name_of(function: Any) -> str:
 
 
 def tensors_in(values: Any) -> list[Tensor]:
-    """List all tensors inside nested containers, in order."""
+    """List all tensors inside nested containers, in order, with repetitions."""
     found: list[Tensor] = []
     with_tensors(values, found.append)
     return found
 
 
 def with_tensors(values: Any, leaf: Callable[[Tensor], Any]) -> Any:
-    """Copy nested containers (tuples, lists, dicts and others) with something else in place of their tensors.
+    """Copy nested containers (tuples, lists, dicts and others), with a replacement for each tensor.
 
     Args:
         values: arguments or results of torch functions.
@@ -217,10 +220,10 @@ def with_tensors(values: Any, leaf: Callable[[Tensor], Any]) -> Any:
 
 
 def _version(x: Tensor) -> int:
-    """Count the writes to a tensor; 0 for a tensor of inference mode, which has no count."""
+    """Count the writes to a tensor; 0 for a tensor of inference mode, for which torch keeps no count."""
     return 0 if x.is_inference() else x._version
 
 
 def _storage(x: Tensor) -> int:
-    """Identify the storage of a tensor that is alive, with or without data."""
+    """Identify the storage of a tensor, with or without data. Valid as long as the storage is alive."""
     return x.untyped_storage()._cdata

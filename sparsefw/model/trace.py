@@ -1,4 +1,4 @@
-"""The trace of a model's forward: what it gives each of its blocks, and the calls that it makes between them."""
+"""The trace of a model's forward: the arguments that the forward gives each block, and its calls between blocks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Step:
         args, kwargs: its arguments, with references in place of tensors.
         outputs: numbers of the tensors that it returns.
         in_place: whether it writes to its first argument, and returns it.
-        last: numbers of the tensors that nothing reads after this step.
+        last: numbers of the tensors that are freed after this step, since no later step or block reads them.
     """
 
     function: Callable[..., Any]
@@ -32,18 +32,18 @@ class Step:
 
     @property
     def reads(self) -> set[int]:
-        """Numbers of the tensors of blocks that it reads."""
+        """Numbers of the followed tensors (see `ValueRef`) among the arguments."""
         return numbers_in((self.args, self.kwargs))
 
 
 def replay(steps: list[Step], values: dict[int, Tensor], constant: Callable[[int], Tensor]) -> None:
-    """Make the calls of a trace again with other tensors.
+    """Repeat recorded calls with other tensors.
 
     Args:
         steps: the calls.
-        values: tensors of blocks by their numbers. Those that the steps return are added, and those that nothing reads
-            any more are removed.
-        constant: called with the number of a constant; returns it.
+        values: the followed tensors by their numbers. The results of the steps are added, and tensors that no later
+            step or block reads are removed.
+        constant: called with the number of a constant; returns the constant.
     """
 
     def leaf(x: Any) -> Tensor:
@@ -54,7 +54,7 @@ def replay(steps: list[Step], values: dict[int, Tensor], constant: Callable[[int
         if step.in_place:
             args = (args[0].clone(), *args[1:])
         values.update(zip(step.outputs, tensors_in(step.function(*args, **kwargs)), strict=True))
-        # The loop's names would hold them.
+        # These variables would keep the arguments in memory.
         del args, kwargs
         for number in step.last:
             del values[number]
@@ -65,13 +65,13 @@ class Call:
     """A call of a block by the model's forward.
 
     Attributes:
-        args, kwargs: the arguments besides the hidden states, with references in place of tensors.
-        steps: the calls between the block before and this one, without those that nothing depends on.
-        hidden: the reference of the hidden states; None for the first block. It is a `ConstantRef` where they do not
-            come from the blocks before, as in the first block of a decoder after an encoder.
+        args, kwargs: all arguments but the hidden states, with references in place of tensors.
+        steps: the calls between the previous block and this one whose results are used.
+        hidden: the reference of the hidden states; None for the first block. A `ConstantRef` means that no earlier
+            block computes them, as for the first block of a decoder after an encoder.
         outputs: numbers of the tensors that the block returns, the hidden states first.
-        form: what the block returns, with references.
-        unpadded: (batch, seqlen) true at the positions that count; None: all do.
+        returned: the block's output, with references in place of tensors.
+        unpadded: (batch, seqlen) true at tokens, false at padding; None: there is no padding.
     """
 
     args: Any
@@ -79,30 +79,33 @@ class Call:
     steps: list[Step] = field(default_factory=list)
     hidden: Any = None
     outputs: list[int] = field(default_factory=list)
-    form: Any = None
+    returned: Any = None
     unpadded: Tensor | None = None
 
     @property
     def reads(self) -> set[int]:
-        """Numbers of the tensors of blocks among its arguments."""
+        """Numbers of the followed tensors among the arguments, the hidden states included."""
         return numbers_in((self.hidden, self.args, self.kwargs))
 
 
 @dataclass
 class Trace:
-    """The trace of a forward.
+    """The trace of a forward. Tensors have numbers: followed tensors (`ValueRef`), and constants (`ConstantRef`).
 
     Attributes:
-        calls: the calls of blocks, by their number.
+        calls: the calls of blocks, by the block's number.
         hidden: the input of the first block.
-        live: by block, numbers of the tensors that are needed once the next block has begun, besides its hidden states.
-        constants: the constants by their number.
-        objects: the objects that several blocks are given, as they are before the first block.
+        live: for each block, numbers of the followed tensors that are read after the next block has begun. The next
+            block's hidden states are not listed.
+        constants: the constants by number.
+        objects: the objects that are arguments of several blocks, in their state before the first block.
         batch_dependent: numbers of the constants that depend on the arguments of the forward.
-        end: numbers of the tensors that the forward reads after the last block, besides its hidden states.
-        batch_after: whether it reads its own arguments after the last block, too, or what is made of them.
-        windows_first: whether hidden states are (windows, tokens, d); a model may have tokens first. Their shape does
-            not tell where a micro-batch has as many windows as tokens.
+        end: numbers of the followed tensors that the forward reads after the last block. The last block's hidden states
+            are not listed.
+        batch_after: whether the forward reads the model's arguments, or tensors that depend on them, after the last
+            block.
+        windows_first: whether hidden states are (windows, tokens, d). If not, they are (tokens, windows, d). The shape
+            does not tell which, when a micro-batch has as many windows as tokens.
     """
 
     calls: dict[int, Call]
@@ -117,17 +120,17 @@ class Trace:
 
     @property
     def by_window(self) -> bool:
-        """Whether the forward after the last block can be run with each window by itself."""
+        """Whether the forward after the last block can run on one window at a time."""
         return self.windows_first and not self.end and not any(call.steps for call in self.calls.values())
 
     @property
     def divisible(self) -> bool:
-        """Whether blocks can be run with some windows of a micro-batch: hidden states are all that a window has."""
+        """Whether blocks can run on a part of a micro-batch: nothing but the hidden states depends on the windows."""
         return self.windows_first and not (self.batch_dependent or self.objects or any(self.live.values()))
 
     @cached_property
     def signature(self) -> list[Any]:
-        """A comparable form. Traces with equal ones hand the same tensors on in the same way."""
+        """Equal for two traces whose blocks and steps pass tensors to each other in the same way."""
         return [
             (call.reads, call.outputs, [(name_of(step.function), step.outputs) for step in call.steps])
             for call in self.calls.values()

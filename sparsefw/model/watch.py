@@ -1,4 +1,4 @@
-"""Watch the layers of a block in a forward or on its tape: their inputs and, where wanted, their outputs."""
+"""Watch the layers of a block in a forward, or on a tape: take their inputs and, if wanted, record their outputs."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 # Names of functions that add a layer's output to something else.
 ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 
-# Names of functions that pass a layer's output on, unchanged or added to something else.
+# Names of functions whose result still counts as a layer's output: sums, and the same values in another shape.
 PASS_ON = ADDITIONS | {"reshape", "view", "dropout"}
 
 
@@ -34,16 +34,16 @@ def everything(layer: str) -> bool:
 class Outputs:
     """Inputs and outputs of layers in one micro-batch, as values of a tape.
 
-    A layer's output is its product, or the sum that the product is added to. So the output of a layer that writes to
-    the residual stream is the sum with the stream. A sum that is read by a function that does not just pass it on, such
-    as a norm, is not followed into later sums: these depend on the layer's output by another way, too, and are not the
-    layer's to repair. Outputs of experts are not recorded: in the dense model an expert sees other tokens.
+    A layer's output is its product, or a later sum that includes the product. So the output of a layer that writes to
+    the residual stream is the stream after it. The last such sum counts. But once a function outside of PASS_ON (such
+    as a norm) reads a sum, later sums do not count: they depend on the layer in a second way, and the layer alone
+    cannot correct them. Outputs of experts are not recorded, since in the dense model an expert sees other tokens.
 
     Args:
         experts: names of modules that may be experts.
 
     Attributes:
-        sums: the sums that a layer's output went into, by layer: what it was added to, and the sum.
+        sums: for each layer, the sums that include its product: the other summand and the sum, in order.
         pairs: input and output of each layer.
     """
 
@@ -51,20 +51,21 @@ class Outputs:
         self._experts = experts
         self.sums: dict[str, list[tuple[Any, TapeValue]]] = {}
         self.pairs: dict[str, tuple[TapeValue, TapeValue]] = {}
-        # The layers whose output a value is, and such values that are not followed any more.
+        # The layers whose output is this value.
         self._layers_of: dict[TapeValue, dict[str, None]] = {}
+        # Outputs that a function outside of PASS_ON has read.
         self._read: set[TapeValue] = set()
 
     def follow(self, op: Op, products: list[Product]) -> None:
-        """Record the output of a call that multiplies with layers, passes an output on, or adds something to it.
+        """Record the output of a call if it is a product with a layer, or a function of PASS_ON on a layer's output.
 
         Args:
             op: the call.
-            products: its products with layers.
+            products: the call's products with layers.
         """
-        # alpha scales one of the summands.
+        # A sum with alpha scales a summand, so it does not count as a sum.
         if products or op.name not in PASS_ON or "alpha" in op.kwargs:
-            # Shapes and dtypes are no tensors, and `to` may return its argument.
+            # Not a read: a call for the shape or dtype returns no tensor, and `to` may return its argument.
             if op.outputs:
                 self._read.update(x for x in op.inputs if x in self._layers_of and x is not op.out)
             for p in products:
@@ -89,7 +90,7 @@ class Outputs:
 
 @dataclass
 class _Input:
-    """A tensor that layers read: the name of its Gram matrix, and whether a selected layer has read it."""
+    """An input of layers: the name of its Gram matrix, and whether `take_input` has been called with it."""
 
     gram: str
     taken: bool = False
@@ -99,16 +100,16 @@ class Watch:
     """Watches the layers of a block in a forward, or on its tape.
 
     Args:
-        names: the matrices of the block.
+        names: finds the names of the block's matrices.
         experts: names of modules that may be experts.
-        selected: selects the layers to watch.
+        selected: selects layers by name.
         take_input: called as take_input(gram, X) once for each input of selected layers, X (tokens, in).
-        stage: watch its layers only, and end a micro-batch's forward after them; None: watch the whole block.
+        stage: watch only this stage's layers, and end each forward after them; None: watch the whole block.
         record_outputs: whether to record outputs of layers.
 
     Attributes:
-        layers: all layers seen so far by name, in the order of use.
-        ignored: names of the layers that were seen and not selected, in that order.
+        layers: the selected layers so far by name, in the order of use.
+        ignored: names of the layers that `selected` has left out, in the order of use.
         outputs: inputs and outputs of layers in the last micro-batch.
     """
 
@@ -129,26 +130,26 @@ class Watch:
         self._restart(None)
 
     def _restart(self, unpadded: Tensor | None) -> None:
-        """Begin with another micro-batch."""
+        """Forget the last micro-batch before the next one."""
         self._unpadded = unpadded
         self._tape = Tape((), self._names.holds)
-        # Inputs that layers have read, by how they are read.
+        # The inputs of layers, by the tensor and the way in which products read it.
         self._inputs: dict[tuple[TapeValue, Reading], _Input] = {}
         self.outputs = Outputs(self._experts)
         # The tensors of the values in `outputs`.
         self._tensors: dict[TapeValue, Tensor] = {}
-        # Whether the layers of the stage have been used.
+        # Whether all layers of the stage have been used.
         self._complete = False
 
     def through(self, run: Callable[[], Result], unpadded: Tensor | None = None) -> Result | None:
         """Watch one micro-batch on its way through the block, as far as the stage needs it.
 
         Args:
-            run: runs it.
-            unpadded: its positions that count; None: all.
+            run: runs the micro-batch.
+            unpadded: the micro-batch's positions without padding; None: all.
 
         Returns:
-            The result of the run; None if it ended before.
+            The result of the run; None if the run was ended after the stage.
         """
         self._restart(unpadded)
         try:
@@ -170,14 +171,14 @@ class Watch:
         return out
 
     def see(self, product: Product, X: Tensor | None = None) -> bool:
-        """Take the input of a product if its layer is selected and belongs to the stage; returns whether it does.
+        """Take the input of a product if its layer is selected and belongs to the stage; returns whether this is so.
 
         Raises:
             ForwardIsOver: the stage is complete, and a layer reads another input.
         """
         name = product.layer.name
-        # The Gram matrix is named after the first layer that reads the input, selected or not. So all experts agree on
-        # the name, whichever of them are selected.
+        # The Gram matrix has the name of the first layer that reads the input, selected or not. So the names are alike
+        # for all experts, though different experts may have selected layers.
         read = self._inputs.setdefault((product.X, product.reading), _Input(name))
         if not (selected := self._selected(name)):
             self.ignored[name] = None
@@ -192,23 +193,25 @@ class Watch:
             self._take_input(read.gram, product.reading.rows(without_padding(X, self._unpadded)))
         layer = self.layers.setdefault(name, replace(product.layer, gram=read.gram))
         if layer.gram != read.gram:
-            raise InputError(f"{name}: unsupported model: shared its input with {layer.gram}, later with {read.gram}")
+            raise InputError(
+                f"{name}: unsupported model: it first shared its input with {layer.gram}, and later with {read.gram}"
+            )
         self._complete |= self._stage is not None and self._stage.last == name
         return True
 
     def output_of(self, layer: str) -> Tensor | None:
-        """The output of a layer, (tokens, out); None: not recorded, or written to since."""
+        """The output of a layer, (tokens, out); None if it was not recorded, or was overwritten later."""
         pair = self.outputs.pairs.get(layer)
         return self._matrix(pair[1]) if pair else None
 
     def pairs(self, unpadded: Tensor | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, input (tokens, in), zero for padding, and output (tokens, out) of each layer that has both."""
+        """Yield name, input (tokens, in) and output (tokens, out) of each layer with both; inputs at padding are 0."""
         for layer, (read, made) in self.outputs.pairs.items():
             X, out = self._matrix(read, unpadded), self._matrix(made)
             if X is not None and out is not None:
                 yield layer, X, out
 
     def _matrix(self, value: TapeValue, unpadded: Tensor | None = None) -> Tensor | None:
-        """A value as a matrix; None if its tensor was written to since."""
+        """The tensor of a value as a matrix; None if the tensor was overwritten later."""
         x = self._tensors[value]
         return without_padding(x, unpadded).reshape(-1, x.shape[-1]) if self._tape.value(x) is value else None

@@ -37,7 +37,7 @@ def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = (
     """A block of one's own, with its micro-batches and other arguments, in the place of a model's."""
     model = SimpleNamespace(model=None, input_kind=TEXT, blocks=[block], names=["block"], device=torch.device(DEVICE))
     block.requires_grad_(False).to(DEVICE)
-    call = Call(tuple(ObjectRef(n) for n in range(len(arguments))), {}, outputs=[0], form=ValueRef(0))
+    call = Call(tuple(ObjectRef(n) for n in range(len(arguments))), {}, outputs=[0], returned=ValueRef(0))
     model.flow = Trace({0: call}, batches[0], {0: []})
     states = HiddenStates(model, Activations(Store(model.device)))
     for batch in batches:

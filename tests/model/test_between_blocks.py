@@ -159,7 +159,7 @@ REFUSED = {
     "in place": (each(lambda block, x, kwargs: block(x, **kwargs).add_(1)), "changes a Tensor that a block was given"),
     "in place by a view": (each(in_place_by_a_view), "layers.*is written to in place"),
     "all twice": (all_twice, r"layers\.0 runs more than once in a forward, and so do all blocks"),
-    "by value": (each(by_value), r"layers\.\d: .*depends on the values that it returns"),
+    "by value": (each(by_value), r"layers\.\d: .*branches on the values of its output"),
     "a changed weight": (each(changed_weight), r"layers\.\d.*weight: .*its forward changes this weight of a block"),
     "a changed tensor": (changed_tensor, "its forward changes a Tensor that a block was given"),
     "a tensor that a block changes": (
@@ -167,7 +167,7 @@ REFUSED = {
         "changes a Tensor that a block was given",
     ),
     "a changed dict": (each(changed_dict), "its forward changes a dict that a block was given"),
-    "a set": (each(lambda block, x, kwargs: block(x, kept={1}, **kwargs)), "its blocks are given or return a set"),
+    "a set": (each(lambda block, x, kwargs: block(x, kept={1}, **kwargs)), "its blocks take or return a set"),
     # The comparison of two forwards shows what no call of a torch function does.
     "by chance": (each(lambda block, x, kwargs: block(x, **kwargs) * torch.rand(1)), UNSEEN),
     "an object between": (read_between, UNSEEN),

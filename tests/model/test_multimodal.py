@@ -178,8 +178,9 @@ def test_text_model_of_a_class_that_does_not_run_on_text(tmp_path, monkeypatch, 
     monkeypatch.setattr("transformers.Llama4ForConditionalGeneration.forward", fails)
     (tmp_path / "text.txt").write_text(TEXT)
     assert run(source, tmp_path / "text.txt", tmp_path / "out", "--method", "wanda") == 0
-    assert "Llama4ForConditionalGeneration does not run on text alone: its Llama4ForCausalLM is run" in str(
-        capsys.readouterr()
+    assert (
+        "Llama4ForConditionalGeneration does not run on text alone: only its text model Llama4ForCausalLM runs"
+        in str(capsys.readouterr())
     )
     status, printed, _ = verdict(capsys, tmp_path / "out")
     assert status == 0, printed

@@ -11,7 +11,7 @@ from sparsefw.model.partial_forward import INPUT, call_without_data, next_point,
 from sparsefw.model.tape import Calls
 
 TOKENS, D = 5, 8
-CANNOT_GO_ON = "unsupported model: a block cannot go on from its residual stream as it did before"
+CANNOT_RESUME = "unsupported model: a block cannot resume from its residual stream as it did before"
 DIFFERS = "unsupported model: a block runs differently from one micro-batch to the next"
 
 
@@ -207,7 +207,7 @@ class TestErrors:
     def test_tensors_that_were_skipped(self, forward):
         block = Other(forward)
         *_, start = behind_sum(block)
-        fails(CANNOT_GO_ON, block, start)
+        fails(CANNOT_RESUME, block, start)
 
     def test_what_it_returns_beside_the_hidden_states_may_have_been_skipped(self):
         block = Other(reading(lambda x, y, h: (h, y)))

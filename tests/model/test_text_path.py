@@ -79,7 +79,7 @@ class TestClass:
         assert not streamed(folder).notes
 
     def test_encoder_and_decoder(self, tmp_path):
-        message = r"cannot load .*: %s has a decoder that reads what an encoder puts out; give a model that generates"
+        message = r"cannot load .*: %s has a decoder that reads an encoder's output; give a model that generates"
         sizes = dict(vocab_size=258, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
         folder = save(tmp_path / "t5", AutoConfig.for_model("t5", **sizes), AutoModelForSeq2SeqLM.from_config)
         with pytest.raises(InputError, match=message % "T5ForConditionalGeneration"):

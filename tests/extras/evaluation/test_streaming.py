@@ -120,7 +120,7 @@ def test_as_many_tokens_as_a_model_has_positions(tmp_path):
 
 def test_a_target_that_the_model_does_not_know_is_refused(llama):
     """No row of the head has it, so nothing else would say so."""
-    with pytest.raises(InputError, match=r"^token 258: the model embeds 258 tokens; give those of its own tokenizer"):
+    with pytest.raises(InputError, match=r"^token 258: the model embeds 258 tokens; give tokens of the model's own"):
         answers(llama, [request_of([5, 6], [258], 64)])
 
 
