@@ -29,7 +29,7 @@ from sparsefw.model import HiddenStates
 from sparsefw.model.activations import split_batches
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
-from sparsefw.model.head import divergence, predicts, tokens_of_pass
+from sparsefw.model.head import divergence, logits_are_tokenwise, tokens_of_pass
 from sparsefw.model.layers import layer_of
 from sparsefw.model.padding import without_padding
 from sparsefw.model.stubs import ForwardFailed, explained
@@ -111,9 +111,9 @@ def _predicted(run: Run, i: int, states: HiddenStates, ids: Tensor | None) -> It
     which plans rely, and only if the windows of all ranks have them: ranks make the same steps.
     """
     if ids is not None and run.of(i).predicts:
-        with run.model.outside():
+        with run.model.outside_loaded():
             every, _ = tokens_and_steps(run.shape, ids.shape[1], 1)
-            if all(run.ranks.gather(predicts(states, ids, every))):
+            if all(run.ranks.gather(logits_are_tokenwise(states, ids, every))):
                 # On the device: a copy of some tokens would wait for everything that was launched before it.
                 yield list(ids.to(run.model.device).split(states.windows))
                 return

@@ -47,7 +47,7 @@ class Streams:
 
     def perplexities(self, run: Run) -> dict[str, dict[str, float]]:
         """Perplexities after the last block: by evaluation text, then by DENSE and method."""
-        with run.model.timeline.span("evaluate"), run.model.outside():
+        with run.model.timeline.span("evaluate"), run.model.outside_loaded():
             return {
                 samples.source: {name: perplexity(x[n], samples, run.ranks) for name, x in self.evaluation.items()}
                 for n, samples in enumerate(self.texts)
@@ -59,7 +59,7 @@ def embedded(run: Run) -> Iterator[Streams]:
     """Make the hidden states of this rank's windows before the first block; the end of the `with` block frees them."""
     model, names, ranks = run.model, [DENSE, *run.config.methods], run.ranks
     with ExitStack() as opened:
-        with model.timeline.span("embed"), model.outside():
+        with model.timeline.span("embed"), model.outside_loaded():
             calibration, *texts = (x.shard(ranks.share(x.n)) for x in (run.calibration, *run.evaluation))
             # Steps of a reconstruction take pieces of micro-batches; the last piece may be smaller.
             step = run.placement.step

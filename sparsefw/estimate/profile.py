@@ -21,14 +21,14 @@ from sparsefw.errors import InputError
 from sparsefw.estimate.live_bytes import FEW, MORE, LinearCount, count_forward
 from sparsefw.estimate.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.model.block_model import BlockModel, ResidentModel
-from sparsefw.model.experts import choose_all_over, experts_of, find_no_layers, without_parts_in_turn
+from sparsefw.model.experts import choose_all_over, experts_of, find_no_layers, without_sequential_parts
 from sparsefw.model.find_layers import record_block
 from sparsefw.model.forward import embed, embed_batches
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.layers import Layer, is_expert, kind_of, slices_of
 from sparsefw.model.partial_forward import INPUT
 from sparsefw.model.skeleton import attention_implementation
-from sparsefw.model.stages import confirm, survey_tape
+from sparsefw.model.stages import survey_tape, without_failed_split
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.model.tape import Calls
 from sparsefw.selection import without_index
@@ -68,7 +68,7 @@ def shape_of_text(model: BlockModel) -> ModelShape:
         InputError: a block has no layers, or tensors that it passes to later blocks cannot be traced.
     """
     # Weights need no check for NaN: those of a model in memory were checked before, and all others are zero.
-    with model.outside(checked=False):
+    with model.outside_loaded(checked=False):
         walks = [_Walk(embed(model, torch.zeros(1, tokens, dtype=torch.int64), 1)) for tokens in (FEW, MORE)]
     shape = _shape_of(model, walks)
     by_window = model.flow.by_window and not model.flow.batch_after
@@ -222,7 +222,7 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
     parameters, hidden = dict(block.named_parameters()), states.hidden[0]
     with Calls(choose_all_over):
         tape, output = record_block(block, run, hidden, lambda _: states.handed_on(i, run), modules=experts_of(block))
-        experts = without_parts_in_turn(experts_of(block), tape)
+        experts = without_sequential_parts(experts_of(block), tape)
         no_layers = shared | find_no_layers(tape)
 
         def may_be_layer(name: str) -> bool:
@@ -233,7 +233,7 @@ def _find(states: HiddenStates, i: int, shared: set[str]) -> tuple[BlockShape, t
         if uneven := _cut_unevenly(surveyed.layers):
             no_layers |= uneven
             surveyed = survey_tape(tape, experts, may_be_layer)
-        surveyed = confirm(surveyed, run, hidden, output, {})
+        surveyed = without_failed_split(surveyed, run, hidden, output, {})
     first: dict[str, Layer] = {}
     for layer in surveyed.layers:
         first.setdefault(kind_of(layer.name, experts), layer)

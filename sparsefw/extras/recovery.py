@@ -91,7 +91,7 @@ def recover(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[
             memory.gpu_limited(limits.get("gpu"), output.gpu_memory is not None),
             deterministic(refuse=False),
             arithmetic.rounded_products() if rounded else nullcontext(),
-            student.outside(),
+            student.outside_loaded(),
         ):
             states = _dense_outputs(teacher, student, windows.ids)
             with student.whole():
@@ -169,7 +169,7 @@ def _check_models(folder: Path, teacher: StreamedModel, student: StreamedModel) 
     """Refuse checkpoints of two different models, and models that do not predict tokens."""
     if teacher.runs is not teacher.model or not teacher.logits_itemsize:
         raise InputError(f"{folder}: unsupported model: {type(teacher.model).__name__} predicts no tokens of a text")
-    with teacher.outside(), student.outside():
+    with teacher.outside_loaded(), student.outside_loaded():
         dense, pruned = (dict(model.model.named_parameters()) for model in (teacher, student))
         alike = dense.keys() == pruned.keys() and all(
             # Parameters inside the blocks have no data here. The others are never pruned, so they must be equal.

@@ -181,7 +181,7 @@ class BlockModel:
             restore(self._open.pop(i))
 
     @contextmanager
-    def outside(self, checked: bool = True) -> Iterator[None]:
+    def outside_loaded(self, checked: bool = True) -> Iterator[None]:
         """Load the weights outside of the blocks to the device inside the `with` block.
 
         These are the embeddings, the final norm and the head. They are checked for NaN and Inf, unless `checked` is
@@ -210,7 +210,7 @@ class BlockModel:
         """Load all weights that the forward needs to the device inside the `with` block, without checks for NaN."""
         with ExitStack() as opened:
             if not self.is_whole:
-                opened.enter_context(self.outside(checked=False))
+                opened.enter_context(self.outside_loaded(checked=False))
                 for i in self.unique_blocks:
                     opened.callback(self.close, i)
                     self.open_alone(i)

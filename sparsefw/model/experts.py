@@ -40,7 +40,7 @@ def experts_of(block: nn.Module) -> frozenset[str]:
 
     Modules are alike if their parameters have the same names. So the attention and the MLP of T5, which are numbered,
     are no experts. Modules of an `nn.Sequential` are no experts either: every token goes through all of them.
-    `without_parts_in_turn` then removes other modules that are alike and no experts.
+    `without_sequential_parts` then removes other modules that are alike and no experts.
     """
     experts: set[str] = set()
     for name, module in block.named_modules():
@@ -55,7 +55,7 @@ def experts_of(block: nn.Module) -> frozenset[str]:
     return frozenset(experts)
 
 
-def without_parts_in_turn(experts: frozenset[str], tape: BlockTape) -> frozenset[str]:
+def without_sequential_parts(experts: frozenset[str], tape: BlockTape) -> frozenset[str]:
     """Remove sequential parts from the names of modules that look like experts.
 
     The modules of a list are sequential parts if all are called, and all but one read outputs of modules in the list.

@@ -52,7 +52,7 @@ def trace_forward(model: BlockModel, batch: Batch) -> Trace:
     """Trace the model's forward up to its last block.
 
     Args:
-        model: the model; call this inside `BlockModel.outside`.
+        model: the model; call this inside `BlockModel.outside_loaded`.
         batch: arguments of the forward.
 
     Raises:
@@ -110,7 +110,7 @@ def embed_batches(
     vocabulary, store = model.vocabulary, store or Store(model.device)
     states = HiddenStates(model, Activations(store))
     first: dict[int, Stored] | None = None
-    with model.outside():
+    with model.outside_loaded():
         for batch in batches:
             if vocabulary is not None:
                 # With a vocabulary, the tensors of a batch are tokens.
@@ -180,7 +180,7 @@ def run_after_blocks(
     """Run the part of the model's forward that comes after the last block.
 
     Args:
-        model: the model; call this inside `BlockModel.outside`.
+        model: the model; call this inside `BlockModel.outside_loaded`.
         batch: arguments of the forward.
         hidden: the last block's output; None: a stub. With `Trace.by_window` it gets gradients.
         others: the other tensors of blocks that this part reads, by their numbers in the trace.

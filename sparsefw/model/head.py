@@ -30,7 +30,7 @@ from sparsefw.ranks import ALONE, Ranks
 # Number of logits in a piece, by type of device; a piece has at least one token. On a CPU a piece fits into the cache.
 PIECE = {"cpu": 2**18, "cuda": 2**24}
 
-# Number of tokens whose logits are compared in `predicts`: the last ones.
+# Number of tokens whose logits are compared in `logits_are_tokenwise`: the last ones.
 COMPARED = 4
 
 # torch's loss functions. A model's forward calls them in fp32, see `_in_fp32`.
@@ -67,7 +67,7 @@ def window_losses(states: HiddenStates, samples: Windows | Batches) -> list[list
         InputError: the model returns no loss for a batch.
     """
     losses, model, first = list[list[float]](), states.model, 0
-    with model.outside():
+    with model.outside_loaded():
         for j, windows in enumerate(states.windows):
             hidden, others = states.hidden[j], states.after_last(j)
             if isinstance(samples, Batches):
@@ -120,7 +120,7 @@ def check_losses(model: BlockModel, batches: Iterable[Batch]) -> None:
     Raises:
         InputError: the model returns no loss for a batch.
     """
-    with model.outside():
+    with model.outside_loaded():
         for j, batch in enumerate(batches):
             _own_loss(model, batch, j, None, {})
 
@@ -141,7 +141,7 @@ def _own_loss(model: BlockModel, batch: Batch, j: int, hidden: Tensor | None, ot
 def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> Any:
     """Logits (batch, seqlen, vocabulary); None if the model returns no logits.
 
-    Loads the weights outside of the blocks, unless the caller has entered `BlockModel.outside`.
+    Loads the weights outside of the blocks, unless the caller has entered `BlockModel.outside_loaded`.
 
     Args:
         model: the model, for which `embed` has run.
@@ -149,7 +149,7 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
         hidden: the last block's output, (batch, seqlen, d) in most models.
         others: other tensors of blocks that the forward reads after the last block, see `HiddenStates.after_last`.
     """
-    with model.outside():
+    with model.outside_loaded():
         if model.flow.by_window:
             return logits_after_blocks(model, token_batch(ids), hidden)
         return getattr(run_after_blocks(model, token_batch(ids), hidden, others or {}), "logits", None)
@@ -161,10 +161,10 @@ def tokens_of_pass(n: int, every: int) -> slice:
 
 
 @torch.no_grad()
-def predicts(states: HiddenStates, ids: Tensor, every: int) -> bool:
+def logits_are_tokenwise(states: HiddenStates, ids: Tensor, every: int) -> bool:
     """Whether a token's logits depend only on the hidden state of this token after the last block.
 
-    Returns false, too, if a block would have to run to find out. Call this inside `BlockModel.outside`.
+    Returns false, too, if a block would have to run to find out. Call this inside `BlockModel.outside_loaded`.
 
     Args:
         states: hidden states of windows before the first block.
@@ -200,7 +200,7 @@ def divergence(model: BlockModel, ids: Tensor, hidden: Tensor, dense: Tensor) ->
     """The Kullback-Leibler divergence, summed over all tokens, () fp32. It has a gradient with respect to `hidden`.
 
     Args:
-        model: the model; call this inside `BlockModel.outside`.
+        model: the model; call this inside `BlockModel.outside_loaded`.
         ids: (windows, seqlen) tokens.
         hidden, dense: (windows, seqlen, d) the last block's output in the pruned and in the dense model.
     """

@@ -71,16 +71,16 @@ def survey(
     Args:
         block, run, hidden, handed_on: as for `record_block`.
         selected: selects layers by name.
-        split_failures: results for earlier blocks, see `confirm`; the result for this block is added.
+        split_failures: results for earlier blocks, see `without_failed_split`; the result for this block is added.
         experts: names of modules that may be experts; None: `experts_of` finds them.
     """
     tape, output = record_block(block, run, hidden, handed_on)
     found = survey_tape(tape, experts_of(block) if experts is None else experts, selected)
-    return confirm(found, run, hidden, output, {} if split_failures is None else split_failures)
+    return without_failed_split(found, run, hidden, output, {} if split_failures is None else split_failures)
 
 
 def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector = everything) -> Survey:
-    """Survey a recorded forward of a block. `confirm` then tests whether the block runs in parts.
+    """Survey a recorded forward of a block. `without_failed_split` then tests whether the block runs in parts.
 
     Args:
         tape: the forward.
@@ -230,7 +230,9 @@ def _reads_values(op: Op) -> bool:
     return op.name in READING | _SHAPED or (op.name == "where" and len(op.args) + len(op.kwargs) == 1)
 
 
-def confirm(found: Survey, run: RunBlock, hidden: Tensor, output: Tensor, split_failures: SplitFailures) -> Survey:
+def without_failed_split(
+    found: Survey, run: RunBlock, hidden: Tensor, output: Tensor, split_failures: SplitFailures
+) -> Survey:
     """Test whether a block runs in parts; if not, return its survey without cuts and points.
 
     Args:

@@ -29,7 +29,7 @@ class Watched:
 
     def __init__(self, patch, answer=None):
         self.fits, self.asked, self.beside_head = [], [], []
-        make_round, predicts = BlockFit.round, reconstruct.predicts
+        make_round, predicts = BlockFit.round, reconstruct.logits_are_tokenwise
 
         def watched_round(fit, *args):
             self.fits.append(fit)
@@ -42,7 +42,7 @@ class Watched:
             return self.asked[-1]
 
         patch.setattr(BlockFit, "round", watched_round)
-        patch.setattr(reconstruct, "predicts", watched_predicts)
+        patch.setattr(reconstruct, "logits_are_tokenwise", watched_predicts)
         # More steps where there are predictions.
         patch.setattr(steps_of, "MIN_TOKENS", SEQLEN // steps_of.EVERY)
 

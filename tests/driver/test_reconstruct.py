@@ -220,7 +220,7 @@ def test_micro_batches_that_are_held_out(count):
 def test_steps_on_pieces_are_those_on_micro_batches_of_their_own(i, llama):
     """The same gradients in each pass, and the same loss of what is held out, also where predictions are compared."""
     ids, found = windows_of(llama), []
-    with StreamedModel(inspect(llama / "model"), CPU) as model, model.outside():
+    with StreamedModel(inspect(llama / "model"), CPU) as model, model.outside_loaded():
         for size, learned, held_out in ((1, [4, 5, 6, 7], [0, 1, 2, 3]), (4, [1], [0])):
             pieces = [token_batch(ids[:1])] if size > 1 else []
             states = embed_batches(model, map(token_batch, ids.split(size)), pieces=pieces)

@@ -22,7 +22,7 @@ def whole_model(model, folder):
 
 def all_logits(model, states):
     """The logits of TOKENS, from hidden states after the last block."""
-    with model.outside():
+    with model.outside_loaded():
         batches = zip(TOKENS.split(BATCH), states.hidden, range(len(states)), strict=True)
         return torch.cat([logits(model, ids, hidden, states.after_last(j)) for ids, hidden, j in batches])
 

@@ -8,7 +8,7 @@ from torch import nn
 from sparsefw.data.batches import batches_of
 from sparsefw.estimate.profile import shape_of_resident
 from sparsefw.model import resident
-from sparsefw.model.experts import experts_of, without_parts_in_turn
+from sparsefw.model.experts import experts_of, without_sequential_parts
 from sparsefw.model.find_layers import record_block
 from sparsefw.model.layers import is_expert, kind_of
 from sparsefw.model.settings import ONE_BY_ONE
@@ -169,7 +169,7 @@ MIXTURES = [by_index, twice, sorted_in_place, chosen_from_all, with_sum]
 def found(block):
     x = torch.randn(TOKENS, D)
     experts = experts_of(block)
-    return without_parts_in_turn(experts, record_block(block, block, x, modules=experts)[0])
+    return without_sequential_parts(experts, record_block(block, block, x, modules=experts)[0])
 
 
 @pytest.mark.parametrize("forward", MIXTURES)
@@ -178,13 +178,13 @@ def test_experts_of_a_mixture(forward):
     assert found(block) == experts_of(block) == {f"parts.{e}" for e in range(E)}
 
 
-def test_parts_in_turn_are_no_experts():
+def test_sequential_parts_are_no_experts():
     block = Parts(in_turn)
     assert found(block) == set() != experts_of(block)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
 
-def test_experts_inside_of_parts_in_turn():
+def test_experts_inside_of_sequential_parts():
     block = Parts(in_turn, lambda: Parts(by_index))
     assert found(block) == {f"parts.{i}.parts.{e}" for i in range(E) for e in range(E)}
 

@@ -26,7 +26,7 @@ def pinned(source, prefix):
 
 def test_embeddings_leave_nothing(source):
     with pretended_gpu() as gpu, StreamedModel(source, torch.device("cuda")) as model:
-        with model.outside():
+        with model.outside_loaded():
             assert gpu.host_held == 0
         assert gpu.host_peak == pinned(source, "") - pinned(source, "model.layers.")
 

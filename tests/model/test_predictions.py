@@ -9,7 +9,7 @@ from sparsefw.checkpoint.source import inspect
 from sparsefw.estimate.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.estimate.steps import tokens_and_steps
 from sparsefw.model import StreamedModel, embed, forward, head
-from sparsefw.model.head import divergence, predicts, tokens_of_pass
+from sparsefw.model.head import divergence, logits_are_tokenwise, tokens_of_pass
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 250, (3, 10), generator=torch.Generator().manual_seed(0))
@@ -23,7 +23,7 @@ def opened(request, tmp_path):
     model, generator = StreamedModel(inspect(source), CPU), torch.Generator().manual_seed(1)
     states = embed(model, IDS, 2)
     hidden, dense = 3 * torch.randn(2, *IDS.shape, states.hidden[0].shape[-1], generator=generator)
-    with model.outside():
+    with model.outside_loaded():
         yield source, model, states, hidden, dense
 
 
@@ -42,7 +42,7 @@ def expected(source, hidden, dense):
 
 def test_divergence_and_gradient(opened):
     source, model, states, hidden, dense = opened
-    assert predicts(states, IDS, 1)
+    assert logits_are_tokenwise(states, IDS, 1)
     x, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     found, wanted = divergence(model, IDS, x, dense), expected(source, exact, dense.double())
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
@@ -137,13 +137,13 @@ def test_a_classifier_predicts_no_tokens(opened, monkeypatch):
     _, _, states, *_ = opened
     for logits in (torch.zeros(1, 3), torch.zeros(1, 1, 250), None):
         monkeypatch.setattr(head, "logits", lambda *args, x=logits: x)
-        assert not predicts(states, IDS, 1)
+        assert not logits_are_tokenwise(states, IDS, 1)
 
 
 def test_a_head_that_mixes_tokens_does_not_predict_one_by_one(opened):
     _, model, states, *_ = opened
-    assert predicts(states, IDS, 2)
+    assert logits_are_tokenwise(states, IDS, 2)
     mixed = model.model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].cumsum(1),))
     model.after_blocks.clear()
-    assert not predicts(states, IDS, 2)
+    assert not logits_are_tokenwise(states, IDS, 2)
     mixed.remove()

@@ -97,7 +97,7 @@ class TestRefused:
         model.open(0)
         with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN"):
             model.open(1)
-        with pytest.raises(InputError, match=r"model\.norm\.weight.*NaN"), model.outside():
+        with pytest.raises(InputError, match=r"model\.norm\.weight.*NaN"), model.outside_loaded():
             pass
 
     def test_overflowing_activations_are_named(self, tmp_path):

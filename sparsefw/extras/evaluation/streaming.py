@@ -246,12 +246,12 @@ def _scores_of_trees(opened: _OpenModel, requests: Mapping[int, Request], trees:
     # A branched tree has a mask with a value for each pair of tokens, which counts as further tokens here.
     tokens = sum(tree.length * (1 + tree.branched * tree.length // opened.shape.hidden) for tree in trees)
     placement = opened.placement(-(-tokens // longest), longest)
-    with opened.model.outside():
+    with opened.model.outside_loaded():
         groups = list(_embedded(opened, trees, placement))
     for block in opened.blocks([states for _, states in groups], placement):
         for probe in probes:
             probe.check(block, groups)
-    with opened.model.outside():
+    with opened.model.outside_loaded():
         return dict(_scores(opened, requests, groups))
 
 
