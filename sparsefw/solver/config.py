@@ -31,8 +31,8 @@ class Method:
     Attributes:
         saliency: the saliency of the warm start; None: `PruneConfig.warm_start`.
         rows_independent: whether each row is solved by itself once its saliency and its budget are known. Then layers
-            are stacked and solved in chunks. If not, a fraction is the budget of all rows together; n:m stays the
-            budget of each group.
+            are stacked and solved in chunks. If not, a fraction is one budget for all rows together. Under n:m each
+            group keeps its budget.
         frank_wolfe: whether the method uses the fields of `PruneConfig` that are marked `frank_wolfe`.
         dense_target: whether the method damps the Gram matrix, and its layers may approximate the dense model's
             outputs, see `targets`.

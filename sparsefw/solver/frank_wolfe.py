@@ -7,7 +7,7 @@ minimization oracle (LMO) returns a vertex V, and M moves towards it. R = E G is
 one product, that of a binary mask. A penalty on entries between 0 and 1 grows over the steps: it drives M to a vertex,
 so that rounding loses little.
 
-A mask may be chosen on H, which is G with damping: such a mask holds better on other texts. Errors and bounds are
+A mask may be chosen on H, which is G with damping: such a mask is better on other texts. Errors and bounds are
 always measured on G. `methods.py` calls these functions, `refit.py` fits the kept weights, and `paper.py` has the steps
 of the published algorithm that differ.
 """
@@ -50,7 +50,7 @@ class Problem:
         G: (d, d) fp32 Gram matrix of the input. Errors are measured on it.
         H: (d, d) G with damping, on which masks and weights are chosen; G itself without damping. It is bf16 if it is
             only used in products that round to bf16, else fp32.
-        saliency: (rows, d) fp32. The warm start keeps its highest entries, and rounding breaks ties by it.
+        saliency: (rows, d) fp32. The warm start keeps the entries of the highest saliency. Rounding breaks ties by it.
         k: number of kept weights in a row or, with `group`, in a group; an int, or an int64 tensor (rows,).
         group: m of n:m, else 0.
         exact: G as `Backend.exact_operand` returns it, for exact products.
@@ -117,7 +117,7 @@ def check_errors(errors: Tensor) -> None:
     """Raise FloatingPointError unless all errors are finite."""
     if not errors.isfinite().all():
         raise FloatingPointError(
-            "the layer's error is not finite: NaN or Inf in its weight or Gram matrix, or numbers too large for their "
+            "the layer's error is not finite: NaN or Inf in its weight or Gram matrix, or values too large for their "
             "dtype"
         )
 

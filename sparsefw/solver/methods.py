@@ -65,7 +65,7 @@ def choose_frank_wolfe(problem: Problem, config: PruneConfig, backend: Backend) 
     schedule = frank_wolfe.penalty_schedule(config.steps, config.penalty)
     if config.step_rule == "open-loop":
         schedule = paper.open_loop(schedule)
-    # With a refit the mask is chosen again, on H. Choosing the first mask on H as well was measured to change nothing.
+    # With a refit the mask is chosen again, on H. Choosing the first mask on H as well made no measurable difference.
     first = replace(problem, H=problem.G) if config.refit else problem
     choice = frank_wolfe.solve(first, warm, schedule, swaps=config.swaps, backend=backend)
     if config.preset != "paper":

@@ -19,7 +19,7 @@ from sparsefw.solver.frank_wolfe import Problem, Schedule
 
 
 def fixed_entries(problem: Problem, warm: Tensor, alpha: float, backend: Backend) -> Tensor:
-    """Find the entries to fix: in every row the floor(alpha k) most salient ones of the warm start, (rows, d) bool.
+    """Find the entries to fix, (rows, d) bool: the floor(alpha k) of highest saliency among each row's warm start.
 
     Under n:m, k here counts the kept weights of the whole row. So groups of high saliency get more fixed entries.
     """

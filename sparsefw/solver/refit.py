@@ -29,8 +29,8 @@ from sparsefw.kernels.topk_torch import as_float
 from sparsefw.solver import frank_wolfe
 from sparsefw.solver.frank_wolfe import Problem, Schedule
 
-# Steps of the second Frank-Wolfe, as a fraction of the first one's. Of all splits of 40 steps, 30 + 10 left the lowest
-# error.
+# The second Frank-Wolfe makes this fraction of the steps of the first. Of all splits of 40 steps, 30 + 10 left the
+# lowest error.
 RESTART = 1 / 3
 
 # The margin of a row becomes 2 margin + 0.1 after a rejected round, and 0.7 margin after an accepted one.

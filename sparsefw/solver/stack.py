@@ -29,8 +29,8 @@ ROW_UNIT = 64
 # fit into the caches. In a shorter one each operation takes so little time that threads wait for each other in Python.
 CPU_ROWS, CPU_ENTRIES = 384, 1 << 19
 
-# Peak bytes of a solve for each entry of a chunk, as measured on a CPU; with the stack's W and saliency it is 88. They
-# hold fp32 W, T, the target gap, M, R, U, E, the refit's Z and R, temporaries of the row step, and bool masks.
+# Peak bytes of a solve for each entry of a chunk, as measured on a CPU: fp32 W, T, the target gap, M, R, U, E, the
+# refit's Z and R, temporaries of the row step, and bool masks. W and saliency of the whole stack take 8 more.
 BYTES_PER_ENTRY = 80
 
 
@@ -99,7 +99,7 @@ def stack_rows(stack: Stack) -> Problem:
     support = W != 0 if config.keep_zeros else None
     exact, H = backend.exact_operand(G, own), G
     if stack.method.dense_target:
-        # Without a refit, swaps need H exactly. With one, H is only a factor of products.
+        # Without a refit, swaps need H exactly. With a refit, H is only a factor of products.
         only_products = config.refit and backend.precision == "bf16"
         H = damped(G, config.damp, torch.bfloat16 if only_products else torch.float32)
     target_gap = _to_targets(stack, W, exact, H, support)
@@ -179,7 +179,7 @@ def cpu_rows(d: int) -> int:
 
 @contextmanager
 def in_chunks(stack: Stack) -> Iterator[tuple[list[slice], Callable[..., Iterator[Any]]]]:
-    """Cut a stack into chunks of rows whose state fits the memory.
+    """Cut a stack into chunks of rows whose state fits into the memory limit.
 
     On a CPU, torch's threads solve different chunks at the same time. The operations on one chunk are too short to be
     split over threads, and numpy's selection uses one thread only.
