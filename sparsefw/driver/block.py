@@ -1,7 +1,7 @@
 """The steps of pruning one block: find its stages, measure the inputs of a stage's layers, solve the layers in place.
 
-Where layers approximate the dense model's outputs, the same windows also pass the dense block, and the block is pruned
-stage by stage: the inputs of later layers are measured after earlier layers are pruned.
+If layers approximate the dense model's outputs, the calibration windows also run through the dense block, and the block
+is pruned stage by stage: the inputs of later layers are measured after earlier layers are pruned.
 """
 
 import math
@@ -28,12 +28,12 @@ from sparsefw.ranks import DONE, Handle
 from sparsefw.report import log
 from sparsefw.solver.layer import LayerResult, prune_layers
 
-# A block before it is pruned, and the calibration windows before it in the dense model.
+# A dense copy of a block, and the calibration windows of the dense model at the block's input.
 Reference = tuple[DenseBlock, HiddenStates]
 
 
 def read_block(run: Run, i: int) -> DenseBlock | None:
-    """Load block i, and return a copy of its weights if a run needs them after they are pruned."""
+    """Open block i. Returns a copy of its dense weights if the run needs them after the block is pruned."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     block = run.model.open(i, run.placement.ahead)
@@ -44,14 +44,14 @@ def read_block(run: Run, i: int) -> DenseBlock | None:
 def measure_stage(
     run: Run, i: int, stage: Stage | None, states: HiddenStates, dense: Reference | None, held_out: Container[int]
 ) -> Captured:
-    """Accumulate the Gram matrices of the layers of a stage.
+    """Accumulate the Gram and cross matrices of a stage's layers.
 
     Args:
         run: the run.
         i: number of the block, which is open.
-        stage: the stage; None: all layers of the block at once.
-        states: the calibration windows before the block, or where the stage before has left them.
-        dense: the dense block, and the calibration windows in the dense model.
+        stage: the stage; None: all layers of the block are measured in one run, without the dense model.
+        states: the calibration windows, at the block's input or where the previous stage has left them.
+        dense: the dense block, and the calibration windows in the dense model. Every stage needs them.
         held_out: numbers of the micro-batches that layers are not fitted to.
 
     Raises:
@@ -77,13 +77,13 @@ def measure_stage(
         measured = _combined(run, i, measured)
         if stage is None:
             _check_known(run, i, measured.ignored)
-        # The solve allocates other sizes than those that the micro-batches have freed.
+        # The solve allocates tensors of other sizes, which do not fit into the memory that micro-batches have freed.
         trim_memory()
         return measured
 
 
 def calibration_mode(run: Run, found: list[Stage | None]) -> str:
-    """Say how the calibration windows ran through a block with these stages, for the report."""
+    """Describe for the report how the calibration windows ran through a block with these stages."""
     order = [stage for stage in found if stage]
     if not order:
         return "once through the block"
@@ -97,20 +97,23 @@ def tensors_of(run: Run, i: int, method: str) -> dict[str, Tensor]:
     with run.model.timeline.span("write", i):
         tensors = run.model.block_tensors(i)
         if method != run.config.method and run.model.device.type == "cpu":
-            # The next method overwrites the block's memory.
+            # Copied, since the next method overwrites the block's memory.
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         return tensors
 
 
 def _is_kept(run: Run, stage: Stage) -> bool:
-    # After the last stage only the end of the block is left to run, and before a reconstruction all of it runs again.
+    # The input of the last stage is not read again if a reconstruction follows: windows return to the block's input.
     if not stage.cacheable or (stage.final and run.config.goes_back):
         return False
     return stage.layers[0].weight.shape[1] <= run.placement.kept_width
 
 
 def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult]:
-    """Prune the measured layers, those of one input together. Each Gram matrix is freed after its last solve."""
+    """Prune the measured layers, and free each Gram matrix after its last use.
+
+    Layers with the same input are solved together.
+    """
     timeline, ranks = run.model.timeline, run.ranks
     results = dict[str, LayerResult]()
     solves = find_solves(captured, method, run.config, ranks, run.of(i).expert_names)
@@ -119,23 +122,23 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
         with timeline.span("exchange", i):
             arriving = add_up(captured, solves, ranks, run.config.backend)
     for gram, G in captured.grams.items():
-        # The diagonal bounds all other entries of G.
+        # Checking the diagonal is enough, since it bounds all other entries of G.
         check_finite(f"inputs of {run.model.names[i]}.{gram} (their squares, summed)", G.diagonal())
     last = {solve.gram: n for n, solve in enumerate(solves)}
     for n, solve in enumerate(solves):
         if solve.owner in (None, ranks.number):
-            mine = [*zip(solve.layers, solve.rows(ranks), strict=True)]
+            parts = [*zip(solve.layers, solve.rows(ranks), strict=True)]
             with timeline.span("solve", i):
                 for layer in solve.layers:
                     arriving.pop(layer.name, DONE).wait()
                 solved = prune_layers(
-                    [(f"{run.model.names[i]}.{layer.name}", layer.weight[rows]) for layer, rows in mine],
+                    [(f"{run.model.names[i]}.{layer.name}", layer.weight[rows]) for layer, rows in parts],
                     captured.grams[solve.gram],
                     method,
                     run.config,
                     run.config.backend,
                     memory=run.placement.solver,
-                    crosses=[rows_of(captured.crosses.pop(layer.name, None), rows) for layer, rows in mine],
+                    crosses=[rows_of(captured.crosses.pop(layer.name, None), rows) for layer, rows in parts],
                 )
                 solved = exchange_rows(solve, solved, ranks)
             for layer, result in zip(solve.layers, solved, strict=True):
@@ -145,7 +148,7 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
     if not ranks.alone:
         with timeline.span("exchange", i):
             for handle in arriving.values():
-                # Those of other ranks' solves, too: their memory is used again after this.
+                # Waits also for matrices that other ranks need, as their memory is reused after this.
                 handle.wait()
             results = exchange(solves, results, ranks)
     found = [results[layer.name] for solve in solves for layer in solve.layers]
@@ -155,7 +158,7 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
 
 
 def kept_dense(model: BlockModel, i: int, pruned: list[LayerResult]) -> list[str]:
-    """Names of the matrices of block i that were not pruned; empty if the block repeats an earlier one."""
+    """List the names of the matrices of block i that were not pruned; empty if the block repeats an earlier one."""
     if i not in model.unique_blocks:
         return []
     prefix = f"{model.names[i]}."
@@ -164,22 +167,22 @@ def kept_dense(model: BlockModel, i: int, pruned: list[LayerResult]) -> list[str
 
 
 def unused_matrices(model: BlockModel) -> list[str]:
-    """Names of the matrices in blocks that the model's forward never reaches: they stay dense."""
+    """List the names of the matrices in blocks that the model's forward never runs. These matrices stay dense."""
     return [f"{block}.{name}" for block, module in model.unused.items() for name in not_pruned(module, {})]
 
 
 def find_stages(run: Run, i: int, states: HiddenStates, dense: Reference | None) -> list[Stage | None]:
-    """Find the stages of block i, which is open, in their order.
+    """Find the stages of block i, which is open, in the order of use.
 
     Args:
         run: the run.
         i: number of the block.
         states: the calibration windows before the block. The first micro-batch shows the stages.
-        dense: the dense block and its windows, where layers approximate the dense model's outputs. If no stage will
-            move these windows, they move through the block here.
+        dense: the dense block and its windows, if layers approximate the dense model's outputs. Stages move these
+            windows through the block. If there is no stage, they move through it here.
 
     Returns:
-        The stages; [None] if all layers are measured at once; an empty list if no layer is pruned.
+        The stages; [None] if all layers are measured in one run; an empty list if no layer is pruned.
     """
     order = _surveyed(run, i, states) if dense else []
     if dense and not order:
@@ -190,12 +193,12 @@ def find_stages(run: Run, i: int, states: HiddenStates, dense: Reference | None)
 
 def _surveyed(run: Run, i: int, states: HiddenStates) -> list[Stage]:
     """Find the stages of block i by running its first micro-batch; an empty list if no layer is to be pruned."""
-    # The micro-batch may not reach the selected experts: others of their kind stand for them.
+    # The micro-batch may not reach a selected expert. Then another expert of the same kind shows the stage.
     experts = run.of(i).expert_names
     kinds = {kind_of(layer, experts) for layer in run.selected(i)}
     if not kinds:
         return []
-    known = len(run.confirmed)
+    known = len(run.split_failures)
     with run.model.timeline.span("calibrate", i):
         run_block = states.run_of(i, 0)
         surveyed = survey(
@@ -204,27 +207,27 @@ def _surveyed(run: Run, i: int, states: HiddenStates) -> list[Stage]:
             states.hidden[0],
             lambda name: kind_of(name, experts) in kinds,
             handed_on=lambda _: states.handed_on(i, run_block),
-            split_failures=run.confirmed,
+            split_failures=run.split_failures,
             experts=experts,
         )
-    for why in filter(None, [*run.confirmed.values()][known:]):
-        run.say(f"{run.model.names[i]}: every stage begins at the block's start, as in all blocks like it: {why}")
+    for why in filter(None, [*run.split_failures.values()][known:]):
+        run.say(f"{run.model.names[i]}: every stage of this block and of similar ones begins at its start: {why}")
     _check_known(run, i, surveyed.ignored)
     found = stages(surveyed)
-    # Ranks must agree on the stages, and on the layers that write to the stream.
+    # Ranks must agree on the stages, and on the layers that add to the residual stream.
     outline = [(stage.key, sorted(stage.writes)) for stage in found]
     if any(other != outline for other in run.ranks.gather(outline)):
         raise InputError(
-            f"{run.model.names[i]}: unsupported model: windows on other ranks run through it in another way"
+            f"{run.model.names[i]}: unsupported model: windows on other ranks make other calls in it; use one rank"
         )
     return found
 
 
 def _combined(run: Run, i: int, captured: Captured) -> Captured:
-    """Add the layers that other ranks have seen.
+    """Add the layers that only other ranks have seen.
 
     Raises:
-        InputError: the block has no layers.
+        InputError: no rank has seen a layer in the block.
     """
     captured = combine(run.model.blocks[i], captured, run.ranks, run.of(i).expert_names)
     if not captured.layers and not captured.ignored:
@@ -233,7 +236,7 @@ def _combined(run: Run, i: int, captured: Captured) -> Captured:
 
 
 def _check_known(run: Run, i: int, unselected: Iterable[str]) -> None:
-    """Refuse a block that multiplies with a matrix that its trial run did not show: it would silently stay dense."""
+    """Refuse a block that uses a matrix that its trial run did not show. The matrix would silently stay dense."""
     dense, block = run.model.shared.names, run.model.names[i]
     others = [name for name in unselected if f"{block}.{name}" not in dense]
     unknown = [name for name in others if kind_of(name, run.of(i).expert_names) not in run.of(i).seen]

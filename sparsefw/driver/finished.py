@@ -1,4 +1,4 @@
-"""The finished blocks of a run: their records and the time left, and a thread that writes them."""
+"""The finished blocks of a run: their records, the time left for other blocks, and a thread that writes them."""
 
 import time
 from collections.abc import Callable
@@ -19,16 +19,16 @@ from sparsefw.report.content import BlockRecord
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import WRITE
 
-# A function that is called with the record of a finished block and the results of its layers.
+# Called with the record of each finished block and the results of its layers.
 OnBlock = Callable[[BlockRecord, list[LayerResult]], None]
 
-# Tensors of a block on the host by method, then by their names in the checkpoint.
-Written = dict[str, dict[str, Tensor]]
+# Tensors of a block on the host, by method and then by their names in the checkpoint.
+TensorsByMethod = dict[str, dict[str, Tensor]]
 
 
 @dataclass
 class FinishedBlock:
-    """The record of a finished block, which is on the disk with its tensors: a resumed run reports it.
+    """Record of a finished block. It is written with the block's tensors, so that a resumed run can report it.
 
     Attributes:
         block: name, seconds and memory.
@@ -41,9 +41,9 @@ class FinishedBlock:
     kept_dense: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, i: int, name: str, way: str = "") -> "FinishedBlock":
-        """Begin the record of block i, without measurements."""
-        return cls(BlockRecord(i, name, way, {}, 0, 0))
+    def of(cls, i: int, name: str, calibration_mode: str = "") -> "FinishedBlock":
+        """Make the record of block i, without measurements yet."""
+        return cls(BlockRecord(i, name, calibration_mode, {}, 0, 0))
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Outcome:
     """The measurements of a run.
 
     Attributes:
-        finished: the records of all blocks, of which an unfinished run may have made the first ones.
-        unused: names of the matrices in blocks that the model's forward never reaches.
+        finished: the records of all blocks. The first ones may be from the unfinished run that this run resumes.
+        unused: names of the matrices in blocks that the model's forward never runs.
         perplexity: perplexity by evaluation text, then by "dense" and by method; empty without evaluation.
     """
 
@@ -66,12 +66,12 @@ class Finished:
 
     Args:
         run: the run.
-        writer: writes the blocks; knows those that an unfinished run has written.
+        writer: writes the blocks, and lists the blocks that an unfinished run has written.
         on_block: called with every finished block.
 
     Attributes:
-        blocks: the records of the finished blocks; repeats of a block have no record.
-        before, left: numbers of the blocks that an unfinished run has finished, and of the others.
+        blocks: the records of the finished blocks. A block that repeats an earlier one has no record.
+        before, left: numbers of the blocks that an unfinished run has finished, and of the blocks that are left.
         first, last: numbers of the first and of the last block in which layers are pruned.
     """
 
@@ -81,7 +81,7 @@ class Finished:
         self._done = len(writer.finished)
         records = writer.finished[: len(unique)]
         self.blocks = [convert(FinishedBlock, record, "the record of a finished block: ") for record in records]
-        # Repeats are not written: those after the last finished block count as finished, too.
+        # Repeats of blocks are not written. Repeats that follow the last finished block count as finished.
         begin = [*unique, count][len(self.blocks)]
         self.before, self.left = range(begin), range(begin, count)
         pruned = [i for i in range(count) if run.selected(i)] or [0]
@@ -107,7 +107,7 @@ class Finished:
         """Tell whether this rank writes block i."""
         return i in self._run.model.unique_blocks and self._writer.writes(self._run.model.unique_blocks.index(i))
 
-    def tell_again(self, i: int) -> None:
+    def report_again(self, i: int) -> None:
         """Report block i, which an unfinished run has finished."""
         model = self._run.model
         self._run.say(log.block_row(model.names[i], i + 1, len(model.blocks)))
@@ -117,13 +117,13 @@ class Finished:
         self._on_block(found.block, found.layers)
         self._started = time.perf_counter()
 
-    def add(self, i: int, found: FinishedBlock, tensors: Written) -> None:
+    def add(self, i: int, found: FinishedBlock, tensors: TensorsByMethod) -> None:
         """Report block i, and begin to write it.
 
         Args:
             i: number of the block.
-            found: its record.
-            tensors: its tensors by method, which are freed when they are written; empty if another rank writes them.
+            found: the block's record.
+            tensors: the block's tensors, freed once they are written; empty if another rank writes them.
         """
         run, model, ranks = self._run, self._run.model, self._run.ranks
         self._say(i, found)
@@ -137,7 +137,7 @@ class Finished:
         peaks = ranks.gather(peak_memory())
         measured: dict[str, Any] = {name: max(peak[name] for peak in peaks) for name in peaks[0]}
         found.block = replace(found.block, seconds=model.timeline.seconds(i), **measured)
-        # Each rank writes some of the records: all of them shall be rank 0's, which makes the report.
+        # Each rank writes some of the records. All of them have rank 0's values, since rank 0 makes the report.
         found = ranks.broadcast_object(found)
         if written_here:
             cuda = model.device.type == "cuda"
@@ -156,11 +156,11 @@ class Finished:
             if shard >= self._done and writer.writes(shard):
                 with model.timeline.span("write"):
                     writer.write(shard, model.other_tensors(names))
-                # The C library keeps small tensors that are freed, beside the next ones.
+                # Without this, the C library keeps the memory of freed small tensors while it allocates the next ones.
                 trim_memory()
 
     def _say(self, i: int, found: FinishedBlock) -> None:
-        """Log block i with the time left. Blocks without pruned layers take little, and do not count."""
+        """Log block i with the time left. Blocks before the first and after the last pruned one do not count."""
         first = max(self.first, self.left.start)
         if i < first:
             # The clock starts at the first block in which layers are pruned.
@@ -174,8 +174,8 @@ class Finished:
         if self._written:
             self._written.result()
 
-    def _write(self, i: int, tensors: Written, found: FinishedBlock, copied: torch.cuda.Event | None) -> None:
-        """Write a block as each method pruned it; the tensors of the config's method belong to the checkpoint.
+    def _write(self, i: int, tensors: TensorsByMethod, found: FinishedBlock, copied: torch.cuda.Event | None) -> None:
+        """Write a block as each method has pruned it. Only the tensors of the config's method are in the checkpoint.
 
         On a GPU, the event `copied` tells when all tensors have reached the host.
         """

@@ -1,6 +1,6 @@
 """A run on a model in memory, calibrated on text, or on batches of arguments of the model's forward.
 
-The model is written by its own library.
+The model's own library writes the pruned model.
 """
 
 import hashlib
@@ -53,14 +53,14 @@ def run_in_memory(
 ) -> Report:
     """Prune a model in place, evaluate it, and write it with its report.
 
-    Its weights change at the end, when all blocks have been pruned: an error leaves the model as it was.
+    The model's weights change only after all blocks have been pruned: an earlier error leaves the model unchanged.
 
     Args:
         model: the model.
-        job: the run. All of its ranks have the model and all batches.
-        batches: the batches of calibration, and those of evaluation, for which the model returns a loss; None: the job
-            names texts, and the model is one of transformers.
-        saves: whether the pruned model is written, besides its report.
+        job: the run. Each of its ranks has the model and all batches.
+        batches: the calibration batches, and the evaluation batches or None. For evaluation batches the model returns a
+            loss. None in place of both: the job names texts, and the model is a transformers model.
+        saves: whether the pruned model is written, and not only the report.
 
     Raises:
         InputError: an input is wrong; the message names it.
@@ -72,8 +72,8 @@ def run_in_memory(
     job, batch = resumed(job), None if batches is None else _largest(batches[0])
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     device = this_device() if device.type == "cpu" else device
-    # Without gradients, which the parameters of a module may require.
     source, notes = _source(model, job.tokenizer) if saves and job.ranks.first else (None, [])
+    # `no_grad` is for a caller's model, whose parameters may require gradients.
     with on_gpu(device), torch.no_grad(), resident(model, batch, device, partial(computes_in_fp32, job)) as opened:
         opened.notes += notes
         run = _settled(job, opened, batches, saves, source)
@@ -105,15 +105,15 @@ def _settled(
     saves: bool,
     source: Path | None,
 ) -> Run:
-    """Make the run of a job on the texts that it names, or on batches."""
+    """Make the run of a job: on the texts that the job names, or on batches."""
     calibration: Samples
     evaluation: Sequence[Samples]
-    written = 0
+    generated = 0
     if batches is None:
         if job.inputs.evaluate and not opened.logits_itemsize:
-            raise InputError(f"evaluate: {type(opened.model).__name__} returns no logits, of which perplexity is made")
+            raise InputError(f"evaluate: {type(opened.model).__name__} returns no logits, which perplexity needs")
         whole = shape_of_text(opened)
-        job, calibration, evaluation, seqlen, written = read_texts(job, opened, whole)
+        job, calibration, evaluation, seqlen, generated = read_texts(job, opened, whole)
     else:
         calibration, evaluated = batches
         evaluation = [evaluated] if evaluated else []
@@ -122,9 +122,9 @@ def _settled(
         if evaluated:
             check_losses(opened, evaluated.batches)
         job = replace(job, inputs=replace(job.inputs, seqlen=max(2, seqlen)))
-        # The mean over batches: they may have different sizes.
+        # Batches may have different sizes, so the mean number of their tokens counts.
         job = with_defaults(job, calibration.n, tokens // calibration.n or seqlen)
-    # The state of a module may hold other objects than tensors.
+    # A state dict may also hold objects that are not tensors.
     tensors = {name: value for name, value in opened.model.state_dict().items() if isinstance(value, Tensor)}
     run = Run(
         job,
@@ -141,13 +141,16 @@ def _settled(
     )
     saved = sum(tensor.nbytes for tensor in tensors.values()) if saves else 0
     # Batches of a caller are not divided into micro-batches.
-    return settled(run, written, saved, {"batch": 1} if batches else {})
+    return settled(run, generated, saved, {"batch": 1} if batches else {})
 
 
 def _tokens_without_padding(calibration: Batches, seqlen: int, notes: list[str]) -> int:
-    """Count the tokens of batches that are no padding, and note it; 0 if no batch has padding."""
+    """Count the tokens of batches, except padding, and add a note if there is padding.
+
+    The result is 0 if not every batch has an attention mask with an entry for each position.
+    """
     masks = [x for batch in calibration.batches if isinstance(x := batch.kwargs.get("attention_mask"), Tensor)]
-    # A mask of sound counts samples, and one position is made of several samples.
+    # An attention mask of sound has an entry for each sample, but several samples make one position.
     if len(masks) != calibration.n or max(x.numel() for x in masks) != seqlen:
         return 0
     tokens, positions = sum(int((x != 0).sum()) for x in masks), sum(x.numel() for x in masks)
@@ -157,9 +160,10 @@ def _tokens_without_padding(calibration: Batches, seqlen: int, notes: list[str])
 
 
 def _source(model: nn.Module, tokenizer: Any) -> tuple[Path | None, list[str]]:
-    """Return the folder that a model of transformers was loaded from, whose small files are copied to the output.
+    """Find the folder that a transformers model was loaded from. Its small files are copied to the output.
 
-    A note follows where neither the folder nor the caller has a tokenizer or a processor.
+    Returns:
+        The folder or None, and a note if neither the folder nor the caller has a tokenizer or a processor.
     """
     if not isinstance(model, PreTrainedModel):
         return None, []
@@ -168,12 +172,13 @@ def _source(model: nn.Module, tokenizer: Any) -> tuple[Path | None, list[str]]:
     with suppress(InputError):
         if model.name_or_path:
             found = locate(model.name_or_path, SMALL_FILES)
-            # Refuses a link out of the folder now, and not at the end of the run.
+            # `companions` refuses links out of the folder. Called here, it does so before the run and not at its end.
             names, folder = [path.name.lower() for path in companions(found)], found
     if tokenizer is not None or any(matches(name, (*TOKENIZERS, *PROCESSORS)) for name in names):
         return folder, []
-    why = f"none is found at {shown(model.name_or_path)}" if model.name_or_path else "it is not of a checkpoint"
-    return folder, [f"no tokenizer or processor is written beside the model: {why}; give tokenizer="]
+    loaded_from = model.name_or_path
+    why = f"none is found at {shown(loaded_from)}" if loaded_from else "the model was not loaded from a folder"
+    return folder, [f"no tokenizer or processor is written with the model: {why}; give tokenizer="]
 
 
 def _largest(batches: Batches) -> Batch:
@@ -191,10 +196,10 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 def check_configs(model: nn.Module) -> None:
-    """Refuse a model of transformers whose config the library does not write, which would end the run at its end.
+    """Refuse a transformers model with a config that cannot be written, before the run and not at its end.
 
     Raises:
-        InputError: the config is invalid: for one, it has a temperature without sampling.
+        InputError: the config is invalid, such as one that has a temperature without sampling.
     """
     if getattr(type(model), "save_pretrained", None) is PreTrainedModel.save_pretrained:
         assert isinstance(model, PreTrainedModel)
@@ -205,13 +210,13 @@ def check_configs(model: nn.Module) -> None:
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Write a model into an empty folder by its own `save_pretrained`, or else as a single safetensors file.
+    """Write a model into an empty folder by its `save_pretrained`. Without this method, write one safetensors file.
 
     Raises:
         InputError: the model cannot be written.
     """
     own: Any = getattr(model, "save_pretrained", None)
-    # safetensors refuses tensors that are parts of a larger one, as in models with one flat buffer: these are copied.
+    # safetensors refuses tensors that are views of a larger one, as in models with one flat buffer. So they are copied.
     slots = [] if own else slots_of(model.named_modules())
     parts = [slot for slot in slots if slot.own.untyped_storage().nbytes() > slot.own.nbytes]
     with explained_saving(model), filled(parts, lambda slot: slot.own.detach().clone()):
@@ -222,6 +227,9 @@ def save(model: nn.Module, folder: Path) -> None:
 
 
 def explained_saving(model: nn.Module) -> AbstractContextManager[None]:
-    """Turn an error of the library that writes a model inside the `with` block into an InputError of one line."""
+    """Turn an error of writing a model inside the `with` block into an InputError of one line.
+
+    Errors of the disk are raised unchanged.
+    """
     what, of_disk = f"model: {type(model).__name__} cannot be written", (OSError, SafetensorError)
     return errors_in_one_line(what, limit=600, passing=of_disk)

@@ -1,4 +1,4 @@
-"""A run that is asked for, and the run that is settled."""
+"""Job: a run as the user asks for it. Run: the same run with its model, its windows and its placement in memory."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,14 +25,14 @@ from sparsefw.report.content import Report
 from sparsefw.report.log import Progress
 from sparsefw.solver.config import PruneConfig
 
-# Whether a progress bar is shown, None: in a terminal alone; or what is called with every finished block.
+# Whether to show a progress bar; None: only in a terminal. A function is called with the progress in place of a bar.
 Shown = bool | Callable[[Progress], None] | None
 
-# Samples run through a model: windows of tokens, or a caller's batches.
+# Samples that run through a model: windows of tokens, or a caller's batches.
 Samples = Windows | Batches
 
-# Writes report.html and the model card. Takes the report, the output's folder, the source's folder, a function for
-# lines of the log, and the folder to write to, which becomes the output's.
+# Writes report.html and the model card. Arguments: the report, the output's folder, the source's folder, a function
+# that logs a line, and the folder to write to, which is later moved to the output's folder.
 WritePages = Callable[[Report, Path, Path | None, Callable[[str], None], Path], None]
 
 
@@ -44,15 +44,17 @@ class Job:
         inputs: the model and the texts, by name.
         config: how the model is pruned.
         output: where the run writes.
-        dataset: calibration data without a name: documents, or token ids (windows, seqlen); None: `inputs` names it.
-        tokenizer: the model's tokenizer; None: the source's.
-        folder: folder of the source, the checkpoint that is read; None: the model is in memory.
+        dataset: calibration data from the caller: documents, or token ids (windows, seqlen); None: `inputs` names the
+            calibration data.
+        tokenizer: the model's tokenizer from the caller; None: `folder` has the tokenizer.
+        folder: folder of the checkpoint that is read; None: the model is in memory.
         say: called with every line of the log.
         progress: how progress is shown, see `log.progress_of`.
-        ranks: the processes of the run, each with its share of the windows. All of them have the same job.
+        ranks: the processes of the run. All have the same job, and each has its share of the windows.
         given: the arguments that the user gave, by name, for the report.
-        write_pages: writes the page and the model card; None: there are none.
-        begun: identity and choices of the unfinished run that this one resumes, see `Writer.begun`.
+        write_pages: writes report.html and the model card; None: neither is written.
+        begun: identity and choices of the unfinished run that this run resumes, see `Writer.begun`; empty if it resumes
+            no run.
     """
 
     inputs: Inputs
@@ -71,26 +73,27 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its model, its windows, and the placement that it has settled.
+    """A run: a job with its model, its windows, and its placement in memory.
 
     Attributes:
         job: the job; its config has the defaults that depend on the calibration.
-        model: the model before its first block.
+        model: the model, which runs one block at a time.
         name, dtype: the model's name and dtype, for the log.
-        shape: the model's shape, with the layers that are pruned.
+        shape: the model's shape, which lists the layers to prune.
         calibration: the calibration windows, or the batches of a caller.
         evaluation: the windows of each evaluation text.
-        seqlen: tokens in a window; with batches, the most vectors of a batch between two blocks.
-        notes: lines about the model that the user should know.
-        fingerprint: a digest of the model, by which a resumed run knows it.
-        files: sizes and times of the checkpoint's files, by which rank 0 of a resumed run knows them; empty for a model
-            in memory.
-        source: folder of the model's small files, whose card names its license; None: the model has no folder.
-        limits: memory limits in bytes: "host", and with a GPU "gpu". `run.settled` finds these and all that follow.
-        placement, needs: the placement, and the memory that the run is expected to take with it.
+        seqlen: tokens in a window; with batches, the largest number of hidden-state vectors of a batch.
+        notes: lines about the model for the log and the report.
+        fingerprint: digest of the model. A resumed run must have a model with the same digest.
+        files: sizes and times of the checkpoint's files, which a resumed run compares; empty for a model in memory, and
+            on all ranks but the first.
+        source: folder with the model's config, tokenizer and model card; None: the model has no folder.
+        limits: memory limits in bytes: "host", and with a GPU "gpu". `run.settled` sets them, and the attributes from
+            `placement` to `rounded`.
+        placement, needs: the placement, and the memory that the run is expected to take with this placement.
         disk: bytes that the run takes on the disk.
         rounded: whether steps of a reconstruction round the operands of their products.
-        confirmed: results of trials to run blocks in parts, see `stages.survey`.
+        split_failures: why blocks cannot run in parts, as trials have shown so far, see `stages.survey`.
     """
 
     job: Job
@@ -110,16 +113,16 @@ class Run:
     needs: MemoryNeeds = field(default_factory=partial(MemoryNeeds, {}))
     disk: int = 0
     rounded: bool = False
-    confirmed: SplitFailures = field(default_factory=dict)
+    split_failures: SplitFailures = field(default_factory=dict)
 
     @property
     def config(self) -> PruneConfig:
-        """How the model is pruned."""
+        """Return the config: how the model is pruned."""
         return self.job.config
 
     @property
     def ranks(self) -> Ranks:
-        """The processes of the run."""
+        """Return the processes of the run."""
         return self.job.ranks
 
     def say(self, line: str) -> None:
@@ -131,7 +134,7 @@ class Run:
         return self.shape.blocks[i]
 
     def selected(self, i: int) -> frozenset[str]:
-        """Return the names, inside of block i, of the layers that are pruned."""
+        """Return the names of the layers to prune in block i, without the block's name."""
         return frozenset(self.shape.names_by_block[i][1])
 
 
@@ -142,20 +145,20 @@ def limits_of(job: Job, device: torch.device) -> dict[str, int]:
 
 
 def workload_of(job: Job, windows: Sequence[int], seqlen: int, device: torch.device) -> Workload:
-    """Describe the work of a run to the planner.
+    """Describe the work of a run to the planner. All ranks plan with the memory of the rank that holds most.
 
     Args:
         job: the run.
         windows: numbers of windows: of the calibration, then of each evaluation text.
         seqlen: tokens in a window.
-        device: the device; all ranks count the memory of the rank that has taken most.
+        device: the device that this rank works on.
     """
-    # Memory that texts and shapes have freed does not count as the process's.
+    # Returns freed memory to the system, so that it does not count as memory of this process.
     memory.trim_memory()
-    ranks, mine = job.ranks, (memory.resident(), memory.held_on_gpu(device))
-    has, held = (max(sizes) for sizes in zip(*ranks.gather(mine), strict=True))
+    ranks, sizes_here = job.ranks, (memory.resident(), memory.held_on_gpu(device))
+    has, held = (max(sizes) for sizes in zip(*ranks.gather(sizes_here), strict=True))
     if job.folder is not None and job.dataset is None:
-        # At least the figure of a plan, which is for a process with all libraries loaded.
+        # Counts at least what `sparsefw plan` counts: a process with all libraries loaded.
         has = max(has, process_bytes(job.inputs, windows[1:], seqlen, 0))
     return Workload(
         windows=-(-windows[0] // ranks.count),

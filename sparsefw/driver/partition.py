@@ -1,8 +1,9 @@
 """Divide the layers of a block into solves, and the solves among ranks.
 
-Rows that do not depend on each other are divided evenly: every rank solves its rows of every layer. An expert, or a
-layer whose rows share a budget, is solved by one rank; costs decide by which. Every rank has measured matrices on its
-own windows: they are summed before the solves, where they are needed. After the solves every rank has all weights.
+Independent rows are divided evenly: every rank solves a part of the rows of every layer. An expert, or a layer whose
+rows depend on each other, is solved by one rank, such that all ranks have about the same work. Every rank measures Gram
+and cross matrices on its own windows. Before the solves, each rank gets the sums of the matrices that it needs. After
+the solves, every rank has all weights.
 """
 
 from collections import defaultdict
@@ -24,11 +25,11 @@ from sparsefw.solver.targets import Cross
 
 @dataclass(frozen=True)
 class Solve:
-    """Layers of one dtype that read one input and are solved together: a stack.
+    """Layers of one dtype that read the same input and are solved together, as a stack.
 
     Attributes:
         layers: the layers.
-        owner: the rank that solves them; None: each rank solves its rows.
+        owner: the rank that solves all rows; None: the rows are divided among the ranks.
     """
 
     layers: list[Layer]
@@ -36,27 +37,27 @@ class Solve:
 
     @property
     def gram(self) -> str:
-        """The name of their Gram matrix."""
+        """Return the name of the layers' Gram matrix."""
         return self.layers[0].gram
 
     @property
     def cost(self) -> int:
-        """Flops of a product of the rows and of a factorization of the Gram matrix, by which ranks share solves."""
+        """Estimate the work: flops of a product of all rows with the Gram matrix, and of a factorization of it."""
         d = self.layers[0].weight.shape[1]
         return sum(map(len, self.weights)) * d**2 + d**3
 
     @property
     def weights(self) -> list[Tensor]:
-        """The weight of each layer."""
+        """Return the weight of each layer."""
         return [layer.weight for layer in self.layers]
 
     def parts(self, ranks: Ranks) -> list[list[slice]]:
-        """The rows of each layer that each rank solves where ranks share rows, by rank."""
+        """Divide the rows among the ranks: for each rank, the slice of its rows in each layer."""
         of_stack = shares(sum(map(len, self.weights)), ranks.count, ROW_UNIT)
         return [[rows for rows, _ in places(self.weights, part)] for part in of_stack]
 
     def rows(self, ranks: Ranks) -> list[slice]:
-        """The rows of each layer that this rank solves. The solve must not belong to another rank."""
+        """Return the rows of each layer that this rank solves. The solve must not have another rank as its owner."""
         return self.parts(ranks)[ranks.number] if self.owner is None else [slice(None)] * len(self.layers)
 
 
@@ -65,7 +66,7 @@ def find_solves(
 ) -> list[Solve]:
     """Group the layers of a block into solves, in the order in which the block uses them; `experts` as for `kind_of`.
 
-    A layer whose rows depend on each other has a solve of its own.
+    Each layer whose rows depend on each other is a solve by itself.
     """
     alike: dict[tuple[str, torch.dtype], list[Layer]] = defaultdict(list)
     for layer in captured.layers:
@@ -75,35 +76,38 @@ def find_solves(
         together = [[layer] for layers in together for layer in layers]
     rows_shared = config.rows_shared(method)
     solves = [Solve(layers) for layers in together]
-    whole = [n for n, solve in enumerate(solves) if not rows_shared or is_expert(solve.gram, experts)]
-    for n, owner in zip(whole, balanced([solves[n].cost for n in whole], ranks.count), strict=True):
+    undivided = [n for n, solve in enumerate(solves) if not rows_shared or is_expert(solve.gram, experts)]
+    for n, owner in zip(undivided, balanced([solves[n].cost for n in undivided], ranks.count), strict=True):
         solves[n] = Solve(solves[n].layers, owner)
     return solves
 
 
 def combine(block: nn.Module, captured: Captured, ranks: Ranks, experts: frozenset[str]) -> Captured:
-    """Add the layers that other ranks have seen, with matrices of zeros.
+    """Add the layers that only other ranks have seen, with Gram matrices of zeros; `experts` as for `kind_of`.
 
-    A router sends a token to few experts, so that ranks may see different ones; `experts` as for `kind_of`.
+    A router sends each token to few experts, so ranks may see different experts.
 
     Raises:
-        InputError: ranks differ in a layer that is no expert.
+        InputError: ranks differ in a layer that is not an expert.
     """
     if ranks.alone:
         return captured
-    # Ranks must agree on the matrices that were measured, the weight's shape, and whether it is transposed.
-    mine = {layer.name: layer for layer in captured.layers}
+    # For each layer: its Gram matrix, the kind of its cross matrix, the weight's shape, and whether it is transposed.
+    own_layers = {layer.name: layer for layer in captured.layers}
     of = {name: cross.of for name, cross in captured.crosses.items()}
     seen = ranks.gather(
-        {name: (x.gram, of.get(name), (len(x.weight), x.weight.shape[1]), x.transposed) for name, x in mine.items()}
+        {
+            name: (x.gram, of.get(name), (len(x.weight), x.weight.shape[1]), x.transposed)
+            for name, x in own_layers.items()
+        }
     )
-    forms = {name: form for layers in seen for name, form in layers.items()}
-    for name, form in forms.items():
-        if not is_expert(name, experts) and any(layers.get(name) != form for layers in seen):
-            raise InputError(f"{name}: unsupported model: windows on other ranks use it in another way")
+    descriptions = {name: description for layers in seen for name, description in layers.items()}
+    for name, description in descriptions.items():
+        if not is_expert(name, experts) and any(layers.get(name) != description for layers in seen):
+            raise InputError(f"{name}: unsupported model: windows on other ranks use it differently; use one rank")
     layers = [
-        mine.get(name) or layer_of(block, name, gram, shape, transposed)
-        for name, (gram, _, shape, transposed) in forms.items()
+        own_layers.get(name) or layer_of(block, name, gram, shape, transposed)
+        for name, (gram, _, shape, transposed) in descriptions.items()
     ]
     grams = dict(captured.grams)
     for layer in layers:
@@ -114,7 +118,9 @@ def combine(block: nn.Module, captured: Captured, ranks: Ranks, experts: frozens
 
 
 def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backend) -> dict[str, Handle]:
-    """Sum the matrices over all ranks, in place, on the ranks that need them. The other ranks drop them.
+    """Sum Gram and cross matrices over all ranks, in place, on the ranks that need them.
+
+    Other ranks drop the Gram matrices that they do not need.
 
     Returns:
         Handles of the transfers of cross matrices, by layer. A transfer may still be running.
@@ -132,7 +138,7 @@ def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backe
 
 
 def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> dict[str, Handle]:
-    """Begin to sum the cross matrices. Where ranks share rows, each rank gets the sums of its own rows alone."""
+    """Begin to sum the cross matrices. If rows are divided among ranks, each rank gets the sums of its own rows."""
     begun: dict[int, Handle] = {}
     handles: dict[str, Handle] = {}
     for solve in solves:
@@ -142,7 +148,7 @@ def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> di
             if cross is None:
                 continue
             matrix = cross.matrix
-            # Layers that read one input may share a cross matrix, and belong to different ranks.
+            # Layers with the same input may have the same cross matrix, and different owners.
             if id(matrix) not in begun:
                 owners = {other.owner for other in solves if other.gram == solve.gram}
                 if solve.owner is not None and (len(owners) == 1 or cross.of != "inputs"):
@@ -158,7 +164,7 @@ def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> di
 
 
 def rows_of(cross: Cross | None, rows: slice) -> Cross | None:
-    """Select some rows of a layer's cross matrix. A cross matrix of inputs is the same for all rows."""
+    """Select some rows of a layer's cross matrix. The matrix of "inputs" is for all rows, and returned unchanged."""
     return Cross(cross.of, cross.matrix[rows]) if cross and cross.of != "inputs" else cross
 
 
@@ -166,7 +172,7 @@ def exchange_rows(solve: Solve, results: list[LayerResult], ranks: Ranks) -> lis
     """Send the rows that each rank has solved to all ranks.
 
     Args:
-        solve: the solve. If it belongs to one rank, `exchange` sends its weights later.
+        solve: the solve. If it has an owner, nothing is sent here: `exchange` sends its weights later.
         results: the results of this rank's rows of each layer.
         ranks: the ranks.
 
@@ -185,7 +191,7 @@ def exchange_rows(solve: Solve, results: list[LayerResult], ranks: Ranks) -> lis
 
 
 def _joined(parts: tuple[LayerResult, ...]) -> LayerResult:
-    """Make the result of a layer from those of its parts. Ranks solved them at the same time: seconds are the mean."""
+    """Join the results of a layer's parts. Ranks solve them at the same time, so seconds are the parts' mean."""
     warm, mask, error = (
         sum(getattr(part, name) for part in parts) for name in ("error_warm_start", "error_mask", "error")
     )
@@ -205,7 +211,7 @@ def _joined(parts: tuple[LayerResult, ...]) -> LayerResult:
 
 
 def exchange(solves: list[Solve], results: dict[str, LayerResult], ranks: Ranks) -> dict[str, LayerResult]:
-    """Send the weights of solves that belong to one rank to all ranks.
+    """Send the weights of all solves that have an owner from the owner to all ranks.
 
     Args:
         solves: the solves of a stage.
@@ -215,13 +221,13 @@ def exchange(solves: list[Solve], results: dict[str, LayerResult], ranks: Ranks)
     Returns:
         The results of all solves.
     """
-    whole = [(solve.owner, layer) for solve in solves if solve.owner is not None for layer in solve.layers]
-    if not whole:
+    undivided = [(solve.owner, layer) for solve in solves if solve.owner is not None for layer in solve.layers]
+    if not undivided:
         return results
-    for owner, layer in whole:
+    for owner, layer in undivided:
         weight = layer.weight.contiguous()
         ranks.broadcast(owner, weight).wait()
         if owner != ranks.number:
             layer.weight.copy_(weight)
-    mine = {layer.name: results[layer.name] for owner, layer in whole if owner == ranks.number}
-    return results | {name: result for chosen in ranks.gather(mine) for name, result in chosen.items()}
+    own_results = {layer.name: results[layer.name] for owner, layer in undivided if owner == ranks.number}
+    return results | {name: result for of_rank in ranks.gather(own_results) for name, result in of_rank.items()}

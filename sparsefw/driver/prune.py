@@ -1,7 +1,7 @@
-"""The driver: prune a model one block at a time, while the next block is read and the last one is written.
+"""The driver: prune a model one block at a time, while the next block is read and the previous one is written.
 
-Every method prunes a block on its own calibration windows, which have passed the blocks that it pruned before. The
-weights of the config's method are written. A resumed run only moves its windows through the finished blocks.
+Each method has its own copy of the calibration windows, which runs through the blocks that this method has pruned. The
+checkpoint gets the weights of the config's method. A resumed run only moves its windows through the finished blocks.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ from sparsefw.driver.block import (
     tensors_of,
     unused_matrices,
 )
-from sparsefw.driver.finished import Finished, FinishedBlock, OnBlock, Outcome, Written
+from sparsefw.driver.finished import Finished, FinishedBlock, OnBlock, Outcome, TensorsByMethod
 from sparsefw.driver.job import Run
 from sparsefw.driver.reconstruct import reconstruct
 from sparsefw.driver.resume import replay_block
@@ -33,8 +33,8 @@ def prune_model(run: Run, writer: Writer, on_block: OnBlock = lambda block, laye
 
     Args:
         run: the run.
-        writer: receives a shard for each block and for each piece of the other tensors. The shards that it has already
-            are of an unfinished run, which this run resumes.
+        writer: receives a shard for each block and for each piece of the other tensors. If it has shards already, this
+            run resumes the unfinished run that wrote them.
         on_block: called with the record and the results of every finished block.
 
     Raises:
@@ -45,7 +45,7 @@ def prune_model(run: Run, writer: Writer, on_block: OnBlock = lambda block, laye
         with Finished(run, writer, on_block) as finished:
             for i in finished.before:
                 replay_block(run, i, streams, writer)
-                finished.tell_again(i)
+                finished.report_again(i)
             for i in finished.left:
                 handle = prune_block if finished.first <= i <= finished.last else pass_block
                 finished.add(i, *handle(run, i, streams, finished.is_written_here(i)))
@@ -59,44 +59,44 @@ def prune_model(run: Run, writer: Writer, on_block: OnBlock = lambda block, laye
         return Outcome(finished.blocks, unused_matrices(run.model), streams.perplexities(run))
 
 
-def prune_block(run: Run, i: int, streams: Streams, written: bool) -> tuple[FinishedBlock, Written]:
+def prune_block(run: Run, i: int, streams: Streams, writes: bool) -> tuple[FinishedBlock, TensorsByMethod]:
     """Prune block i by every method, and move all windows through it.
 
     Args:
         run: the run.
         i: number of the block.
-        streams: the windows before the block; after the call they are before the next block.
-        written: whether this process writes the block.
+        streams: the windows at the block's input. The call moves them to the next block's input.
+        writes: whether this rank writes the block.
 
     Returns:
         The block's record, and its tensors by method; no tensors if another rank writes them.
     """
-    model, config, tensors = run.model, run.config, Written()
+    model, config, tensors = run.model, run.config, TensorsByMethod()
     block = FinishedBlock.of(i, model.names[i])
     dense = read_block(run, i)
     streams.evaluate(run, i, DENSE)
     if config.uses_dense_stream and not config.uses_dense_target:
-        # No stage will move the dense windows.
+        # No stage moves the dense windows, so they move here.
         streams.advance(run, i, "reconstruct", DENSE)
     for method in config.methods:
         own, windows = method == config.method, streams.calibration[method]
         if dense and method != config.methods[0]:
             dense.restore()
         reference = (dense, streams.calibration[DENSE]) if dense and config.dense_target(method) else None
-        # Stages move the windows inside of the block, and a reconstruction begins at the block's input.
+        # A copy of the windows at the block's input, where a reconstruction begins: stages move them into the block.
         start = windows.fork() if own and config.goes_back else None
         # Layers are not fitted to the micro-batches on which a reconstruction is judged.
         held_out = held_out_batches(len(windows)) if own and config.reconstruct else ()
         stages, results = find_stages(run, i, windows, reference), list[LayerResult]()
         for stage in stages:
             results += solve(run, i, measure_stage(run, i, stage, windows, reference, held_out), method)
-            # The next stage is measured with the weights that are written.
+            # The next stage is measured with weights in the precision in which they are written.
             model.round(i)
         block.layers += results
         if own:
-            # It is the last method: nothing needs the dense block any more.
+            # The config's method is the last one, so the dense block is not needed any more.
             dense = reference = None
-            # Of this method alone: in the model of another method, tokens may reach other experts.
+            # Listed for this method only: in the models of other methods, tokens may reach other experts.
             block.kept_dense = kept_dense(model, i, results)
             block.block = replace(block.block, way=calibration_mode(run, stages))
             if config.reconstruct:
@@ -108,7 +108,7 @@ def prune_block(run: Run, i: int, streams: Streams, written: bool) -> tuple[Fini
         model.round(i)
         streams.advance(run, i, "forward", method)
         streams.evaluate(run, i, method)
-        if written:
+        if writes:
             tensors[method] = tensors_of(run, i, method)
     model.close(i)
     return block, tensors

@@ -1,14 +1,15 @@
-"""Reconstruct a pruned block: fit its kept weights together, so that its outputs are those of the dense block.
+"""Reconstruct a pruned block: fit its kept weights together, so that its outputs approximate those of the dense block.
 
 The loss of a token is e = ||out - target||^2 / ||target||^2, where `out` and `target` are the outputs of the pruned and
-of the dense block. It is relative, because a few tokens have hidden states a thousand times larger than others. Where
-the pruned model alone makes a token so large, e is in the hundreds, and would dominate a sum: above 1 the loss is
-1 + log(e). After the last block of a language model the loss is the divergence of the predictions of both models, see
-`model.head`.
+of the dense block. It is relative, because a few tokens have hidden states a thousand times larger than others. If only
+the pruned model gives a token such a large hidden state, e is in the hundreds, and would dominate the sum over tokens.
+So the loss is 1 + log(e) where e is above 1. After the last block of a language model the loss is the divergence
+between the predictions of both models, see `model.head`.
 
-A step takes the gradients of one micro-batch on every rank, or of a piece of it. The loss of held-out micro-batches
-judges: weights that do not lower it are put back, and another round of passes follows while a round lowers it by much.
-A few blocks need far more steps than others, such as the block that gives the first token its large hidden state.
+A step takes the gradients of one micro-batch, or of a piece of one, on every rank. A round makes one or more passes
+over the windows. The loss on held-out micro-batches judges a round: if the round does not lower this loss, its weights
+are put back; if it lowers the loss by much, another round follows. A few blocks need far more steps than others, such
+as the block that gives the first token its large hidden state.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,14 +41,14 @@ from sparsefw.solver.layer import LayerResult
 
 T = TypeVar("T")
 
-# The first rate, see `kept_weights`.
+# The rate of a round's first step, see `kept_weights`.
 RATE = 0.16
 
-# The share of this rate for the few steps that fit predictions after a round that has fitted hidden states: a higher
-# rate undoes the gain of that round.
+# Steps that fit predictions after a round that has fitted hidden states begin at this share of RATE. A higher rate
+# would undo the gain of that round.
 AFTER_HIDDEN = 0.25
 
-# Another round follows a round that has lowered the loss by this share, up to this number of rounds.
+# Another round follows a round that has lowered the loss by the share WORTH, up to MAX_ROUNDS rounds.
 WORTH, MAX_ROUNDS = 0.05, 4
 
 
@@ -67,27 +68,27 @@ def reconstruct(
         states: the calibration windows before the block in the pruned model.
         dense: the calibration windows after the block in the dense model.
         results: the results of the block's pruned layers.
-        ids: (windows, seqlen) the tokens of the windows; None: the calibration is no text.
+        ids: (windows, seqlen) the tokens of the windows; None: the calibration uses batches in place of text.
 
     Returns:
-        The losses and the steps; None if no layer is pruned, or if the next block does not read the output of this one,
-        as the first block of a decoder does not read that of an encoder's last one.
+        The losses and the number of steps. None if no layer is pruned, or if the next block does not read the output of
+        this block: the first block of a decoder does not read the output of the encoder's last block.
 
     Raises:
-        InputError: gradients do not go through the block.
+        InputError: the block's output has no gradients, or computing them fails.
     """
     if not results or not states.is_chained(i):
         return None
     with _predicted(run, i, states, ids) as tokens:
         learned, held_out = split_batches(len(states))
         fit = BlockFit(run, i, states, dense, learned, held_out, tokens)
-        # Ranks make the same number of steps: one with fewer micro-batches begins again.
-        of_rounds = [run.config.reconstruct * max(run.ranks.gather(len(fit.steps[0])))]
+        # All ranks make the same number of steps. A rank with fewer micro-batches starts over at its first one.
+        planned = [run.config.reconstruct * max(run.ranks.gather(len(fit.steps[0])))]
         if tokens:
-            every, of_rounds = tokens_and_steps(run.shape, tokens[0].shape[1], of_rounds[0])
-            fit = replace(fit, every=every, hidden_first=len(of_rounds) > 1)
-        losses = _rounds(fit, results, of_rounds)
-        # An expert that only one rank's windows reach may have an operation that no other rank has seen.
+            every, planned = tokens_and_steps(run.shape, tokens[0].shape[1], planned[0])
+            fit = replace(fit, every=every, hidden_first=len(planned) > 1)
+        losses = _rounds(fit, results, planned)
+        # Ranks may differ: an expert that only one rank's windows reach may have an operation that no other rank uses.
         varies = dict.fromkeys(name for names in run.ranks.gather(fit.varies) for name in names)
     rounds = len(losses) - 1
     while len(losses) > 2 and not losses[-1] < min(losses[:-1]):
@@ -96,7 +97,7 @@ def reconstruct(
     return Reconstruction(
         before=losses[0],
         after=losses[-1],
-        steps=sum(of_rounds) + (rounds - len(of_rounds)) * of_rounds[-1],
+        steps=sum(planned) + (rounds - len(planned)) * planned[-1],
         put_back=not losses[-1] < losses[0],
         loss=PREDICTIONS if tokens else HIDDEN,
         varies=", ".join(varies),
@@ -107,31 +108,41 @@ def reconstruct(
 def _predicted(run: Run, i: int, states: HiddenStates, ids: Tensor | None) -> Iterator[list[Tensor] | None]:
     """Yield the tokens of each micro-batch if the loss of block i compares predictions, else None.
 
-    Inside the `with` block the model's head is in memory. Predictions are compared where the model's shape says so, on
-    which plans rely, and only if the windows of all ranks have them: ranks make the same steps.
+    Inside the `with` block the model's head is in memory. The loss compares predictions if the model's shape, on which
+    plans rely, says so, and if all ranks can compute predictions, since ranks must make the same steps.
     """
     if ids is not None and run.of(i).predicts:
         with run.model.outside_loaded():
             every, _ = tokens_and_steps(run.shape, ids.shape[1], 1)
             if all(run.ranks.gather(logits_are_tokenwise(states, ids, every))):
-                # On the device: a copy of some tokens would wait for everything that was launched before it.
+                # Moved to the device here: a copy at every step would wait for all work that was launched before it.
                 yield list(ids.to(run.model.device).split(states.windows))
                 return
     yield None
 
 
-def _rounds(fit: "BlockFit", results: Sequence[LayerResult], of_rounds: Sequence[int]) -> list[float]:
-    """Make rounds as long as they pay, see `tokens_and_steps`; returns the losses before the first and after each."""
+def _rounds(fit: "BlockFit", results: Sequence[LayerResult], planned: Sequence[int]) -> list[float]:
+    """Make rounds while they lower the loss by the share WORTH.
+
+    Args:
+        fit: the reconstruction.
+        results: the results of the block's pruned layers.
+        planned: steps of each planned round. All but the last of these fit hidden states. Further rounds are like
+            the last one.
+
+    Returns:
+        The held-out losses before the first round and after each round.
+    """
     matrices, losses = pruned_matrices(fit.run.model, fit.number, results), [fit.loss()]
-    while len(losses) <= len(of_rounds) or (len(losses) <= MAX_ROUNDS and losses[-1] < (1 - WORTH) * min(losses[:-1])):
-        steps, by_hidden = of_rounds[min(len(losses), len(of_rounds)) - 1], len(losses) < len(of_rounds)
+    while len(losses) <= len(planned) or (len(losses) <= MAX_ROUNDS and losses[-1] < (1 - WORTH) * min(losses[:-1])):
+        steps, by_hidden = planned[min(len(losses), len(planned)) - 1], len(losses) < len(planned)
         rate = RATE * (AFTER_HIDDEN if fit.hidden_first and not by_hidden else 1)
         weights = KeptWeights(matrices, steps, rate, fit.run.config.backend)
         try:
             losses.append(fit.round(weights, steps, min(losses), by_hidden))
         finally:
             weights.close()
-        # Otherwise the state of the next round takes memory beside the freed pieces of this one.
+        # Without this, the freed memory of this round would stay allocated besides the state of the next round.
         trim_memory()
     return losses
 
@@ -139,7 +150,7 @@ def _rounds(fit: "BlockFit", results: Sequence[LayerResult], of_rounds: Sequence
 def pruned_matrices(
     model: BlockModel, i: int, results: Iterable[LayerResult]
 ) -> list[tuple[nn.Parameter, list[Tensor]]]:
-    """List the parameters of block i, which is open, that hold pruned layers, each with its layers' matrices."""
+    """List the parameters with pruned layers in block i, which is open, each with the matrices of its layers."""
     block, views = model.blocks[i], dict[str, list[Tensor]]()
     for result in results:
         name = result.name.removeprefix(f"{model.names[i]}.")
@@ -165,16 +176,17 @@ def relative_loss(out: Tensor, target: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockFit:
-    """The reconstruction of a block: its windows, its loss, and its rounds of steps.
+    """Reconstruction of a block: its windows, its loss, and its rounds of steps.
 
     Attributes:
         run, number: the run, and the number of the block.
-        states, dense: the windows before the block in the pruned model, and after it in the dense model.
-        learned, held_out: numbers of the micro-batches whose gradients make the steps, and of those that judge.
+        states, dense: the windows before the block in the pruned model, and after the block in the dense model.
+        learned, held_out: numbers of the micro-batches that steps fit, and of the micro-batches that judge rounds.
         tokens: the tokens of each micro-batch if the loss compares predictions; None: it compares hidden states.
         every: a step compares the predictions of one token out of `every`.
-        hidden_first: whether the first round compares hidden states. Then held-out losses are those of some tokens.
-        reached: numbers of the steps in a pass whose loss had gradients so far.
+        hidden_first: whether the first round compares hidden states. Then the held-out loss counts the tokens of one
+            pass only, see `tokens_of_pass`.
+        reached: numbers of the micro-batches of `steps` whose loss has had gradients so far.
         varies: the first operation in the block whose bits may change from run to run; empty if there is none.
     """
 
@@ -192,34 +204,36 @@ class BlockFit:
 
     @cached_property
     def steps(self) -> tuple[HiddenStates, HiddenStates, Sequence[Tensor]]:
-        """`states`, `dense` and `tokens` of the learned micro-batches, cut into the pieces that steps take."""
+        """Return `states`, `dense` and `tokens` of the learned micro-batches, cut into the pieces that steps take."""
         states, dense = (x.some(self.learned, divided=True) for x in (self.states, self.dense))
         tokens = torch.cat([self.tokens[j] for j in self.learned]).split(states.windows) if self.tokens else ()
         return states, dense, tokens
 
     @torch.no_grad()
     def loss(self) -> float:
-        """Compute the mean loss of a token on all held-out micro-batches, by the algorithms of the steps."""
+        """Compute the mean loss of a token over the held-out micro-batches of all ranks."""
         some = 0 if self.hidden_first else None
         losses = self._with_same_bits(lambda: [self.loss_of(j, some) for j in self.held_out])
         gathered = self.run.ranks.gather((sum(x.item() for x, *_ in losses), sum(tokens for _, tokens, _ in losses)))
         return sum(loss for loss, _ in gathered) / sum(tokens for _, tokens in gathered)
 
     def round(self, weights: KeptWeights, steps: int, before: float, by_hidden: bool = False) -> float:
-        """Make all steps of a round; returns the held-out loss. If it is not below `before`, the weights are put back.
+        """Make all steps of a round, and return the held-out loss after them.
+
+        If this loss is not below `before`, the weights are put back.
 
         Args:
             weights: the weights that are fitted.
-            steps: number of the steps.
+            steps: number of steps in the round.
             before: the lowest held-out loss so far.
-            by_hidden: whether the steps compare hidden states even where the loss compares predictions.
+            by_hidden: whether the steps compare hidden states although the held-out loss may compare predictions.
 
         Raises:
-            InputError: no micro-batch of any rank has gradients; all ranks raise it.
+            InputError: no micro-batch of any rank has gradients. All ranks raise this error together.
         """
         fitted = replace(self, tokens=None) if by_hidden else self
         for step in range(steps):
-            # In order: the windows themselves were drawn at random.
+            # Steps take the micro-batches in order, as the windows were drawn at random.
             of_pass, n = divmod(step, len(fitted.steps[0]))
             fitted.add_gradients(n, of_pass, weights.parameters)
             for handle in [self.run.ranks.all_reduce(gradient) for gradient in weights.gradients()]:
@@ -238,14 +252,15 @@ class BlockFit:
 
         Args:
             j: number of the micro-batch.
-            of_pass: number of the pass, whose tokens alone are compared, see `tokens_of_pass`; None: all tokens are.
-            learned: whether j is a number among the micro-batches of `steps`.
+            of_pass: number of the pass; only its tokens are compared, see `tokens_of_pass`. None: all tokens are
+                compared.
+            learned: whether j is a number of a micro-batch of `steps`, and not of `states`.
 
         Returns:
             The loss, the number of tokens without padding, and the width of hidden states.
         """
         states, dense, tokens = self.steps if learned else (self.states, self.dense, self.tokens)
-        # Read once: each access copies it from the host, and begins to copy the next one.
+        # `dense.hidden[j]` is read once, as each access copies it from the host and begins to copy the next one.
         out, target = states.next_input(self.number, j), dense.hidden[j]
         if not tokens:
             unpadded = states.unpadded(self.number, j)
@@ -262,14 +277,14 @@ class BlockFit:
     def add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
         """Add the gradients of the loss of micro-batch j of `steps` in pass `of_pass` of a round.
 
-        A micro-batch that reaches no pruned weight adds nothing.
+        A micro-batch that does not use a pruned weight adds nothing.
         """
         self._with_same_bits(lambda: self._add_gradients(j, of_pass, parameters), parameters)
 
     def _with_same_bits(self, work: Callable[[], T], parameters: Sequence[nn.Parameter] = ()) -> T:
         """Call `work` with algorithms that give the same bits in every run, and return its result.
 
-        If torch has no such algorithm for an operation, which it refuses then, `parameters` lose their gradients, and
+        torch refuses an operation that has no such algorithm. Then the gradients of `parameters` are dropped, and
         `work` is called again with any algorithm.
         """
         if not self.varies:
@@ -293,16 +308,16 @@ class BlockFit:
         with torch.enable_grad(), rounded_products() if self.run.rounded else nullcontext():
             with slices:
                 loss, tokens, width = self.loss_of(j, of_pass, True)
-                # In half precision the gradients of a mean over all entries would be too small, and in fp16 those of a
-                # sum over tokens too large. Adam makes the same steps of any multiple.
+                # In half precision, the gradients of a mean over all entries would underflow. In fp16, the gradients of
+                # a sum over tokens would overflow. Adam's steps do not depend on the scale of the loss.
                 loss = loss * (width / (tokens if parameters[0].dtype == torch.float16 else 1))
             if not loss.requires_grad:
-                # A mixture may route all tokens to experts that are not pruned.
+                # A router may send all tokens to experts that are not pruned.
                 return
             self.reached.add(j)
             try:
                 with explained(kind, name, model.input_kind):
-                    # For these alone: other parameters of a caller's model may ask for gradients, too.
+                    # `inputs` excludes other parameters of a caller's model that may require gradients as well.
                     loss.backward(inputs=slices.leaves)
             except ForwardFailed as error:
                 what = shown(first_line(error.__cause__ or error))

@@ -1,4 +1,4 @@
-"""Resume an unfinished run: the values that both runs must share, the choices that are taken over, and the replay."""
+"""Resume an unfinished run: compare the values of both runs, take over choices, and replay the finished blocks."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,22 +14,25 @@ from sparsefw.errors import flag_of
 from sparsefw.model.block_model import BlockModel
 from sparsefw.report import content
 
-# Inputs that a resumed run may name otherwise: their contents are compared.
+# Inputs that a resumed run may name differently, since their contents are compared.
 BY_CONTENT = {"model", "dataset", "evaluate"}
 
-# Names of the arithmetic among the values that a resumed run must share with the unfinished one.
+# Names of the two choices of arithmetic, which a resumed run takes over from the unfinished run.
 IN_FP32 = "whether it computes in fp32"
 ROUNDED = "whether steps of a reconstruction round the operands of their products"
 
 
 def resumed(job: Job) -> Job:
-    """Return the job with the values and choices of the unfinished run in its output folder, if there is one."""
+    """Add to a job the identity and the choices of the unfinished run in its output folder, if there is one."""
     begun = job.ranks.on_first(lambda: Writer(job.output.folder, 0, restart=job.output.restart).begun())
     return replace(job, begun=begun)
 
 
 def computes_in_fp32(job: Job, dtype: torch.dtype, device: torch.device) -> bool:
-    """Choose as `arithmetic.computes_in_fp32` does, or as the unfinished run of a resumed one did, and say so."""
+    """Tell whether the model computes in fp32.
+
+    A resumed run does as the unfinished run, and logs it if `arithmetic.computes_in_fp32` would choose differently.
+    """
     found = arithmetic.computes_in_fp32(dtype, device)
     begun = job.begun.get("identity", {}).get(IN_FP32, found)
     if begun == found or dtype not in arithmetic.HALF:
@@ -40,7 +43,11 @@ def computes_in_fp32(job: Job, dtype: torch.dtype, device: torch.device) -> bool
 
 
 def rounds_products(job: Job, model: BlockModel, dtype: torch.dtype, width: int) -> bool:
-    """Choose as `arithmetic.rounds_products` does, unless the user asks for exact products, or as an unfinished run."""
+    """Tell whether the steps of a reconstruction round the operands of their products.
+
+    They do not if the user asks for exact products. A resumed run does as the unfinished run. Else
+    `arithmetic.rounds_products` decides.
+    """
     if not job.config.reconstruct or job.config.given.get("precision") in ("ieee", "tf32x3"):
         return False
     found = arithmetic.rounds_products(torch.float32 if model.in_fp32 else dtype, model.device, width)
@@ -51,7 +58,7 @@ def identity(run: Run) -> dict[str, Any]:
     """Collect the values that a resumed run must share with the unfinished one, by their names in messages."""
     values = asdict(run.job.inputs) | asdict(run.config)
     for name in ("include", "ignore"):
-        # Their order makes no difference.
+        # The order of the patterns makes no difference.
         values[name] = sorted(values[name])
     flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
     texts = {f"the evaluation text {samples.source}": samples.hash for samples in run.evaluation}

@@ -31,12 +31,12 @@ from sparsefw.model import StreamedModel
 from sparsefw.report import content, log
 from sparsefw.timeline import of_rank
 
-# Writes report.html and the model card into a folder; None: there are none.
+# Writes report.html and the model card into a folder; None: neither is written.
 Describe = Callable[[Path], None] | None
 
 
 def run_job(job: Job) -> content.Report:
-    """Prune a checkpoint, evaluate it, write it and its report.
+    """Prune a checkpoint, evaluate the result, and write it with its report.
 
     Raises:
         InputError: an input is wrong; the message names it.
@@ -48,7 +48,7 @@ def run_job(job: Job) -> content.Report:
     in_fp32 = job.ranks.on_first(lambda: computes_in_fp32(job, source.dtype, device))
     with StreamedModel(source, device, in_fp32=in_fp32) as model:
         whole = shape_of(source, in_fp32)
-        job, calibration, evaluation, seqlen, written = read_texts(job, model, whole)
+        job, calibration, evaluation, seqlen, generated = read_texts(job, model, whole)
         run = Run(
             job,
             model,
@@ -63,16 +63,16 @@ def run_job(job: Job) -> content.Report:
             files=stamps(source) if job.ranks.first else {},
             source=job.folder,
         )
-        return carry_out(settled(run, written), Writer.finish)
+        return carry_out(settled(run, generated), Writer.finish)
 
 
-def settled(run: Run, written: int = 0, saved: int = 0, fixed: dict[str, int] | None = None) -> Run:
+def settled(run: Run, generated: int = 0, saved: int = 0, fixed: dict[str, int] | None = None) -> Run:
     """Settle the arithmetic and the placement of a run, and log what it prunes.
 
     Args:
         run: the run; its shape has all prunable layers.
-        written: number of windows of its own text that the model has written at once; 0: the text is another.
-        saved: bytes that the end of the run writes while the finished blocks are still on the disk.
+        generated: number of calibration windows that the model has generated in one batch; 0: it has generated no text.
+        saved: bytes that the run writes at its end, while the finished blocks are still on the disk.
         fixed: values of `Placement` that are settled already, by field.
 
     Raises:
@@ -86,7 +86,7 @@ def settled(run: Run, written: int = 0, saved: int = 0, fixed: dict[str, int] | 
     workload = workload_of(job, windows, run.seqlen, model.device)
     chosen = (fixed or {}) | job.begun.get("chosen", {})
     placement, _ = place(shape, workload, limits, job.output.folder.resolve().parent, fixed=chosen)
-    needs = memory_needs(shape, replace(workload, generated=written), placement)
+    needs = memory_needs(shape, replace(workload, generated=generated), placement)
     disk = sum(disk_space(shape, workload, placement).values()) + saved
     run = replace(
         run, shape=shape, limits=limits, placement=placement, needs=needs, disk=disk, rounded=rounded, notes=notes
@@ -102,8 +102,8 @@ def carry_out(run: Run, finish: Callable[[Writer, Describe], None]) -> content.R
 
     Args:
         run: the run.
-        finish: called when all blocks and the report are written, with the writer and with a function that writes the
-            page and the model card into a folder.
+        finish: called after all blocks and the report are written. Its arguments are the writer, and a function that
+            writes report.html and the model card into a folder.
 
     Raises:
         InputError, FloatingPointError: as `run_job`.
@@ -124,8 +124,9 @@ def carry_out(run: Run, finish: Callable[[Writer, Describe], None]) -> content.R
         if writer.finished:
             run.say(f"resuming an unfinished run: {len(writer.finished)} of {writer.shards} shards are finished")
         if ranks.first and isinstance(calibration, Windows) and calibration.own:
-            # So that a resumed run has the same text.
+            # Written now, so that a resumed run has the same text.
             durably(writer.folder / OWN_TEXT, calibration.own)
+        # The disk already has the finished blocks, as pruned by every method.
         writer.check_space(run.disk - writer.written)
         run.say(log.layer_header())
         while True:
@@ -135,11 +136,11 @@ def carry_out(run: Run, finish: Callable[[Writer, Describe], None]) -> content.R
                     outcome = prune_model(run, writer, on_block)
                     break
                 except RuntimeError as error:
-                    if not _goes_on_with_fewer_windows(run, error):
+                    if not _can_continue_with_fewer_windows(run, error):
                         raise
-            # Outside of the handler, whose traceback holds the tensors of the block.
+            # Not inside the `except` clause, where the error's traceback keeps the block's tensors in memory.
             run = _with_half_the_windows(run, writer)
-        # Times differ among ranks: all of them return those of rank 0.
+        # Times differ among ranks, so all of them return the report of rank 0.
         report = ranks.broadcast_object(_report(run, outcome))
         if ranks.first:
             durably(writer.folder / "report.json", report.to_json())
@@ -148,23 +149,26 @@ def carry_out(run: Run, finish: Callable[[Writer, Describe], None]) -> content.R
     return report
 
 
-def _goes_on_with_fewer_windows(run: Run, error: RuntimeError) -> bool:
-    """Tell whether a GPU is full with more than one window at a time. Other ranks would wait for a run that goes on."""
-    # CUDA and Triton have errors of their own for it.
+def _can_continue_with_fewer_windows(run: Run, error: RuntimeError) -> bool:
+    """Tell whether the GPU's memory is full, and the run can continue with smaller micro-batches.
+
+    It cannot if a micro-batch has a single window, or if other ranks would wait for this one.
+    """
+    # CUDA and Triton raise errors of other classes, which say "out of memory" as well.
     full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
     return full and run.placement.batch > 1 and run.ranks.alone
 
 
 def _with_half_the_windows(run: Run, writer: Writer) -> Run:
-    """Close all blocks, and let the run take half the windows at a time, as a resumed one will."""
+    """Close all blocks, and halve the number of windows in a micro-batch, also for a run that resumes this one."""
     for i in range(len(run.model.blocks)):
         run.model.close(i)
     batch = run.placement.batch // 2
     placement = replace(run.placement, batch=batch, step=run.placement.step if run.placement.step < batch else 0)
-    run.say(f"out of memory on the GPU: going on with {counted(placement.batch, 'window')} at a time")
+    run.say(f"out of memory on the GPU: continuing with {counted(placement.batch, 'window')} at a time")
     writer.choose({"batch": placement.batch, "solver": placement.solver})
     memory.trim_memory()
-    return replace(run, placement=placement, confirmed={})
+    return replace(run, placement=placement, split_failures={})
 
 
 def _say_what_is_pruned(run: Run, whole: ModelShape) -> None:
@@ -187,12 +191,12 @@ def _report(run: Run, outcome: Outcome) -> content.Report:
     job, calibration, timeline, ranks = run.job, run.calibration, run.model.timeline, run.ranks
     placement, device, seconds = run.placement, content.device_name(run.model.device), timeline.seconds()
     windows = calibration.shard(ranks.share(calibration.n)).n
-    mine = content.RankRecord(socket.gethostname(), device, windows, seconds, ranks.waited, memory.peak_memory())
-    records, timelines = ranks.gather(mine), ranks.gather(timeline.spans)
+    own_record = content.RankRecord(socket.gethostname(), device, windows, seconds, ranks.waited, memory.peak_memory())
+    records, timelines = ranks.gather(own_record), ranks.gather(timeline.spans)
     arguments = asdict(job.inputs) | {"seqlen": run.seqlen} | asdict(job.config) | asdict(job.output)
     arguments |= {"output": str(arguments.pop("folder")), "packed": job.output.packed and str(job.output.packed)}
     blocks = [finished.block for finished in outcome.finished]
-    peak = {what: max(record.peak_memory[what] for record in records) for what in mine.peak_memory}
+    peak = {what: max(record.peak_memory[what] for record in records) for what in own_record.peak_memory}
     return content.Report(
         arguments=arguments,
         given=job.given,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsefw.data.windows import Windows
 from sparsefw.driver.block import kept_dense, tensors_of
-from sparsefw.driver.finished import FinishedBlock, Written
+from sparsefw.driver.finished import FinishedBlock, TensorsByMethod
 from sparsefw.driver.job import Run, Samples
 from sparsefw.model import HiddenStates, perplexity
 from sparsefw.model.forward import embed_batches
@@ -24,7 +24,7 @@ class Streams:
     Attributes:
         calibration: hidden states of the calibration windows, by method or DENSE.
         evaluation: hidden states of every evaluation text, by method or DENSE.
-        ids: the tokens of the calibration windows; None: the calibration is no text.
+        ids: the tokens of the calibration windows; None: the calibration uses batches in place of text.
         texts: this rank's windows of each evaluation text.
     """
 
@@ -38,15 +38,15 @@ class Streams:
         return [*([self.calibration[name]] if name in self.calibration else []), *self.evaluation[name]]
 
     def advance(self, run: Run, i: int, phase: str, name: str) -> None:
-        """Run the calibration windows of a method through block i as it is now."""
+        """Run the calibration windows of a method, or of DENSE, through block i with its current weights."""
         advance(run, i, phase, [self.calibration[name]])
 
     def evaluate(self, run: Run, i: int, name: str) -> None:
-        """Run the evaluation windows of a method through block i as it is now."""
+        """Run the evaluation windows of a method, or of DENSE, through block i with its current weights."""
         advance(run, i, "evaluate", self.evaluation[name])
 
     def perplexities(self, run: Run) -> dict[str, dict[str, float]]:
-        """Perplexities after the last block: by evaluation text, then by DENSE and method."""
+        """Compute the perplexities after the last block, by evaluation text, then by method or DENSE."""
         with run.model.timeline.span("evaluate"), run.model.outside_loaded():
             return {
                 samples.source: {name: perplexity(x[n], samples, run.ranks) for name, x in self.evaluation.items()}
@@ -75,32 +75,36 @@ def embedded(run: Run) -> Iterator[Streams]:
 
 
 def _embed(run: Run, samples: Samples, names: Sequence[str], pieces: Sequence[Samples] = ()) -> dict[str, HiddenStates]:
-    """Make the hidden states of samples before the first block, by name; `pieces` have the sizes that steps take."""
+    """Make the hidden states of samples before the first block, a copy for each name.
+
+    The model also records how it runs `pieces`, samples of the sizes that steps of a reconstruction take.
+    """
     batch, store = run.placement.batch, run.placement.store(run.model.device)
     states = embed_batches(run.model, samples.split(batch), store, (x for piece in pieces for x in piece.split(batch)))
     return {name: states.fork() if n else states for n, name in enumerate(names)}
 
 
-def pass_block(run: Run, i: int, streams: Streams, written: bool) -> tuple[FinishedBlock, Written]:
+def pass_block(run: Run, i: int, streams: Streams, writes: bool) -> tuple[FinishedBlock, TensorsByMethod]:
     """Move all windows through block i, in which no layer is pruned; arguments and result as for `prune.prune_block`.
 
-    It is a block before the first one in which layers are pruned, or after the last one.
+    Such a block comes before the first or after the last block in which layers are pruned.
     """
     model, calibration = run.model, streams.calibration
     model.open(i, run.placement.ahead)
     if not any(map(run.selected, range(i, len(model.blocks)))):
-        # No later block is measured.
+        # No later block is pruned, so the calibration windows are not needed any more.
         while calibration:
             calibration.popitem()[1].close()
-    # Up to the first pruned block the streams of the same windows are equal.
-    equal = [[*calibration.values()], *map(list, zip(*streams.evaluation.values(), strict=True))]
-    for n, group in enumerate(equal):
-        # After the last pruned block they differ by method.
+    # Groups of streams of the same windows. Before the first pruned block, all streams of a group are equal: one moves,
+    # and the others become copies of it.
+    groups = [[*calibration.values()], *map(list, zip(*streams.evaluation.values(), strict=True))]
+    for n, group in enumerate(groups):
+        # After the last pruned block, `calibration` is empty, and the streams differ by method: all of them move.
         moving = group[:1] if calibration else group
         advance(run, i, "evaluate" if n else "forward", moving)
         for other in group[len(moving) :]:
             other.go_back(group[0].fork())
-    tensors = dict.fromkeys(run.config.methods, tensors_of(run, i, run.config.method)) if written else Written()
+    tensors = dict.fromkeys(run.config.methods, tensors_of(run, i, run.config.method)) if writes else {}
     block = FinishedBlock.of(i, model.names[i], "once through the block")
     block.kept_dense = kept_dense(model, i, [])
     model.close(i)
@@ -108,7 +112,7 @@ def pass_block(run: Run, i: int, streams: Streams, written: bool) -> tuple[Finis
 
 
 def advance(run: Run, i: int, phase: str, several: Sequence[HiddenStates]) -> None:
-    """Run hidden states through block i as it is now."""
+    """Run hidden states through block i with its current weights."""
     if several:
         with run.model.timeline.span(phase, i):
             for hidden_states in several:

@@ -1,4 +1,4 @@
-"""The texts of a run: calibration and evaluation windows, read by one rank, or written by the dense model itself."""
+"""The texts of a run: calibration and evaluation windows. One rank reads them, or the dense model generates them."""
 
 from dataclasses import replace
 
@@ -24,12 +24,13 @@ def read_texts(job: Job, model: BlockModel, whole: ModelShape) -> tuple[Job, Win
 
     Args:
         job: the run.
-        model: the dense model, which may write its own text.
+        model: the dense model, which may generate the calibration text.
         whole: the shape of the model, with all prunable layers.
 
     Returns:
-        The job with the defaults that depend on the calibration, the calibration windows, the windows of each
-        evaluation text, the tokens in a window, and the number of windows that the model has written at once.
+        The job with the defaults that depend on the calibration; the calibration windows; the windows of each
+        evaluation text; the tokens in a window; and the number of windows that the model generates in one batch, or 0
+        if it generates no text.
 
     Raises:
         InputError: a text cannot be read or is too short, or memory is too little.
@@ -39,25 +40,26 @@ def read_texts(job: Job, model: BlockModel, whole: ModelShape) -> tuple[Job, Win
     job = with_defaults(job, count, seqlen)
     shape = pruned_shape(whole, job.config)
     _check_memory(job, shape, seqlen, model)
-    write, written = own_text(job, model, whole, seqlen)
-    return job, *windows_of_texts(job, seqlen, write), seqlen, written
+    generate, batch = own_text(job, model, whole, seqlen)
+    return job, *windows_of_texts(job, seqlen, generate), seqlen, batch
 
 
 def with_defaults(job: Job, count: int, tokens: int) -> Job:
-    """The job with the defaults of its config that depend on the calibration: `count` windows of `tokens` each."""
+    """Set the defaults of a job's config that depend on the calibration: `count` windows of `tokens` tokens each."""
     ranks = job.ranks.count
     if count < ranks:
-        raise InputError(f"{option('nsamples', count)}: {ranks} ranks, and each needs a window")
+        raise InputError(f"{option('nsamples', count)}: expected at least {ranks}, a window for each rank")
     config = job.config.for_calibration(count, tokens, ranks)
     if job.config.reconstruct and not config.reconstruct:
-        job.say("note: no block is reconstructed: that takes two calibration windows on every rank, one to hold out")
+        job.say("note: no block is reconstructed: every rank needs two calibration windows, one of them held out")
     return replace(job, config=config)
 
 
 def _check_memory(job: Job, shape: ModelShape, seqlen: int, model: BlockModel) -> None:
-    """Refuse what the plan of the run refuses, in the same words, before texts are read: that may take long.
+    """Refuse a run that does not fit into memory, as its plan would, before the texts are read, which may take long.
 
-    Several ranks may have been given different flags, which is found later.
+    The check is made only if there is a single rank, since flags of several ranks may differ, and if the numbers of
+    windows are known.
 
     Raises:
         InputError: memory is too little.
@@ -69,12 +71,13 @@ def _check_memory(job: Job, shape: ModelShape, seqlen: int, model: BlockModel) -
 
 
 def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tuple[Generate, int]:
-    """A function that has the dense model write its calibration text, and the number of windows that it writes at once.
+    """Make a function with which the dense model generates calibration text, and choose how many windows a batch has.
 
-    A resumed run takes the text from the unfinished one. (None, 0): no text of the run is the model's own.
+    In a resumed run the function returns the text of the unfinished run. Without `--dataset self` the result is
+    (None, 0).
 
     Raises:
-        InputError: it does not fit into memory.
+        InputError: the model does not fit into memory with a single window.
     """
     inputs, output = job.inputs, job.output
     if job.dataset is not None or SELF not in inputs.shares:
@@ -82,7 +85,7 @@ def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tup
     limits = limits_of(job, model.device)
     batch = generation_batch(shape, workload_of(job, [inputs.nsamples], seqlen, model.device), limits, inputs)
 
-    def write(tokenizer: Tokenizer, seqlen: int, n: int) -> Windows:
+    def generate(tokenizer: Tokenizer, seqlen: int, n: int) -> Windows:
         path, source = Writer(output.folder, 0).folder / OWN_TEXT, generation.own_source(inputs.seed)
         ids = generation.tokens_in(path) if job.begun and path.exists() else None
         if ids is None or ids.shape != (n, seqlen):
@@ -91,51 +94,51 @@ def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tup
             memory.trim_memory()
         return replace(windows.windows_of(ids, source), own=generation.records_of(tokenizer, ids))
 
-    return write, batch
+    return generate, batch
 
 
-def windows_of_texts(job: Job, seqlen: int, write: Generate) -> tuple[Windows, list[Windows]]:
-    """Read and tokenize the texts of a run. One rank reads them, and all have the same tokens.
+def windows_of_texts(job: Job, seqlen: int, generate: Generate) -> tuple[Windows, list[Windows]]:
+    """Read and tokenize the texts of a run on one rank, and send the tokens to all ranks.
 
     Args:
         job: the run.
         seqlen: tokens in a window.
-        write: has the model write its own text; None: no text is its own.
+        generate: lets the model generate calibration text; None: the run does not use such text.
 
     Returns:
         The calibration windows, and the windows of each evaluation text.
 
     Raises:
-        InputError: a text cannot be read or is too short, or the tokenizer cannot take it.
+        InputError: a text cannot be read or tokenized, or is too short.
     """
     if seqlen < job.inputs.seqlen:
         job.say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {job.inputs.seqlen})")
-    return job.ranks.on_first(lambda: _read(job, seqlen, write))
+    return job.ranks.on_first(lambda: _read(job, seqlen, generate))
 
 
-def _read(job: Job, seqlen: int, write: Generate) -> tuple[Windows, list[Windows]]:
+def _read(job: Job, seqlen: int, generate: Generate) -> tuple[Windows, list[Windows]]:
     inputs, dataset = job.inputs, job.dataset
     if isinstance(dataset, Tensor):
         calibration = windows.windows_of(dataset, inputs.dataset[0])
         if calibration.seqlen > seqlen:
             raise InputError(
-                f"{calibration.source}: windows of {calibration.seqlen} tokens, and the model takes {seqlen} at most"
+                f"{calibration.source}: windows of {calibration.seqlen} tokens, but the model takes at most {seqlen}"
             )
         if not inputs.evaluate:
-            # Nothing has to be tokenized.
+            # There is no text to tokenize.
             return calibration, []
     tokenizer = job.tokenizer
     if tokenizer is None:
         assert job.folder is not None
         tokenizer = load_tokenizer(job.folder)
-    # Before a model writes its own text, which takes long, the others are there.
+    # Evaluation texts are read first: an error in them should not come after a model has generated text, which is slow.
     evaluation = [
         windows.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows)
         for name in dict.fromkeys(inputs.evaluate)
     ]
     drawn = dict(nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
     if dataset is None:
-        calibration = windows.mixed_windows(tokenizer, inputs.shares, write, **drawn)
+        calibration = windows.mixed_windows(tokenizer, inputs.shares, generate, **drawn)
     elif not isinstance(dataset, Tensor):
         calibration = windows.calibration_windows(tokenizer, dataset, **drawn)
     return calibration, evaluation

@@ -206,7 +206,7 @@ def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(driver, "prune_block", full)
     assert main([*flags, "--output", str(tmp_path / "out")]) == 130
-    assert "out of memory on the GPU: going on with 2 windows at a time\n" in capsys.readouterr().out
+    assert "out of memory on the GPU: continuing with 2 windows at a time\n" in capsys.readouterr().out
     assert batches == [(0, 4), (1, 4), (1, 2), (2, 2)]
     assert main([*flags, "--output", str(tmp_path / "out")]) == 0
     assert batches[4:] == [(2, 2)]
@@ -235,7 +235,7 @@ def test_a_kind_of_block_that_does_not_run_in_parts_is_named_once(tmp_path, monk
     forward, calls = modeling_llama.LlamaMLP.forward, count()
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: forward(self, x) * (1 + next(calls) / 1e6))
     _, report = prune(tmp_path, *FEW_STEPS, "--nsamples", "2")
-    said = "every stage begins at the block's start, as in all blocks like it: its parts give other bits than the whole"
+    said = "every stage of this block and of similar ones begins at its start: its parts give other bits than the whole"
     lines = [line for line in capsys.readouterr().out.splitlines() if said in line]
     assert [line.partition(":")[0] for line in lines] == ["model.layers.0"]
     assert {block["way"] for block in report["blocks"]} == {"stage by stage, from the start"}
