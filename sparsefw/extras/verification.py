@@ -35,8 +35,8 @@ from sparsefw.solver.layer import LayerResult
 # Integer types by the bytes of a value. Compared as integers, a NaN equals itself, and -0.0 differs from 0.0.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# dtypes that only models in memory may have, in schedules of diffusion for example. No layer of a language model has
-# one.
+# dtypes that occur only in models that were pruned in memory, such as schedules of diffusion models. No pruned layer
+# has such a dtype.
 OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
 
 DIGEST = re.compile("[0-9a-f]{64}")
@@ -171,10 +171,10 @@ def _changes_kept_weights(report: Report) -> bool:
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """Read the digests of SHA256SUMS by the files' names; the name of a file in a folder is `folder/name`.
+    """Read the digests in SHA256SUMS, by path relative to its folder, such as `folder/name`.
 
     Raises:
-        InputError: the file is missing, no file, too large, or not as a run writes it.
+        InputError: SHA256SUMS is missing, is not a file, is too large, or has a line that no run writes.
     """
     digests: dict[str, str] = {}
     for line in read_bounded(path, MAX_JSON_BYTES).decode("utf-8", "replace").splitlines():

@@ -1,4 +1,4 @@
-"""Pack matrices, in the layout of `checkpoint.packed`."""
+"""Pack matrices in the layout of `checkpoint.packed`."""
 
 import numpy as np
 import torch
@@ -6,22 +6,22 @@ from torch import Tensor
 
 from sparsefw.errors import InputError
 
-# Entries that are counted or gathered at a time.
+# At most about this many entries are counted or gathered at a time, to limit memory.
 CHUNK = 1 << 24
 
-# Read as integers, -0.0 is not 0: unpacked matrices have the same bits.
+# Integer types by the bytes of a weight. Compared as an integer, -0.0 is not 0, so it is kept as a weight.
 BITS = {2: torch.int16, 4: torch.int32}
 
 
 def pack(name: str, W: Tensor, kept: int, whole: bool) -> tuple[Tensor, Tensor]:
-    """Make the values and the mask of a matrix.
+    """Make the kept values and the mask of a matrix.
 
     Args:
         name: the matrix's name, for messages.
-        W: (..., rows, cols), where 8 divides cols. Leading axes are matrices of their own.
-        kept: weights kept in a row, or in the whole of a matrix (rows, cols). Where fewer are not zero, the first zeros
-            are kept with them, so that the shapes depend on nothing else.
-        whole: whether `kept` is the number of the whole matrix.
+        W: (..., rows, cols), where 8 divides cols. Each index of the leading axes is a separate matrix.
+        kept: number of weights kept in a row, or in a whole matrix (rows, cols). If fewer weights are not zero, the
+            first zeros are kept too, so that the shapes depend on `kept` alone.
+        whole: whether `kept` counts the weights of a whole matrix.
 
     Raises:
         InputError: more weights than `kept` are not zero.
