@@ -22,7 +22,7 @@ from .vertex_products import VertexProducts
 
 @dataclass(frozen=True)
 class Terms:
-    """Two bf16 matrices whose sum is a matrix, within 2^-17 of each entry. Products of bf16 values are exact.
+    """Two bf16 matrices whose sum represents a matrix, within 2^-17 of each entry. Products of bf16 values are exact.
 
     Attributes:
         high: the matrix, rounded to bf16.
@@ -75,7 +75,7 @@ class Backend:
 
     @property
     def input_precision(self) -> str:
-        """Return the precision of Gram and cross matrices of fp32 inputs. Products of 16-bit inputs are exact."""
+        """Return the precision of Gram and cross matrices of fp32 inputs. Products of 16-bit inputs stay exact."""
         return "ieee" if self.precision in ("ieee", "tf32x3") else "tf32"
 
     @property
@@ -84,7 +84,7 @@ class Backend:
         return self.operations is cpu
 
     def operand(self, X: Tensor) -> Tensor:
-        """Convert X once for many products. At "bf16" X becomes bf16, since each product would round X anyway."""
+        """Convert X before many products. At "bf16" X becomes bf16, since each product would round X anyway."""
         return X.to(self.operand_dtype(X.dtype))
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -106,8 +106,8 @@ class Backend:
     def exact_operand(self, G: Tensor, dtype: torch.dtype) -> Tensor | Terms:
         """Convert G (d, d) fp32 to the right operand of `exact_product`, for weights of `dtype`.
 
-        Two bf16 terms represent a 16-bit weight, or a difference of 16-bit weights, well enough. So two or three bf16
-        products of terms replace a product at "tf32x3", in a fraction of its time.
+        Two bf16 terms represent a 16-bit weight exactly, and a difference of 16-bit weights within 2^-17. So two or
+        three bf16 products of terms replace a product at "tf32x3", in a fraction of its time.
         """
         return G if self.precision not in ("tf32", "bf16") or dtype == torch.float32 else split(G)
 
@@ -118,7 +118,7 @@ class Backend:
         left = split(E)
         pairs = [(left.high, G.low), (left.low, G.high), (left.high, G.high)]
         out = torch.empty(E.shape, dtype=torch.float32, device=E.device)
-        # The small products are added first: the smaller the sum, the smaller its rounding errors.
+        # The small products are added first, since a small sum has small rounding errors.
         for number, (e, g) in enumerate((e, g) for e, g in pairs if e is not None and g is not None):
             self.operations.product(e, g, precision="bf16", out=out, add=number > 0)
         return out
@@ -132,8 +132,8 @@ class Backend:
     ) -> Callable[[], Tensor]:
         """Return a function that computes E G for the current vertex V, and writes it to `out`.
 
-        The caller changes V and E in place between two calls. The torch kernel on a CPU updates the product of an
-        earlier vertex, see `vertex_products`. In all other cases each call multiplies E by G.
+        The caller changes V and E in place between two calls. With `--kernel torch` on a CPU a call updates the product
+        of an earlier vertex, see `vertex_products`. In all other cases each call multiplies E by G.
 
         Args:
             W: (rows, d) weight.

@@ -26,7 +26,7 @@ LEAST_GAIN = 1e-6
 CONVERGED = 1e-12
 
 # DECAYS: the decay rates of Adam's running means of the gradient and of its square. ADAM_EPSILON is added to the root
-# of the mean square, which is 0 in fp32 for a tiny gradient: the step would be infinite.
+# of the mean square. The mean square of tiny gradients is 0 in fp32, and the step would be infinite without it.
 DECAYS = (0.9, 0.999)
 ADAM_EPSILON = 1e-16
 

@@ -216,7 +216,7 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
         if add:
             raise ValueError("add: has nothing to add to; pass out")
     check("out", out, (rows, d), (torch.float32,), E)
-    # `platform()` is that of the current device.
+    # `dot_options` and `_launch` depend on the current device.
     with on_device(E):
         options = dot_options((E.dtype, G.dtype), precision)
         if out.numel():

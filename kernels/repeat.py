@@ -63,5 +63,5 @@ def _capture(launch: Callable[[], object], device: torch.device) -> torch.cuda.C
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream for all captures on a device. torch has few streams, and would return one in use if asked."""
+    """Return the stream for all captures on a device. torch has few streams, so a new one may already be in use."""
     return torch.cuda.Stream(device)

@@ -5,9 +5,9 @@ They compare 32-bit unsigned keys, which have the same order as the scores:
     key(x) < key(y)  iff  x < y;    key(-0.0) = key(+0.0);    key(NaN) = NAN_KEY, above all;    0 = no entry
 
 A key reaches a threshold if it is at least as high. A search for a row's k-th best key counts the keys that reach a
-threshold, and tries other thresholds until exactly k keys reach one, or until only equal keys are left. The bracket of
-a search is a threshold that at least k keys reach, and a higher one that fewer keys reach. At the start these are the
-lowest and the highest key (`key_range`), or one of them is a threshold that was right for similar scores (`bracket`):
+threshold, and changes the threshold until exactly k keys reach it, or only equal keys are left. The bracket of a search
+has two ends: a threshold that at least k keys reach, and a higher threshold that fewer keys reach. A search starts from
+the lowest and the highest key (`key_range`), or from a threshold that was right for similar scores (`bracket`):
 
 - While the count at one end of the bracket is unknown, thresholds move away from the other end in steps that grow
   fourfold.
