@@ -5,11 +5,11 @@
     flops = 2 rows d^2
     bytes = rows d size(E) + d^2 size(G) + 4 rows d       (each operand read once; + 4 rows d with `add`)
 
-There are two kernels. One runs on sm_90 and later, if large tiles fill the GPU, tensor cores multiply and rows are
-aligned to 16 bytes. It launches a program on each multiprocessor, and each program computes several tiles. Bulk copies
-through tensor descriptors load both operands, so no thread computes an address or masks an edge. The stores of a tile
-overlap with the loads of the next tile. In all other cases the other kernel runs: every program computes one tile, and
-its threads load operands through pointers, ahead of the dot.
+There are two kernels. One runs on sm_90 and later, except sm_120, if large tiles fill the GPU, tensor cores multiply
+and rows are aligned to 16 bytes. It launches a program on each multiprocessor, and each program computes several tiles.
+Bulk copies through tensor descriptors load both operands, so no thread computes an address or masks an edge. The stores
+of a tile overlap with the loads of the next tile. In all other cases the other kernel runs: every program computes one
+tile, and its threads load operands through pointers, ahead of the dot.
 
 Sums are accumulated in fp32. `precision` says how operands are multiplied: "ieee" multiplies in fp32, without tensor
 cores for fp32 operands; "tf32x3" splits each operand into two tf32 values and multiplies three times, within 2^-21;

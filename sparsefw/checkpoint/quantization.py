@@ -1,6 +1,6 @@
 """Quantized checkpoints: which formats are read, and how the tensors in the files make the tensors of the model.
 
-A quantized tensor is two tensors in the files: its values, and scales that multiply them. Read are FP8 as in
+A quantized tensor is two tensors in the files: its values, and scales that multiply them. Supported are FP8 as in
 DeepSeek-V3 and Qwen3, MXFP4 as in gpt-oss, and packed matrices, which store a mask in place of scales (see `packed`).
 All other methods are refused. A tensor is dequantized where it is used (see `tensors`), and what a run writes is not
 quantized.
@@ -23,19 +23,19 @@ from sparsefw.checkpoint.tensors import EXPONENT, TensorInfo
 from sparsefw.errors import InputError, shown
 
 KEY = "quantization_config"
-# transformers reads the name of the weights' file under this key. A value that names no file keeps it from loading
-# packed matrices.
+# transformers reads the name of the weights' file under this key. If the value is no file, transformers cannot load a
+# packed folder, unless the quantizer of sparsefw removes the key.
 GUARD = "transformers_weights"
-# transformers takes blocks of this size where a config names none. null means one scale for a matrix.
+# The block size of transformers if a config names none. `weight_block_size: null` means one scale for a matrix.
 DEFAULT_BLOCK = (128, 128)
 # The remedy where a checkpoint is not read.
 ORIGINAL = "give the unquantized checkpoint that it was made from"
 
 FP8 = torch.float8_e4m3fn
-# Names in the files of the dtypes that only quantized checkpoints have.
+# The dtypes that occur only in quantized checkpoints, by their names in safetensors.
 FP8_DTYPES = {"F8_E4M3": FP8, "F8_E8M0": EXPONENT}
 SCALE_DTYPES = {torch.float32, torch.bfloat16, torch.float16, EXPONENT}
-# Ends of the names of an FP8 weight's scale; the first one may follow the name of any tensor.
+# Suffixes of an FP8 scale's name. SCALE follows the full name of a tensor; OTHER_SCALES replace `.weight`.
 SCALE, OTHER_SCALES = "_scale_inv", (".scale", ".qscale_weight")
 ACTIVATION_SCALE = "activation_scale"
 
@@ -109,7 +109,7 @@ class Fp8:
     def dequantize(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Multiply every block of values by its scale in fp32, and round once.
 
-        transformers does the same, but takes the size of a block to be that of the matrix over the number of scales.
+        transformers does the same, but divides the size of the matrix by the number of scales to get the block size.
         That is wrong where the last blocks are smaller, as in DeepSeek-V3.
 
         Args:
@@ -259,7 +259,7 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     config.pop(GUARD, None)
     named = dtype_in(config)
     for section in _sections(config):
-        # A dtype that only quantized models have goes as well: transformers would cast the weights to it.
+        # A dtype such as fp8 is removed, too: transformers would cast the weights to it.
         for key in (KEY, *(() if named else DTYPE_KEYS)):
             section.pop(key, None)
     return config
@@ -274,7 +274,7 @@ def joined(
         stored: the tensors in the files. Scales of activations are dropped.
         quantization: the format.
         config: the content of config.json. If it names a dtype, the dequantized tensors have it. Otherwise they have
-            the dtype of most bytes that are not quantized.
+            the dtype that most bytes of the unquantized tensors have.
         path: the file's path, for messages.
 
     Returns:
@@ -318,7 +318,7 @@ def dtype_in(config: dict[str, Any]) -> torch.dtype | None:
 
 
 def most_bytes(tensors: Iterable[TensorInfo]) -> torch.dtype | None:
-    """Find the floating dtype of the most bytes; None if there is none."""
+    """Find the floating dtype that most bytes have; None if no tensor is floating."""
     bytes_of: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         if tensor.dtype.is_floating_point:

@@ -129,7 +129,7 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
                 file.seek(stored[name].offset)
                 count = file.readinto(read[name].reshape(-1).view(torch.uint8).numpy().data)
                 if stamp_of(os.fstat(file.fileno())) != stored[name].stamp or count != read[name].nbytes:
-                    raise InputError(f"{path}: was changed since the run began; leave the model as it is meanwhile")
+                    raise InputError(f"{path}: changed since the run began; do not change the model during a run")
     loadable: dict[str, Loadable] = {}
     for name, info in tensors.items():
         if info.dequantize:

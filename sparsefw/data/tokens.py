@@ -21,8 +21,8 @@ Tokenizer = PreTrainedTokenizerBase
 PIECE = 2**16
 # Characters before and after a cut that are tokenized to check it.
 CONTEXT = 512
-# White space is searched for in this many characters at the end of a piece. At most TRIED cuts are checked at white
-# space, and as many at any place.
+# White space is searched for in this many characters at the end of a piece. Up to TRIED cuts are checked at white
+# space, then up to TRIED at any character.
 SEARCHED, TRIED = 4096, 8
 
 

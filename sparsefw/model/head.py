@@ -113,7 +113,7 @@ def exp(x: float) -> float:
 
 @torch.no_grad()
 def check_losses(model: BlockModel, batches: Iterable[Batch]) -> None:
-    """Refuse batches for which the model returns no loss. Called before a run, which would end without a perplexity.
+    """Refuse batches for which the model returns no loss, before a run that would end without a perplexity.
 
     The model's own forward runs with stubs in place of the blocks.
 

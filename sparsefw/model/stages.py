@@ -1,7 +1,7 @@
 """Survey the layers of a block with one micro-batch, and find the stages in which they are pruned.
 
 A recorded forward shows how the block computes its output from its input. A cut is a tensor with the shape of the
-hidden states after which no call reads an earlier tensor. In most models the sum after the attention is a cut. Memory
+hidden states; the calls after it read no earlier tensor. In most models the sum after the attention is a cut. Memory
 can hold a cut in place of the block's input, and the layers after the cut need only the part of the block after it.
 """
 

@@ -108,7 +108,7 @@ class TestTensors:
             save_file({"a": torch.ones(2)}, path)
         else:
             os.utime(path, ns=(1, 1))
-        with refused("model.safetensors: was changed since the run began"):
+        with refused("model.safetensors: changed since the run began"):
             read_tensors(tensors)
 
 
