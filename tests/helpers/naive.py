@@ -6,7 +6,7 @@ Given float64 tensors an operation computes in float64, so that tests can take i
 fp32. `kernels/definitions.py` has the notation.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -133,13 +133,6 @@ def row_step(
     lmo(score, state.k, **choice, check_nan=False, out=state.V)
     removed = w.masked_fill(state.V, 0)
     state.E.copy_(removed if state.target_gap is None else state.target_gap + removed)
-
-
-def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:
-    """Run step(*row) for every row of `numbers`; yields after each."""
-    for row in numbers:
-        step(*row)
-        yield
 
 
 def row_swaps(

@@ -7,7 +7,6 @@ Concurrency is not pretended: all work is done in the order of the program, so a
 unseen. Memory that torch's kernels allocate for themselves, and their rounding, are not known either.
 """
 
-import math
 import os
 import sys
 import threading
@@ -100,7 +99,6 @@ class GPU(TorchDispatchMode):
         peak_since_reset: the same since `torch.cuda.reset_peak_memory_stats`.
         waits: how often the host would have waited, by "file:line operation" of the innermost line of this repository.
         graphs: CUDA graphs, each with its launches and the number of its replays.
-        most: the most bytes that may be allocated at once.
         host_held, host_peak: bytes of page-locked host memory that torch holds, in use or not, and the most so far.
     """
 
@@ -109,7 +107,6 @@ class GPU(TorchDispatchMode):
         self.allocated = self.peak = self.peak_since_reset = 0
         self.waits: Counter[str] = Counter()
         self.graphs: list[Graph] = []
-        self.most: float = math.inf
         self.host_held = self.host_peak = 0
         # Free pieces of page-locked memory that torch keeps, by size.
         self._host_free: Counter[int] = Counter()
@@ -147,16 +144,19 @@ class GPU(TorchDispatchMode):
         if _is_gpu(device):
             kwargs = kwargs | {"device": torch.device("cpu")}
         args, kwargs = _changed((args, kwargs), lambda x: x.inner if isinstance(x, OnGPU) else x)
-        if graph and not getattr(func, "is_view", False):
-            return graph.record(func, args, kwargs, given)
+        captured = graph and not getattr(func, "is_view", False)
+        before = {id(x): x.clone() for x in tensors_in((args, kwargs))} if captured else {}
         out = func(*args, **kwargs)
         # An operand that was written in place is returned as the same object.
         same = {id(x.inner if isinstance(x, OnGPU) else x): x for x in given}
+        if captured:
+            if any(id(x) not in same for x in tensors_in(out)):
+                raise RuntimeError(f"{func}: takes memory while a graph is captured")
+            # It has not run yet.
+            for x in tensors_in(out):
+                x.copy_(before[id(x)])
+            graph.launches.append(partial(func, *args, **kwargs))
         return _changed(out, lambda x: same[id(x)] if id(x) in same else self.put(x) if stays else x)
-
-    def limit(self, most: float) -> None:
-        """Limit the bytes that may be allocated at once, from now on."""
-        self.most = most
 
     def lock_pages(self, tensor: Tensor) -> None:
         """Count a tensor in page-locked host memory, from a free piece of its size if there is one."""
@@ -229,9 +229,6 @@ class _Memory:
     def __init__(self, gpu: GPU, nbytes: int):
         self.gpu, self.size = gpu, -(-nbytes // UNIT) * UNIT
         with gpu.lock:
-            if gpu.allocated + self.size > gpu.most:
-                self.size = 0
-                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate more than is allowed.")
             gpu.allocated += self.size
             gpu.peak, gpu.peak_since_reset = (max(x, gpu.allocated) for x in (gpu.peak, gpu.peak_since_reset))
 
@@ -257,20 +254,6 @@ class Graph:
     def capture_end(self) -> None:
         self.gpu.capturing.graph = None
         self.gpu.graphs.append(self)
-
-    def record(self, func: Callable, args: tuple, kwargs: dict, given: list[Tensor]) -> Any:
-        """Record func(*args, **kwargs) for later; returns its result, which must be one of the tensors `given`."""
-        copies: dict[int, Tensor] = {}
-        inner = [x.inner if isinstance(x, OnGPU) else x for x in given]
-        for x in inner:
-            copies.setdefault(id(x), x.clone())
-        on_copies = _changed((args, kwargs), lambda x: copies[id(x)])
-        out = func(*on_copies[0], **on_copies[1])
-        same = {id(copies[id(x)]): wrapped for x, wrapped in zip(inner, given, strict=True)}
-        if any(id(x) not in same for x in tensors_in(out)):
-            raise RuntimeError(f"{func}: takes memory while a graph is captured")
-        self.launches.append(lambda: func(*args, **kwargs))
-        return _changed(out, lambda x: same[id(x)])
 
     def replay(self) -> None:
         self.replays += 1
@@ -358,9 +341,8 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
     def launched(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
         if not all(isinstance(x, OnGPU) for x in tensors_in((args, kwargs))):
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
-        graph = getattr(gpu.capturing, "graph", None)
-        if graph:
-            graph.launches.append(lambda: launch(executor, *args, **kwargs))
+        if graph := getattr(gpu.capturing, "graph", None):
+            graph.launches.append(partial(launch, executor, *args, **kwargs))
         else:
             # The interpreter puts functions of its own into Triton meanwhile.
             with gpu.lock:
@@ -391,7 +373,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
             "memory_reserved": lambda device=None: gpu.allocated,
             "max_memory_allocated": lambda device=None: gpu.peak_since_reset,
             "max_memory_reserved": lambda device=None: SEGMENT * -(-gpu.peak_since_reset // SEGMENT),
-            "set_per_process_memory_fraction": lambda fraction, device=None: gpu.limit(fraction * memory),
+            "set_per_process_memory_fraction": lambda fraction, device=None: None,
             "reset_peak_memory_stats": lambda device=None: setattr(gpu, "peak_since_reset", gpu.allocated),
         }.items():
             patch.setattr(torch.cuda, name, value)
