@@ -31,7 +31,6 @@ RUNS = {
     "compare": ("llama", [*WINDOWS, "--compare", "wanda", "--reconstruct", "0"]),
     "evaluation": ("llama", [*WINDOWS, "--eval", "TEXT", "--eval-windows", "4", "--refit", "0"]),
     "long windows": ("llama", ["--nsamples", "4", "--seqlen", "512", "--steps", "1", "--reconstruct", "0"]),
-    "reconstruct": ("llama", [*WINDOWS, "--reconstruct", "1"]),
     "reconstruct, long windows": (
         "llama", ["--nsamples", "4", "--seqlen", "512", "--method", "wanda", "--reconstruct", "1"],
     ),

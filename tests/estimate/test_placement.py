@@ -19,18 +19,15 @@ from sparsefw.model.partial_forward import INPUT
 from sparsefw.solver.config import PruneConfig
 
 
-def llama(hidden, intermediate, depth, pairs=8, vocabulary=128256):
-    """The shape of a Llama in bf16, with heads of 128 entries."""
-    roles = {
-        "q": Role(0, INPUT),
-        "o": Role(0, INPUT, ResidualWrite(INPUT, None), True),
-        "gate": Role(1, INPUT),
-        "down": Role(1, INPUT, ResidualWrite(INPUT, None), True),
-    }
-    layers = [("q", hidden, hidden, "q"), ("k", pairs * 128, hidden, "q"), ("v", pairs * 128, hidden, "q")]
-    layers += [("o", hidden, hidden, "o"), ("gate", intermediate, hidden, "gate"), ("up", intermediate, hidden, "gate")]
-    layers.append(("down", hidden, intermediate, "down"))
-    layers = tuple(LayerShape(*layer, role=roles[layer[-1]]) for layer in layers)
+def llama(hidden, intermediate, depth):
+    """The shape of a Llama in bf16, with 8 heads of keys of 128 entries."""
+    one, two, vocabulary = Role(0, INPUT), Role(1, INPUT), 128256
+    write = ResidualWrite(INPUT, None)
+    layers = [("q", hidden, hidden, "q", one), ("k", 1024, hidden, "q", one), ("v", 1024, hidden, "q", one)]
+    layers += [("o", hidden, hidden, "o", Role(0, INPUT, write, True))]
+    layers += [("gate", intermediate, hidden, "gate", two), ("up", intermediate, hidden, "gate", two)]
+    layers += [("down", hidden, intermediate, "down", Role(1, INPUT, write, True))]
+    layers = tuple(LayerShape(*layer, role=role) for *layer, role in layers)
     size, outside = sum(layer.rows * layer.d for layer in layers) + 2 * hidden, 2 * vocabulary * hidden + hidden
     # As counted of Llama-3-70B.
     live, allocated = (LinearCount(0, 25 * hidden),), LinearCount(0, 83 * hidden)
@@ -38,6 +35,13 @@ def llama(hidden, intermediate, depth, pairs=8, vocabulary=128256):
     blocks = *[block] * (depth - 1), replace(block, predicts=True)
     between = ((LinearCount(2), LinearCount(0, 1), LinearCount(hidden)),)
     return ModelShape(blocks, 2 * outside, hidden, vocabulary, 0, 2, 2, depth * size + outside, (2 * outside,), between)
+
+
+def enough(what, shape, workload, limits, folder, text=""):
+    """The GiB that a refusal says are enough; it names the limit, and has this text."""
+    with refused(rf"{what}_memory=[\d.]+: this run needs at least [\d.]+ GiB of (GPU|host) memory{text}") as caught:
+        place(shape, workload, limits, folder)
+    return float(str(caught.value).split("at least ")[1].split()[0])
 
 
 def work(gpu=True, windows=256, evaluation=(), seqlen=2048, ranks=1, **options):
@@ -58,10 +62,7 @@ def test_goals():
     place(LLAMA_405B, work(reconstruct=2), {"gpu": 66 * GIB, "host": 96 * GIB})
 
 
-@pytest.mark.parametrize(
-    ("windows", "step", "batch"),
-    [(2, 1, 1), (64, 1, 4), (256, 1, 16), (511, 1, 16), (512, 2, 32), (2048, 8, 128), (10**5, 390, 780)],
-)
+@pytest.mark.parametrize(("windows", "step", "batch"), [(2, 1, 1), (256, 1, 16), (512, 2, 32), (10**5, 390, 780)])
 def test_a_micro_batch_is_one_step_of_a_reconstruction_or_several(windows, step, batch):
     """There are 256 steps where there are windows for them, and 16 micro-batches, each of as many tokens as is fast.
 
@@ -81,17 +82,13 @@ def test_a_micro_batch_is_one_step_of_a_reconstruction_or_several(windows, step,
 @pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("options", first_is_fast([{"reconstruct": 2}, {}]))
 def test_smallest_limit_that_is_named_is_enough(gpu, options, tmp_path):
-    workload = work(gpu, **options)
+    workload, remedy = work(gpu, **options), ".*or reconstruct=0$" if options else ""
     limits = {"gpu": GIB, "host": GIB} if gpu else {"host": GIB}
     for what in limits:
-        with refused(rf"{what}_memory=1.0: this run needs at least [\d.]+ GiB of (GPU|host) memory") as caught:
-            place(LLAMA_70B, workload, limits, tmp_path)
-        assert str(caught.value).endswith("or reconstruct=0") == bool(options)
-        enough = float(str(caught.value).split("at least ")[1].split()[0])
-        limits[what] = int((enough - 0.03) * GIB)
-        with refused(f"{what}_memory"):
-            place(LLAMA_70B, workload, limits, tmp_path)
-        limits[what] = int(enough * GIB)
+        needed = enough(what, LLAMA_70B, workload, limits, tmp_path, remedy)
+        limits[what] = int((needed - 0.03) * GIB)
+        assert enough(what, LLAMA_70B, workload, limits, tmp_path) == needed
+        limits[what] = int(needed * GIB)
     placement, needed = place(LLAMA_70B, workload, limits, tmp_path)
     assert needed == memory_needs(LLAMA_70B, workload, placement)
     assert placement.folder == tmp_path
@@ -124,8 +121,8 @@ def test_what_is_given_up_first(set_threads):
 
 
 def test_what_is_settled_stays():
-    workload = work(gpu=False, windows=8, seqlen=128)
-    placement, _ = place(llama(1024, 4096, 2), workload, {"host": 64 * GIB}, fixed={"batch": 5, "solver": 1 << 30})
+    workload, fixed = work(gpu=False, windows=8, seqlen=128), {"batch": 5, "solver": 1 << 30}
+    placement, _ = place(llama(1024, 4096, 2), workload, {"host": 64 * GIB}, fixed=fixed)
     assert (placement.batch, placement.solver) == (5, 1 << 30)
 
 
@@ -145,8 +142,6 @@ def test_ranks_share_rows_and_the_memory_of_a_machine(tmp_path):
     assert solve(4, sparsity="2:4") < solve(1, sparsity="2:4")
     # One rank solves a problem that takes all rows together.
     assert solve(4, method="sparsegpt") == solve(1, method="sparsegpt")
-    workload = work(ranks=8)
-    with refused(r"host_memory=8.0: this run needs at least [\d.]+ GiB of host memory for 8 ranks") as caught:
-        place(LLAMA_70B, workload, {"gpu": 64 * GIB, "host": GIB}, tmp_path)
-    enough = float(str(caught.value).split("at least ")[1].split()[0])
-    place(LLAMA_70B, workload, {"gpu": 64 * GIB, "host": int(enough * GIB) // 8}, tmp_path)
+    workload, limits = work(ranks=8), {"gpu": 64 * GIB, "host": GIB}
+    needed = enough("host", LLAMA_70B, workload, limits, tmp_path, " for 8 ranks")
+    place(LLAMA_70B, workload, limits | {"host": int(needed * GIB) // 8}, tmp_path)

@@ -52,12 +52,6 @@ def copies(make: Callable[..., tuple[Path, Path]], folder: Path) -> Callable[...
     return copy
 
 
-def tensor_of(folder: Path, name: str) -> Tensor:
-    if not (folder / INDEX).exists():
-        return load_file(folder / "model.safetensors")[name]
-    return load_file(folder / json.loads((folder / INDEX).read_text())["weight_map"][name])[name]
-
-
 def change_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
     """Replace a tensor by change(tensor), or leave it out if that is None; the sizes in the index follow."""
     index = json.loads((folder / INDEX).read_text())
@@ -91,25 +85,15 @@ def flip_bit(x: Tensor) -> Tensor:
     return (x.view(torch.int32 if x.element_size() == 4 else torch.int16) ^ 1).view(x.dtype)
 
 
-def change_report(folder: Path, change: Callable[[dict], object]) -> None:
-    report = json.loads((folder / "report.json").read_text())
-    change(report)
-    (folder / "report.json").write_text(json.dumps(report))
-
-
-def sum_again(folder: Path) -> None:
-    """Write SHA256SUMS of what is there now, as somebody who changes an output may do."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS]
-    (folder / SUMS).write_text("".join(f"{file_digest(path)}  {path.relative_to(folder)}\n" for path in files))
-
-
 def verdict(capsys, folder: Path, *flags: str, summed: bool = True) -> tuple[int, str, dict[str, list[str]]]:
     """Exit status, what was printed, and the failures of the checks that failed.
 
     By default SHA256SUMS is written anew, which the other checks must not depend on.
     """
     if summed:
-        sum_again(folder)
+        files = [path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS]
+        sums = [f"{file_digest(path)}  {path.relative_to(folder)}\n" for path in files]
+        (folder / SUMS).write_text("".join(sums))
     capsys.readouterr()
     status = main([str(folder), *flags])
     printed = capsys.readouterr().out
@@ -132,13 +116,3 @@ def only_failure(capsys, folder: Path, check: str, *flags: str) -> str:
     assert failures.keys() == {check}, printed
     assert len(failures[check]) == 1, printed
     return failures[check][0]
-
-
-def refused(capsys, message: str, *arguments: object) -> None:
-    """Assert exit status 2, and one line that matches `message`."""
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    out, error = capsys.readouterr()
-    assert not out
-    assert len(error.splitlines()) == 1
-    assert re.match(f"sparsefw: {message}", error), error

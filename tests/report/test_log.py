@@ -17,26 +17,19 @@ def shape_of(*blocks: list[tuple[int, ...]]) -> SimpleNamespace:
     return SimpleNamespace(blocks=[SimpleNamespace(layers=[layer(*size) for size in block]) for block in blocks])
 
 
-# The layers of SmolLM2-135M: 106,168,320 weights.
+# The layers of SmolLM2-135M: 106,168,320 weights; and a selection, with a layer of two experts.
 SMOL = shape_of(*[[(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]] * 30)
+SELECTED, WHOLE = shape_of([(6, 10)], [], [(3, 10)]), shape_of([(6, 10)], [(5, 12)], [(3, 10, 2), (5, 10)])
 
 
 @pytest.mark.parametrize(
-    ("config", "shares"),
+    ("config", "selected", "whole", "words"),
     [
-        ({}, ["59.91%"]),
-        ({"sparsity": "2:4"}, ["50.00%"]),
-        ({"method": "sparsegpt", "compare": ("wanda",)}, ["60.00%", "59.91%"]),
+        ({}, SMOL, SMOL, ["59.91%"]),
+        ({"method": "sparsegpt", "compare": ("wanda",)}, SMOL, SMOL, ["60.00%", "59.91%"]),
+        ({"ignore": "x"}, SELECTED, WHOLE, ["60.00% of 90 weights", "90 of 230"]),
     ],
 )
-def test_sparsity_of_patterns_and_methods(config, shares):
-    line = log.sparsity_line(PruneConfig(**config), SMOL, SMOL)
-    assert [word for word in line.split() if word.endswith("%")] == shares
-
-
-def test_sparsity_of_a_selection_with_experts():
-    """A layer of experts counts as one matrix for each expert."""
-    selected, whole = shape_of([(6, 10)], [], [(3, 10)]), shape_of([(6, 10)], [(5, 12)], [(3, 10, 2), (5, 10)])
-    line = log.sparsity_line(PruneConfig(ignore="x"), selected, whole)
-    assert "60.00% of 90 weights" in line
-    assert "90 of 230" in line
+def test_the_line_of_sparsity(config, selected, whole, words):
+    line = log.sparsity_line(PruneConfig(**config), selected, whole)
+    assert all(word in line for word in words)

@@ -40,10 +40,11 @@ def expected(llama):
 
 
 FP32 = [(family, torch.float32) for family in sorted({*FAMILIES, *OTHERS, *HANDING_ON} - AS_LLAMA - {"llama"})]
-BF16 = [(family, torch.bfloat16) for family in ("llama", "qwen3_moe", "qwen3_next")]
 
 
-@pytest.mark.parametrize(("family", "dtype"), first_is_fast([("llama", torch.float32), *FP32, *BF16]))
+@pytest.mark.parametrize(
+    ("family", "dtype"), first_is_fast([("llama", torch.float32), *FP32, ("qwen3_moe", torch.bfloat16)])
+)
 def test_answers_are_those_of_the_whole_model(family, dtype, tmp_path):
     save_model(tmp_path, family, dtype, **CHANGES.get(family, {}))
     found, rows = answers(tmp_path)
@@ -95,7 +96,7 @@ def test_blocks_are_read_once_and_recurrent_layers_cost_one_more(family, expecte
     assert opened == expected
 
 
-@pytest.mark.parametrize("changes", first_is_fast([{"place": "file", "ahead": False}, {"place": "file"}, {"batch": 1}]))
+@pytest.mark.parametrize("changes", first_is_fast([{"place": "file", "ahead": False}, {"batch": 1}]))
 def test_answers_do_not_depend_on_the_placement(changes, llama, expected, monkeypatch):
     place = streaming.place
     monkeypatch.setattr(streaming, "place", lambda *args, fixed: place(*args, fixed=fixed | changes))
@@ -115,7 +116,6 @@ def test_as_many_tokens_as_a_model_has_positions(tmp_path):
     save_model(tmp_path, "gpt2", n_positions=37, max_position_embeddings=None)
     requests = [request_of([*range(2, 34), n], [5, 6, 7, 8, 9], 37) for n in range(40, 44)]
     check_same(answers(tmp_path, requests)[0], answers_of_whole(tmp_path, requests))
-    assert len(answers(tmp_path, requests[:1])[0]) == 1
 
 
 def test_a_target_that_the_model_does_not_know_is_refused(llama):
