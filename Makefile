@@ -33,7 +33,7 @@ test-pretended:
 # What computes on the GPU, and what only makes sense there. One process: one GPU. The others compare bits with a CPU's,
 # or fork.
 test-gpu:
-	pytest --gpu tests/kernels tests/solver $(patsubst %,tests/model/test_%.py,activations layers measure streamed)
+	pytest --gpu tests/kernels tests/solver $(patsubst %,tests/model/test_%.py,activations measure streamed)
 
 # The modifier of llm-compressor, which takes an older transformers: in an environment of its own.
 test-llmcompressor:

@@ -5,27 +5,17 @@ import threading
 
 import pytest
 import torch
-from helpers.stacks import drawn
+from helpers.stacks import QUICK, drawn, small, small_batches, weights_of
 from safetensors.torch import load_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from sparsefw import InputError, prune
 
-QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
 
-
-class _Blocks(nn.Module):
-    """Three blocks, one after the other."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = x + block(x)
-        return x
+def assert_same_weights(model, other):
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_wrapped_blocks():
@@ -39,40 +29,83 @@ def test_wrapped_blocks():
         prune(m, calibration=batches, method="wanda", compare=("ria",), kernel="torch") for m in (model, wrapped)
     )
     assert len(one.layers) == len(other.layers)
-    for name, tensor in wrapped.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name])
+    assert_same_weights(model, wrapped)
     assert any((tensor == 0).float().mean() >= 0.5 for tensor in wrapped.singles.parameters())
+
+
+def sharing_memory():
+    model = small(0, 1, 2)
+    model.blocks[2].fc1.weight.data = model.blocks[0].fc1.weight.data
+    return model
 
 
 def test_weights_in_one_memory_stay_dense(tmp_path):
     """Each block is pruned in a copy, and the last one would decide for all."""
-    model, x = _Blocks(), torch.randn(16, 8)
-    model.blocks[2][0].weight.data = model.blocks[0][0].weight.data
-    before = model.blocks[0][0].weight.detach().clone()
-    result = prune(model, tmp_path / "out", calibration=[x], **QUICK)
-    assert [layer.name for layer in result.layers] == [f"blocks.{n}.weight" for n in ("0.2", "1.0", "1.2", "2.2")]
-    assert result.report.notes == ["stay dense: 2 parameters that blocks share, blocks.0.0.weight first"]
-    assert torch.equal(model.blocks[0][0].weight, before)
-    loaded = _Blocks()
-    loaded.blocks[2][0].weight.data = loaded.blocks[0][0].weight.data
+    model = sharing_memory()
+    before = weights_of(model)["blocks.0.fc1.weight"]
+    result = prune(model, tmp_path / "out", calibration=small_batches(), **QUICK)
+    assert [layer.name for layer in result.layers] == [
+        f"blocks.{n}.weight" for n in ("0.fc2", "1.fc1", "1.fc2", "2.fc2")
+    ]
+    assert result.report.kept_dense == ["blocks.0.fc1.weight", "blocks.2.fc1.weight"]
+    assert torch.equal(model.blocks[0].fc1.weight, before)
+    loaded = sharing_memory()
     load_model(loaded, tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert_same_weights(model, loaded)
+
+
+def test_weights_in_one_buffer(tmp_path):
+    """They stay there, as a training loop has laid them."""
+    model, batches = drawn("diffusion")
+    flat = torch.cat([*(x.detach().flatten() for x in model.parameters()), torch.zeros(8)])
+    places = flat[:-8].split([x.numel() for x in model.parameters()])
+    for x, place in zip(model.parameters(), places, strict=True):
+        x.data = place.view(x.shape)
+    prune(model, tmp_path / "out", calibration=batches, **QUICK)
+    loaded, _ = drawn("diffusion")
+    load_model(loaded, tmp_path / "out" / "model.safetensors")
+    assert_same_weights(model, loaded)
+    assert all(x.data_ptr() == place.data_ptr() for x, place in zip(model.parameters(), places, strict=True))
+
+
+@pytest.mark.parametrize("steps", [(1, 16), (16, 2)])
+def test_weights_with_gaps_and_buffers_that_share_memory(steps):
+    model = small()
+    layer = model.blocks[0].fc1
+    layer.weight = nn.Parameter(torch.randn(256).as_strided(layer.weight.shape, steps))
+    layer.register_buffer("scale", torch.ones(1).expand(8))
+    prune(model, calibration=small_batches(), **QUICK)
+    assert (layer.weight == 0).any()
 
 
 @pytest.mark.parametrize("given", ["calibration", "dataset"])
 def test_models_with_adapters(given):
     """Their library writes the adapters alone."""
-    data = {given: [torch.randn(4, 8)] if given == "calibration" else torch.ones(2, 4).long()}
-    model = _Blocks()
+    data = {given: small_batches() if given == "calibration" else torch.ones(2, 4).long()}
+    model = small()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(nn.ReLU, "__module__", "peft.tuners.lora.layer")
-        model.blocks[2].append(nn.ReLU())
-        line = re.escape("blocks.2.3: is an adapter of peft; merge the adapters first: merge_and_unload()")
-        with pytest.raises(InputError, match=line):
+        patched.setattr(nn.GELU, "__module__", "peft.tuners.lora.layer")
+        with pytest.raises(InputError, match=re.escape("blocks.0.act: is an adapter of peft")):
             prune(model, **data)
 
 
 def test_a_block_that_cannot_be_copied():
-    model, x = _Blocks(), torch.randn(16, 8)
-    model.blocks[2].lock = threading.Lock()
-    assert prune(model, calibration=[x], **QUICK).layers
+    model = small()
+    model.blocks[1].lock = threading.Lock()
+    assert prune(model, calibration=small_batches(), **QUICK).layers
+
+
+def test_buffers_that_blocks_write_to():
+    """Whether in place or not, they are as they were."""
+
+    def count(block, args):
+        block.calls += 1
+        block.tokens = block.tokens + args[0].shape[0]
+
+    model = small()
+    for block in model.blocks:
+        block.register_buffer("calls", torch.zeros(()))
+        block.register_buffer("tokens", torch.zeros(()))
+        block.register_forward_pre_hook(count)
+    prune(model, calibration=small_batches(), **QUICK)
+    assert not any(buffer.any() for buffer in model.buffers())

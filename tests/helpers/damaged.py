@@ -1,7 +1,7 @@
 """A block of a tiny model in two states: dense, and as if blocks and layers before had been pruned."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 
 import torch
@@ -10,14 +10,15 @@ from helpers.kernel_inputs import DEVICE
 from torch import Tensor, nn
 
 from sparsefw.checkpoint.source import inspect
+from sparsefw.kernels.backend import TORCH
 from sparsefw.model import HiddenStates, StreamedModel, embed
 from sparsefw.model.activations import Activations, Store
 from sparsefw.model.hidden_states import MicroBatch
 from sparsefw.model.layers import Layer, Stage, kind_of
-from sparsefw.model.measure import Pair
+from sparsefw.model.measure import Captured, Pair, measure
 from sparsefw.model.nested import ObjectRef, ValueRef
 from sparsefw.model.stages import Survey, stages, survey
-from sparsefw.model.stubs import TEXT
+from sparsefw.model.stubs import TEXT, hidden_of
 from sparsefw.model.trace import Call, Trace
 
 
@@ -31,6 +32,32 @@ def damaged_pair(folder, tokens=TOKENS, store=None, loss: float = 1) -> Pair:
         if name.endswith("bias"):
             parameter.data.copy_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
     return _damaged(Pair(0, dense.fork(), dense, copy.deepcopy(block)), loss)
+
+
+class Block(nn.Module):
+    """A block with layers a to d and a norm, whose forward is given."""
+
+    def __init__(self, forward, width: int = 8):
+        super().__init__()
+        torch.manual_seed(0)
+        self._forward = forward
+        self.norm = nn.LayerNorm(width)
+        self.a, self.b, self.c, self.d = (nn.Linear(width, width) for _ in range(4))
+        self.requires_grad_(False)
+
+    def forward(self, x, *arguments):
+        return self._forward(self, x, *arguments)
+
+
+def mlp(block, h):
+    """The second half of a block, which reads the stream."""
+    return block.c(block.b(h.sin()).relu())
+
+
+def sequential(block, x):
+    """Both halves."""
+    h = x + block.a(x.tanh())
+    return h + mlp(block, h)
 
 
 def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = ()) -> Pair:
@@ -104,6 +131,24 @@ def described(pair: Pair) -> list[str]:
         )
         lines.append(" ".join(line))
     return lines
+
+
+def measured_stages(pair: Pair, selected=is_layer, keep=True, loss: float = 1, passing=()) -> Iterator[Captured]:
+    """Measure and damage one stage after the other; yields what was measured."""
+    for stage in stages_of(pair, selected):
+        keeps = stage.cacheable and keep
+        captured = measure(stage, pair, backend=TORCH, selected=selected, keep=keeps, passing=passing)
+        yield captured
+        damage(captured.layers, loss)
+
+
+def check_moves_on(pair: Pair, runs) -> None:
+    """Move on to the end of the block: windows are there as by whole runs of both blocks (of `whole_runs`)."""
+    run, run_dense = runs
+    pair.pruned.advance(pair.number)
+    for j in range(len(pair.dense)):
+        assert torch.equal(pair.pruned.hidden[j], hidden_of(run(j)))
+        assert torch.equal(pair.dense.hidden[j], hidden_of(run_dense(j)))
 
 
 def whole_runs(pair: Pair):

@@ -2,10 +2,16 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+
+from sparsefw import PruneResult, prune
+from sparsefw.data.batches import BATCHES
+from sparsefw.selection import without_index
 
 VOCABULARY, WIDTH = 99, 32
 _SIZES = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -101,6 +107,34 @@ class _Halve(nn.Module):
         return self.merge(x.reshape(x.shape[0], x.shape[1] // 2, -1))
 
 
+class Block(nn.Module):
+    """An MLP that may be scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Add what the MLP makes."""
+        y = self.fc2(self.act(self.fc1(x)))
+        return x + (y if scale is None else y * scale)
+
+
+class Small(nn.Module):
+    """Blocks that run in an order, each once unless it is given."""
+
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        self.order = order or (0, 1)
+        self.blocks = nn.ModuleList(Block() for _ in {*self.order})
+
+    def forward(self, x: Tensor, target: Tensor | None = None, scale: Tensor | None = None) -> dict[str, Tensor]:
+        """The hidden states, and with a target the loss."""
+        for n in self.order:
+            x = self.blocks[n](x, scale=scale)
+        return {"x": x} if target is None else {"loss": (x - target).square().mean()}
+
+
 def vit() -> tuple[nn.Module, Callable[[], dict]]:
     """A tower for images."""
     config = transformers.ViTConfig(image_size=16, patch_size=4, num_labels=5, **_SIZES)
@@ -160,6 +194,42 @@ def drawn(name: str, batches: int = 3) -> tuple[nn.Module, list[dict]]:
     torch.manual_seed(0)
     model, draw = STACKS[name]()
     return model.eval(), [draw() for _ in range(batches)]
+
+
+def small(*order: int) -> Small:
+    """See `Small`, with random weights."""
+    torch.manual_seed(0)
+    return Small(*order).eval()
+
+
+def small_batches(*shapes: tuple[int, ...]) -> list[dict]:
+    """Batches for `Small`, by default three that are alike."""
+    shapes = shapes or ((2, 5),) * 3
+    return [{"x": torch.randn(*shape, 8), "target": torch.randn(*shape, 8)} for shape in shapes]
+
+
+# A run with few steps.
+QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
+
+
+def check_pruned(model: nn.Module, batches: list[dict], **options: Any) -> PruneResult:
+    """Prune a model in place; the report has to be of the model itself, and nothing else than its layers changes."""
+    before, dense = weights_of(model), perplexity_of_whole(model, batches)
+    result = prune(model, calibration=batches, evaluate=batches, **QUICK | options)
+    assert result.perplexity[BATCHES]["dense"] == pytest.approx(dense, rel=1e-5)
+    assert result.perplexity[BATCHES]["sparsefw"] == pytest.approx(perplexity_of_whole(model, batches), rel=1e-5)
+    layers, pruned = [layer.name for layer in result.report.layers_of("sparsefw")], weights_of(model)
+    assert {name for name, x in pruned.items() if not torch.equal(x, before[name])} == {*map(without_index, layers)}
+    for name in layers:
+        W = pruned[without_index(name)]
+        W = W if name in pruned else W[int(name.rpartition("[")[2][:-1])]
+        assert ((W != 0).sum(1) <= W.shape[1] // 2).all()
+    return result
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights, by their names whatever is wrapped around the modules."""
+    return {name.replace("_orig_mod.", ""): x.clone() for name, x in model.state_dict().items()}
 
 
 @torch.no_grad()

@@ -2,41 +2,25 @@
 
 import pytest
 import torch
-from helpers.damaged import damaged_module, described, stages_of
+from helpers.damaged import (
+    Block,
+    check_moves_on,
+    damaged_module,
+    described,
+    measured_stages,
+    mlp,
+    sequential,
+    stages_of,
+    whole_runs,
+)
 from helpers.kernel_inputs import DEVICE
 from torch import nn
-
-from sparsefw.model.tape import Calls, Tape
 
 TOKENS, D = 6, 8
 
 
-class Block(nn.Module):
-    """A block with layers a to d and a norm, whose forward is given."""
-
-    def __init__(self, forward):
-        super().__init__()
-        torch.manual_seed(0)
-        self._forward = forward
-        self.norm = nn.LayerNorm(D)
-        self.a, self.b, self.c, self.d = (nn.Linear(D, D) for _ in range(4))
-
-    def forward(self, x, *arguments):
-        return self._forward(self, x, *arguments)
-
-
 def batches(count=2):
     return [torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(n)) for n in range(count)]
-
-
-def mlp(block, h):
-    """The second half of a block, which reads the stream."""
-    return block.c(block.b(h.sin()).relu())
-
-
-def sequential(block, x):
-    h = x + block.a(x.tanh())
-    return h + mlp(block, h)
 
 
 def parallel(block, x):
@@ -60,6 +44,12 @@ def in_place(block, x):
     out = mlp(block, h)
     out += h
     return out
+
+
+def in_place_after_the_branch(block, x):
+    h = x + block.a(x.tanh())
+    h += mlp(block, h)
+    return h
 
 
 def branch_after(block, x):
@@ -87,10 +77,10 @@ def gated(block, x):
 
 
 def input_written_to(block, x):
-    """The layer's input is written to after its product."""
+    """The layer's input is written to after its product, through a view."""
     t = x.tanh()
     h = x + block.a(t)
-    t.zero_()
+    t[0].zero_()
     return h + mlp(block, h)
 
 
@@ -123,6 +113,7 @@ BLOCKS = {
     post_norm: ["a writes 0 tanh to 1", "b reads 1 sin", "c outputs 1"],
     norm_before_the_sum: READING,
     in_place: SEQUENTIAL,
+    in_place_after_the_branch: WHOLE,
     branch_after: ["a writes 0 tanh to 1", "b outputs 1", "c outputs 1"],
     reads_the_input_again: HANDED_ON,
     reads_an_earlier_tensor_again: ["a outputs 0", "b reads 0 sin", "c reads 0 relu"],
@@ -130,25 +121,42 @@ BLOCKS = {
     input_written_to: HANDED_ON,
     stream_of_a_layer: ["a reads 0 block to 1", "b writes 1 relu"],
     used_twice: ["a outputs 0"],
-    counting: ["a outputs 0", "b outputs 0"],
 }
 
 
 @pytest.mark.parametrize("forward", BLOCKS, ids=lambda forward: forward.__name__)
 def test_blocks(forward):
-    assert described(damaged_module(Block(forward), batches())) == BLOCKS[forward]
+    pair = damaged_module(Block(forward), batches())
+    runs = whole_runs(pair)
+    assert described(pair) == BLOCKS[forward]
+    assert len([*measured_stages(pair, passing=[1])]) == len(BLOCKS[forward])
+    check_moves_on(pair, runs)
 
 
-def test_a_write_to_a_view_changes_its_base_and_other_views():
-    tape = Tape()
-    with Calls(tape.record):
-        y = torch.ones(2, 2) + 1
-        row, column = y[0], y[:, 0]
-        row.zero_()
-        y.sum()
-        column.sum()
-    *_, write, total, other = tape.ops
-    assert total.inputs[0].maker == other.inputs[0].maker == write.number
+def test_a_block_that_gives_something_else_in_parts():
+    assert described(damaged_module(Block(counting), batches())) == ["a outputs 0", "b outputs 0"]
+
+
+def before_the_sum(block, x):
+    h = x + block.a(x.tanh() if x[0, 1] > 0 else x.sin().cos())
+    return h + mlp(block, h)
+
+
+def after_the_sum(block, x):
+    h = x + block.a(x.tanh())
+    return h + block.c(block.b(h.tanh() if h[0, 1] > 0 else h.sin().cos()).relu())
+
+
+@pytest.mark.parametrize(
+    ("forward", "measured"), [(before_the_sum, "outputs outputs outputs"), (after_the_sum, "streams outputs outputs")]
+)
+def test_micro_batches_that_take_different_paths(forward, measured):
+    pair = damaged_module(Block(forward), batches(8))
+    runs, ways = whole_runs(pair), []
+    for captured in measured_stages(pair, passing=[1]):
+        ways += [captured.crosses[layer.name].of for layer in captured.layers]
+    assert ways == measured.split()
+    check_moves_on(pair, runs)
 
 
 class TestStates:
@@ -161,8 +169,14 @@ class TestStates:
             state[:] = [x.tanh()]
             return sequential(block, x)
 
+        pair = damaged_module(Block(forward), batches(), ([],))
+        last, runs = pair.dense.hidden[1].clone(), whole_runs(pair)
         # The stream is no cut, and nothing can be kept: tanh is made before both.
-        assert described(damaged_module(Block(forward), batches(), ([],))) == HANDED_ON
+        assert described(pair) == HANDED_ON
+        assert len([*measured_stages(pair)]) == 3
+        check_moves_on(pair, runs)
+        (state,) = pair.dense.batches[1].objects
+        assert torch.equal(state[0].read(), last.tanh())
 
     def test_a_tensor_that_is_received(self):
         """It comes from an earlier block, and is there in any part."""
@@ -229,15 +243,12 @@ class TestExperts:
     def test_nor_behind_those_that_are_multiplied_at_once(self):
         """Tokens without an expert may be zeros for it here, and be left out elsewhere."""
 
-        class AtOnce(Block):
-            def __init__(self):
-                super().__init__(None)
-                self.w = nn.Parameter(torch.randn(3, D, D))
+        def forward(block, x):
+            h = x + block.a(x.tanh())
+            h = h + torch.bmm(h.sin().expand(3, TOKENS, D), block.w).sum(0)
+            return h + block.c(h.cos())
 
-            def forward(self, x):
-                h = x + self.a(x.tanh())
-                h = h + torch.bmm(h.sin().expand(3, TOKENS, D), self.w).sum(0)
-                return h + self.c(h.cos())
-
-        *_, last = stages_of(damaged_module(AtOnce(), batches()))
+        block = Block(forward)
+        block.w = nn.Parameter(torch.randn(3, D, D))
+        *_, last = stages_of(damaged_module(block, batches()))
         assert (last.key, last.input) == ("c.weight", None)

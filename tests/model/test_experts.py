@@ -10,10 +10,8 @@ from sparsefw.estimate.profile import shape_of_resident
 from sparsefw.model import resident
 from sparsefw.model.experts import experts_of, without_sequential_parts
 from sparsefw.model.find_layers import record_block
-from sparsefw.model.layers import is_expert, kind_of
 from sparsefw.model.settings import ONE_BY_ONE
 
-QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
 CPU = torch.device("cpu")
 D, E, TOKENS = 8, 3, 16
 
@@ -47,39 +45,6 @@ def test_experts_are_alike_and_no_sequence(module, experts):
     block = nn.Module()
     block.mlp = module
     assert experts_of(block) == {f"mlp.{expert}" for expert in experts}
-
-
-def test_names_without_an_experts_index():
-    experts = frozenset({"mlp.0", "mlp.1", "mlp.1.inner.2"})
-    kinds = {
-        "mlp.0.0.weight": "mlp.*.0.weight",
-        "mlp.1.inner.2.weight": "mlp.*.inner.*.weight",
-        "mlp.1.inner.3.weight": "mlp.*.inner.3.weight",
-        "mlp.2.weight": "mlp.2.weight",
-        "down_proj[12]": "down_proj*",
-    }
-    assert {name: kind_of(name, experts) for name in kinds} == kinds
-    assert [is_expert(name, experts) for name in kinds] == [True, True, True, False, True]
-
-
-@pytest.mark.parametrize(("experts", "counts"), [(3, [3, 3]), (1, [0, 0])])
-def test_the_shape_counts_experts_of_a_list(experts, counts):
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.ModuleList(nn.Sequential(linear(), nn.ReLU(), linear()) for _ in range(experts))
-
-        def forward(self, x):
-            parts = x.chunk(experts)
-            return x + torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
-
-    batch = batches_of([torch.randn(6, 8)], "calibration").batches[0]
-    with resident(nn.Sequential(Experts(), Experts()), batch, CPU) as opened:
-        shape, _ = shape_of_resident(opened, batch)
-    assert [layer.experts for layer in shape.blocks[0].layers] == counts
-    assert len(shape.layer_names) == 2 * 2 * experts
-    some = shape.selected(lambda name: "experts.0" in name)
-    assert [layer.experts for layer in some.blocks[0].layers] == [min(1, count) for count in counts]
 
 
 def expert():
@@ -178,15 +143,24 @@ def test_experts_of_a_mixture(forward):
     assert found(block) == experts_of(block) == {f"parts.{e}" for e in range(E)}
 
 
-def test_sequential_parts_are_no_experts():
-    block = Parts(in_turn)
-    assert found(block) == set() != experts_of(block)
+def test_parts_in_turn_are_no_experts_but_their_parts_may_be():
+    assert found(Parts(in_turn)) == set()
+    block = Parts(in_turn, lambda: Parts(by_index))
+    assert found(block) == {f"parts.{i}.parts.{e}" for i in range(E) for e in range(E)}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
 
-def test_experts_inside_of_sequential_parts():
-    block = Parts(in_turn, lambda: Parts(by_index))
-    assert found(block) == {f"parts.{i}.parts.{e}" for i in range(E) for e in range(E)}
+def test_the_shape_counts_experts_of_a_list():
+    def each_a_part(block, x):
+        return x + torch.cat([part(tokens) for part, tokens in zip(block.parts, x.chunk(E), strict=True)])
+
+    batch = batches_of([torch.randn(6, D)], "calibration").batches[0]
+    with resident(nn.Sequential(Parts(each_a_part), Parts(each_a_part)), batch, CPU) as opened:
+        shape, _ = shape_of_resident(opened, batch)
+    assert [layer.experts for layer in shape.blocks[0].layers] == [E, E]
+    assert len(shape.layer_names) == 2 * 2 * E
+    some = shape.selected(lambda name: "parts.0" in name)
+    assert [layer.experts for layer in some.blocks[0].layers] == [1, 1]
 
 
 # The last two have transposed weights, and the last one biases.

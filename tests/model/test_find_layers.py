@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sparsefw.kernels.backend import TORCH
-from sparsefw.model.layers import not_pruned
+from sparsefw.model.layers import layer_of, not_pruned
 from sparsefw.model.measure import capture
 
 E, TOKENS, IN, OUT = 3, 7, 5, 4
@@ -42,49 +42,55 @@ def assert_gram(G, truth):
     torch.testing.assert_close(G.double(), truth, rtol=1e-5, atol=1e-5)
 
 
-# Form of the weight, of the input, and the call. The output of an expert is x W^T, whatever the order of the axes.
-AT_ONCE = {
-    "bmm": ((E, IN, OUT), lambda x, w, b: torch.bmm(x, w)),
-    "bmm of a transposed weight": ((E, OUT, IN), lambda x, w, b: torch.bmm(x, w.transpose(1, 2))),
-    "bmm from the left": ((E, OUT, IN), lambda x, w, b: torch.bmm(w, x.transpose(1, 2)).transpose(1, 2)),
-    "baddbmm": ((E, IN, OUT), lambda x, w, b: torch.baddbmm(b[:, None], x, w)),
-    "@": ((E, IN, OUT), lambda x, w, b: x @ w),
-    "@ of four axes": ((E, IN, OUT), lambda x, w, b: (x[None] @ w)[0]),
-    "@ of a weight with an axis of one entry": ((E, IN, OUT), lambda x, w, b: (x[:, None] @ w[:, None])[:, 0]),
+# By form: shape of the weight, who reads what, and the call. Experts are w[0] to w[2]: each has its input, or all read
+# one. A matrix alone is w. The output is x W^T, whatever the order of the axes.
+EACH, SAME, ALONE = "each its input", "one input", "alone"
+FORMS = {
+    "bmm": ((E, IN, OUT), EACH, lambda x, w, b: torch.bmm(x, w)),
+    "bmm of a transposed weight": ((E, OUT, IN), EACH, lambda x, w, b: torch.bmm(x, w.transpose(1, 2))),
+    "bmm from the left": ((E, OUT, IN), EACH, lambda x, w, b: torch.bmm(w, x.transpose(1, 2)).transpose(1, 2)),
+    "baddbmm": ((E, IN, OUT), EACH, lambda x, w, b: torch.baddbmm(b[:, None], x, w)),
+    "@ of experts": ((E, IN, OUT), EACH, lambda x, w, b: x @ w),
+    "@ of four axes": ((E, IN, OUT), EACH, lambda x, w, b: (x[None] @ w)[0]),
+    "@ of an axis of one entry": ((E, IN, OUT), EACH, lambda x, w, b: (x[:, None] @ w[:, None])[:, 0]),
+    "matmul of two axes": ((E, IN, OUT), SAME, lambda x, w, b: x @ w),
+    "bmm of an expanded input": ((E, IN, OUT), SAME, lambda x, w, b: torch.bmm(x.expand(E, TOKENS, IN), w)),
+    "linear": ((OUT, IN), ALONE, lambda x, w, b: nn.functional.linear(x, w)),
+    "linear with one output": ((1, IN), ALONE, lambda x, w, b: nn.functional.linear(x, w)),
+    "@": ((IN, OUT), ALONE, lambda x, w, b: x @ w),
+    "@ with one output": ((IN, 1), ALONE, lambda x, w, b: x @ w),
+    "@ of a transposed weight": ((OUT, IN), ALONE, lambda x, w, b: x @ w.t()),
+    "addmm": ((IN, OUT), ALONE, lambda x, w, b: torch.addmm(b[0], x, w)),
+    "addmm to a matrix": ((IN, OUT), ALONE, lambda x, w, b: torch.addmm(torch.ones(TOKENS, OUT), x, w)),
+    "from the left": ((OUT, IN), ALONE, lambda x, w, b: w @ x.T),
 }
 
 
-@pytest.mark.parametrize("form", AT_ONCE)
-def test_experts_that_are_multiplied_at_once(form):
-    shape, forward = AT_ONCE[form]
-    block, batches = Block(shape, forward), inputs(E, TOKENS, IN)
-    found = captured(block, batches)
-    assert [layer.name for layer in found.layers] == [f"w[{e}]" for e in range(E)]
-    assert list(found.grams) == [layer.gram for layer in found.layers] == [f"w[{e}]" for e in range(E)]
-    for e, layer in enumerate(found.layers):
-        assert layer.weight.shape == (OUT, IN)
-        assert layer.at_once
-        assert_gram(found.grams[layer.gram], gram(*(x[e] for x in batches)))
-    assert not_pruned(block, dict.fromkeys(found.grams, OUT * IN)) == ["bias"]
-
-
-ONE_INPUT = {
-    "matmul of two axes": ((E, IN, OUT), lambda x, w, b: x @ w),
-    "bmm of an expanded input": ((E, IN, OUT), lambda x, w, b: torch.bmm(x.expand(E, TOKENS, IN), w)),
-}
-
-
-@pytest.mark.parametrize("form", ONE_INPUT)
-def test_experts_that_read_the_same_input_share_a_gram(form):
-    shape, forward = ONE_INPUT[form]
-    block, batches = Block(shape, forward), inputs(TOKENS, IN)
-    found = captured(block, batches)
-    assert [layer.name for layer in found.layers] == [f"w[{e}]" for e in range(E)]
-    assert {layer.gram for layer in found.layers} == set(found.grams) == {"w[0]"}
-    assert all(layer.weight.shape == (OUT, IN) for layer in found.layers)
-    assert_gram(found.grams["w[0]"], gram(*batches))
-    for e, layer in enumerate(found.layers):
-        assert layer.weight.data_ptr() == block.w[e].data_ptr()
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_and_their_gram_matrices(form, turned):
+    """A parameter may lie in memory in another order than that of its axes."""
+    shape, inputs_of, forward = FORMS[form]
+    block, each = Block(shape, forward), inputs_of == EACH
+    if turned:
+        block.w = nn.Parameter(block.w.mT.clone().mT, requires_grad=False)
+    batches = inputs(E, TOKENS, IN) if each else inputs(TOKENS, IN)
+    found, slices = captured(block, batches), [block.w] if inputs_of == ALONE else [*block.w]
+    names = ["w"] if inputs_of == ALONE else [f"w[{e}]" for e in range(E)]
+    assert [layer.name for layer in found.layers] == names
+    assert [layer.gram for layer in found.layers] == (names if each else names[:1] * len(names))
+    assert list(found.grams) == (names if each else names[:1])
+    for n, (layer, matrix) in enumerate(zip(found.layers, slices, strict=True)):
+        # Writing to the weight changes the block's parameter.
+        weight = matrix if shape[-1] == IN else matrix.T
+        assert torch.equal(layer.weight, weight)
+        assert layer.weight.data_ptr() == matrix.data_ptr()
+        assert (layer.at_once, layer.transposed) == (inputs_of != ALONE, shape[-1] != IN)
+        assert (layer.bias is None) == (form != "addmm")
+        assert_gram(found.grams[layer.gram], gram(*(x[n] if each else x for x in batches)))
+        again = layer_of(block, layer.name, layer.gram, tuple(weight.shape), layer.transposed)
+        assert (again.weight.shape, again.weight.data_ptr()) == (weight.shape, matrix.data_ptr())
+    assert not_pruned(block, {layer.name: layer.weight.numel() for layer in found.layers}) == ["bias"]
 
 
 def test_experts_without_tokens_stay_dense():
@@ -97,28 +103,19 @@ def test_experts_without_tokens_stay_dense():
     assert [layer.name for layer in found.layers] == ["w[0]", "w[2]"]
     assert set(found.grams) == {"w[0]", "w[2]"}
     assert_gram(found.grams["w[2]"], gram(*(x[2, :3] for x in batches)))
-    assert not_pruned(block, {"w[0]": OUT * IN, "w[2]": OUT * IN}) == ["w[1]", "bias"]
+    assert not_pruned(block, dict.fromkeys(found.grams, OUT * IN)) == ["w[1]", "bias"]
 
 
-ALONE = {
-    "linear": ((OUT, IN), lambda x, w, b: nn.functional.linear(x, w)),
-    "@": ((IN, OUT), lambda x, w, b: x @ w),
-    "@ of a transposed weight": ((OUT, IN), lambda x, w, b: x @ w.t()),
-    "addmm": ((IN, OUT), lambda x, w, b: torch.addmm(b[0], x, w)),
-    "addmm to a matrix": ((IN, OUT), lambda x, w, b: torch.addmm(torch.ones(TOKENS, OUT), x, w)),
-    "from the left": ((OUT, IN), lambda x, w, b: w @ x.T),
-}
-
-
-@pytest.mark.parametrize("form", ALONE)
-def test_products_with_one_matrix(form):
-    shape, forward = ALONE[form]
-    block, batches = Block(shape, forward), inputs(TOKENS, IN)
-    (layer,) = captured(block, batches).layers
-    assert (layer.name, layer.weight.shape, layer.at_once) == ("w", (OUT, IN), False)
-    assert layer.weight.data_ptr() == block.w.data_ptr()
-    assert (layer.bias is None) == (form != "addmm")
-    assert_gram(captured(block, batches).grams["w"], gram(*batches))
+def test_parts_of_one_matrix():
+    """As in DBRX, where the experts lie one below the other. They are used in another order, and one is not used."""
+    block, batches = Block((E * OUT, IN), lambda x, w, b: (x[0] @ w[8:].T) + (x[1] @ w[:4].T)), inputs(2, TOKENS, IN)
+    found = captured(block, batches)
+    assert [layer.name for layer in found.layers] == ["w[2]", "w[0]"]
+    for n, (layer, rows) in enumerate(zip(found.layers, (slice(8, 12), slice(4)), strict=True)):
+        assert torch.equal(layer.weight, block.w[rows])
+        assert layer.weight.data_ptr() == block.w[rows].data_ptr()
+        assert_gram(found.grams[layer.gram], gram(*(x[n] for x in batches)))
+    assert not_pruned(block, dict.fromkeys(found.grams, OUT * IN)) == ["w[1]", "bias"]
 
 
 NO_LAYERS = {
@@ -130,14 +127,18 @@ NO_LAYERS = {
     "a scaled product": ((IN, OUT), lambda x, w, b: torch.addmm(b[0], x, w, alpha=2)),
     "a reshaped weight": ((IN, OUT), lambda x, w, b: x @ w.view(OUT, IN).T),
     "an einsum": ((IN, OUT), lambda x, w, b: torch.einsum("td,do->to", x, w)),
+    # Only parts of one size, one below the other, can be told by an index.
+    "most rows": ((6, IN), lambda x, w, b: x @ w[:4].T),
+    "rows in between": ((6, IN), lambda x, w, b: x @ w[1:3].T),
+    "rows by a list": ((6, IN), lambda x, w, b: x @ w[[0, 1, 2]].T),
 }
 
 
 @pytest.mark.parametrize("form", NO_LAYERS)
 def test_what_is_no_layer_stays_dense_and_is_named(form):
     shape, forward = NO_LAYERS[form]
-    block, batches = Block(shape, forward), inputs(TOKENS, IN)
-    found = captured(block, batches)
+    block = Block(shape, forward)
+    found = captured(block, inputs(TOKENS, IN))
     assert found.layers == found.ignored == []
     assert found.grams == {}
     assert "w" in not_pruned(block, {})

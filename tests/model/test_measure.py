@@ -4,10 +4,9 @@ import functools
 
 import pytest
 import torch
-from helpers.damaged import damage, damaged_module, damaged_pair, pruned_block, stages_of, whole_runs
+from helpers.damaged import check_moves_on, damage, damaged_pair, measured_stages, pruned_block, stages_of, whole_runs
 from helpers.families import first_is_fast, is_layer, save_model
 from helpers.kernel_inputs import DEVICE
-from torch import nn
 
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model.activations import Store
@@ -84,20 +83,11 @@ def error(B, truth):
     return ((B.double() - truth).norm() / truth.norm()).item()
 
 
-def measured_stages(pair, keep=False, loss=1, passing=()):
-    """Measure and damage one stage after the other; yields what was measured."""
-    for stage in stages_of(pair):
-        keeps = stage.cacheable and keep
-        captured = measure(stage, pair, backend=TORCH, selected=is_layer, keep=keeps, passing=passing)
-        yield captured
-        damage(captured.layers, loss)
-
-
 def errors_by_layer(family, pair, loss):
     """For every layer, in the order of use: its way, and the errors of B as measured and of recorded outputs."""
     block, (run, run_dense), count = pruned_block(pair), whole_runs(pair), len(pair.dense)
     dense, found = Seen(pair.dense_block, run_dense, count), {}
-    for captured in measured_stages(pair, loss=loss):
+    for captured in measured_stages(pair, keep=False, loss=loss):
         pruned = Seen(block, run, count)
         for layer in captured.layers:
             name = layer.name.removesuffix(".weight")
@@ -147,20 +137,15 @@ LINEAR = ("Linear", "Conv1D")
 
 
 def results_of(folder, place, keep):
-    """All matrices of a block, and its windows in both models after it."""
+    """All matrices of a block, whose windows move on as by whole runs."""
     pair, found = damaged_pair(folder, store=Store(DEVICE, place)), {}
-    run, run_dense = whole_runs(pair)
-    for n, captured in enumerate(measured_stages(pair, keep)):
+    runs = whole_runs(pair)
+    for n, captured in enumerate(measured_stages(pair, keep=keep)):
         found |= {(n, name): G.clone() for name, G in captured.grams.items()}
         found |= {(n, name, cross.of): cross.matrix.clone() for name, cross in captured.crosses.items()}
-    pair.pruned.advance(0)
+    check_moves_on(pair, runs)
     assert pair.pruned.position == pair.dense.position == INPUT
     assert pair.pruned.kept is pair.dense.kept is None
-    for j in range(len(pair.dense)):
-        found |= {("pruned", j): pair.pruned.hidden[j], ("dense", j): pair.dense.hidden[j]}
-        # The whole blocks, run from their inputs.
-        assert torch.equal(found["pruned", j], hidden_of(run(j)))
-        assert torch.equal(found["dense", j], hidden_of(run_dense(j)))
     for windows in (pair.pruned, pair.dense):
         windows.close()
     return found
@@ -220,69 +205,3 @@ def test_layers_that_run(keep, tmp_path):
     assert runs == expected
     pair.pruned.advance(0)
     assert pruned.taken() == last
-
-
-class TestOwnBlocks:
-    """Blocks made by hand."""
-
-    class Block(nn.Module):
-        def __init__(self, forward, width=8):
-            super().__init__()
-            torch.manual_seed(0)
-            self._forward = forward
-            self.a, self.b, self.c = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
-
-        def forward(self, x, *arguments):
-            return self._forward(self, x, *arguments)
-
-    def pair(self, forward, *arguments, batches=3):
-        windows = [torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(n)) for n in range(batches)]
-        return damaged_module(self.Block(forward), windows, arguments)
-
-    def checked(self, pair):
-        """Measure all stages, and assert that all windows move on as the whole block does, measured or not."""
-        run, run_dense = whole_runs(pair)
-        forms = {}
-        for captured in measured_stages(pair, keep=True, passing=[1]):
-            forms |= {name.removesuffix(".weight"): cross.of for name, cross in captured.crosses.items()}
-        pair.pruned.advance(0)
-        for j in range(len(pair.dense)):
-            assert torch.equal(pair.pruned.hidden[j], run(j))
-            assert torch.equal(pair.dense.hidden[j], run_dense(j))
-        return forms
-
-    def test_a_state_that_is_handed_on(self):
-        """Its readers, which are other blocks, find a tensor with data whatever part has run last."""
-
-        def forward(block, x, state):
-            state["t"] = x.tanh()
-            h = x + block.a(state["t"])
-            return h + block.c(block.b(h.sin()).relu())
-
-        pair = self.pair(forward, {})
-        last = pair.dense.hidden[2].clone()
-        assert self.checked(pair) == {"a": "outputs", "b": "inputs", "c": "outputs"}
-        (state,) = pair.dense.batches[2].objects
-        assert torch.equal(state["t"].read(), last.tanh())
-
-    def test_a_branch_on_values(self):
-        """Micro-batches take different paths, before the sum or after it."""
-
-        def before(block, x):
-            h = x + block.a(x.tanh() if x[0, 0, 1] > 0 else x.sin().cos())
-            return h + block.c(block.b(h.sin()).relu())
-
-        def after(block, x):
-            h = x + block.a(x.tanh())
-            return h + block.c(block.b(h.tanh() if h[0, 0, 1] > 0 else h.sin().cos()).relu())
-
-        assert self.checked(self.pair(before, batches=8)) == dict.fromkeys("abc", "outputs")
-        assert self.checked(self.pair(after, batches=8)) == {"a": "streams", "b": "outputs", "c": "outputs"}
-
-    def test_a_stream_that_is_written_to(self):
-        def forward(block, x):
-            h = x + block.a(x.tanh())
-            h += block.c(block.b(h.sin()).relu())
-            return h
-
-        assert self.checked(self.pair(forward)) == dict.fromkeys("abc", "outputs")

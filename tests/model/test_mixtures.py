@@ -49,12 +49,17 @@ MIXTURES = {
 }
 
 
+def described(config, folder):
+    """The shape of a model that has a config alone."""
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | {"dtype": "float32"}, default=str))
+    return describe(str(folder)).shape
+
+
 @pytest.mark.parametrize("model_type", first_is_fast(MIXTURES))
 def test_only_the_routers_stay_dense(model_type, tmp_path):
     changes, routers = MIXTURES[model_type]
     config = AutoConfig.for_model(**(COMMON | EXPERTS | {"model_type": model_type} | changes))
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"dtype": "float32"}, default=str))
-    shape = describe(str(tmp_path)).shape
+    shape = described(config, tmp_path)
     pruned = {without_index(name) for name in shape.layer_names}
     blocks = tuple(f"{name}." for name, _ in shape.names_by_block)
     with torch.device("meta"):
@@ -76,8 +81,8 @@ def test_experts_beside_those_without_weights(routed, idle, tmp_path):
     latent = {name: _LATENT[name] for name in _LATENT if name != "first_k_dense_replace"}
     options = COMMON | latent | changes | {"model_type": "longcat_flash", "num_layers": 2, "num_hidden_layers": 4}
     config = AutoConfig.for_model(**options)
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"dtype": "float32"}, default=str))
-    shape = describe(str(tmp_path)).shape
+    shape = described(config, tmp_path)
+    assert [name for name, _ in shape.names_by_block] == ["model.layers.0", "model.layers.1"]
     assert set(shape.layer_names) >= {f"model.layers.0.{layer}" for layer in layers}
     # The two attentions and the two MLPs of a block, which are numbered, are no experts.
     assert all(("experts" in layer.name) == bool(layer.experts) for layer in shape.blocks[0].layers)

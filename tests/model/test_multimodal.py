@@ -90,14 +90,12 @@ def streamed_logits(folder):
         return logits(model, IDS, states.hidden[0])
 
 
-@pytest.fixture(scope="module", params=first_is_fast(MULTIMODAL))
-def pruned(request, tmp_path_factory):
-    """Family, source and output."""
-    folder = tmp_path_factory.mktemp(request.param)
-    source = save_multimodal(folder / "model", request.param)
+def pruned_by_a_run(folder, family):
+    """Source and output."""
+    source = save_multimodal(folder / "model", family)
     (folder / "text.txt").write_text(TEXT)
     assert run(source, folder / "text.txt", folder / "out", "--method", "wanda") == 0
-    return request.param, source, folder / "out"
+    return source, folder / "out"
 
 
 def check_whole(output, text_model=""):
@@ -110,26 +108,18 @@ def check_whole(output, text_model=""):
     assert torch.equal(streamed_logits(output), expected)
 
 
-def test_output_is_a_whole_model_of_the_class_that_the_config_names(pruned):
-    check_whole(pruned[2])
-
-
-def test_all_but_the_pruned_layers_is_the_sources(pruned):
-    _, source, output = pruned
+@pytest.mark.parametrize("family", first_is_fast(MULTIMODAL))
+def test_a_pruned_model(family, tmp_path):
+    """It is whole, and all but its pruned layers is the source's. Only what text needs is loaded."""
+    source, output = pruned_by_a_run(tmp_path, family)
+    check_whole(output)
     before, after = tensors_of(source), tensors_of(output)
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    with streamed(source) as model:
-        inside = {name for i in range(len(model.blocks)) for name in model.tensors_of(i)}
-    assert changed
-    assert changed < inside
     report = json.loads((output / "report.json").read_text())
-    assert len(changed) == len(report["layers"])
-
-
-def test_only_what_text_needs_is_loaded(pruned):
-    family, source, _ = pruned
+    assert len(changed) == len(report["layers"]) > 0
     with streamed(source) as model, model.outside_loaded():
+        assert changed < {name for i in range(len(model.blocks)) for name in model.tensors_of(i)}
         loaded = {id(p): p.nbytes for p in model.model.parameters() if not p.is_meta}
         names = {n for n, p in model.model.named_parameters() if not p.is_meta}
     other = [name for name in names if any(part in name for part in ("vision", "visual", "audio", "projector"))]
@@ -140,20 +130,8 @@ def test_only_what_text_needs_is_loaded(pruned):
     shape = shape_of(inspect(source))
     assert shape.outside == sum(loaded.values())
     assert sum(shape.pieces) + sum(block.nbytes for block in shape.blocks) == inspect(source).nbytes
-
-
-def test_blocks_that_text_does_not_run_through_stay_dense(tmp_path, capsys):
-    source = save_multimodal(tmp_path / "model", "mllama")
-    (tmp_path / "text.txt").write_text(TEXT)
-    assert run(source, tmp_path / "text.txt", tmp_path / "out", "--method", "wanda") == 0
-    assert "tensors that text does not run through" in capsys.readouterr().out
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    prefix = "model.language_model.layers"
-    assert {layer["name"].split(".")[3] for layer in report["layers"]} == {"0", "2"}
-    idle = [name for name in report["kept_dense"] if name.startswith((f"{prefix}.1.", f"{prefix}.3."))]
-    # Four of the attention, three of the MLP.
-    assert len(idle) == 2 * 7
-    assert "text does not run through them" in (tmp_path / "out" / "report.html").read_text()
+    idle = {name.split(".layers.")[1][0] for name in report["kept_dense"] if ".layers." in name}
+    assert idle == ({"1", "3"} if family == "mllama" else set())
 
 
 def test_a_model_in_memory(tmp_path):
@@ -169,22 +147,16 @@ def test_a_model_in_memory(tmp_path):
 
 
 def test_text_model_of_a_class_that_does_not_run_on_text(tmp_path, monkeypatch, capsys):
-    source = save_multimodal(tmp_path / "model", "llama4")
-
     def fails(self, *args, **kwargs):
         raise AttributeError("no image_outputs")
 
     # Later versions of transformers may have mended it.
     monkeypatch.setattr("transformers.Llama4ForConditionalGeneration.forward", fails)
-    (tmp_path / "text.txt").write_text(TEXT)
-    assert run(source, tmp_path / "text.txt", tmp_path / "out", "--method", "wanda") == 0
-    assert (
-        "Llama4ForConditionalGeneration does not run on text alone: only its text model Llama4ForCausalLM runs"
-        in str(capsys.readouterr())
-    )
-    status, printed, _ = verdict(capsys, tmp_path / "out")
+    _, output = pruned_by_a_run(tmp_path, "llama4")
+    assert "only its text model Llama4ForCausalLM runs" in str(capsys.readouterr())
+    status, printed, _ = verdict(capsys, output)
     assert status == 0, printed
-    check_whole(tmp_path / "out", "language_model")
+    check_whole(output, "language_model")
 
 
 def test_text_model_is_not_run_in_the_place_of_a_forward_that_is_refused(tmp_path, monkeypatch):

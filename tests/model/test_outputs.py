@@ -12,56 +12,57 @@ from sparsefw.kernels.backend import TORCH
 from sparsefw.model.measure import capture
 
 
-class TestOutputs:
-    @pytest.mark.parametrize(
-        ("combine", "sums"),
-        [
-            (lambda x, a, b: x + a(x), {"a": lambda x, a, b: x + a(x)}),
-            # Both layers write to the stream at once.
-            (lambda x, a, b: x + (a(x) + b(x)), dict.fromkeys("ab", lambda x, a, b: x + a(x) + b(x))),
-            (lambda x, a, b: x + a(x).view(4, 5, 8).view(20, 8), {"a": lambda x, a, b: x + a(x)}),
-            (lambda x, a, b: x + nn.functional.dropout(a(x), 0.5, False), {"a": lambda x, a, b: x + a(x)}),
-            # The tensor itself is returned.
-            (lambda x, a, b: x + a(x).to(x.dtype), {"a": lambda x, a, b: x + a(x)}),
-            # The result is no longer the layer's output: scaled, or of another shape.
-            (lambda x, a, b: torch.add(x, a(x), alpha=3), {"a": lambda x, a, b: a(x)}),
-            (lambda x, a, b: x + 3 * a(x), {"a": lambda x, a, b: a(x)}),
-            (lambda x, a, b: a(x).reshape(40, 4), {"a": lambda x, a, b: a(x)}),
-            # Only some tokens are sent to the layer, more than in the dense model.
-            (lambda x, a, b: a(x[x[:, 1] > x[0, 1]]), {}),
-        ],
-    )
-    def test_of_sums_that_outputs_go_into(self, combine, sums):
-        block = nn.ModuleDict({name: nn.Linear(8, 8) for name in "ab"}).requires_grad_(False)
-        dense, x, lossy = copy.deepcopy(block), torch.randn(20, 8), torch.randn(20, 8)
-        x[0, 1], lossy[0, 1] = 0, -100
-        runs = (lambda j: combine(lossy, *block.values())), (lambda j: combine(x, *dense.values()))
-        crosses = capture(block, runs[0], [0], backend=TORCH, dense=(dense, runs[1])).crosses
-        assert set(crosses) == {f"{name}.weight" for name in sums}
-        for name, what in sums.items():
-            D = what(x, *dense.values()) - what(lossy, *block.values())
-            torch.testing.assert_close(crosses[f"{name}.weight"].matrix, D.T @ lossy, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize(
+    ("combine", "sums"),
+    [
+        (lambda x, a, b: x + a(x), {"a": lambda x, a, b: x + a(x)}),
+        # Both layers write to the stream at once.
+        (lambda x, a, b: x + (a(x) + b(x)), dict.fromkeys("ab", lambda x, a, b: x + a(x) + b(x))),
+        (lambda x, a, b: x + a(x).view(4, 5, 8).view(20, 8), {"a": lambda x, a, b: x + a(x)}),
+        (lambda x, a, b: x + nn.functional.dropout(a(x), 0.5, False), {"a": lambda x, a, b: x + a(x)}),
+        # The tensor itself is returned.
+        (lambda x, a, b: x + a(x).to(x.dtype), {"a": lambda x, a, b: x + a(x)}),
+        # The result is no longer the layer's output: scaled, or of another shape.
+        (lambda x, a, b: torch.add(x, a(x), alpha=3), {"a": lambda x, a, b: a(x)}),
+        (lambda x, a, b: x + 3 * a(x), {"a": lambda x, a, b: a(x)}),
+        (lambda x, a, b: a(x).reshape(40, 4), {"a": lambda x, a, b: a(x)}),
+        # Only some tokens are sent to the layer, more than in the dense model.
+        (lambda x, a, b: a(x[x[:, 1] > x[0, 1]]), {}),
+    ],
+)
+def test_sums_that_outputs_go_into(combine, sums):
+    block = nn.ModuleDict({name: nn.Linear(8, 8) for name in "ab"}).requires_grad_(False)
+    dense, x, lossy = copy.deepcopy(block), torch.randn(20, 8), torch.randn(20, 8)
+    x[0, 1], lossy[0, 1] = 0, -100
+    runs = (lambda j: combine(lossy, *block.values())), (lambda j: combine(x, *dense.values()))
+    crosses = capture(block, runs[0], [0], backend=TORCH, dense=(dense, runs[1])).crosses
+    assert set(crosses) == {f"{name}.weight" for name in sums}
+    for name, what in sums.items():
+        D = what(x, *dense.values()) - what(lossy, *block.values())
+        torch.testing.assert_close(crosses[f"{name}.weight"].matrix, D.T @ lossy, rtol=1e-4, atol=1e-3)
 
-    def test_outputs_that_are_written_to_are_not_used(self):
-        """An activation in place overwrites the output of the layer before it."""
-        block = nn.Sequential(nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 8)).requires_grad_(False)
-        dense, x = copy.deepcopy(block), torch.randn(20, 8)
-        block[0].weight[:, ::2] = 0
-        captured = capture(block, lambda j: block(x), [0], backend=TORCH, dense=(dense, lambda j: dense(x)))
-        assert [layer.name for layer in captured.layers] == ["0.weight", "2.weight"]
-        assert set(captured.crosses) == {"2.weight"}
 
-    def test_nothing_of_a_micro_batch_outlives_it(self):
-        """Its memory is free for the next one."""
-        block, kept = nn.Linear(8, 8).requires_grad_(False), []
-        dense = copy.deepcopy(block)
+def test_outputs_that_are_written_to_are_not_used():
+    """An activation in place overwrites the output of the layer before it."""
+    block = nn.Sequential(nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 8)).requires_grad_(False)
+    dense, x = copy.deepcopy(block), torch.randn(20, 8)
+    block[0].weight[:, ::2] = 0
+    captured = capture(block, lambda j: block(x), [0], backend=TORCH, dense=(dense, lambda j: dense(x)))
+    assert [layer.name for layer in captured.layers] == ["0.weight", "2.weight"]
+    assert set(captured.crosses) == {"2.weight"}
 
-        def run(block, j):
-            assert not any(tensor() is not None for number, tensor in kept if number < j)
-            x = torch.randn(20, 8)
-            out = block(x)
-            kept.extend((j, weakref.ref(tensor)) for tensor in (x, out))
 
-        runs = functools.partial(run, block), functools.partial(run, dense)
-        captured = capture(block, runs[0], range(3), backend=TORCH, dense=(dense, runs[1]))
-        assert (len(kept), set(captured.crosses)) == (12, {"weight"})
+def test_nothing_of_a_micro_batch_outlives_it():
+    """Its memory is free for the next one."""
+    block, kept = nn.Linear(8, 8).requires_grad_(False), []
+    dense = copy.deepcopy(block)
+
+    def run(block, j):
+        assert not any(tensor() is not None for number, tensor in kept if number < j)
+        x = torch.randn(20, 8)
+        out = block(x)
+        kept.extend((j, weakref.ref(tensor)) for tensor in (x, out))
+
+    runs = functools.partial(run, block), functools.partial(run, dense)
+    captured = capture(block, runs[0], range(3), backend=TORCH, dense=(dense, runs[1]))
+    assert (len(kept), set(captured.crosses)) == (12, {"weight"})

@@ -27,21 +27,24 @@ def opened(request, tmp_path):
         yield source, model, states, hidden, dense
 
 
-def expected(source, hidden, dense):
-    """sum p (log p - log q), by transformers' own final norm and head, in double."""
+def expected(source, hidden, dense, kept=slice(None)):
+    """sum p (log p - log q), by transformers' own final norm and head, in double, over the tokens of `kept`."""
     model = AutoModelForCausalLM.from_pretrained(source).double()
     cap = getattr(model.config, "final_logit_softcapping", None)
 
     def log_probabilities(x):
         z = model.lm_head(model.model.norm(x))
-        return (cap * (z / cap).tanh() if cap else z).log_softmax(-1)
+        return (cap * (z / cap).tanh() if cap else z)[..., kept].log_softmax(-1)
 
     log_q, log_p = map(log_probabilities, (hidden, dense))
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
-def test_divergence_and_gradient(opened):
+@pytest.mark.parametrize("tokens", [0.5, 3, 100])
+def test_divergence_and_gradient(tokens, opened, monkeypatch):
+    """In pieces of a number of tokens, of one token at least."""
     source, model, states, hidden, dense = opened
+    monkeypatch.setitem(head.PIECE, "cpu", int(tokens * model.model.config.vocab_size))
     assert logits_are_tokenwise(states, IDS, 1)
     x, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     found, wanted = divergence(model, IDS, x, dense), expected(source, exact, dense.double())
@@ -52,49 +55,36 @@ def test_divergence_and_gradient(opened):
     assert torch.allclose(x.grad.double(), exact.grad, rtol=1e-3, atol=1e-5 * exact.grad.abs().max().item())
 
 
-def test_the_models_forward_runs_once_for_each_shape(opened, monkeypatch):
-    """What it does after the last block is made again with the same bits."""
+def test_what_is_done_after_the_last_block_is_done_again_with_the_same_bits(opened, monkeypatch):
+    """The model's own forward runs once for each shape."""
     _, model, _, hidden, dense = opened
     run, runs, found = forward.run_with_stubs, [], []
+
+    def differentiated():
+        x = hidden[:1].clone().requires_grad_()
+        value = divergence(model, IDS[:1], x, dense[:1])
+        value.backward()
+        return value, x.grad
+
     monkeypatch.setattr(forward, "run_with_stubs", lambda *args: runs.append(args) or run(*args))
-    for some in (slice(None), slice(0, None, 3), slice(None)):
-        x = hidden[:1, some].clone().requires_grad_()
-        divergence(model, IDS[:1, some], x, dense[:1, some]).backward()
-        found.append((divergence(model, IDS[:1, some], x, dense[:1, some]), x.grad))
+    found = [differentiated(), differentiated()]
+    divergence(model, IDS[:1, ::3], hidden[:1, ::3], dense[:1, ::3])
     assert len(runs) == 2
     monkeypatch.setattr(head, "logits_after_blocks", lambda *args: forward.run_after_blocks(*args, {}).logits)
-    x = hidden[:1].clone().requires_grad_()
-    divergence(model, IDS[:1], x, dense[:1]).backward()
-    assert len(runs) == 4
-    for loss, gradient in found[::2]:
-        assert torch.equal(loss, divergence(model, IDS[:1], x, dense[:1]))
-        assert torch.equal(gradient, x.grad)
-
-
-@pytest.mark.parametrize("tokens", [0.5, 3])
-def test_pieces_change_nothing(tokens, opened, monkeypatch):
-    """Pieces of a number of tokens, of one token at least."""
-    _, model, _, hidden, dense = opened
-    found = []
-    for entries in (head.PIECE["cpu"], int(tokens * model.model.config.vocab_size)):
-        monkeypatch.setitem(head.PIECE, "cpu", entries)
-        x = hidden.clone().requires_grad_()
-        divergence(model, IDS, x, dense).backward()
-        found.append((x.grad, divergence(model, IDS, hidden, dense)))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.allclose(found[0][1], found[1][1], rtol=1e-6)
+    for again in found:
+        assert all(torch.equal(x, y) for x, y in zip(again, differentiated(), strict=True))
 
 
 # By the sizes of the head and of the block's layers: small models; large vocabularies; a model of 70B.
 @pytest.mark.parametrize(
     ("head_size", "layer", "seqlen", "every", "rounds"),
     [
-        *(((1024, 64), 49_152, *seen) for seen in ((1, 1, [100]), (511, 1, [100]), (512, 8, [200]), (2050, 8, [200]))),
-        *(((49_152, 576), 3_540_000, *seen) for seen in ((128, 2, [100, 30]), (512, 8, [200]))),
-        *(
-            ((262_144, 640), 5_600_000, *seen)
-            for seen in ((4, 1, [100, 5]), (256, 4, [100, 18]), (2048, 32, [100, 77]))
-        ),
+        ((1024, 64), 49_152, 1, 1, [100]),
+        ((1024, 64), 49_152, 511, 1, [100]),
+        ((1024, 64), 49_152, 2050, 8, [200]),
+        ((49_152, 576), 3_540_000, 128, 2, [100, 30]),
+        ((262_144, 640), 5_600_000, 4, 1, [100, 5]),
+        ((262_144, 640), 5_600_000, 2048, 32, [100, 77]),
         ((128_256, 8192), 856_000_000, 256, 1, [100]),
     ],
 )
@@ -112,38 +102,31 @@ def test_passes_look_at_all_tokens_in_turn(head_size, layer, seqlen, every, roun
 
 def test_tokens_that_never_come_count_nothing(opened):
     """Some models mask tokens of their vocabulary, such as those of images."""
-    _, model, _, hidden, dense = opened
-    bias = torch.zeros(model.model.config.vocab_size)
-    bias[7:90] = -torch.inf
-    masked = model.model.lm_head.register_forward_hook(lambda module, args, out: out + bias)
+    source, model, _, hidden, dense = opened
+    masked = torch.zeros(model.model.config.vocab_size)
+    masked[7:90] = -torch.inf
+    hook = model.model.lm_head.register_forward_hook(lambda module, args, out: out + masked)
     x = hidden.clone().requires_grad_()
     found = divergence(model, IDS, x, dense)
     found.backward()
-    masked.remove()
-    kept = torch.isfinite(bias)
-
-    def log_probabilities(h):
-        return model.model.lm_head(model.model.model.norm(h))[..., kept].double().log_softmax(-1)
-
+    hook.remove()
+    # A cap comes after the head.
     if not getattr(model.model.config, "final_logit_softcapping", None):
-        log_q, log_p = map(log_probabilities, (hidden, dense))
-        assert found.item() == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-4)
+        wanted = expected(source, hidden.double(), dense.double(), masked.isfinite())
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
     assert torch.isfinite(found)
     assert torch.isfinite(x.grad).all()
     assert x.grad.any()
 
 
-def test_a_classifier_predicts_no_tokens(opened, monkeypatch):
-    _, _, states, *_ = opened
-    for logits in (torch.zeros(1, 3), torch.zeros(1, 1, 250), None):
-        monkeypatch.setattr(head, "logits", lambda *args, x=logits: x)
-        assert not logits_are_tokenwise(states, IDS, 1)
-
-
-def test_a_head_that_mixes_tokens_does_not_predict_one_by_one(opened):
+def test_heads_that_do_not_predict_token_by_token(opened, monkeypatch):
+    """One mixes tokens; others are of a classifier, or return none."""
     _, model, states, *_ = opened
     assert logits_are_tokenwise(states, IDS, 2)
     mixed = model.model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].cumsum(1),))
     model.after_blocks.clear()
     assert not logits_are_tokenwise(states, IDS, 2)
     mixed.remove()
+    for logits in (torch.zeros(1, 3), torch.zeros(1, 1, 250), None):
+        monkeypatch.setattr(head, "logits", lambda *args, x=logits: x)
+        assert not logits_are_tokenwise(states, IDS, 1)

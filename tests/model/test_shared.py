@@ -7,8 +7,8 @@ import torch
 from helpers.commands import tensors_of
 from helpers.families import TOKENS, first_is_fast, save_model
 from helpers.verifying import verdict
+from helpers.whole import BATCH, all_logits, plain_logits, whole_model
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
 from sparsefw import prune
@@ -16,9 +16,7 @@ from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
 from sparsefw.estimate.profile import shape_of
 from sparsefw.model import StreamedModel, embed
-from sparsefw.model.head import logits
-from sparsefw.model.skeleton import attention_implementation
-from sparsefw.model.swap import DenseBlock, shared_parameters, slots_of
+from sparsefw.model.swap import shared_parameters
 from sparsefw.selection import without_index
 
 # A model whose attention is one module at several depths.
@@ -47,19 +45,13 @@ def source(tmp_path_factory):
 def test_blocks_run_as_in_the_whole_model(source):
     with StreamedModel(inspect(source), torch.device("cpu")) as model:
         assert model.shared.sources
-        assert any(note.startswith(f"stay dense: {len(model.shared.names)} parameters") for note in model.notes)
-        states = embed(model, TOKENS, 2)
+        states = embed(model, TOKENS, BATCH)
         for i in range(len(model.blocks)):
             model.open(i)
             states.advance(i)
             model.close(i)
         assert all(parameter.is_meta for parameter in model.model.parameters())
-        same = {"attn_implementation": attention_implementation(model.model), "experts_implementation": "eager"}
-        whole = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **same).eval()
-        for hidden, batch in zip(states.hidden, TOKENS.split(2), strict=True):
-            with torch.no_grad():
-                expected = whole(batch, use_cache=False).logits
-            assert torch.equal(logits(model, batch, hidden), expected)
+        assert torch.equal(all_logits(model, states), plain_logits(whole_model(model, source)))
 
 
 @pytest.mark.parametrize("options", first_is_fast([{"method": "wanda"}, {"steps": 2}]))
@@ -103,68 +95,25 @@ class _Tied(nn.Module):
         self.head = nn.Linear(2, 2)
 
 
-BLOCKS = ["blocks.0", "blocks.1"]
+A, B, C, D = (f"blocks.{n}.{name}.weight" for n in (0, 1) for name in "ab")
+HEAD = "head.weight"
+# By case: names that are tied though the tensors are different ones until they are loaded, names in the checkpoint,
+# shared names, and where the others are read from.
+TIED = {
+    "blocks, and outside": ({C: A, D: HEAD, "x.weight": "y.weight"}, [A, HEAD], {A, C, D, HEAD}, {C: A, D: HEAD}),
+    "a chain": ({C: D, D: B}, [B], {B, C, D}, {C: B, D: B}),
+    # What the checkpoint has twice is read by itself, and is shared all the same.
+    "twice in the checkpoint": ({C: A}, [A, C], {A, C}, {}),
+}
 
 
-def test_one_tensor_under_two_names_is_found():
-    model = _Tied()
-    model.blocks[1]["b"].weight = model.blocks[0]["a"].weight
-    model.blocks[0]["b"].weight = model.blocks[0]["a"].weight
-    names = {"blocks.0.a.weight", "blocks.0.b.weight", "blocks.1.b.weight"}
-    for source in names:
-        shared = shared_parameters(model, BLOCKS, {}, [source, "head.weight"])
-        assert shared.names == names
-        assert shared.sources == dict.fromkeys(names - {source}, source)
-
-
-def test_a_block_names_its_parameters_itself():
-    model = _Tied()
-    model.blocks[1]["b"].weight = model.blocks[0]["a"].weight
-    model.blocks[1] = checkpoint_wrapper(model.blocks[1])
-    for whole, prefix in ((model, ""), (checkpoint_wrapper(model), "_checkpoint_wrapped_module.")):
-        names = [slot.path for slot in slots_of(whole.named_modules(remove_duplicate=False))]
-        blocks = [prefix + name for name in BLOCKS]
-        shared = {f"{prefix}blocks.0.a.weight", f"{prefix}blocks.1.b.weight"}
-        assert shared_parameters(whole, blocks, {}, names).names == shared
-
-
-def test_names_that_are_tied_are_found():
-    """Though the tensors are different ones until they are loaded."""
-    tied = {"blocks.1.a.weight": "blocks.0.a.weight", "blocks.1.b.weight": "head.weight", "x.weight": "y.weight"}
-    shared = shared_parameters(_Tied(), BLOCKS, tied, ["blocks.0.a.weight", "head.weight"])
-    assert shared.names == {*tied, *tied.values()} - {"x.weight", "y.weight"}
-    assert shared.sources == {"blocks.1.a.weight": "blocks.0.a.weight", "blocks.1.b.weight": "head.weight"}
-    chain = {"blocks.1.a.weight": "blocks.1.b.weight", "blocks.1.b.weight": "blocks.0.b.weight"}
-    shared = shared_parameters(_Tied(), BLOCKS, chain, ["blocks.0.b.weight"])
-    assert shared.sources == dict.fromkeys(chain, "blocks.0.b.weight")
-
-
-def test_what_the_checkpoint_has_twice_is_read_by_itself_and_is_shared_all_the_same():
-    tied = {"blocks.1.a.weight": "blocks.0.a.weight"}
-    shared = shared_parameters(_Tied(), BLOCKS, tied, ["blocks.0.a.weight", "blocks.1.a.weight"])
-    assert shared.names == {*tied, *tied.values()}
-    assert shared.sources == {}
+@pytest.mark.parametrize("case", TIED)
+def test_names_that_are_tied_are_found(case):
+    tied, stored, names, sources = TIED[case]
+    shared = shared_parameters(_Tied(), ["blocks.0", "blocks.1"], tied, stored)
+    assert (shared.names, shared.sources) == (names, sources)
 
 
 def test_a_tensor_of_a_block_outside_of_the_blocks_is_refused():
-    tied = {"head.weight": "blocks.0.a.weight"}
-    with pytest.raises(InputError, match=r"head.weight: unsupported model _Tied: .* one tensor with blocks.0.a.weight"):
-        shared_parameters(_Tied(), BLOCKS, tied, ["blocks.0.a.weight"])
-
-
-@torch.no_grad()
-def test_a_dense_block_runs_with_the_weights_that_it_had():
-    """Its parameters are those that it multiplies with, so that its products are found."""
-    block, x, used = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4), []
-    block[1].weight = block[0].weight
-    block[0].register_forward_pre_hook(lambda module, args: used.append(module.weight))
-    expected, dense = block(x), DenseBlock(block)
-    for parameter in block.parameters():
-        parameter.zero_()
-    assert torch.equal(dense(x), expected)
-    assert not block(x).any()
-    parameters = dict(dense.named_parameters())
-    assert parameters.keys() == dict(block.named_parameters()).keys()
-    assert [id(weight) for weight in used] == [
-        id(x) for x in (block[0].weight, parameters["0.weight"], block[0].weight)
-    ]
+    with pytest.raises(InputError, match=r"head\.weight: unsupported .* one tensor with blocks\.0\.a\.weight"):
+        shared_parameters(_Tied(), ["blocks.0", "blocks.1"], {HEAD: A}, [A])
