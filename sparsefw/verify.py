@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Verify from the command line; returns the exit status, see `Outcome`."""
     with launched(argv) as outcome:
         parser = Parser("verify", __doc__)
-        parser.add_argument("output", type=folder, metavar="OUTPUT", help="folder that sparsefw run wrote")
+        parser.add_argument("output", type=folder, metavar="OUTPUT", help="folder written by sparsefw run")
         parser.add_argument(
             "--against",
             metavar="ID|PATH",

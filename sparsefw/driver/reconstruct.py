@@ -187,7 +187,7 @@ class BlockFit:
         hidden_first: whether the first round compares hidden states. Then the held-out loss counts the tokens of one
             pass only, see `tokens_of_pass`.
         reached: numbers of the micro-batches of `steps` whose loss has had gradients so far.
-        varies: the first operation in the block whose bits may change from run to run; empty if there is none.
+        varies: the first operation in the block without a deterministic algorithm; empty if there is none.
     """
 
     run: Run

@@ -19,7 +19,7 @@ from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLAC
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
-# Tokens in a micro-batch that keep a GPU busy. Fewer are chosen only after every other saving of memory.
+# Tokens in a micro-batch that keep a GPU busy. Fewer are chosen only after every other saving but reading ahead.
 BUSY_TOKENS = 4096
 
 # The largest batch of windows that a model generates as its own calibration text.
@@ -164,7 +164,7 @@ def _placements(shape: ModelShape, workload: Workload, folder: Path | None, fixe
     few = max(1, BUSY_TOKENS // workload.seqlen)
 
     def cost(x: Placement) -> tuple[int, ...]:
-        """Order placements: the fields to give up last come first."""
+        """Return the sort key of a placement: its first field is given up last."""
         batch, place, kept, solver = -x.batch, PLACES.index(x.place), -x.kept_width, -x.solver
         if gpu:
             return not x.ahead, max(batch, -few), kept, solver, place, batch

@@ -15,7 +15,7 @@ from sparsefw.estimate.workload import Workload
 from sparsefw.model import Placement
 from sparsefw.model.activations import split_batches
 
-# In windows of EVERY * MIN_TOKENS tokens or more, a step compares one token in EVERY, in TIMES as many passes.
+# In windows of EVERY * MIN_TOKENS tokens or more, a step compares one token in EVERY, in TIMES times as many passes.
 # If a head of more than SMALL_HEAD weights then still costs over twice as much as the block, the first round fits
 # hidden states. Each later step compares MIN_TOKENS tokens, since reading the head's weights takes as long as
 # multiplying this number of tokens. All later steps together cost SHARE times as much as the first round.

@@ -9,7 +9,7 @@ HIDDEN = -1e3
 
 
 def unpadded_of(masks: Iterable[Tensor]) -> Tensor | None:
-    """Find the positions that attention masks do not hide from every other position.
+    """Find the positions that at least one position may attend to.
 
     Args:
         masks: (batch, seqlen) or (batch, ..., seqlen). A mask of booleans or integers is not 0 at visible positions. A
