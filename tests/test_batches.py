@@ -63,87 +63,89 @@ class _Tokenizer:
 WRITTEN = {"README.md", "SHA256SUMS", "config.json", "model.safetensors", "report.html", "report.json"}
 
 
-class TestOutput:
-    @pytest.mark.parametrize("origin", ["folder", "given", "the Hub"])
-    def test_what_makes_inputs_comes_along(self, tmp_path, hub, monkeypatch, origin):
-        """From the folder of the checkpoint that the model was loaded from, but for a tokenizer that is passed."""
-        given = origin == "given"
-        model, batches = drawn("bert")
-        model.save_pretrained(tmp_path / "in")
-        pooling = {"modules.json", "1_Pooling/config.json", "sentence_bert_config.json"}
-        for name in (*pooling, "tokenizer.json", "tokenizer_config.json", "vocab.txt", "modeling.py"):
-            (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
-            (tmp_path / "in" / name).write_text('{"auto_map": {}, "a": 1}')
-        (tmp_path / "in/README.md").write_text("---\nlicense: mit\n---\n# The source's\n")
-        model = type(model).from_pretrained(tmp_path / "in")
-        if origin == "the Hub":
-            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-            make_hub_cache(tmp_path / "in", hub)
-            model.name_or_path = "org/name"
-        output = prune(
-            model, tmp_path / "out", calibration=batches, tokenizer=_Tokenizer() if given else None, **WANDA
-        ).output
-        tokenizer = {"tokenizer_config.json"} if given else {"tokenizer.json", "tokenizer_config.json", "vocab.txt"}
-        found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
-        assert found == WRITTEN | pooling | tokenizer
-        assert json.loads((output / "tokenizer_config.json").read_text()) == {"a": 2 if given else 1}
-        card = ModelCard.load(output / "README.md")
-        assert (card.data.license, card.data.get("base_model", "")) == ("mit", "org/name" * (origin == "the Hub"))
-        assert 'prune(model, "out", calibration=batches, sparsity="0.5", method="wanda"' in card.text
-        assert unchanged(type(model).from_pretrained(output), weights_of(model))
+@pytest.mark.parametrize("origin", ["folder", "given", "the Hub"])
+def test_what_makes_inputs_comes_along(tmp_path, hub, monkeypatch, origin):
+    """From the folder of the checkpoint that the model was loaded from, but for a tokenizer that is passed."""
+    given = origin == "given"
+    model, batches = drawn("bert")
+    model.save_pretrained(tmp_path / "in")
+    pooling = {"modules.json", "1_Pooling/config.json", "sentence_bert_config.json"}
+    for name in (*pooling, "tokenizer.json", "tokenizer_config.json", "vocab.txt", "modeling.py"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text('{"auto_map": {}, "a": 1}')
+    (tmp_path / "in/README.md").write_text("---\nlicense: mit\n---\n# The source's\n")
+    model = type(model).from_pretrained(tmp_path / "in")
+    if origin == "the Hub":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        make_hub_cache(tmp_path / "in", hub)
+        model.name_or_path = "org/name"
+    output = prune(
+        model, tmp_path / "out", calibration=batches, tokenizer=_Tokenizer() if given else None, **WANDA
+    ).output
+    tokenizer = {"tokenizer_config.json"} if given else {"tokenizer.json", "tokenizer_config.json", "vocab.txt"}
+    found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    assert found == WRITTEN | pooling | tokenizer
+    assert json.loads((output / "tokenizer_config.json").read_text()) == {"a": 2 if given else 1}
+    card = ModelCard.load(output / "README.md")
+    assert (card.data.license, card.data.get("base_model", "")) == ("mit", "org/name" * (origin == "the Hub"))
+    assert 'prune(model, "out", calibration=batches, sparsity="0.5", method="wanda"' in card.text
+    assert unchanged(type(model).from_pretrained(output), weights_of(model))
 
-    def test_the_model_and_its_config_are_as_they_were_but_for_its_layers(self, tmp_path):
-        """What a run changes meanwhile is not written: without a cache, a model writes texts slowly."""
-        model, batches = drawn("whisper")
-        model.config.output_hidden_states, model.config.return_dict = True, False
-        model.save_pretrained(tmp_path / "before")
-        model.train()
-        parameters, fast = dict(model.named_parameters()), torch.backends.mha.get_fastpath_enabled()
-        needed = [x.requires_grad for x in parameters.values()]
-        result = prune(model, tmp_path / "out", calibration=batches, **WANDA)
-        assert {path.name for path in result.output.iterdir()} == WRITTEN | {"generation_config.json"}
-        assert (result.output / "config.json").read_text() == (tmp_path / "before" / "config.json").read_text()
-        assert model.config.use_cache
-        assert model.config.output_hidden_states
-        assert all(module.training for module in model.modules())
-        assert all(x is parameters[name] for name, x in model.named_parameters())
-        assert [x.requires_grad for x in parameters.values()] == needed
-        assert torch.backends.mha.get_fastpath_enabled() == fast
-        assert not any("forward" in vars(module) for module in model.modules())
-        plain, _ = drawn("whisper")
-        assert len(prune(plain, calibration=batches, **WANDA).layers) == len(result.layers) == 2 * 6 + 2 * 10
-        assert unchanged(model, weights_of(plain))
 
-    def test_a_config_that_cannot_be_written(self, tmp_path):
-        """Its library would refuse it when all blocks are pruned, and the model is changed."""
-        model, batches = drawn("whisper")
-        before, lines = weights_of(model), []
-        model.generation_config.temperature = 0.5
-        with pytest.raises(InputError, match=r"model: Whisper.* cannot be written: .*temperature"):
-            prune(model, tmp_path / "out", calibration=batches, log=lines.append, **QUICK)
-        assert not any("memory: " in line for line in lines)
-        assert unchanged(model, before)
-        assert not [*tmp_path.iterdir()]
+def test_the_model_and_its_config_are_as_they_were_but_for_its_layers(tmp_path):
+    """What a run changes meanwhile is not written: without a cache, a model writes texts slowly."""
+    model, batches = drawn("whisper")
+    model.config.output_hidden_states, model.config.return_dict = True, False
+    model.save_pretrained(tmp_path / "before")
+    model.train()
+    parameters, fast = dict(model.named_parameters()), torch.backends.mha.get_fastpath_enabled()
+    needed = [x.requires_grad for x in parameters.values()]
+    result = prune(model, tmp_path / "out", calibration=batches, **WANDA)
+    assert {path.name for path in result.output.iterdir()} == WRITTEN | {"generation_config.json"}
+    assert (result.output / "config.json").read_text() == (tmp_path / "before" / "config.json").read_text()
+    assert model.config.use_cache
+    assert model.config.output_hidden_states
+    assert all(module.training for module in model.modules())
+    assert all(x is parameters[name] for name, x in model.named_parameters())
+    assert [x.requires_grad for x in parameters.values()] == needed
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert not any("forward" in vars(module) for module in model.modules())
+    plain, _ = drawn("whisper")
+    assert len(prune(plain, calibration=batches, **WANDA).layers) == len(result.layers) == 2 * 6 + 2 * 10
+    assert unchanged(model, weights_of(plain))
 
-    @pytest.mark.slow
-    def test_goes_on_after_an_interruption(self, tmp_path):
-        whole, batches = drawn("whisper")
-        prune(whole, tmp_path / "whole", calibration=batches, **WANDA)
-        model, _ = drawn("whisper")
-        before, lines = weights_of(model), []
 
-        def interrupt(line):
-            if "decoder.layers.0.fc1" in line:
-                raise KeyboardInterrupt
+def test_a_config_that_cannot_be_written(tmp_path):
+    """Its library would refuse it when all blocks are pruned, and the model is changed."""
+    model, batches = drawn("whisper")
+    before, lines = weights_of(model), []
+    model.generation_config.temperature = 0.5
+    with pytest.raises(InputError, match=r"model: Whisper.* cannot be written: .*temperature"):
+        prune(model, tmp_path / "out", calibration=batches, log=lines.append, **QUICK)
+    assert not any("memory: " in line for line in lines)
+    assert unchanged(model, before)
+    assert not [*tmp_path.iterdir()]
 
-        with pytest.raises(KeyboardInterrupt):
-            prune(model, tmp_path / "out", calibration=batches, log=interrupt, **WANDA)
-        assert unchanged(model, before)
-        with pytest.raises(InputError, match="calibration text"):
-            prune(model, tmp_path / "out", calibration=batches[::-1], **WANDA)
-        prune(model, tmp_path / "out", calibration=batches, log=lines.append, **WANDA)
-        assert any(line.startswith("resuming an unfinished run: 2 of 4 shards") for line in lines)
-        assert unchanged(model, weights_of(whole))
+
+@pytest.mark.slow
+def test_goes_on_after_an_interruption(tmp_path):
+    whole, batches = drawn("whisper")
+    prune(whole, tmp_path / "whole", calibration=batches, **WANDA)
+    model, _ = drawn("whisper")
+    before, lines = weights_of(model), []
+
+    def interrupt(line):
+        if "decoder.layers.0.fc1" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, tmp_path / "out", calibration=batches, log=interrupt, **WANDA)
+    assert unchanged(model, before)
+    with pytest.raises(InputError, match="calibration text"):
+        prune(model, tmp_path / "out", calibration=batches[::-1], **WANDA)
+    prune(model, tmp_path / "out", calibration=batches, log=lines.append, **WANDA)
+    assert any(line.startswith("resuming an unfinished run: 2 of 4 shards") for line in lines)
+    assert unchanged(model, weights_of(whole))
 
 
 class TestPadding:

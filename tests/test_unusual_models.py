@@ -21,6 +21,8 @@ def assert_same_weights(model, other):
 def test_wrapped_blocks():
     """A wrapper for activation checkpointing leaves its own name out of the names in `state_dict`."""
     (model, batches), (wrapped, _) = drawn("diffusion"), drawn("diffusion")
+    for one in (model, wrapped):
+        one.singles[1].out.weight = one.singles[0].out.weight
     wrapped.singles = nn.ModuleList(map(checkpoint_wrapper, wrapped.singles))
     for block in wrapped.doubles:
         for name, child in block.named_children():
@@ -29,6 +31,7 @@ def test_wrapped_blocks():
         prune(m, calibration=batches, method="wanda", compare=("ria",), kernel="torch") for m in (model, wrapped)
     )
     assert len(one.layers) == len(other.layers)
+    assert one.report.kept_dense == [f"singles.{n}.out.weight" for n in (0, 1)]
     assert_same_weights(model, wrapped)
     assert any((tensor == 0).float().mean() >= 0.5 for tensor in wrapped.singles.parameters())
 

@@ -1,5 +1,6 @@
 """What a model's forward does between its blocks is done again with what they really return, or it is refused."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from sparsefw.data.batches import token_batch
 from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.forward import embed_batches
+from sparsefw.model.trace import Trace
 
 
 def change_forward(monkeypatch, forward):
@@ -226,3 +228,12 @@ def test_pieces_of_micro_batches_are_views_and_run_as_the_whole(family, tmp_path
             found = torch.cat([pieces.next_input(i, j) for j in range(3)])
             states.advance(i)
             torch.testing.assert_close(found, torch.cat([states.hidden[1], states.hidden[0]]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more", [{"batch_dependent": {0}}, {"objects": [{}]}, {"live": {0: [], 1: [1]}}, {"windows_first": False}]
+)
+def test_micro_batches_with_more_than_hidden_states_are_not_divided(more):
+    trace = Trace({}, torch.zeros(1), {0: []})
+    assert trace.divisible
+    assert not replace(trace, **more).divisible

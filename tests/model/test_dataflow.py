@@ -16,6 +16,8 @@ from helpers.damaged import (
 from helpers.kernel_inputs import DEVICE
 from torch import nn
 
+from sparsefw.model.tape import Calls, Tape
+
 TOKENS, D = 6, 8
 
 
@@ -159,96 +161,97 @@ def test_micro_batches_that_take_different_paths(forward, measured):
     check_moves_on(pair, runs)
 
 
-class TestStates:
-    """Others read a tensor that is handed on in an argument."""
-
-    def test_a_tensor_that_is_handed_on(self):
-        """Blocks that came later would receive a tensor without data if the part began after it."""
-
-        def forward(block, x, state):
-            state[:] = [x.tanh()]
-            return sequential(block, x)
-
-        pair = damaged_module(Block(forward), batches(), ([],))
-        last, runs = pair.dense.hidden[1].clone(), whole_runs(pair)
-        # The stream is no cut, and nothing can be kept: tanh is made before both.
-        assert described(pair) == HANDED_ON
-        assert len([*measured_stages(pair)]) == 3
-        check_moves_on(pair, runs)
-        (state,) = pair.dense.batches[1].objects
-        assert torch.equal(state[0].read(), last.tanh())
-
-    def test_a_tensor_that_is_received(self):
-        """It comes from an earlier block, and is there in any part."""
-
-        def forward(block, x, state):
-            return sequential(block, x) * state["shared"]
-
-        pair = damaged_module(Block(forward), batches(), ({"shared": torch.ones(TOKENS, D).to(DEVICE)},))
-        assert described(pair) == [*SEQUENTIAL[:2], "c outputs 1"]
-
-    def test_a_received_tensor_that_is_written_to(self):
-        def forward(block, x, state):
-            state["sum"] += x
-            return sequential(block, x)
-
-        pair = damaged_module(Block(forward), batches(), ({"sum": torch.zeros(TOKENS, D).to(DEVICE)},))
-        assert described(pair) == HANDED_ON
-
-    def test_a_module_that_keeps_something_of_its_first_call(self):
-        """Later calls take another path. The block is run as a whole, and the next one of its kind in parts."""
-
-        def forward(block, x):
-            if not hasattr(block, "cache"):
-                block.cache = torch.arange(D, device=x.device) * 0.1
-            return sequential(block, x + block.cache)
-
-        pair = damaged_module(Block(forward), batches())
-        assert described(pair) == WHOLE
-        assert described(pair)[1:] == SEQUENTIAL[1:]
+def test_a_write_to_a_view_changes_its_base_and_other_views():
+    tape = Tape()
+    with Calls(tape.record):
+        y = torch.ones(2, 2) + 1
+        row, column = y[0], y[:, 0]
+        row.zero_()
+        y.sum()
+        column.sum()
+    *_, write, total, other = tape.ops
+    assert total.inputs[0].maker == other.inputs[0].maker == write.number
 
 
-class TestExperts:
-    """How often experts are called depends on the data."""
+def test_a_tensor_that_is_handed_on():
+    """Blocks that came later would receive a tensor without data if the part began after it."""
 
-    class Experts(nn.Module):
-        def __init__(self, after):
-            super().__init__()
-            torch.manual_seed(0)
-            self.after = after
-            self.a, self.c = nn.Linear(D, D), nn.Linear(D, D)
-            self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(3))
+    def forward(block, x, state):
+        state[:] = [x.tanh()]
+        return sequential(block, x)
 
-        def forward(self, x):
-            h = x + self.a(x.tanh())
-            y = torch.zeros_like(h)
-            for n, expert in enumerate(self.experts):
-                chosen = (h.argmax(-1) % 3 == n).nonzero()[:, 0]
-                if len(chosen):
-                    y = y.index_add(0, chosen, expert(h[chosen]))
-            h = h + y
-            return h + self.c(h.sin()) if self.after else h
+    pair = damaged_module(Block(forward), batches(), ([],))
+    last, runs = pair.dense.hidden[1].clone(), whole_runs(pair)
+    # The stream is no cut, and nothing can be kept: tanh is made before both.
+    assert described(pair) == HANDED_ON
+    assert len([*measured_stages(pair)]) == 3
+    check_moves_on(pair, runs)
+    (state,) = pair.dense.batches[1].objects
+    assert torch.equal(state[0].read(), last.tanh())
 
-    @pytest.mark.parametrize("after", [False, True])
-    def test_no_point_comes_after_them(self, after):
-        pair = damaged_module(self.Experts(after), batches())
-        first, experts, *rest = stages_of(pair)
-        assert (first.key, first.next_start.function, first.input.function) == ("a.weight", "add", "tanh")
-        assert (experts.key, experts.start) == ("experts.*.weight", first.next_start)
-        assert experts.input is experts.next_start is None
-        assert [(stage.key, stage.input, stage.start) for stage in rest] == [
-            ("c.weight", None, first.next_start)
-        ] * after
 
-    def test_nor_behind_those_that_are_multiplied_at_once(self):
-        """Tokens without an expert may be zeros for it here, and be left out elsewhere."""
+def test_a_tensor_that_is_received():
+    """It comes from an earlier block, and is there in any part."""
 
-        def forward(block, x):
-            h = x + block.a(x.tanh())
-            h = h + torch.bmm(h.sin().expand(3, TOKENS, D), block.w).sum(0)
-            return h + block.c(h.cos())
+    def forward(block, x, state):
+        return sequential(block, x) * state["shared"]
 
-        block = Block(forward)
-        block.w = nn.Parameter(torch.randn(3, D, D))
-        *_, last = stages_of(damaged_module(block, batches()))
-        assert (last.key, last.input) == ("c.weight", None)
+    pair = damaged_module(Block(forward), batches(), ({"shared": torch.ones(TOKENS, D).to(DEVICE)},))
+    assert described(pair) == [*SEQUENTIAL[:2], "c outputs 1"]
+
+
+def test_a_received_tensor_that_is_written_to():
+    def forward(block, x, state):
+        state["sum"] += x
+        return sequential(block, x)
+
+    pair = damaged_module(Block(forward), batches(), ({"sum": torch.zeros(TOKENS, D).to(DEVICE)},))
+    assert described(pair) == HANDED_ON
+
+
+def test_a_module_that_keeps_something_of_its_first_call():
+    """Later calls take another path. The block is run as a whole, and the next one of its kind in parts."""
+
+    def forward(block, x):
+        if not hasattr(block, "cache"):
+            block.cache = torch.arange(D, device=x.device) * 0.1
+        return sequential(block, x + block.cache)
+
+    pair = damaged_module(Block(forward), batches())
+    assert described(pair) == WHOLE
+    assert described(pair)[1:] == SEQUENTIAL[1:]
+
+
+def test_no_point_comes_after_experts():
+    def forward(block, x):
+        h = x + block.a(x.tanh())
+        y = torch.zeros_like(h)
+        for n, expert in enumerate(block.experts):
+            chosen = (h.argmax(-1) % 3 == n).nonzero()[:, 0]
+            if len(chosen):
+                y = y.index_add(0, chosen, expert(h[chosen]))
+        h = h + y
+        return h + block.c(h.sin())
+
+    block = Block(forward)
+    block.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(3))
+    pair = damaged_module(block, batches())
+    first, experts, last = stages_of(pair)
+    assert (first.key, first.next_start.function, first.input.function) == ("a.weight", "add", "tanh")
+    assert (experts.key, experts.start) == ("experts.*.weight", first.next_start)
+    assert experts.input is experts.next_start is None
+    assert (last.key, last.input, last.start) == ("c.weight", None, first.next_start)
+
+
+def test_no_point_comes_after_experts_that_are_multiplied_at_once():
+    """Tokens without an expert may be zeros for it here, and be left out elsewhere."""
+
+    def forward(block, x):
+        h = x + block.a(x.tanh())
+        h = h + torch.bmm(h.sin().expand(3, TOKENS, D), block.w).sum(0)
+        return h + block.c(h.cos())
+
+    block = Block(forward)
+    block.w = nn.Parameter(torch.randn(3, D, D))
+    *_, last = stages_of(damaged_module(block, batches()))
+    assert (last.key, last.input) == ("c.weight", None)

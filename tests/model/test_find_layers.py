@@ -129,7 +129,6 @@ NO_LAYERS = {
     "an einsum": ((IN, OUT), lambda x, w, b: torch.einsum("td,do->to", x, w)),
     # Only parts of one size, one below the other, can be told by an index.
     "most rows": ((6, IN), lambda x, w, b: x @ w[:4].T),
-    "rows in between": ((6, IN), lambda x, w, b: x @ w[1:3].T),
     "rows by a list": ((6, IN), lambda x, w, b: x @ w[[0, 1, 2]].T),
 }
 

@@ -26,9 +26,9 @@ class Recorded:
             self.outputs[self.last] = out.clone()
         return out
 
-    def named(self, function, number=0):
-        """The point of the number-th call of a function."""
-        return [point for point in self.outputs if point.function == function][number]
+    def named(self, function):
+        """The point of the first call of a function."""
+        return next(point for point in self.outputs if point.function == function)
 
 
 def hidden(seed=1):
@@ -43,33 +43,33 @@ def recorded(block, x):
     return calls, output
 
 
-class TestParts:
-    @pytest.mark.parametrize("given", ["add", "input tanh", "add relu", "input"])
-    @pytest.mark.parametrize("ends", [False, True])
-    def test_a_part_makes_the_bits_of_the_whole(self, given, ends):
-        block, x = Block(sequential), hidden()
-        calls, output = recorded(block, x)
-        points = {name: calls.named(name) for name in ("tanh", "add", "relu")} | {"input": INPUT}
-        tensors, wanted = calls.outputs | {INPUT: x}, points["relu"]
-        start = {points[name]: tensors[points[name]] for name in given.split()}
-        taken, whole = run_part(block, start, [wanted], wanted if ends else None)
-        assert torch.equal(taken[wanted], tensors[wanted])
-        assert whole is None if ends else torch.equal(whole, output)
+@pytest.mark.parametrize("given", ["add", "input tanh", "add relu", "input"])
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_part_makes_the_bits_of_the_whole(given, ends):
+    block, x = Block(sequential), hidden()
+    calls, output = recorded(block, x)
+    points = {name: calls.named(name) for name in ("tanh", "add", "relu")} | {"input": INPUT}
+    tensors, wanted = calls.outputs | {INPUT: x}, points["relu"]
+    start = {points[name]: tensors[points[name]] for name in given.split()}
+    taken, whole = run_part(block, start, [wanted], wanted if ends else None)
+    assert torch.equal(taken[wanted], tensors[wanted])
+    assert whole is None if ends else torch.equal(whole, output)
 
-    def test_what_does_not_depend_on_the_input_is_made_for_real(self):
-        """Positions that are made before the sum may be read after it, and states are written step by step."""
 
-        def recurrent(block, x):
-            positions = torch.arange(len(x), device=x.device).to(x.device, x.dtype)
-            states = torch.zeros(x.shape, device=x.device)
-            for n in range(TOKENS):
-                states[n] = x[n].tanh()
-            return sequential(block, states) * positions[:, None].expand(x.shape)
+def test_what_does_not_depend_on_the_input_is_made_for_real():
+    """Positions that are made before the sum may be read after it, and states are written step by step."""
 
-        block = Block(recurrent)
-        _, output, start = behind_sum(block)
-        _, whole = run_part(block, start)
-        assert torch.equal(whole, output)
+    def recurrent(block, x):
+        positions = torch.arange(len(x), device=x.device).to(x.device, x.dtype)
+        states = torch.zeros(x.shape, device=x.device)
+        for n in range(TOKENS):
+            states[n] = x[n].tanh()
+        return sequential(block, states) * positions[:, None].expand(x.shape)
+
+    block = Block(recurrent)
+    _, output, start = behind_sum(block)
+    _, whole = run_part(block, start)
+    assert torch.equal(whole, output)
 
 
 def fails(match, block, given, take=(), end=None):
@@ -101,51 +101,54 @@ def in_place(block, x):
     return h
 
 
-class TestErrors:
-    def test_another_path(self):
-        """To where the part begins, or to a point that is wanted."""
-        *_, start = behind_sum(Block(sequential))
-        # The same function where the part begins, after another one; and another shape.
-        fails(DIFFERS, Block(lambda block, x: (x + block.a(x.sigmoid())) + block.c(block.b(x).relu())), start)
-        fails(DIFFERS, Block(lambda block, x: x[None] + block.a(x.tanh())), start)
-        wanted = recorded(Block(sequential), hidden())[0].named("relu")
-        for second in (
-            lambda block, x: x + block.a(x.tanh()),
-            lambda block, x: (x + block.a(x.sinh())) + block.c(block.b(x.sin()).relu()),
-        ):
-            for end in (wanted, None):
-                fails(DIFFERS, Block(second), {INPUT: hidden()}, [wanted], end)
+def test_another_path_is_refused():
+    """To where the part begins, or to a point that is wanted."""
+    *_, start = behind_sum(Block(sequential))
+    # The same function where the part begins, after another one; and another shape.
+    fails(DIFFERS, Block(lambda block, x: (x + block.a(x.sigmoid())) + block.c(block.b(x).relu())), start)
+    fails(DIFFERS, Block(lambda block, x: x[None] + block.a(x.tanh())), start)
+    wanted = recorded(Block(sequential), hidden())[0].named("relu")
+    for second in (
+        lambda block, x: x + block.a(x.tanh()),
+        lambda block, x: (x + block.a(x.sinh())) + block.c(block.b(x.sin()).relu()),
+    ):
+        for end in (wanted, None):
+            fails(DIFFERS, Block(second), {INPUT: hidden()}, [wanted], end)
 
-    @pytest.mark.parametrize(
-        "forward",
-        [
-            reading(lambda x, y, h: torch.cat([h, x])),
-            # The output itself was skipped.
-            reading(lambda x, y, h: (y, h)),
-            # Values are read of what was skipped.
-            reading(lambda x, y, h: h if y.sum() > 0 else -h),
-            # Nothing of it is in the output.
-            reading(lambda x, y, h: [h, y.relu()][0]),
-        ],
-    )
-    def test_tensors_that_were_skipped(self, forward):
-        block = Block(forward)
-        *_, start = behind_sum(block)
-        fails(CANNOT_RESUME, block, start)
 
-    def test_what_it_returns_beside_the_hidden_states_may_have_been_skipped(self):
-        block = Block(reading(lambda x, y, h: (h, y)))
-        _, (output, _), start = behind_sum(block)
-        _, (whole, _) = run_part(block, start)
-        assert torch.equal(whole, output)
+@pytest.mark.parametrize(
+    "forward",
+    [
+        reading(lambda x, y, h: torch.cat([h, x])),
+        # The output itself was skipped.
+        reading(lambda x, y, h: (y, h)),
+        # Values are read of what was skipped.
+        reading(lambda x, y, h: h if y.sum() > 0 else -h),
+        # Nothing of it is in the output.
+        reading(lambda x, y, h: [h, y.relu()][0]),
+    ],
+)
+def test_who_reads_what_was_skipped_is_refused(forward):
+    block = Block(forward)
+    *_, start = behind_sum(block)
+    fails(CANNOT_RESUME, block, start)
 
-    def test_a_given_tensor_is_written_to(self):
-        """Through a view of it."""
-        fails(DIFFERS, Block(lambda block, x: x + block.a(x.view(-1).tanh_().view(TOKENS, D))), {INPUT: hidden()})
 
-    def test_a_wanted_tensor_is_written_to_later(self):
-        """Whoever wants it would read something else."""
-        block = Block(in_place)
-        *_, start = behind_sum(block)
-        fails(DIFFERS, block, {INPUT: hidden()}, [*start])
-        fails(DIFFERS, block, start)
+def test_what_it_returns_beside_the_hidden_states_may_have_been_skipped():
+    block = Block(reading(lambda x, y, h: (h, y)))
+    _, (output, _), start = behind_sum(block)
+    _, (whole, _) = run_part(block, start)
+    assert torch.equal(whole, output)
+
+
+def test_a_given_tensor_is_written_to():
+    """Through a view of it."""
+    fails(DIFFERS, Block(lambda block, x: x + block.a(x.view(-1).tanh_().view(TOKENS, D))), {INPUT: hidden()})
+
+
+def test_a_wanted_tensor_is_written_to_later():
+    """Whoever wants it would read something else."""
+    block = Block(in_place)
+    *_, start = behind_sum(block)
+    fails(DIFFERS, block, {INPUT: hidden()}, [*start])
+    fails(DIFFERS, block, start)

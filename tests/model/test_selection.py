@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.damaged import check_moves_on, damaged_module, damaged_pair, measured_stages, whole_runs
+from helpers.damaged import Block, check_moves_on, damaged_module, damaged_pair, measured_stages, whole_runs
 from helpers.families import first_is_fast, save_model
 from torch import nn
 
@@ -63,15 +63,12 @@ def test_experts_in_a_list_of_modules_of_which_some_have_lost_their_first_layer(
         def forward(self, x):
             return self.w2(self.w1(x).relu() * self.w3(x))
 
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.ModuleList(Expert() for _ in range(3))
+    def forward(block, x):
+        return x + sum(expert(x[n::3]).sum(0) for n, expert in enumerate(block.experts))
 
-        def forward(self, x):
-            return x + sum(expert(x[n::3]).sum(0) for n, expert in enumerate(self.experts))
-
-    pair = damaged_module(Block(), [torch.randn(21, 8)])
+    block = Block(forward)
+    block.experts = nn.ModuleList(Expert() for _ in range(3))
+    pair = damaged_module(block, [torch.randn(21, 8)])
     x, selected, seen = pair.pruned.hidden[0], without("experts.1.w1.weight", "experts.2.w3.weight"), []
     for captured in measured_stages(pair, selected, keep=False, loss=0):
         seen.append({layer.name for layer in captured.layers})
@@ -88,16 +85,9 @@ def test_experts_in_a_list_of_modules_of_which_some_have_lost_their_first_layer(
 def test_a_second_layer_of_a_module_in_a_list_is_no_layer_of_the_first_ones_stage():
     """As in Zamba2, whose adapters are pairs of layers in a list: indices alone do not tell the two apart."""
 
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one = nn.Linear(8, 6)
-            self.adapters = nn.ModuleList([nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 6))])
-
-        def forward(self, x):
-            return torch.cat([self.one(x) + self.adapters[0](x), x[:, :2]], -1)
-
-    pair, seen = damaged_module(Block(), [torch.randn(21, 8)]), []
+    block = Block(lambda block, x: block.a(x) + block.adapters[0](x))
+    block.adapters = nn.ModuleList([nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8))])
+    pair, seen = damaged_module(block, [torch.randn(21, 8)]), []
     for captured in measured_stages(pair, keep=False):
         seen.append([layer.name for layer in captured.layers])
-    assert seen == [["one.weight", "adapters.0.0.weight"], ["adapters.0.1.weight"]]
+    assert seen == [["a.weight", "adapters.0.0.weight"], ["adapters.0.1.weight"]]

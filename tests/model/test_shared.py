@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers.commands import tensors_of
-from helpers.families import TOKENS, first_is_fast, save_model
+from helpers.families import TOKENS, save_model
 from helpers.verifying import verdict
 from helpers.whole import BATCH, all_logits, plain_logits, whole_model
 from torch import nn
@@ -16,7 +16,7 @@ from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
 from sparsefw.estimate.profile import shape_of
 from sparsefw.model import StreamedModel, embed
-from sparsefw.model.swap import shared_parameters
+from sparsefw.model.swap import DenseBlock, shared_parameters
 from sparsefw.selection import without_index
 
 # A model whose attention is one module at several depths.
@@ -54,9 +54,8 @@ def test_blocks_run_as_in_the_whole_model(source):
         assert torch.equal(all_logits(model, states), plain_logits(whole_model(model, source)))
 
 
-@pytest.mark.parametrize("options", first_is_fast([{"method": "wanda"}, {"steps": 2}]))
-def test_what_is_shared_stays_dense_and_the_rest_is_pruned(options, source, tmp_path, capsys):
-    result = prune(source, tmp_path / "out", dataset=TOKENS, kernel="torch", **options)
+def test_what_is_shared_stays_dense_and_the_rest_is_pruned(source, tmp_path, capsys):
+    result = prune(source, tmp_path / "out", dataset=TOKENS, kernel="torch", method="wanda")
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
     names = [layer.name for layer in result.layers]
@@ -117,3 +116,12 @@ def test_names_that_are_tied_are_found(case):
 def test_a_tensor_of_a_block_outside_of_the_blocks_is_refused():
     with pytest.raises(InputError, match=r"head\.weight: unsupported .* one tensor with blocks\.0\.a\.weight"):
         shared_parameters(_Tied(), ["blocks.0", "blocks.1"], {HEAD: A}, [A])
+
+
+def test_a_dense_block_multiplies_with_the_parameters_that_it_names():
+    """By these its products are found."""
+    block, used = nn.Linear(4, 4), []
+    block.register_forward_pre_hook(lambda module, args: used.append(module.weight))
+    dense = DenseBlock(block)
+    dense(torch.ones(1, 4))
+    assert used[0] is dict(dense.named_parameters())["weight"] is not block.weight

@@ -58,21 +58,21 @@ STAGES = {
 }
 
 
-class TestStages:
-    @pytest.mark.parametrize(
-        "family", first_is_fast(sorted(STAGES, key=lambda x: x not in ("llama", "gpt_neox", "qwen2_moe")), 3)
-    )
-    def test_of_families(self, family, tmp_path):
-        expected = [" ".join(line.split()) for line in STAGES[family].strip().splitlines()]
-        assert described(damaged_pair(save_model(tmp_path, family))) == expected
+@pytest.mark.parametrize(
+    "family", first_is_fast(sorted(STAGES, key=lambda x: x not in ("llama", "gpt_neox", "qwen2_moe")), 3)
+)
+def test_stages_of_families(family, tmp_path):
+    expected = [" ".join(line.split()) for line in STAGES[family].strip().splitlines()]
+    assert described(damaged_pair(save_model(tmp_path, family))) == expected
 
-    def test_a_layer_alone_and_no_layer(self):
-        x = torch.randn(20, 8)
-        (stage,) = stages_of(damaged_module(nn.Linear(8, 8), [x]))
-        assert (stage.key, stage.last, stage.final, stage.next_start) == ("weight", "weight", True, None)
-        norm = nn.Sequential(nn.LayerNorm(8), nn.Unflatten(1, (2, 4)), nn.Flatten())
-        norm.register_parameter("unused", nn.Parameter(torch.ones(2, 2)))
-        assert stages_of(damaged_module(norm, [x])) == []
+
+def test_a_layer_alone_and_no_layer():
+    x = torch.randn(20, 8)
+    (stage,) = stages_of(damaged_module(nn.Linear(8, 8), [x]))
+    assert (stage.key, stage.last, stage.final, stage.next_start) == ("weight", "weight", True, None)
+    norm = nn.Sequential(nn.LayerNorm(8), nn.Unflatten(1, (2, 4)), nn.Flatten())
+    norm.register_parameter("unused", nn.Parameter(torch.ones(2, 2)))
+    assert stages_of(damaged_module(norm, [x])) == []
 
 
 def test_blocks_of_a_kind_are_tried_once(tmp_path):

@@ -60,58 +60,61 @@ def test_exported_tensors_are_the_checkpoints(family, tmp_path):
             assert torch.equal(exported[name], shard.get_tensor(name))
 
 
-class TestRefused:
-    def test_nan_in_a_weight_is_named(self, tmp_path):
-        folder = save_model(tmp_path, "llama")
-        for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
-            change_tensor(folder, name, lambda x: x.index_fill(0, torch.tensor([3]), torch.nan))
-        model = open_model(folder)
-        model.open(0)
-        with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN"):
-            model.open(1)
-        with pytest.raises(InputError, match=r"model\.norm\.weight.*NaN"), model.outside_loaded():
-            pass
+def test_nan_in_a_weight_is_named(tmp_path):
+    folder = save_model(tmp_path, "llama")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        change_tensor(folder, name, lambda x: x.index_fill(0, torch.tensor([3]), torch.nan))
+    model = open_model(folder)
+    model.open(0)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN"):
+        model.open(1)
+    with pytest.raises(InputError, match=r"model\.norm\.weight.*NaN"), model.outside_loaded():
+        pass
 
-    def test_overflowing_activations_are_named(self, tmp_path):
-        folder = save_model(tmp_path, "llama", torch.float16)
-        change_tensor(folder, "model.layers.1.mlp.down_proj.weight", lambda x: torch.full_like(x, 60000))
-        model = open_model(folder)
-        states = embed(model, TOKENS, 6)
-        for i in (0, 1):
-            model.open(i)
-        states.advance(0)
-        with pytest.raises(InputError, match=r"activations after model\.layers\.1"):
-            states.advance(1)
 
-    def test_tokens_without_an_embedding(self, tmp_path):
-        model = open_model(save_model(tmp_path, "llama"))
-        with pytest.raises(InputError, match=f"token {VOCABULARY}: the model embeds {VOCABULARY} tokens"):
-            embed(model, torch.tensor([[2, VOCABULARY]]), 1)
+def test_overflowing_activations_are_named(tmp_path):
+    folder = save_model(tmp_path, "llama", torch.float16)
+    change_tensor(folder, "model.layers.1.mlp.down_proj.weight", lambda x: torch.full_like(x, 60000))
+    model = open_model(folder)
+    states = embed(model, TOKENS, 6)
+    for i in (0, 1):
+        model.open(i)
+    states.advance(0)
+    with pytest.raises(InputError, match=r"activations after model\.layers\.1"):
+        states.advance(1)
 
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"intermediate_size": 64}, r"mlp\.\w+_proj\.weight: the checkpoint has shape"),
-            ({"num_hidden_layers": 4}, r"model\.layers\.3\..* missing from the checkpoint \(9 in all\)"),
-            ({"model_type": "nonsense"}, "has no class for model_type nonsense"),
-            ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}, "is never run"),
-            ({"hidden_size": -4}, "cannot load"),
-        ],
-    )
-    def test_config_that_does_not_fit(self, tmp_path, changes, message):
-        folder = save_model(tmp_path, "llama")
-        (folder / "evil.py").write_text("raise SystemExit('executed')")
-        change_config(folder, **changes)
-        with pytest.raises(InputError, match=message) as caught:
-            open_model(folder)
-        assert "\n" not in str(caught.value)
 
-    def test_integers_in_place_of_weights(self, tmp_path):
-        folder = save_model(tmp_path, "llama")
-        name = "model.layers.1.mlp.up_proj.weight"
-        change_tensor(folder, name, lambda W: (100 * W).to(torch.int8))
-        with pytest.raises(InputError, match=f"tensor {name} has dtype torch.int8"):
-            open_model(folder)
+def test_tokens_without_an_embedding(tmp_path):
+    model = open_model(save_model(tmp_path, "llama"))
+    with pytest.raises(InputError, match=f"token {VOCABULARY}: the model embeds {VOCABULARY} tokens"):
+        embed(model, torch.tensor([[2, VOCABULARY]]), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intermediate_size": 64}, r"mlp\.\w+_proj\.weight: the checkpoint has shape"),
+        ({"num_hidden_layers": 4}, r"model\.layers\.3\..* missing from the checkpoint \(9 in all\)"),
+        ({"model_type": "nonsense"}, "has no class for model_type nonsense"),
+        ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}, "is never run"),
+        ({"hidden_size": -4}, "cannot load"),
+    ],
+)
+def test_config_that_does_not_fit(tmp_path, changes, message):
+    folder = save_model(tmp_path, "llama")
+    (folder / "evil.py").write_text("raise SystemExit('executed')")
+    change_config(folder, **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        open_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_integers_in_place_of_weights(tmp_path):
+    folder = save_model(tmp_path, "llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_tensor(folder, name, lambda W: (100 * W).to(torch.int8))
+    with pytest.raises(InputError, match=f"tensor {name} has dtype torch.int8"):
+        open_model(folder)
 
 
 def test_tensors_that_the_model_does_not_use_are_named_and_written(tmp_path):
