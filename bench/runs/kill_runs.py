@@ -2,10 +2,11 @@
 
     python bench/runs/kill_runs.py FOLDER --kills 50
     python bench/runs/kill_runs.py FOLDER --kills 20 --ranks 3
+    python bench/runs/kill_runs.py FOLDER --kills 1 --model MODEL --preset fast
 
-The runs prune the built-in model, into FOLDER. After a kill the same command resumes the run, until it comes to its
-end. Then its output must have the bytes of the undisturbed run, and the next run begins. With several ranks one of them
-is killed, and the others must end by themselves.
+The runs prune into FOLDER; all other flags are those of `sparsefw.run`, by default with the built-in model. After a
+kill the same command resumes the run, until it comes to its end. Then its output must have the bytes of the undisturbed
+run, and the next run begins. With several ranks one of them is killed, and the others must end by themselves.
 """
 
 import argparse
@@ -29,10 +30,10 @@ def outputs(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TIMED}
 
 
-def start(output: Path, ranks: int) -> subprocess.Popen:
-    """Start a run of the built-in model."""
+def start(output: Path, ranks: int, flags: list[str]) -> subprocess.Popen:
+    """Start a run with these flags of `sparsefw.run`."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "sparsefw.run", "--output", str(output)]
+    command = [sys.executable, *launcher, "-m", "sparsefw.run", *flags, "--output", str(output)]
     # The package of this checkout, whatever is installed.
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -51,18 +52,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments, flags = parser.parse_known_args()
     random.seed(0)
     folder, ranks, kills = arguments.folder, arguments.ranks, 0
     folder.mkdir(parents=True)
     began = time.perf_counter()
-    assert start(folder / "undisturbed", ranks).wait() == 0
+    assert start(folder / "undisturbed", ranks, flags).wait() == 0
     seconds = time.perf_counter() - began
     expected, output = outputs(folder / "undisturbed"), folder / "killed"
     while kills < arguments.kills or not output.exists():
         if output.exists():
             shutil.rmtree(output)
-        run = start(output, ranks)
+        run = start(output, ranks, flags)
         try:
             # A moment may be a little after the end.
             assert run.wait(random.uniform(0, 1.1 * seconds) if kills < arguments.kills else None) == 0
