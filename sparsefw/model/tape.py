@@ -6,7 +6,7 @@ the state of a tensor between two writes to the tensor. So a value is made once,
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -121,10 +121,17 @@ class Tape:
         """Make a call, and record it; returns its result."""
         return self.call(func, args, kwargs)[0]
 
-    def call(self, func: Any, args: tuple, kwargs: dict) -> tuple[Any, Op | None, list[Tensor]]:
+    def call(
+        self, func: Any, args: tuple, kwargs: dict, on_call: Callable[[Op, list[Tensor]], None] | None = None
+    ) -> tuple[Any, Op | None, list[Tensor]]:
         """Make a call, and record it; returns its result, the operation, and the tensors of the operation's inputs.
 
         While paused there is no operation (None).
+
+        Args:
+            func, args, kwargs: the call.
+            on_call: called before `func` with the operation, which has no result yet, and with the tensors of its
+                inputs. If it raises an error, the call is not made.
         """
         if self.paused:
             return func(*args, **kwargs), None, []
@@ -137,9 +144,11 @@ class Tape:
             return inputs[-1]
 
         own, others = with_tensors((args, kwargs), input_value)
-        versions = [_version(x) for x in operands]
+        versions, number = [_version(x) for x in operands], len(self.ops) + 1
+        op = Op(number, func, own, others, None, tuple(inputs), ())
+        if on_call:
+            on_call(op, operands)
         out = func(*args, **kwargs)
-        number = len(self.ops) + 1
         written = dict[int, tuple[TapeValue, TapeValue]]()
         for x, before, version in zip(operands, inputs, versions, strict=True):
             if _version(x) != version and id(x) not in written:
@@ -155,7 +164,7 @@ class Tape:
             return outputs[-1]
 
         result = with_tensors(out, output_value)
-        self.ops.append(Op(number, func, own, others, result, tuple(inputs), tuple(outputs), tuple(written.values())))
+        self.ops.append(replace(op, out=result, outputs=tuple(outputs), written=tuple(written.values())))
         return out, self.ops[-1], operands
 
     def value(self, x: Tensor) -> TapeValue:

@@ -159,12 +159,18 @@ class Watch:
             return None
 
     def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        out, op, operands = self._tape.call(func, args, kwargs)
+        products = list[Product]()
+
+        def find_products(op: Op, operands: list[Tensor]) -> None:
+            # Before the call: the first product after the stage is not computed any more.
+            tensors = dict(zip(op.inputs, operands, strict=True))
+            products.extend(p for p in products_of(op, self._names) if self.see(p, tensors[p.X]))
+
+        out, op, operands = self._tape.call(func, args, kwargs, find_products)
         assert op is not None
-        tensors = dict(zip(op.inputs, operands, strict=True))
-        products = [p for p in products_of(op, self._names) if self.see(p, tensors[p.X])]
         if self._record_outputs:
             self.outputs.follow(op, products)
+            tensors = dict(zip(op.inputs, operands, strict=True))
             if isinstance(out, Tensor):
                 tensors[op.out] = out
             self._tensors |= {x: tensors[x] for pair in self.outputs.pairs.values() for x in pair if x in tensors}
