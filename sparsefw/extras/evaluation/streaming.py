@@ -37,6 +37,8 @@ from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report.log import block_row
 from sparsefw.solver.config import PruneConfig
 
+# Bytes of fp32 logits that are computed at once.
+LOGIT_BYTES = 64 * 2**20
 # Rows have at least two tokens, since some models treat a row of one token as a step of generation.
 MIN_LENGTH = 2
 # Largest relative distance of hidden states that products of different shapes may cause, by the bytes of a value.
@@ -327,21 +329,46 @@ def _scores(
     """Yield the number and the score of each request, from the hidden states after the last block."""
     for batches, states in groups:
         for j, batch in enumerate(batches):
-            hidden, ids, whole = states.hidden[j], ids_of(batch), None
-            if not opened.shape.by_window:
-                whole = logits(opened.model, ids, hidden, states.after_last(j))
-            for n, tree in enumerate(batch):
-                for number, path in tree.paths.items():
-                    targets = torch.tensor(requests[number].targets, device=hidden.device)
-                    at = n, list(path[-len(targets) :])
-                    predictions = (
-                        logits(opened.model, ids[at][None], hidden[at][None])[0] if whole is None else whole[at]
-                    )
-                    yield number, _score(predictions.float(), targets)
+            paths = [(number, n, path) for n, tree in enumerate(batch) for number, path in tree.paths.items()]
+            # A tree that was only compared has no requests.
+            if not paths:
+                continue
+            lengths = [len(requests[number].targets) for number, *_ in paths]
+            places = [(n, at) for (_, n, path), length in zip(paths, lengths, strict=True) for at in path[-length:]]
+            targets = torch.tensor([target for number, *_ in paths for target in requests[number].targets])
+            logprobs, greedy = _predictions(opened, ids_of(batch), states, j, torch.tensor(places), targets)
+            parts = zip(paths, logprobs.split(lengths), greedy.split(lengths), strict=True)
+            for (number, *_), of_request, likeliest in parts:
+                yield number, Score(of_request.sum().item(), bool(likeliest.all()))
 
 
-def _score(predictions: Tensor, targets: Tensor) -> Score:
-    """Compute the score of a request from logits (targets, vocabulary) in fp32."""
-    logprobs = predictions.gather(1, targets[:, None])[:, 0].double() - predictions.logsumexp(-1).double()
-    greedy = predictions.argmax(-1) == targets
-    return Score(logprobs.sum().item(), bool(greedy.all()))
+def _predictions(
+    opened: _OpenModel, ids: Tensor, states: HiddenStates, j: int, places: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the log-probability of each target, and whether the target is the most likely token, on the host.
+
+    Many targets share one product with the head, since each product reads all of the head's weights.
+
+    Args:
+        opened: the model.
+        ids: (rows, length) tokens of micro-batch j.
+        states: the hidden states after the last block.
+        j: number of the micro-batch.
+        places: (targets, 2) row and position of each token before a target.
+        targets: (targets,) the tokens to predict.
+    """
+    hidden, whole = states.hidden[j], None
+    if not opened.shape.by_window:
+        whole = logits(opened.model, ids, hidden, states.after_last(j))
+    size = max(1, LOGIT_BYTES // (4 * (opened.model.vocabulary or 1)))
+    found = []
+    for at, wanted in zip(places.split(size), targets.to(hidden.device).split(size), strict=True):
+        n, place = at.T
+        rows = (
+            logits(opened.model, ids[n, place][None], hidden[n, place][None])[0] if whole is None else whole[n, place]
+        )
+        rows = rows.float()
+        logprobs = rows.gather(1, wanted[:, None])[:, 0].double() - rows.logsumexp(-1).double()
+        found.append((logprobs.cpu(), (rows.argmax(-1) == wanted).cpu()))
+    logprobs, greedy = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return logprobs, greedy

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from helpers.families import FAMILIES, HANDING_ON, OTHERS, TOKENS, first_is_fast, save_model
+from helpers.families import FAMILIES, HANDING_ON, OTHERS, TOKENS, VOCABULARY, first_is_fast, save_model
 from helpers.ranks import on_ranks
 from helpers.requests import REQUESTS, answers, answers_of_whole, check_same
 from safetensors.torch import load_file, save_file
@@ -101,6 +101,16 @@ def test_answers_do_not_depend_on_the_placement(changes, llama, expected, monkey
     place = streaming.place
     monkeypatch.setattr(streaming, "place", lambda *args, fixed: place(*args, fixed=fixed | changes))
     check_same(answers(llama)[0], expected, 1e-4)
+
+
+@pytest.mark.parametrize(("size", "products"), [(streaming.LOGIT_BYTES, 5), (4 * VOCABULARY * 7, 14)])
+def test_predictions_of_requests_share_products_with_the_head(size, products, llama, expected, monkeypatch):
+    """Each product reads the whole head: as few as the bytes allow, and requests may be cut between two."""
+    made, logits = [], streaming.logits
+    monkeypatch.setattr(streaming, "logits", lambda *args: made.append(args) or logits(*args))
+    monkeypatch.setattr(streaming, "LOGIT_BYTES", size)
+    check_same(answers(llama)[0], expected)
+    assert len(made) == products
 
 
 def test_a_limit_that_is_too_low_names_one_that_is_enough(llama, expected):
