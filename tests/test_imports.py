@@ -33,7 +33,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Packages that must not import others: solving one layer takes no model and no file.
 NEVER = {"solver": {"model", "checkpoint", "data", "driver"}, "checkpoint": {"data", "model"}, "kernels": set(LEVEL)}
 
-# What only some runs need, from the top down, and the modules that users name and that only import from there.
+# Extras, from the top down, and the modules by which users import them.
 EXTRAS = [["recovery"], ["verification", "packed"], ["page", "evaluation", "llmcompressor"]]
 EXTRA = {name: level for level, names in enumerate(EXTRAS) for name in names}
 NAMED = {"verify", "recover", "pack", "unpack", "evaluate", "lm_eval", "packed", "evaluation", "llmcompressor"}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ CARD = "README.md"
 
 # Digests of the other files of an output, as `sha256sum --check` reads them; a file in a folder is `folder/name`.
 SUMS = "SHA256SUMS"
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
@@ -113,6 +115,21 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """Read the digests in SHA256SUMS, by path relative to its folder, such as `folder/name`.
+
+    Raises:
+        InputError: SHA256SUMS is missing, is not a file, is too large, or has a line that no run writes.
+    """
+    digests: dict[str, str] = {}
+    for line in read_bounded(path, MAX_JSON_BYTES).decode("utf-8", "replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if not DIGEST.fullmatch(digest) or not name:
+            raise InputError(f"{path}: {shown(line, 80)} is not a digest and the name of a file")
+        digests[name] = digest
+    return digests
 
 
 def file_digest(path: Path) -> str:

@@ -156,7 +156,7 @@ def _records(path: Path) -> Iterator[Any]:
 
         # Without a buffer a column would be read whole.
         with ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
-            # Of the columns only the one with the text is read.
+            # Only the column with the text is read.
             columns = next(([name] for name in TEXT_COLUMNS if name in file.schema_arrow.names), None)
             for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
                 yield from batch.to_pylist()

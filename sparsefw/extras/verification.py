@@ -5,7 +5,6 @@ Both checkpoints are read one block at a time, converted as transformers convert
 
 import math
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsefw.arithmetic import check_finite
-from sparsefw.checkpoint.files import CARD, MAX_JSON_BYTES, SUMS, file_digest, read_bounded
+from sparsefw.checkpoint.files import CARD, DIGEST, SUMS, file_digest, read_sums
 from sparsefw.checkpoint.source import CONFIG, FILE_DTYPES, check_file, inspect, matches, read_headers, read_json
 from sparsefw.checkpoint.tensors import TensorInfo, dequantized, read_tensors
 from sparsefw.data.batches import BATCHES
-from sparsefw.errors import InputError, option, shown
+from sparsefw.errors import InputError, option
 from sparsefw.inputs import DEFAULT, locate
 from sparsefw.model.layers import slices_of
 from sparsefw.model.skeleton import build, has_class
@@ -38,8 +37,6 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # dtypes that occur only in models that were pruned in memory, such as schedules of diffusion models. No pruned layer
 # has such a dtype.
 OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
-
-DIGEST = re.compile("[0-9a-f]{64}")
 
 # Files that need not be in SHA256SUMS: a user edits them, or the Hub and its library add them.
 FREE = (CARD, ".gitattributes", ".cache/huggingface/*")
@@ -168,21 +165,6 @@ def _changes_kept_weights(report: Report) -> bool:
     refits = method.frank_wolfe and report.argument("refit", int) > 0
     reconstructs = report.arguments.get("reconstruct", 0) != 0
     return method.changes_weights or refits or reconstructs or bool(report.recoveries)
-
-
-def read_sums(path: Path) -> dict[str, str]:
-    """Read the digests in SHA256SUMS, by path relative to its folder, such as `folder/name`.
-
-    Raises:
-        InputError: SHA256SUMS is missing, is not a file, is too large, or has a line that no run writes.
-    """
-    digests: dict[str, str] = {}
-    for line in read_bounded(path, MAX_JSON_BYTES).decode("utf-8", "replace").splitlines():
-        digest, _, name = line.partition("  ")
-        if not DIGEST.fullmatch(digest) or not name:
-            raise InputError(f"{path}: {shown(line, 80)} is not a digest and the name of a file")
-        digests[name] = digest
-    return digests
 
 
 def _check_sums(check: Check, output: Path, digest: str | None) -> str:

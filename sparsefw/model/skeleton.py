@@ -151,7 +151,7 @@ def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
     with torch.device("meta"):
         model = kind._from_config(config, **options)
         if not checkpoint.tensors:
-            # Of tied parameters, a checkpoint stores one.
+            # A checkpoint stores one of several tied parameters.
             state = {n: x for n, x in model.state_dict().items() if n not in model.all_tied_weights_keys}
             infos = {name: TensorInfo(checkpoint.folder, x.dtype, tuple(x.shape)) for name, x in state.items()}
             checkpoint = replace(checkpoint, tensors=infos)
@@ -328,7 +328,7 @@ def _check(report: Any, empty: PreTrainedModel, checkpoint: Checkpoint) -> None:
     if mismatched := sorted(report.mismatched_keys):
         name, stored, expected = mismatched[0]
         raise InputError(f"{name}: the checkpoint has shape {tuple(stored)}, the config asks for {tuple(expected)}")
-    # Of two tied parameters, one may be missing.
+    # One of two tied parameters may be missing.
     tied = [pair for pair in empty.all_tied_weights_keys.items() if not report.missing_keys.issuperset(pair)]
     if missing := sorted(report.missing_keys.difference(*tied)):
         text = f"{missing[0]}: this tensor is missing from the checkpoint ({len(missing)} in all)"

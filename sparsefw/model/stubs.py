@@ -145,7 +145,7 @@ class Templates:
             raise InputError(f"{block}: {UNSUPPORTED} {model}: the block returns a {kind_of_output} without tensors")
         first, shape = leaves[0], tuple(hidden.shape)
         same = (first.shape, first.dtype) == (hidden.shape, hidden.dtype)
-        # Of the hidden states a template keeps the shape and dtype. Expanded zeros take no memory.
+        # A template keeps the shape and dtype of the hidden states. Expanded zeros take no memory.
         others = iter([first.new_zeros(()).expand(first.shape), *leaves[1:]])
         template = Template(rebuilt(output, lambda _: next(others)), same)
         # The shapes of other tensors may depend on the input's shape.

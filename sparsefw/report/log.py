@@ -324,7 +324,7 @@ def locate(name: str, positions: dict[str, int]) -> tuple[int, str]:
     for dot in re.finditer(r"\.", name):
         if (prefix := name[: dot.start()]) in positions:
             return positions[prefix], _EXPERT.sub("*", name[dot.end() :].removesuffix(".weight"))
-    raise ValueError(f"{name}: in none of the blocks")
+    raise ValueError(f"{name}: belongs to no block")
 
 
 def kept_dense(report: Report) -> list[tuple[str, str, str]]:

@@ -39,7 +39,7 @@ def parse(text: str) -> Pattern:
     """Parse a value of `--sparsity`.
 
     Raises:
-        InputError: the value has none of the three forms, or not 0 < fraction < 1, or not 0 < n < m <= 32.
+        InputError: the value has another form, the fraction is not between 0 and 1, or not 0 < n < m <= 32.
     """
     if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text):
         n, m = int(match[1]), int(match[2])

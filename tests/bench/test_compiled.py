@@ -107,7 +107,7 @@ def test_a_kernel_is_selected_by_its_file_or_operation():
     selected = lambda text: {case.name.split()[0] for case in compiler.select(text)}  # noqa: E731
     assert selected("gram_accumulate") == {"gram"}
     assert selected("rows") == {"row_errors", "take_rows"}
-    # What both share.
+    # The file of both operations.
     assert selected("accumulate") == {"gram", "cross"}
     with pytest.raises(SystemExit, match=r"^grm: no .* accumulate, adam, adam_step, .*, gram, gram_accumulate, "):
         compiler.select("grm")

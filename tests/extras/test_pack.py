@@ -154,7 +154,7 @@ def test_a_run_writes_a_packed_copy(tmp_path, text, capsys):
     source, packed = save_model(tmp_path / "model", "llama", num_hidden_layers=1), tmp_path / "packed"
     assert run(source, text, tmp_path / "out", *WANDA, "--packed", str(packed)) == 0
     assert contents(packed_of(tmp_path / "out", tmp_path / "by hand")) == contents(packed)
-    # What is read or written stays as it is, and the run refuses before it begins.
+    # The run refuses before it begins, and changes neither input nor output.
     before = contents(source)
     for folder, message in (
         (source, "choose another folder"),

@@ -101,7 +101,7 @@ HEAD = "head.weight"
 TIED = {
     "blocks, and outside": ({C: A, D: HEAD, "x.weight": "y.weight"}, [A, HEAD], {A, C, D, HEAD}, {C: A, D: HEAD}),
     "a chain": ({C: D, D: B}, [B], {B, C, D}, {C: B, D: B}),
-    # What the checkpoint has twice is read by itself, and is shared all the same.
+    # A tensor that the checkpoint has twice is read twice, and is shared all the same.
     "twice in the checkpoint": ({C: A}, [A, C], {A, C}, {}),
 }
 

@@ -142,7 +142,9 @@ class PackedQuantizer(HfQuantizer):
                         f"{path}.{name}: packed, but not a linear layer; unpack the folder: sparsefw unpack"
                     )
         if not found:
-            raise InputError("the model has none of the packed matrices; load it with the class that was packed")
+            raise InputError(
+                "the model has no matrix of this packed checkpoint; load it with the class that was packed"
+            )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for path, module in model.named_modules():

@@ -57,7 +57,7 @@ def page(report: Report) -> str:
         An HTML document.
 
     Raises:
-        ValueError: a layer is in none of the blocks.
+        ValueError: the report has a layer that belongs to no block.
     """
     blocks, errors = report.blocks, error_charts(report)
     names = [phase for block in blocks for phase in block.seconds] + [span.phase for span in report.timeline]

@@ -101,7 +101,7 @@ def test_an_answer_that_the_model_cannot_read_is_refused(model):
 
 
 def test_a_task_that_fails_is_one_line(model, tmp_path, monkeypatch):
-    """A mistake of the model is none of the task: nobody looks for it there."""
+    """The message must blame the model, since nobody would look for its mistake in a task."""
     config, documents = TASKS["tiny_choices"]
     write_task(tmp_path, "sound", config, documents)
     write_task(tmp_path, "broken", config | {"doc_to_text": "{{ 1 / 0 }}"}, documents)
