@@ -24,12 +24,12 @@ TEST.append("mypy")
 # tests/test_packaging.py builds without isolation; older ones need the package wheel for it.
 TEST.append("setuptools>=70.1")
 
-# Products with packed matrices on a CPU: no module of Python's, kernels/packed_cpu.py loads it. Without a
+# Products with packed matrices on a CPU: no module of Python's, kernels/cpu/packed.py loads it. Without a
 # compiler the package is installed without it, and torch does that work.
 PACKED = Extension(
-    "sparsefw.kernels._packed",
-    ["kernels/packed.cpp"],
-    depends=["kernels/packed_loops.h"],
+    "sparsefw.kernels.cpu._packed",
+    ["kernels/cpu/packed.cpp"],
+    depends=["kernels/cpu/packed_loops.h"],
     extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-Wno-psabi"],
     extra_link_args=["-fopenmp"],
     optional=True,
@@ -44,7 +44,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     # kernels/ has no __init__.py (why: tests/test_packaging.py), so find_packages passes over it.
-    packages=[*find_packages(include=["sparsefw", "sparsefw.*"]), "sparsefw.kernels"],
+    packages=[*find_packages(include=["sparsefw", "sparsefw.*"]), "sparsefw.kernels", "sparsefw.kernels.cpu"],
     package_data={
         "sparsefw": ["py.typed"],
         "sparsefw.extras.page": ["page.html", "card.md"],

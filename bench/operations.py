@@ -14,8 +14,9 @@ from timing import FLUSH, GPU
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefw.kernels import cpu, packed_cpu, triton_ops
+from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
+from sparsefw.kernels.cpu import packed as packed_cpu
 from sparsefw.kernels.definitions import RowState
 from sparsefw.solver.frank_wolfe import mask_error
 

@@ -7,17 +7,17 @@ precision "tf32x3", which splits each operand into a sum of two tf32 matrices.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cpu
-from .definitions import check_precision
-from .vertex_products import VertexProducts
+from .cpu.vertex_products import VertexProducts
+from .definitions import RowState, check_precision
+from .plain import row_errors
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,6 @@ class Backend:
         """Return the dtype to which `operand` converts a matrix of `dtype`."""
         return torch.bfloat16 if self.precision == "bf16" else dtype
 
-    def begin_fit(self, W: Tensor, start: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute Z = mask * start, fp32, and W - Z, in the dtype of an operand."""
-        return self.operations.begin_fit(W, start, mask, dtype=self.operand_dtype(torch.float32))
-
     def product(self, E: Tensor, G: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute E G, (rows, d) fp32."""
         return self.operations.product(E, G, precision=self.precision, out=out)
@@ -125,7 +121,7 @@ class Backend:
 
     def errors(self, E: Tensor, G: Tensor | Terms) -> Tensor:
         """Compute sum(E * (E G)) of every row by `exact_product`, (rows,) fp32; G is from `exact_operand`."""
-        return self.row_errors(E, self.exact_product(E, G))
+        return row_errors(E, self.exact_product(E, G))
 
     def product_of_vertex(
         self, W: Tensor, G: Tensor, target_gap: Tensor | None, *, V: Tensor, E: Tensor, out: Tensor
@@ -156,9 +152,80 @@ class Backend:
         """Add D^T X to B in place."""
         return self.operations.cross_accumulate(B, D, X, precision=self.input_precision)
 
-    def __getattr__(self, name: str) -> Any:
-        """Return an operation of the module that has no argument `precision`: `lmo`, `row_step` and others."""
-        return getattr(self.operations, name)
+    def mirror_lower(self, G: Tensor) -> Tensor:
+        """Copy the lower triangle of G to the upper one, in place."""
+        return self.operations.mirror_lower(G)
+
+    def lmo(
+        self,
+        score: Tensor,
+        k: int | Tensor,
+        *,
+        group: int = 0,
+        fixed: Tensor | None = None,
+        positive: bool = False,
+        check_nan: bool = True,
+    ) -> Tensor:
+        """Choose the vertex that keeps the k best scores of every row or group, (rows, d) bool; see `lmo.py`."""
+        options = dict(group=group, fixed=fixed, positive=positive, check_nan=check_nan)
+        return self.operations.lmo(score, k, **options)
+
+    def round_mask(self, M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
+        """Choose the binary mask of the k highest M of every row or group, (rows, d) bool; see `rounding.py`."""
+        return self.operations.round_mask(M, saliency, k, group=group)
+
+    def row_step(
+        self,
+        state: RowState,
+        *,
+        theta: float | Tensor = 0.0,
+        next_theta: float | Tensor = 0.0,
+        eta: float | Tensor | None = None,
+    ) -> None:
+        """Make a Frank-Wolfe step except for its product, in place; see `step.py`."""
+        self.operations.row_step(state, theta=theta, next_theta=next_theta, eta=eta)
+
+    def shared(self, sums: Tensor) -> Tensor:
+        """Add up the sums (rows,) of rows that share one budget. Here each row has a budget of its own."""
+        return sums
+
+    def row_swaps(
+        self, W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None
+    ) -> None:
+        """Lower the error of every row's mask by 1-swaps, in place; see `swaps.py`."""
+        self.operations.row_swaps(W, G, R, V, limit, group=group, fixed=fixed)
+
+    def conjugate_step(
+        self,
+        Z: Tensor,
+        R: Tensor,
+        P: Tensor,
+        U: Tensor,
+        rz: Tensor,
+        enough: Tensor,
+        inverse: Tensor,
+        *,
+        mask: Tensor | None = None,
+        first: bool = False,
+        last: bool = False,
+    ) -> None:
+        """Make a step of conjugate gradients except for its product, in place; see `conjugate.py`."""
+        self.operations.conjugate_step(Z, R, P, U, rz, enough, inverse, mask=mask, first=first, last=last)
+
+    def take_rows(self, X: Tensor, Y: Tensor, taken: Tensor) -> None:
+        """Set X[taken] = Y[taken] in place; see `take_rows.py`."""
+        self.operations.take_rows(X, Y, taken)
+
+    def adam_step(
+        self, W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor, m: Tensor, v: Tensor, *, rate: float,
+        step: int,
+    ) -> None:  # fmt: skip
+        """Make a step of Adam for the entries of W at `index`, in place; see `adam.py`."""
+        self.operations.adam_step(W, gradient, index, weight, m, v, rate=rate, step=step)
+
+    def repeat(self, step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:
+        """Run step(*row) for every row of `numbers`, and yield after each run; see `repeat.py`."""
+        return self.operations.repeat(step, numbers, like)
 
 
 # Plain torch in fp32, for any machine.

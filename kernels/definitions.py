@@ -78,6 +78,30 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
+def widened(X: Tensor) -> Tensor:
+    """Convert X to fp32. In float64 X stays, so that tests can compute the truth."""
+    return X if X.dtype == torch.float64 else X.float()
+
+
+def round_operand(X: Tensor, precision: str) -> Tensor:
+    """Convert X to fp32 (fp64 stays), rounded as tensor cores round it at `precision`."""
+    check_precision(precision)
+    X = widened(X)
+    if precision == "ieee":
+        return X
+    if precision == "tf32x3":
+        high = round_operand(X, "tf32")
+        return round_operand(X - high, "tf32").add_(high)
+    if precision == "bf16":
+        return X.bfloat16().to(X.dtype)
+    # tf32 has 10 bits of mantissa, fp32 has 23, and fp64 has 52.
+    integer, rest = (torch.int32, 13) if X.dtype == torch.float32 else (torch.int64, 42)
+    bits = X.view(integer)
+    # Round the integer to nearest even above its `rest` lowest bits. A carry into the exponent gives the right result.
+    even = (bits >> rest).bitwise_and_(1)
+    return even.add_(bits).add_(2 ** (rest - 1) - 1).bitwise_and_(-(2**rest)).view(X.dtype)
+
+
 def check_budget(shape: torch.Size, k: int | Tensor, group: int) -> None:
     """Raise ValueError unless k entries of every row, or of every `group` consecutive entries, can be kept."""
     rows, d = shape

@@ -2,9 +2,6 @@
 
     G (d, d) fp32
 
-    flops = 0
-    bytes = 4 d (d - 1)          (the lower triangle read, the upper triangle written)
-
 A Gram matrix is mirrored once, after the last call of `gram_accumulate`, which adds only to the lower triangle. On a
 GPU that makes f flops in the time it takes to move a byte, the copy takes as long as `gram_accumulate` of 4 f tokens.
 """
@@ -16,6 +13,23 @@ from torch import Tensor
 
 from .device import triangle_tile
 from .launch import check, check_matrix, on_device, platform, triangle_tiles
+from .operation import Arguments, Cost, Size, metadata, operation
+
+
+def reference(G: Tensor) -> Tensor:
+    """Compute the operation in plain torch."""
+    return G.copy_(G.tril() + G.tril(-1).T)
+
+
+def cost(G: Tensor) -> Cost:
+    """Read the lower triangle, and write the upper one, without the diagonal."""
+    d = len(G)
+    return Cost(0, d * (d - 1) * G.itemsize)
+
+
+def example(size: Size) -> Arguments:
+    """Make a matrix (d, d)."""
+    return dict(G=size.normal(size.d, size.d))
 
 
 def configuration() -> dict[str, int]:
@@ -25,7 +39,7 @@ def configuration() -> dict[str, int]:
     return dict(BLOCK=64, num_warps=4)
 
 
-@triton.jit
+@triton.jit(launch_metadata=metadata(cost))
 def _mirror_kernel(G, d, stride_gr, stride_gd, BLOCK: tl.constexpr):
     first_m, first_n = triangle_tile(tl.program_id(0), d, 1, BLOCK, BLOCK)
     offs_m = first_m + tl.arange(0, BLOCK)
@@ -39,6 +53,7 @@ def _mirror_kernel(G, d, stride_gr, stride_gd, BLOCK: tl.constexpr):
     tl.store(mirror, tl.trans(g), mask=tl.trans(valid))
 
 
+@operation(reference, cost, example, writes=("G",), tolerance=0.0)
 def mirror_lower(G: Tensor) -> Tensor:
     """Copy the lower triangle of G to the upper triangle, in place.
 

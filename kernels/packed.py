@@ -1,4 +1,4 @@
-"""packed_product, unpack: multiply by packed matrices, and expand them, on a GPU; `packed_cpu.py` has the formulas.
+"""packed_product, unpack: multiply by packed matrices, and expand them, on a GPU; `cpu/packed.py` has the formulas.
 
     values (rows, k) or (n,)      mask (rows, ceil(cols / 8)) uint8      x (batch, cols)      y (batch, rows)
 
@@ -28,9 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cpu.packed import MOST, unpacked_product
 from .device import cast, dot
 from .launch import FLOATS, check, check_matrix, on_device, platform, warps
-from .packed_cpu import MOST, unpacked_product
 
 # Lock for the launches of `unpack`, which transformers calls in several threads when it loads a checkpoint. Launches in
 # several threads may fail: Triton 3.6 to 3.9 gives other threads a kernel's launcher before its module is loaded, and

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import cpu
+from .cpu.steps import repeat as launch_each
 
 # A step with fewer runs is launched kernel by kernel, since the host needs time to make a graph (not measured).
 MIN_RUNS = 5
@@ -30,7 +30,7 @@ def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like
         like: a tensor on the step's device.
     """
     if like.device.type != "cuda" or len(numbers) < MIN_RUNS:
-        yield from cpu.repeat(step, numbers, like)
+        yield from launch_each(step, numbers, like)
         return
     # The host memory is pinned, since the host would wait for a copy from other memory.
     host = torch.empty(len(numbers), len(numbers[0]), dtype=torch.float32, pin_memory=True)

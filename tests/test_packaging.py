@@ -46,7 +46,7 @@ def copy(tmp_path_factory) -> Path:
 def expected(copy) -> set[str]:
     """The package's files in the repository: modules, kernels, the page and the built-in model."""
     files = {path.relative_to(copy).as_posix() for path in (copy / "sparsefw").rglob("*.py")}
-    files |= {f"sparsefw/kernels/{path.name}" for path in (copy / "kernels").glob("*.py")}
+    files |= {f"sparsefw/{path.relative_to(copy).as_posix()}" for path in (copy / "kernels").rglob("*.py")}
     files |= {path.relative_to(copy).as_posix() for path in (copy / "sparsefw/default/model").iterdir()}
     return files | DATA
 
@@ -60,7 +60,7 @@ def test_wheel(wheel, expected):
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
     # Without a compiler the wheel is one for all machines.
-    compiled = {name for name in package_files(names) if name.startswith("sparsefw/kernels/_packed.")}
+    compiled = {name for name in package_files(names) if name.startswith("sparsefw/kernels/cpu/_packed.")}
     assert len(compiled) == (wheel.name.count("-none-any") == 0)
     assert package_files(names) - compiled == expected
     # Nothing beside the package: no tests, no top-level `kernels` over Hugging Face's.

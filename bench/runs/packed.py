@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.extras.packed.matrices import pack
-from sparsefw.kernels import packed_cpu
+from sparsefw.kernels.cpu import packed as packed_cpu
 
 SHAPES, TINY = [(4096, 4096), (11008, 4096), (4096, 11008)], [(64, 128)]
 COPIES, ROUNDS, TOKENS = 8, 7, 64

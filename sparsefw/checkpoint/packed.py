@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.errors import InputError
-from sparsefw.kernels import packed_cpu
+from sparsefw.kernels.cpu import packed as packed_cpu
 
 # The end of a mask's name, after the name of its matrix.
 MASK = "_mask"

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsefw.kernels import plain
 from sparsefw.kernels.backend import TORCH, Backend, Terms
 from sparsefw.kernels.definitions import RowState
-from sparsefw.kernels.topk_torch import as_float, infinite
+from sparsefw.kernels.masks import as_float, infinite
 
 # The penalty's weight grows over this share of the steps, and is constant after them.
 RAMP = 0.8
@@ -110,7 +111,7 @@ def mask_error(
     W: Tensor, mask: Tensor, G: Tensor | Terms, target_gap: Tensor | None = None, *, backend: Backend = TORCH
 ) -> Tensor:
     """Compute the error of a binary mask with unchanged weights, (rows,) fp32; G as for `Backend.errors`."""
-    return backend.errors(backend.removed(W, mask, target_gap), G)
+    return backend.errors(plain.removed(W, mask, target_gap), G)
 
 
 def check_errors(errors: Tensor) -> None:
@@ -142,9 +143,9 @@ def solve(problem: Problem, warm: Tensor, schedule: Schedule, *, swaps: int = 0,
     Raises:
         FloatingPointError: W or G holds NaN or Inf, or the errors overflow fp32.
     """
-    E = backend.removed(problem.W, warm, problem.target_gap)
+    E = plain.removed(problem.W, warm, problem.target_gap)
     product = backend.exact_product(E, problem.exact)
-    error_warm_start = backend.row_errors(E, product)
+    error_warm_start = plain.row_errors(E, product)
     # Without damping this product is also R at the warm start.
     R = product if problem.damping is None else None
     del E, product
@@ -164,7 +165,7 @@ def solve(problem: Problem, warm: Tensor, schedule: Schedule, *, swaps: int = 0,
         del state, iterates
     del R
     if swaps:
-        R = backend.exact_product(backend.removed(problem.W, mask, problem.target_gap), problem.H)
+        R = backend.exact_product(plain.removed(problem.W, mask, problem.target_gap), problem.H)
         backend.row_swaps(problem.W, problem.H, R, mask, swaps, group=problem.group, fixed=problem.fixed)
         del R
     error = mask_error(problem.W, mask, problem.exact, problem.target_gap, backend=backend)
@@ -212,11 +213,11 @@ def _start(problem: Problem, warm: Tensor, R: Tensor | None, operand: Tensor, ba
     dtype = W.dtype if problem.target_gap is None else torch.float32
     E = torch.empty_like(W, dtype=backend.operand_dtype(dtype))
     if R is None:
-        R = backend.product(backend.removed(W, warm, problem.target_gap, out=E), operand)
+        R = backend.product(plain.removed(W, warm, problem.target_gap, out=E), operand)
     # Half of the score, without the penalty's part. The state reuses the tensor as U.
     score = W * R
     V = backend.lmo(score, k, group=group, fixed=fixed, positive=True, check_nan=False)
-    backend.removed(W, V, problem.target_gap, out=E)
+    plain.removed(W, V, problem.target_gap, out=E)
     eta, error = W.new_empty(2, len(W), dtype=torch.float32).unbind()
     # The lowest score among the entries that the vertex keeps.
     threshold = torch.maximum(score, infinite(~V)).amin(1).mul_(2)
@@ -232,8 +233,8 @@ def lower_bound(problem: Problem, state: RowState, *, backend: Backend = TORCH) 
     Here R = (target_gap + W * (1 - M)) G, and V is the best vertex for the gradient of the error, without the penalty.
     The bound holds because the error is convex. If the steps used H, the damping's part of R is subtracted first.
     """
-    score, constant = backend.bound_scores(
+    score, constant = plain.bound_scores(
         problem.W, state.R, state.M, target_gap=problem.target_gap, damping=problem.damping
     )
     V = backend.lmo(score, problem.k, group=problem.group, fixed=problem.fixed, positive=True, check_nan=False)
-    return backend.bound_sums(score, state.M, V).add_(constant)
+    return backend.shared(plain.bound_sums(score, state.M, V).add_(constant))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsefw.caller import without_autocast
 from sparsefw.kernels.backend import Backend
-from sparsefw.kernels.topk_torch import masked
+from sparsefw.kernels.masks import masked
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.methods import CHOOSE, Choice

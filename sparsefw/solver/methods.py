@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsefw.arithmetic import all_finite
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend
-from sparsefw.kernels.topk_torch import masked
+from sparsefw.kernels.masks import masked
 from sparsefw.solver import frank_wolfe, paper
 from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.frank_wolfe import Choice, Problem, check_errors, mask_error

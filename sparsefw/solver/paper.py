@@ -49,11 +49,11 @@ class WholeMatrix(Backend):
     supported.
     """
 
-    def lmo(self, score: Tensor, k: int, *, fixed: Tensor | None = None, group: int = 0, **options: Any) -> Tensor:
+    def lmo(self, score: Tensor, k: int | Tensor, *, fixed: Tensor | None = None, **options: Any) -> Tensor:
         """Choose the vertex that keeps the k best scores of the matrix."""
         return cpu.lmo(score.reshape(1, -1), k, fixed=_one_row(fixed), **options).view(score.shape)
 
-    def round_mask(self, M: Tensor, saliency: Tensor, k: int, *, group: int = 0) -> Tensor:
+    def round_mask(self, M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
         """Choose the mask that keeps the k highest entries of M in the matrix."""
         return cpu.round_mask(M.reshape(1, -1), saliency.reshape(1, -1), k).view(M.shape)
 
@@ -70,19 +70,10 @@ class WholeMatrix(Backend):
         """Run the steps one by one. A step waits for the GPU, so it cannot be part of a CUDA graph."""
         return cpu.repeat(*args)
 
-    def bound_scores(self, *args: Tensor, **options: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute the scores, and give every row an equal share of the matrix's constant."""
-        score, constant = self.operations.bound_scores(*args, **options)
-        return score, _share(constant)
-
-    def bound_sums(self, *args: Tensor) -> Tensor:
+    def shared(self, sums: Tensor) -> Tensor:
         """Give every row an equal share of the matrix's sum."""
-        return _share(self.operations.bound_sums(*args))
+        return (sums.sum() / len(sums)).repeat(len(sums))
 
 
 def _one_row(matrix: Tensor | None) -> Tensor | None:
     return None if matrix is None else matrix.view(1, -1)
-
-
-def _share(sums: Tensor) -> Tensor:
-    return (sums.sum() / len(sums)).repeat(len(sums))

@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparsefw.kernels import plain
 from sparsefw.kernels.backend import TORCH, Backend
-from sparsefw.kernels.topk_torch import as_float
+from sparsefw.kernels.masks import as_float
 from sparsefw.solver import frank_wolfe
 from sparsefw.solver.frank_wolfe import Problem, Schedule
 
@@ -81,12 +82,12 @@ def refit(W: Tensor, H: Tensor, mask: Tensor, start: Tensor, steps: int, *, back
         steps: number of conjugate-gradient steps. Each costs one product, and the start costs another one.
         backend: the operations.
     """
-    Z, E = backend.begin_fit(W, start, mask)
+    Z, E = plain.begin_fit(W, start, mask, dtype=backend.operand_dtype(torch.float32))
     R = backend.product(E, backend.operand(H))
     # Frees E's memory for the steps.
     del E
     descend(Z, R, H, mask, steps, backend=backend)
-    return RowFit(mask, Z, R, backend.row_errors(W, R, Z))
+    return RowFit(mask, Z, R, plain.row_errors(W, R, Z))
 
 
 def descend(Z: Tensor, R: Tensor, H: Tensor, mask: Tensor | None, steps: int, *, backend: Backend = TORCH) -> None:
@@ -150,7 +151,7 @@ def reselect(
         return refit(W, operand, mask, start, refit_steps, backend=backend)
 
     def candidates(margin: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        C, score = backend.candidates(best.Z, best.R, best.mask, inverse, root, margin=margin, support=support)
+        C, score = plain.candidates(best.Z, best.R, best.mask, inverse, root, margin=margin, support=support)
         return C, score
 
     # A copy, since rows of the best fit are replaced in place.

@@ -11,8 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsefw.kernels import definitions
+from sparsefw.kernels import definitions, triton_ops  # noqa: F401, which fills OPERATIONS
 from sparsefw.kernels.definitions import CONVERGED, LEAST_GAIN, RowState, check_budget, check_precision
+from sparsefw.kernels.operation import OPERATIONS
+
+
+def __getattr__(name: str) -> Callable:
+    """The reference of an operation, which lies beside its kernel."""
+    if name not in OPERATIONS:
+        raise AttributeError(name)
+    return OPERATIONS[name].reference
 
 
 def round_operand(X: Tensor, precision: str) -> Tensor:
@@ -58,11 +66,6 @@ def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
     """Lower triangle of G += X^T X in place, accumulated in fp32. `mirror_lower` completes G after the last call."""
     X = round_operand(X, precision)
     return G.add_(X.T @ X)
-
-
-def mirror_lower(G: Tensor) -> Tensor:
-    """Copy the lower triangle of G to the upper one, in place, so that G is exactly symmetric."""
-    return G.copy_(G.tril() + G.tril(-1).T)
 
 
 def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:

@@ -9,8 +9,8 @@ from helpers.kernel_inputs import DEVICE, SHAPES, gram, normal, uniform
 
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend, Terms
+from sparsefw.kernels.cpu.vertex_products import FIRST, REFRESH
 from sparsefw.kernels.definitions import PRECISIONS
-from sparsefw.kernels.vertex_products import FIRST, REFRESH
 
 OPERATIONS = pytest.mark.parametrize("operations", [cpu, triton_ops], ids=["torch", "triton"])
 

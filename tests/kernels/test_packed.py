@@ -10,7 +10,8 @@ import torch
 from helpers.kernel_inputs import DEVICE, SUM_ERROR
 from helpers.kernel_inputs import normal as drawn
 
-from sparsefw.kernels import packed, packed_cpu
+from sparsefw.kernels import packed
+from sparsefw.kernels.cpu import packed as packed_cpu
 
 LEVELS = ["torch", *packed_cpu.LEVELS]
 # Rows of x: all that the loops on a CPU tell apart, and one, a tile of Triton's, and more than that.

@@ -5,8 +5,8 @@ import torch
 from helpers import naive
 from helpers.kernel_inputs import DTYPES, PRODUCT_ERROR, garbage, gram, normal, shapes, uniform
 
-from sparsefw.kernels import vertex_products
-from sparsefw.kernels.vertex_products import FIRST, REFRESH, VertexProducts
+from sparsefw.kernels.cpu import vertex_products
+from sparsefw.kernels.cpu.vertex_products import FIRST, REFRESH, VertexProducts
 
 ROWS, D = 37, 131
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .cpu import product, round_operand
-from .topk_torch import as_float, masked
+from ..definitions import round_operand
+from ..masks import as_float, masked
+from .products import product
 
 # The first FIRST products are computed in full, and then one of every REFRESH. At first this costs little, since early
 # vertices differ in many entries. Early products are also many times larger than late products, and updates would keep
@@ -35,7 +36,7 @@ class VertexProducts:
         W: (rows, d), fp32 / bf16 / fp16.
         G: (d, d), symmetric, fp32 or bf16.
         target_gap: (rows, d) fp32, target minus W; None if the target is W.
-        precision: rounding of both operands, see `cpu.round_operand`.
+        precision: rounding of both operands, see `definitions.round_operand`.
     """
 
     def __init__(self, W: Tensor, G: Tensor, target_gap: Tensor | None = None, *, precision: str = "ieee"):

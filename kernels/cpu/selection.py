@@ -1,15 +1,13 @@
-"""Select the k best scores of every row or group in plain torch, for `cpu.py`.
+"""Select the k best scores of every row or group in plain torch, for `--kernel torch`.
 
 Exactly k entries are kept (with `positive` fewer, if fewer scores are above 0), and equal scores go to the lower index.
-
-On a CPU torch has vector instructions for arithmetic, but not for operations that mix bool and floating tensors:
-`masked_fill`, comparisons, and products with a bool tensor take 5 to 40 times as long as a product of floating tensors.
-So these functions compute with the bytes of bool tensors, and compare in numpy.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from ..definitions import check_budget
+from ..masks import as_float, at_least, infinite
 
 # Number of entries of a matrix on which a CPU thread works at a time. Temporaries of such a block stay in the cache.
 # For temporaries of a whole large matrix the system would allocate and clear memory, at several times the cost of the
@@ -27,38 +25,53 @@ FEW_ROWS = 16
 LOWEST = -(2**31) + 0x7FFFFF
 
 
+def lmo(
+    score: Tensor,
+    k: int | Tensor,
+    *,
+    group: int = 0,
+    fixed: Tensor | None = None,
+    positive: bool = False,
+    check_nan: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Choose the vertex that keeps the k best scores of every row, by `select`."""
+    check_budget(score.shape, k, group)
+    # The maximum of a row with a NaN is NaN.
+    if check_nan and score.numel() and score.amax(1).isnan().any():
+        raise ValueError("score: contains NaN")
+    out = torch.empty(score.shape, dtype=torch.bool, device=score.device) if out is None else out
+    return select(score, k, group=group, fixed=fixed, positive=positive, out=out)
+
+
+def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
+    """Choose the mask of the k highest M of every row (or group). Ties go to the higher saliency.
+
+    If exactly k entries of a row are at least 1/2, the row keeps these, and needs no search. After a penalty nearly all
+    rows are of this kind. Their entries are nearly all 0 or 1, which numpy takes several times as long to partition.
+    """
+    check_budget(M.shape, k, group)
+    shape, width = M.shape, group or M.shape[1]
+    M, saliency = M.reshape(-1, width), saliency.reshape(-1, width)
+    V = at_least(M, 0.5)
+    count = V.view(torch.uint8).sum(1, dtype=torch.int32)
+    rest = (count != (k.to(M.device) if isinstance(k, Tensor) else k)).nonzero().squeeze(1)
+    if len(rest):
+        m, budget = M[rest], k.to(M.device)[rest] if isinstance(k, Tensor) else k
+        first = torch.empty(m.shape, dtype=torch.bool, device=m.device)
+        select(m, budget, group=group, fixed=None, positive=False, out=first)
+        lowest = m.add(as_float(~first), alpha=2).amin(1, keepdim=True)
+        order = as_float(at_least(m, lowest)).sub_(as_float(at_least(lowest, m)))
+        order.mul_(torch.finfo(torch.float32).max).add_(saliency[rest])
+        V[rest] = select(order, budget, group=group, fixed=None, positive=False, out=first)
+    return V.view(shape)
+
+
 def row_blocks(X: Tensor) -> list[slice]:
     """Cut X (rows, d) into slices of rows: BLOCK entries for each CPU thread on a CPU, one slice on a GPU."""
     rows, d = X.shape
     height = max(1, BLOCK * torch.get_num_threads() // max(d, 1)) if X.device.type == "cpu" else max(rows, 1)
     return [slice(start, start + height) for start in range(0, rows, height)]
-
-
-def as_float(kept: Tensor) -> Tensor:
-    """Convert a bool matrix to fp32, with 1 for True and 0 for False."""
-    return kept.view(torch.uint8).float()
-
-
-def masked(X: Tensor, kept: Tensor) -> Tensor:
-    """Set X to 0 where `kept` is False; returns (rows, d) in the dtype of X."""
-    if X.device.type != "cpu":
-        return torch.where(kept, X, 0)
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[X.dtype.itemsize]
-    # All bits of -1 are set, and no bit of 0 is set.
-    return kept.view(torch.int8).neg().to(bits).bitwise_and_(X.view(bits)).view(X.dtype)
-
-
-def infinite(chosen: Tensor) -> Tensor:
-    """Return inf where `chosen` is True, else -inf, fp32. Its maximum with X is X with inf at the chosen entries."""
-    return as_float(chosen).sub_(0.5).mul_(torch.inf)
-
-
-def at_least(X: Tensor, Y: Tensor | float, out: Tensor | None = None) -> Tensor:
-    """Compute X >= Y, bool, in `out` or a new tensor."""
-    if X.device.type != "cpu":
-        return torch.ge(X, Y, out=out)
-    other = Y.numpy() if isinstance(Y, Tensor) else Y
-    return torch.from_numpy(np.greater_equal(X.numpy(), other, out=None if out is None else out.numpy()))
 
 
 def select(score: Tensor, k: int | Tensor, *, group: int, fixed: Tensor | None, positive: bool, out: Tensor) -> Tensor:

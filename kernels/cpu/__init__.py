@@ -1,0 +1,9 @@
+"""Operations in plain torch, arranged for a CPU, for `--kernel torch`. They have the same names as in `triton_ops`."""
+
+# ruff: noqa: F401, since `backend` looks for these names in this module.
+
+from .packed import packed_product, unpack
+from .products import cross_accumulate, gram_accumulate, mirror_lower, product, product_transposed
+from .selection import lmo, round_mask
+from .steps import adam_step, conjugate_step, repeat, row_step, take_rows
+from .swaps import row_swaps

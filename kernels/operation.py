@@ -1,0 +1,232 @@
+"""Describe operations, so that tests, benchmarks, compiler, profiler and docs need no list of their own.
+
+The file of an operation has its formula, its `reference` in plain torch, its `cost`, an `example` of its arguments, its
+configuration, its kernel, and its launcher. The decorator `operation` of the launcher puts all of them into OPERATIONS.
+Import `triton_ops`, which imports every operation.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+# Targets for which launches are compiled.
+ALL, NVIDIA = ("sm_80", "sm_90", "sm_100", "gfx942"), ("sm_80", "sm_90", "sm_100")
+BULK, HOPPER = ("sm_90", "sm_100"), ("sm_90",)
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
+# Names and values of the arguments of a call.
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work of a call. Comparisons do not count as flops.
+
+    Attributes:
+        flops: number of arithmetic operations in floating point.
+        bytes: bytes that pass between the chip and its memory. Each operand counts once, as if a cache held it for
+            later reads.
+        unit: the precision of the products whose roof bounds the flops, one of PRECISIONS; None: the bytes bound the
+            time.
+    """
+
+    flops: int
+    bytes: int
+    unit: str | None = None
+
+    def seconds(self, roofs: Mapping[str, float]) -> float:
+        """Compute the least time of a call, in seconds.
+
+        Args:
+            roofs: bytes per second by the name "copy", and flops per second by the precision of products.
+        """
+        of_products = self.flops / roofs[self.unit] if self.unit else 0.0
+        return max(of_products, self.bytes / roofs["copy"])
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of an example, and the tensors of which examples consist. On the meta device tensors have no data.
+
+    Attributes:
+        rows, d: shape of the weight.
+        tokens: number of inputs of a Gram or cross matrix.
+        dtype: dtype of weights and inputs.
+        device: device of all tensors.
+    """
+
+    rows: int
+    d: int
+    tokens: int = 2048
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "meta"
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+        """Draw standard normal numbers from a fixed seed."""
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(*shape, generator=generator, device=self.device).to(dtype)
+
+    def matrix(self, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+        """Draw a matrix (rows, d)."""
+        return self.normal(self.rows, self.d, dtype=dtype, seed=seed)
+
+    def weight(self, *, seed: int = 0) -> Tensor:
+        """Draw a weight (rows, d)."""
+        return self.matrix(dtype=self.dtype, seed=seed)
+
+    def mask(self, *, seed: int = 0) -> Tensor:
+        """Draw a mask (rows, d) that keeps about 0.4 of the entries."""
+        return self.matrix(seed=seed) > 0.25
+
+    def gram(self) -> Tensor:
+        """Make the Gram matrix (d, d) fp32 of random inputs; the caller does not change it."""
+        return _gram(self)
+
+
+@cache
+def _gram(size: Size) -> Tensor:
+    X = size.normal(size.tokens, size.d, seed=7)
+    return X.T @ X
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that is compiled: its size, the setting of its example, and its targets."""
+
+    targets: Sequence[str]
+    size: Size
+    setting: Arguments
+
+    @property
+    def name(self) -> str:
+        """Name the launch by its size and setting."""
+        size = self.size
+        words = [f"{size.rows}x{size.d}", str(size.dtype).removeprefix("torch.")]
+        return " ".join([*words, *(f"{key}={value}" for key, value in self.setting.items())])
+
+
+def launch(
+    targets: Sequence[str], rows: int = 4096, d: int = 4096, *, dtype: torch.dtype = torch.bfloat16, **setting: Any
+) -> Launch:
+    """Make a `Launch` on the meta device."""
+    return Launch(targets, Size(rows, d, dtype=dtype), setting)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What other code needs to know of an operation.
+
+    Attributes:
+        run: the launcher of the Triton kernel.
+        reference: the same function in plain torch, formula by formula. In float64 it computes the truth.
+        cost: the least work of a call, from some of its arguments; on the meta device, too.
+        example: arguments of a call, for a size and a setting.
+        settings: settings of the example that are worth a benchmark, by a label.
+        writes: names of the arguments that a call changes.
+        result: tensors by which two calls are compared, from the arguments after a call and the returned value.
+        tolerance: largest allowed error of a result against float64, relative to the largest value; None: by the
+            precision of products.
+        library: the same in one or two calls of torch's library; None: there is no such call.
+        launches: launches that are compiled for real targets.
+    """
+
+    run: Callable[..., Any]
+    reference: Callable[..., Any]
+    cost: Callable[..., Cost]
+    example: Callable[..., Arguments]
+    settings: Mapping[str, Arguments]
+    writes: Sequence[str]
+    result: Callable[[Arguments, Any], tuple[Tensor, ...]]
+    tolerance: float | None
+    library: Callable[..., Any] | None
+    launches: Sequence[Launch]
+
+    @property
+    def name(self) -> str:
+        """Name of the operation."""
+        return self.run.__name__
+
+    @property
+    def does(self) -> str:
+        """What it does, in a line."""
+        return (inspect.getdoc(self.run) or "").splitlines()[0].rstrip(".")
+
+    def cost_of(self, arguments: Arguments) -> Cost:
+        """Compute the least work of a call with these arguments."""
+        return call_cost(self.cost, arguments)
+
+    def fresh(self, arguments: Arguments) -> Arguments:
+        """Copy the arguments that a call changes."""
+        return arguments | {name: converted(arguments[name]) for name in self.writes}
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def operation(
+    reference: Callable[..., Any],
+    cost: Callable[..., Cost],
+    example: Callable[..., Arguments],
+    *,
+    settings: Mapping[str, Arguments] | None = None,
+    writes: Sequence[str] = (),
+    result: Callable[[Arguments, Any], tuple[Tensor, ...]] | None = None,
+    tolerance: float | None = 1e-5,
+    library: Callable[..., Any] | None = None,
+    launches: Sequence[Launch] = (launch(ALL), launch(HOPPER, d=28672)),
+) -> Callable[[Launcher], Launcher]:
+    """Put the decorated launcher into OPERATIONS, and return it unchanged. Arguments as in `Operation`."""
+
+    def returned_or_written(arguments: Arguments, returned: Any) -> tuple[Tensor, ...]:
+        if returned is None:
+            return tuple(arguments[name] for name in writes)
+        return returned if isinstance(returned, tuple) else (returned,)
+
+    def register(run: Launcher) -> Launcher:
+        OPERATIONS[run.__name__] = Operation(
+            run, reference, cost, example, settings or {"": {}}, writes, result or returned_or_written, tolerance,
+            library, launches,
+        )  # fmt: skip
+        return run
+
+    return register
+
+
+def converted(value: Any, convert: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
+    """Copy a tensor, or a dataclass of tensors, by `convert`; return any other value."""
+    if isinstance(value, Tensor):
+        return convert(value)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{field.name: converted(getattr(value, field.name), convert) for field in fields(value)})
+
+
+def call_cost(cost: Callable[..., Cost], arguments: Mapping[str, Any]) -> Cost:
+    """Call `cost` with those arguments that it names. Upper case counts as lower case, as for a kernel's arguments.
+
+    Fields of a dataclass count as arguments. A tensor descriptor stands for its tensor.
+    """
+    known: Arguments = {}
+    for name, value in arguments.items():
+        named = vars(value) if is_dataclass(value) and not hasattr(value, "base") else {name: value}
+        known |= {key.lower(): getattr(x, "base", x) for key, x in named.items()}
+    names = [name for name in inspect.signature(cost).parameters if name.lower() in known]
+    return cost(**{name: known[name.lower()] for name in names})
+
+
+def metadata(cost: Callable[..., Cost]) -> Callable[..., Arguments]:
+    """Make the `launch_metadata` of a kernel, from which the profiler Proton takes its name, flops and bytes."""
+
+    def describe(grid: Any, kernel: Any, arguments: Arguments) -> Arguments:
+        found = call_cost(cost, arguments)
+        width = "16" if found.unit == "bf16" else "32"
+        return {"name": kernel.name, f"flops{width}": found.flops, "bytes": found.bytes}
+
+    return describe

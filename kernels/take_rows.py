@@ -1,0 +1,56 @@
+"""take_rows: copy some rows of another matrix, in place. A program works on a few rows.
+
+    X[taken] = Y[taken]         X, Y (rows, d)     taken (rows,) bool
+
+    flops = 0
+    bytes = 2 d size(X) for every taken row
+
+The operation is memory-bound. Rows that are not taken are neither read nor written, and the host does not wait for
+their number.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import columns
+from .launch import FLOATS, check, check_matrix, check_rows, on_device, row_tile
+
+
+@triton.jit
+def _take_rows_kernel(X, Y, TAKEN, rows, d, stride_x, stride_y, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    taken = tl.load(TAKEN + row, mask=row < rows, other=0).to(tl.int1)
+    row = row.to(tl.int64)[:, None]
+    for start in range(0, d, BLOCK_D):
+        column, valid_d = columns(start, d, 0, 0, BLOCK_D)
+        column = column[None, :]
+        # Rows that are not taken are neither loaded nor stored.
+        moved = taken[:, None] & valid_d[None, :]
+        tl.store(X + row * stride_x + column, tl.load(Y + row * stride_y + column, mask=moved), mask=moved)
+
+
+def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
+    """Set X[taken] = Y[taken] in place.
+
+    Args:
+        X, Y: (rows, d), of one dtype: fp32 / bf16 / fp16 / bool. The rows of both are contiguous.
+        taken: (rows,) bool.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit this description.
+    """
+    rows, d = check_matrix("X", X, (*FLOATS, torch.bool))
+    check_rows((rows, d), X, dict(X=(X, (X.dtype,)), Y=(Y, (X.dtype,))))
+    check("taken", taken, (rows,), (torch.bool,), X)
+    if not taken.is_contiguous():
+        raise ValueError(f"taken: expected contiguous entries, got strides {taken.stride()}")
+    if X.numel() == 0:
+        return
+    config = row_tile(rows, d)
+    with on_device(X):
+        _take_rows_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
+            X=X, Y=Y, TAKEN=taken, rows=rows, d=d, stride_x=X.stride(0), stride_y=Y.stride(0),
+            enable_fp_fusion=True, **config,
+        )  # fmt: skip
