@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.kernels import definitions, triton_ops  # noqa: F401, which fills OPERATIONS
-from sparsefw.kernels.definitions import CONVERGED, LEAST_GAIN, RowState, check_budget, check_precision
+from sparsefw.kernels.definitions import CONVERGED, LEAST_GAIN, RowState, check_budget, round_operand, widened  # noqa: F401
 from sparsefw.kernels.operation import OPERATIONS
 
 
@@ -21,56 +21,6 @@ def __getattr__(name: str) -> Callable:
     if name not in OPERATIONS:
         raise AttributeError(name)
     return OPERATIONS[name].reference
-
-
-def round_operand(X: Tensor, precision: str) -> Tensor:
-    """X rounded to the numbers that tensor cores read at `precision`."""
-    check_precision(precision)
-    X = widened(X)
-    if precision == "ieee":
-        return X
-    if precision == "bf16":
-        return X.bfloat16().to(X.dtype)
-    high = _to_tf32(X)
-    return high if precision == "tf32" else high + _to_tf32(X - high)
-
-
-def widened(X: Tensor) -> Tensor:
-    """X in float64 if it is, else in fp32."""
-    return X if X.dtype == torch.float64 else X.float()
-
-
-def _to_tf32(X: Tensor, whole: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
-    # |X| = mantissa 2^exponent with a mantissa in [0.5, 1): 11 bits behind the point. Numbers below 2^-126 have fewer.
-    exponent = torch.frexp(X).exponent.double().clamp(min=-125)
-    unit = torch.pow(2.0, exponent - 11)
-    # float64 holds the quotient and the product exactly.
-    return (whole(X.double() / unit) * unit).to(X.dtype)
-
-
-def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
-    """E G, the one matrix product of an iteration, accumulated in fp32."""
-    EG = round_operand(E, precision) @ round_operand(G, precision)
-    if add:
-        assert out is not None
-        return out.add_(EG)
-    return EG if out is None else out.copy_(EG)
-
-
-def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
-    """E C^T, (rows, d) fp32, for a matrix that need not be symmetric."""
-    return product(E, C.T, precision=precision)
-
-
-def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """Lower triangle of G += X^T X in place, accumulated in fp32. `mirror_lower` completes G after the last call."""
-    X = round_operand(X, precision)
-    return G.add_(X.T @ X)
-
-
-def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
-    """B += D^T X in place, accumulated in fp32: correlates a layer's output error with its input."""
-    return B.add_(round_operand(D, precision).T @ round_operand(X, precision))
 
 
 def lmo(
