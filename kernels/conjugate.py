@@ -20,7 +20,18 @@ from torch import Tensor
 
 from .definitions import CONVERGED
 from .device import cast, columns
-from .launch import check_matrix, check_rows, check_vector, interpreter_tile, on_device, platform, row_stride, warps
+from .launch import (
+    BOOL,
+    FP32,
+    check_matrix,
+    check_rows,
+    check_vector,
+    interpreter_tile,
+    on_device,
+    platform,
+    row_stride,
+    warps,
+)
 from .operation import ALL, HOPPER, NVIDIA, Arguments, Cost, Size, launch, metadata, operation
 
 
@@ -236,10 +247,10 @@ def conjugate_step(
     Raises:
         ValueError, TypeError: an argument does not fit this description.
     """
-    FP32, DIRECTION = (torch.float32,), (torch.float32, torch.bfloat16)
     rows, d = check_matrix("Z", Z, FP32)
-    matrices = dict(Z=(Z, FP32), R=(R, FP32), P=(P, DIRECTION), U=(U, FP32), mask=(mask, (torch.bool,)))
-    check_rows((rows, d), Z, matrices)
+    check_rows((rows, d), Z, FP32, Z=Z, R=R, U=U)
+    check_rows((rows, d), Z, (torch.float32, torch.bfloat16), P=P)
+    check_rows((rows, d), Z, BOOL, mask=mask)
     for name, vector, length in (("rz", rz, rows), ("enough", enough, rows), ("inverse", inverse, d)):
         check_vector(name, vector, length, Z)
     if Z.numel() == 0:

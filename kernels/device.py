@@ -1,4 +1,4 @@
-"""Device functions that several kernels call: rounding, dot product, order of tiles, columns of a chunk, step formulas.
+"""Device functions that several kernels call: rounding, dot product, order of tiles, columns of a chunk.
 
 Kernels only load bfloat16, store it, and multiply it in `dot`. They convert it to fp32 before any other arithmetic,
 since the interpreter would compute with its bit patterns.

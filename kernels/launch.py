@@ -1,7 +1,6 @@
 """Host functions that several launchers call: checks of arguments, the current device, the target of compilation."""
 
 import contextlib
-from collections.abc import Mapping
 
 import torch
 import triton
@@ -11,7 +10,7 @@ from .interpreter import repair_range
 
 repair_range()
 INTERPRET = triton.knobs.runtime.interpret
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS, FP32, BOOL = (torch.float32, torch.bfloat16, torch.float16), (torch.float32,), (torch.bool,)
 
 
 def platform() -> str:
@@ -108,10 +107,10 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def check_rows(
-    shape: tuple[int, int], like: Tensor, matrices: Mapping[str, tuple[Tensor | None, tuple[torch.dtype, ...]]]
+    shape: tuple[int, int], like: Tensor, dtypes: tuple[torch.dtype, ...], **matrices: Tensor | None
 ) -> None:
-    """Raise unless every matrix that is not None has this shape, one of its dtypes, and contiguous rows."""
-    for name, (matrix, dtypes) in matrices.items():
+    """Raise unless every matrix that is not None has this shape, one of these dtypes, and contiguous rows."""
+    for name, matrix in matrices.items():
         if matrix is not None:
             check(name, matrix, shape, dtypes, like)
             if matrix.shape[-1] > 1 and matrix.stride(-1) != 1:

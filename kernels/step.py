@@ -35,7 +35,9 @@ from torch import Tensor
 from .definitions import RowState, widened
 from .device import cast, columns
 from .launch import (
+    BOOL,
     FLOATS,
+    FP32,
     check,
     check_matrix,
     check_rows,
@@ -134,7 +136,7 @@ def example(
 
 
 def result(arguments: Arguments, _: None) -> tuple[Tensor, ...]:
-    """Select the outputs. For the vertex stands its value, since equal scores up to rounding may swap places."""
+    """Select the outputs. A vertex counts by the sum of its scores, since nearly equal scores may change places."""
     state = arguments["state"]
     value = (scores(state, arguments["next_theta"]) * state.V).sum(1)
     return state.error, state.eta, state.M, state.R, value
@@ -406,10 +408,9 @@ def row_step(
     """
     W, k, fixed, target_gap, threshold = state.W, state.k, state.fixed, state.target_gap, state.threshold
     rows, d = check_matrix("W", W, FLOATS)
-    FP32, BOOL = (torch.float32,), (torch.bool,)
-    check_rows((rows, d), W, dict(W=(W, FLOATS), M=(state.M, FP32), R=(state.R, FP32), U=(state.U, FP32)))
-    check_rows((rows, d), W, dict(V=(state.V, BOOL), E=(state.E, FLOATS), fixed=(fixed, BOOL)))
-    check_rows((rows, d), W, dict(target_gap=(target_gap, FP32)))
+    check_rows((rows, d), W, FLOATS, W=W, E=state.E)
+    check_rows((rows, d), W, FP32, M=state.M, R=state.R, U=state.U, target_gap=target_gap)
+    check_rows((rows, d), W, BOOL, V=state.V, fixed=fixed)
     check_selection(rows, d, k, state.group, fixed, W)
     check_vector("diag", state.diag, d, W)
     for name, vector in (("eta", state.eta), ("error", state.error), ("threshold", threshold)):

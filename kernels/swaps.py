@@ -18,7 +18,18 @@ from torch import Tensor
 
 from .definitions import LEAST_GAIN, widened
 from .device import columns
-from .launch import FLOATS, check_matrix, check_rows, interpreter_tile, on_device, platform, row_stride, warps
+from .launch import (
+    BOOL,
+    FLOATS,
+    FP32,
+    check_matrix,
+    check_rows,
+    interpreter_tile,
+    on_device,
+    platform,
+    row_stride,
+    warps,
+)
 from .lmo import check_selection, padded_d
 from .lmo import reference as best_vertex
 from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
@@ -252,9 +263,10 @@ def row_swaps(
         ValueError, TypeError: an argument does not fit this description.
     """
     rows, d = check_matrix("W", W, FLOATS)
-    FP32, BOOL = (torch.float32,), (torch.bool,)
-    check_rows((d, d), W, dict(G=(G, FP32)))
-    check_rows((rows, d), W, dict(W=(W, FLOATS), R=(R, FP32), V=(V, BOOL), fixed=(fixed, BOOL)))
+    check_rows((d, d), W, FP32, G=G)
+    check_rows((rows, d), W, FLOATS, W=W)
+    check_rows((rows, d), W, FP32, R=R)
+    check_rows((rows, d), W, BOOL, V=V, fixed=fixed)
     check_selection(rows, d, 0, group, fixed, W)
     if limit < 0:
         raise ValueError(f"limit: expected at least 0, got {limit}")

@@ -74,7 +74,7 @@ def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
         ValueError, TypeError: an argument does not fit this description.
     """
     rows, d = check_matrix("X", X, (*FLOATS, torch.bool))
-    check_rows((rows, d), X, dict(X=(X, (X.dtype,)), Y=(Y, (X.dtype,))))
+    check_rows((rows, d), X, (X.dtype,), X=X, Y=Y)
     check("taken", taken, (rows,), (torch.bool,), X)
     if not taken.is_contiguous():
         raise ValueError(f"taken: expected contiguous entries, got strides {taken.stride()}")
