@@ -8,10 +8,6 @@
     Z, R, U (rows, d) fp32     P (rows, d) fp32 / bf16     mask (rows, d) bool
     inverse (d,) fp32     rz, enough (rows,) fp32
 
-    flops = about 12 rows d
-    bytes = rows d (12 + 1 + 8 + 2 size(P))      (P U Z R and mask in, Z R P out)
-            the first call reads R and mask and writes P; the last call neither reads mask nor writes P
-
 A row that fits one chunk stays in registers from the first load to the last store. A longer row takes three passes over
 its chunks: A sums <P, U>, B updates Z and R and sums rz', C writes the next P. B begins where A ended, and C where B
 ended, since the cache still holds the chunks that were read last.
@@ -24,7 +20,68 @@ from torch import Tensor
 
 from .definitions import CONVERGED
 from .device import cast, columns
-from .launch import check_matrix, check_rows, check_vector, interpreter_tile, on_device, platform, row_stride, warps
+from .launch import (
+    BOOL,
+    FP32,
+    check_matrix,
+    check_rows,
+    check_vector,
+    interpreter_tile,
+    on_device,
+    platform,
+    row_stride,
+    warps,
+)
+from .operation import ALL, HOPPER, NVIDIA, Arguments, Cost, Size, launch, metadata, operation
+
+
+def reference(
+    Z: Tensor,
+    R: Tensor,
+    P: Tensor,
+    U: Tensor,
+    rz: Tensor,
+    enough: Tensor,
+    inverse: Tensor,
+    *,
+    mask: Tensor | None = None,
+    first: bool = False,
+    last: bool = False,
+) -> None:
+    """Compute the operation in plain torch."""
+    before, p, pu = rz.clone(), P.to(Z.dtype), (P * U).sum(1)
+    if not first:
+        # A ratio is 0 where its denominator is not positive, since such a row has converged.
+        a = torch.where((pu > 0) & (before > enough), before / pu, 0)[:, None]
+        Z += a * p
+        R -= a * U
+    if last:
+        return
+    r = R if mask is None else R.masked_fill(~mask, 0)
+    z = r * inverse
+    rz.copy_((r * z).sum(1))
+    if first:
+        P.copy_(z)
+        enough.copy_(CONVERGED * rz)
+    else:
+        P.copy_(z + torch.where(before > 0, rz / before, 0)[:, None] * p)
+
+
+def cost(Z: Tensor, P: Tensor, mask: Tensor | None = None, first: bool = False, last: bool = False) -> Cost:
+    """Read P, U, Z, R and the mask, and write Z, R, P.
+
+    The first call reads R and the mask, and writes P. The last call neither reads the mask nor writes P.
+    """
+    parts, read = 2 - first - last, mask is not None and not last
+    return Cost(6 * parts * Z.numel(), Z.numel() * (Z.itemsize * (1 if first else 5) + parts * P.itemsize + read))
+
+
+def example(size: Size, *, masked: bool = True, **place: bool) -> Arguments:
+    """Make the middle of a descent, or with `first` or `last` its first or last call. P is in `size.dtype`."""
+    Z, R, P, G = size.matrix(), size.matrix(seed=1), size.weight(seed=2), size.gram()
+    mask, inverse = size.mask(seed=3) if masked else None, 1 / G.diagonal()
+    rz = (R.square() * inverse).sum(1)
+    return dict(Z=Z, R=R, P=P, U=P.float() @ G, rz=rz, enough=CONVERGED * rz, inverse=inverse, mask=mask, **place)
 
 
 def configuration(rows: int, d: int) -> dict[str, int]:
@@ -44,7 +101,6 @@ def configuration(rows: int, d: int) -> dict[str, int]:
 
 @triton.jit
 def _ratio(numerator, denominator):
-    """Divide. The result is 0 where the denominator is not positive, since such a row has converged."""
     return tl.where(denominator > 0, numerator / tl.where(denominator > 0, denominator, 1.0), 0.0)
 
 
@@ -67,7 +123,7 @@ def _preconditioned(INVERSE, MASK, r, column, valid, valid_d):
     return r, r * tl.load(INVERSE + column, mask=valid_d, other=0.0)[None, :]
 
 
-@triton.jit
+@triton.jit(launch_metadata=metadata(cost))
 def _conjugate_kernel(
     Z, R, P, U, RZ, ENOUGH, INVERSE, MASK, converged, rows, d,
     stride_z, stride_r, stride_p, stride_u, stride_m,
@@ -151,6 +207,17 @@ def _conjugate_kernel(
             tl.store(ENOUGH + row, converged * rz, mask=valid_r)
 
 
+# The tolerance is that of P in bf16.
+@operation(
+    reference, cost, example, writes=("Z", "R", "P", "rz", "enough"), tolerance=2.0**-8,
+    launches=(
+        launch(NVIDIA, d=576), launch(NVIDIA, d=1536), launch(HOPPER, d=8192), launch(ALL), launch(ALL, d=28672),
+        *(launch(HOPPER, d=d, first=True) for d in (4096, 28672)),
+        *(launch(HOPPER, d=d, last=True) for d in (4096, 28672)),
+        *(launch(HOPPER, d=d, dtype=torch.float32) for d in (4096, 28672)),
+        launch(HOPPER, masked=False),
+    ),
+)  # fmt: skip
 def conjugate_step(
     Z: Tensor,
     R: Tensor,
@@ -180,10 +247,10 @@ def conjugate_step(
     Raises:
         ValueError, TypeError: an argument does not fit this description.
     """
-    FP32, DIRECTION = (torch.float32,), (torch.float32, torch.bfloat16)
     rows, d = check_matrix("Z", Z, FP32)
-    matrices = dict(Z=(Z, FP32), R=(R, FP32), P=(P, DIRECTION), U=(U, FP32), mask=(mask, (torch.bool,)))
-    check_rows((rows, d), Z, matrices)
+    check_rows((rows, d), Z, FP32, Z=Z, R=R, U=U)
+    check_rows((rows, d), Z, (torch.float32, torch.bfloat16), P=P)
+    check_rows((rows, d), Z, BOOL, mask=mask)
     for name, vector, length in (("rz", rz, rows), ("enough", enough, rows), ("inverse", inverse, d)):
         check_vector(name, vector, length, Z)
     if Z.numel() == 0:

@@ -1,7 +1,6 @@
 """Host functions that several launchers call: checks of arguments, the current device, the target of compilation."""
 
 import contextlib
-from collections.abc import Mapping
 
 import torch
 import triton
@@ -11,7 +10,7 @@ from .interpreter import repair_range
 
 repair_range()
 INTERPRET = triton.knobs.runtime.interpret
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS, FP32, BOOL = (torch.float32, torch.bfloat16, torch.float16), (torch.float32,), (torch.bool,)
 
 
 def platform() -> str:
@@ -107,21 +106,11 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
-def row_tile(rows: int, d: int) -> dict[str, int]:
-    """Choose tile sizes and launch options of a kernel in which a program reads a few rows once, chunk by chunk."""
-    if INTERPRET:
-        return interpreter_tile(rows, d)
-    BLOCK_D = min(triton.next_power_of_2(d), 4096)
-    # A thread has 8 entries of each matrix.
-    BLOCK_R = max(1, 1024 // BLOCK_D)
-    return dict(BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=warps(BLOCK_R * BLOCK_D // 256))
-
-
 def check_rows(
-    shape: tuple[int, int], like: Tensor, matrices: Mapping[str, tuple[Tensor | None, tuple[torch.dtype, ...]]]
+    shape: tuple[int, int], like: Tensor, dtypes: tuple[torch.dtype, ...], **matrices: Tensor | None
 ) -> None:
-    """Raise unless every matrix that is not None has this shape, one of its dtypes, and contiguous rows."""
-    for name, (matrix, dtypes) in matrices.items():
+    """Raise unless every matrix that is not None has this shape, one of these dtypes, and contiguous rows."""
+    for name, matrix in matrices.items():
         if matrix is not None:
             check(name, matrix, shape, dtypes, like)
             if matrix.shape[-1] > 1 and matrix.stride(-1) != 1:

@@ -5,9 +5,6 @@
 
     W (rows, d)     G (d, d) fp32     R (rows, d) fp32     V, fixed (rows, d) bool
 
-    flops = about 30 d a swap
-    bytes = rows d (size(W) + 4 + 1) in and rows d (4 + 1) out, and for every swap 3 rows of G, 12 d
-
 A swap takes three passes over the row, which stays in the cache. The first finds the lowest a and the lowest b, the
 second finds the best partner of each, and the third updates R. With n:m one pass over whole groups replaces the first
 two. A program has one row and ends with its search, so no row waits for a longer search. Sums and state are in fp32.
@@ -19,10 +16,65 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .definitions import LEAST_GAIN
+from .definitions import LEAST_GAIN, widened
 from .device import columns
-from .launch import FLOATS, check_matrix, check_rows, interpreter_tile, on_device, platform, row_stride, warps
+from .launch import (
+    BOOL,
+    FLOATS,
+    FP32,
+    check_matrix,
+    check_rows,
+    interpreter_tile,
+    on_device,
+    platform,
+    row_stride,
+    warps,
+)
 from .lmo import check_selection, padded_d
+from .lmo import reference as best_vertex
+from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
+
+
+def reference(
+    W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None
+) -> None:
+    """Compute the operation in plain torch.
+
+    The search looks only at pairs that hold the lowest a or the lowest b of their row (or group).
+    """
+    w, size, column = widened(W), group or W.shape[1], torch.arange(W.shape[1], device=W.device)
+    q = w**2 * G.diagonal()
+    least = LEAST_GAIN * (q * ~V).sum(1, keepdim=True)
+
+    def best_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # For every y, the column of the lowest x of its group.
+        lowest = x.view(len(x), -1, size).argmin(2).repeat_interleave(size, 1) + column // size * size
+        changes = x.gather(1, lowest) + y - 2 * w.gather(1, lowest) * w * G[lowest, column]
+        change, at = changes.min(1, keepdim=True)
+        return change, lowest.gather(1, at), at
+
+    for _ in range(limit):
+        a = (q + 2 * w * R).masked_fill(~V if fixed is None else ~V | fixed, torch.inf)
+        b = (q - 2 * w * R).masked_fill(V, torch.inf)
+        (change, i, p), (change_b, p_b, i_b) = best_pair(a, b), best_pair(b, a)
+        i, p = torch.where(change_b < change, i_b, i), torch.where(change_b < change, p_b, p)
+        made = torch.minimum(change, change_b) < -least
+        V.scatter_(1, i, V.gather(1, i) & ~made).scatter_(1, p, V.gather(1, p) | made)
+        R += made * (w.gather(1, i) * G[i[:, 0]] - w.gather(1, p) * G[p[:, 0]])
+
+
+def cost(W: Tensor, limit: int, fixed: Tensor | None = None) -> Cost:
+    """Read W, R, V and `fixed`, write R and V, and read three rows of G for each of `limit` swaps of every row."""
+    return Cost(30 * limit * W.numel(), W.numel() * (W.itemsize + 10 + (fixed is not None) + 12 * limit))
+
+
+def example(size: Size, *, group: int = 0, fixed: bool = False) -> Arguments:
+    """Start from the mask of Wanda, in which every row has enough swaps to make."""
+    W, G = size.weight(), size.gram()
+    k = group // 2 or int(0.4 * size.d)
+    V = best_vertex(W.float().abs() * G.diagonal().sqrt(), k, group=group, check_nan=False)
+    R = W.float().masked_fill(V, 0) @ G
+    return dict(W=W, G=G, R=R, V=V, limit=10, group=group, fixed=V & size.mask(seed=1) if fixed else None)
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
@@ -91,7 +143,7 @@ def _best_of_groups(change, i, p, best, best_i, best_p):
     )
 
 
-@triton.jit(do_not_specialize=["limit", "least_gain"])
+@triton.jit(launch_metadata=metadata(cost), do_not_specialize=["limit", "least_gain"])
 def _swaps_kernel(
     W, G, DIAG, R, V, FIXED, limit, least_gain, rows, d, padded_d, stride_w, stride_g, stride_r, stride_v, stride_f,
     GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -182,6 +234,17 @@ def _swaps_kernel(
         running = (made < limit) & (tl.max(active.to(tl.int32), axis=0) > 0)
 
 
+@operation(
+    reference, cost, example, settings={"": {}, "2:4": dict(group=4)}, writes=("R", "V"), tolerance=1e-3,
+    # The error of all masks hardly depends on the order of swaps that are equal up to rounding.
+    result=lambda arguments, _: ((arguments["W"] * ~arguments["V"] * arguments["R"]).sum(),),
+    launches=(
+        launch(HOPPER, d=576, fixed=True),
+        *(launch(ALL, d=d, fixed=True) for d in (4096, 28672)),
+        launch(ALL, group=4, fixed=True),
+        *(launch(ALL, d=d, group=group) for d, group in ((14336, 32), (4095, 5))),
+    ),
+)  # fmt: skip
 def row_swaps(
     W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None
 ) -> None:
@@ -200,9 +263,10 @@ def row_swaps(
         ValueError, TypeError: an argument does not fit this description.
     """
     rows, d = check_matrix("W", W, FLOATS)
-    FP32, BOOL = (torch.float32,), (torch.bool,)
-    check_rows((d, d), W, dict(G=(G, FP32)))
-    check_rows((rows, d), W, dict(W=(W, FLOATS), R=(R, FP32), V=(V, BOOL), fixed=(fixed, BOOL)))
+    check_rows((d, d), W, FP32, G=G)
+    check_rows((rows, d), W, FLOATS, W=W)
+    check_rows((rows, d), W, FP32, R=R)
+    check_rows((rows, d), W, BOOL, V=V, fixed=fixed)
     check_selection(rows, d, 0, group, fixed, W)
     if limit < 0:
         raise ValueError(f"limit: expected at least 0, got {limit}")
