@@ -7,7 +7,7 @@ import pytest
 from helpers.checked_launches import checked_launches, own_tiles, tiles_of_a_gpu  # noqa: F401
 
 # They hold torch's own products against the specification, and torch rounds tf32 operands.
-OF_TORCH = ("test_cpu.py", "test_naive.py", "test_vertex_products.py")
+OF_TORCH = ("test_cpu.py", "test_reference.py", "test_vertex_products.py")
 
 
 @pytest.fixture(autouse=True)
@@ -50,30 +50,25 @@ def backend(request) -> ModuleType:
 def row_backend(request, monkeypatch) -> ModuleType:
     """The same for kernels that work on rows: with a row in one chunk, and in chunks of which the last ends inside."""
     from sparsefw.kernels import (
-        bound,
-        candidates,
         conjugate,
         cpu,
         launch,
         lmo,
-        removed,
-        rounding,
-        rows,
         step,
         swaps,
+        take_rows,
         triton_ops,
     )
 
     if request.param == "chunks":
         # The interpreter takes its time by the program. A compiler takes minutes for so many entries of a thread.
         fewer = 1 if launch.INTERPRET else 16
-        for module in (bound, candidates, removed, rounding, rows):
-            monkeypatch.setattr(module, "row_tile", lambda rows, d: dict(BLOCK_R=64 // fewer, BLOCK_D=128))
         for module, tile in (
             (lmo, dict(BLOCK_R=256 // fewer, BLOCK_D=64, SEARCH_D=128)),
             (step, dict(BLOCK_R=128 // fewer, BLOCK_D=128, SEARCH_D=256)),
             (conjugate, dict(BLOCK_R=64 // fewer, BLOCK_D=64)),
             (swaps, dict(BLOCK_R=64 // fewer, BLOCK_D=64)),
+            (take_rows, dict(BLOCK_R=64 // fewer, BLOCK_D=128)),
         ):
             monkeypatch.setattr(module, "configuration", lambda *_, tile=tile: tile)
     return cpu if request.param == "cpu" else triton_ops
