@@ -1,0 +1,278 @@
+"""Measure operations on this machine: `python -m bench [OPERATION ...]`, from the root of the repository.
+
+First the roofs are measured. Then each operation gets a table for every setting and shape, with a line for each
+provider; `bench/measure.py` tells which there are. A name may be a unique prefix, or the name of a file in kernels/.
+
+    python -m bench --list
+    python -m bench row_step gram --shape 8192x8192 --providers ours,library
+    python -m bench --model Meta-Llama-3-70B --json results.json
+    python -m bench report results.json
+"""
+
+import argparse
+import csv
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+# The package of this checkout, whatever is installed, and the modules of bench/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import machine
+import torch
+from measure import PROVIDERS, TINY, Case, functions, measure, size_of
+from timing import GPU, Stopwatch
+
+from sparsefw.kernels.operation import OPERATIONS, Operation, Size
+
+HERE = Path(__file__).resolve().parent
+# Projections of Llama-3.1-8B and of Llama-3-70B.
+LLAMA = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+LLAMA += [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
+SHAPES, TOKENS, DTYPE = (LLAMA, 8192, "bf16") if GPU else ([(1024, 4096)], 2048, "fp32")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+RATE, RATES = (1e12, "TFLOP/s") if GPU else (1e9, "GFLOP/s")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> Any:
+        """End with status 2."""
+        self.exit(2, f"python -m bench: {message}\n")
+
+
+def shape(text: str) -> tuple[int, int]:
+    """Read ROWSxCOLUMNS.
+
+    Raises:
+        ArgumentTypeError: it is no shape.
+    """
+    sizes = text.split("x")
+    if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS such as 1024x4096, got {text!r}")
+    return int(sizes[0]), int(sizes[1])
+
+
+def positive(text: str) -> int:
+    """Read a number of at least 1.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def parser() -> Parser:
+    """Describe the flags."""
+    made = Parser("python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = made.add_argument
+    add("operations", nargs="*", metavar="OPERATION", help="names (default: all)")
+    add("--list", action="store_true", help="list the operations and their settings")
+    add("--shape", type=shape, action="append", metavar="ROWSxCOLUMNS", help="shape of the weight; may be repeated")
+    add("--model", help="shapes of all projections of a model: a file of bench/configs, or a path to a config.json")
+    add("--tokens", type=positive, default=TOKENS, help="inputs of a Gram or cross matrix (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and inputs (default: %(default)s)")
+    add("--setting", action="append", help="label of a setting; may be repeated (default: all with a roof here)")
+    add("--providers", default=",".join(PROVIDERS), help="(default: %(default)s)")
+    add("--threads", type=positive, default=None if GPU else 1, help="threads of a CPU (default: 1)")
+    add("--seconds", type=float, default=5.0, help="limit of the timing of a table (default: %(default)s)")
+    add("--base", metavar="COMMIT", help="time our kernels at this commit, too, in turns with the others")
+    for name, written in (("json", "JSON"), ("csv", "CSV"), ("plot", "a plot")):
+        add(f"--{name}", type=Path, metavar="FILE", help=f"write the results as {written}")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    return made
+
+
+def named(words: Sequence[str]) -> list[Operation]:
+    """Find operations by name, file, or unique prefix.
+
+    Raises:
+        ValueError: no or several operations have a prefix.
+    """
+    found: dict[str, Operation] = {}
+    for word in words:
+        of_file = [name for name, x in OPERATIONS.items() if x.run.__module__.endswith(f".{word}")]
+        names = [word] if word in OPERATIONS else of_file or [name for name in OPERATIONS if name.startswith(word)]
+        if not names:
+            raise ValueError(f"no operation {word!r}; there are {', '.join(OPERATIONS)}")
+        if len(names) > 1 and not of_file:
+            raise ValueError(f"{word!r} is not unique: {', '.join(names)}")
+        found |= {name: OPERATIONS[name] for name in names}
+    return [*found.values()] if words else [*OPERATIONS.values()]
+
+
+def shapes_of(model: str) -> list[tuple[int, int]]:
+    """List the distinct shapes of a model's projections.
+
+    Raises:
+        ValueError: there is no such config.
+    """
+    from sparsefw.estimate.plan import describe
+
+    path = HERE / "configs" / f"{model}.json"
+    path = path if path.exists() else Path(model)
+    if not path.is_file():
+        names = ", ".join(sorted(path.stem for path in (HERE / "configs").glob("*.json")))
+        raise ValueError(f"--model: no file {model!r}, and none of {names}")
+    kinds = describe(str(path)).shape.kinds
+    return [*dict.fromkeys((layer.rows, layer.d) for kind in kinds for layer in kind.layers)]
+
+
+def cases(
+    operations: Sequence[Operation], settings: Sequence[str] | None, sizes: Sequence[Size], roofs: dict[str, float]
+) -> Iterator[tuple[Operation, str, Size]]:
+    """Yield what is measured. Operations that ignore the rows, say, are measured once for all of them.
+
+    Without `settings` those are left out whose precision has no roof on this machine.
+    """
+    seen = set()
+    for operation in operations:
+        for label, setting in operation.settings.items():
+            if settings and label not in settings:
+                continue
+            for size in sizes:
+                arguments = operation.example(replace(size, device="meta"), **setting)
+                unit = operation.cost_of(arguments).unit
+                key = operation.name, label, repr(arguments)
+                if key not in seen and (settings or unit is None or unit in roofs):
+                    seen.add(key)
+                    yield operation, label, size
+
+
+def table(case: Case, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a table."""
+    label, cost = case.label, case.cost
+    bound = f"{cost.unit} products" if cost.unit else "bytes"
+    title = f"{label['operation']} {case.setting}".strip()
+    size = f"{label['rows']}x{label['d']} {label['dtype']}, {label['tokens']} tokens"
+    yield f"\n{title}, {size}: {cost.flops / 1e9:.3g} Gflop, {cost.bytes / 1e6:.4g} MB, bound by {bound}"
+    yield (
+        f"{'provider':9}{'median ms':>11}{'20 %':>10}{'80 %':>10}{'rounds':>8}{'GB/s':>8}{RATES:>9}{'of roof':>9}"
+        f"{'speedup':>9}{'error':>10}"
+    )
+    for row in rows:
+        if row["seconds"] is None:
+            yield f"{row['provider']:9}{row['wrong']}"
+            continue
+        times = "".join(f"{1e3 * row[name]:10.3f}" for name in ("seconds", "low", "high"))
+        rates = f"{cost.bytes / row['seconds'] / 1e9:8.1f}{cost.flops / row['seconds'] / RATE:9.1f}"
+        share = "-" if row["share"] is None else f"{row['share']:.0%}"
+        speedup, error = (
+            "-" if row[name] is None else f"{row[name]:{form}}" for name, form in (("speedup", ".2f"), ("error", ".1e"))
+        )
+        late = f"  {row['late']} calls waited for the host" if row["late"] else ""
+        yield f"{row['provider']:9} {times}{row['rounds']:8}{rates}{share:>9}{speedup:>9}{error:>10}{late}"
+
+
+def interpreted(case: Case) -> tuple[str, str | None]:
+    """Check the Triton kernel in the interpreter at a tiny size; returns the line, and what is wrong."""
+    tiny = Case(case.operation, case.setting, TINY)
+    error, wrong = tiny.check(functions(case.operation)["triton"])
+    return f"{'triton':9}{wrong or f'checked at {TINY.rows}x{TINY.d}, error {error:.1e}'}", wrong
+
+
+def write(run: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Write the results so far."""
+    if arguments.json:
+        arguments.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    if arguments.csv and run["rows"]:
+        with arguments.csv.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, run["rows"][0])
+            writer.writeheader()
+            writer.writerows(run["rows"])
+
+
+def work() -> int:
+    """Answer each line of the input by times of a call, see `base.Worker`."""
+
+    @lru_cache(maxsize=1)
+    def timed(operation: str, setting: str, **size: Any) -> Any:
+        case, watch = Case(OPERATIONS[operation], setting, size_of(**size)), Stopwatch()
+        run = functions(case.operation)["ours"]
+        watch(run, case.fresh)
+        return lambda: watch(run, case.fresh)
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        rounds = request.pop("rounds")
+        once = timed(**request)
+        print(json.dumps({"seconds": [once() for _ in range(rounds)]}), flush=True)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 1 if a result is wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"]:
+        import report
+
+        return report.main(argv[1:])
+    flags = parser()
+    arguments = flags.parse_args(argv)
+    try:
+        operations = named(arguments.operations)
+        shapes = arguments.shape or (shapes_of(arguments.model) if arguments.model else SHAPES)
+    except ValueError as error:
+        flags.error(str(error))
+    providers = arguments.providers.split(",")
+    labels = [*dict.fromkeys(label for operation in operations for label in operation.settings)]
+    for name, asked, known in (("providers", providers, PROVIDERS), ("setting", arguments.setting or (), labels)):
+        if unknown := set(asked) - set(known):
+            flags.error(f"--{name}: unknown {', '.join(sorted(unknown))}; there are {', '.join(filter(None, known))}")
+    if arguments.list:
+        for operation in operations:
+            print(f"{operation.name:20} {operation.does}  {', '.join(filter(None, operation.settings))}".rstrip())
+        return 0
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    with torch.no_grad(), ExitStack() as stack:
+        if arguments.worker:
+            return work()
+        run: dict[str, Any] = dict(machine=machine.describe(), command=f"python -m bench {shlex.join(argv)}".strip())
+        run |= dict(roofs=machine.roofs(min(1.0, arguments.seconds)), rows=[])
+        for name, value in run["machine"].items():
+            print(f"{name:10} {value}")
+        for name, rate in run["roofs"].items():
+            print(f"{name:10} {rate / 1e9:.1f} GB/s" if name == "copy" else f"{name:10} {rate / RATE:.1f} {RATES}")
+        base = None
+        if arguments.base:
+            from base import Worker
+
+            base = stack.enter_context(Worker(arguments.base))
+        sizes = [size_of(*shape, arguments.tokens, DTYPES[arguments.dtype]) for shape in shapes]
+        status = 0
+        for operation, setting, size in cases(operations, arguments.setting, sizes, run["roofs"]):
+            try:
+                case = Case(operation, setting, size)
+                rows = measure(case, providers, run["roofs"], arguments.seconds, base)
+            except torch.OutOfMemoryError as error:
+                print(f"\n{operation.name} {setting} {size.rows}x{size.d}: {str(error).splitlines()[0]}")
+                continue
+            print("\n".join(table(case, rows)), flush=True)
+            wrong = [row["wrong"] for row in rows]
+            if not GPU:
+                line, problem = interpreted(case)
+                print(line, flush=True)
+                wrong.append(problem)
+            status |= any(text and text.startswith("wrong") for text in wrong)
+            run["rows"] += rows
+            write(run, arguments)
+    if arguments.plot:
+        import plots
+
+        plots.plot([run], arguments.plot)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
