@@ -6,9 +6,6 @@
     m' = m / (1 - 0.9^step),   v' = v / (1 - 0.999^step),   epsilon = 1e-16
     W, gradient (n,) floating     index (kept,) int32 or int64     weight, m, v (kept,) fp32
 
-    flops = 12 kept
-    bytes = kept (size(index) + 24) + n (size(gradient) + 2 size(W))
-
 The step is memory-bound. If two of five entries are kept, nearly every sector of memory has a kept entry. So all of the
 gradient is read, and all of W is read and written. The same step in operations of torch moves 2.4 times the bytes:
 separate passes gather, widen, narrow and scatter the entries, with an index in int64.
@@ -19,12 +16,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cpu import steps
 from .definitions import ADAM_EPSILON, DECAYS
 from .device import cast
 from .launch import FLOATS, check, on_device, platform, warps
+from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
 
 
-@triton.jit
+def reference(
+    W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor, m: Tensor, v: Tensor, *, rate: float, step: int
+) -> None:
+    """Compute the operation in plain torch."""
+    (beta, gamma), g = DECAYS, gradient[index.long()].to(m.dtype)
+    m.copy_(beta * m + (1 - beta) * g)
+    v.copy_(gamma * v + (1 - gamma) * g**2)
+    weight -= rate * (m / (1 - beta**step)) / ((v / (1 - gamma**step)).sqrt() + ADAM_EPSILON)
+    W[index.long()] = weight.to(W.dtype)
+
+
+def cost(W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor) -> Cost:
+    """Read and write weight, m, v and all of W, and read the index and all of the gradient."""
+    kept = len(index)
+    return Cost(12 * kept, kept * (index.itemsize + 6 * weight.itemsize) + gradient.nbytes + 2 * W.nbytes)
+
+
+def example(size: Size, *, index: torch.dtype = torch.int32) -> Arguments:
+    """Make the third step of two of five entries of a weight, with an index of this dtype."""
+    kept = size.rows * int(0.4 * size.d)
+    W, gradient = (size.weight(seed=seed).flatten() for seed in range(2))
+    place = torch.arange(kept, dtype=index, device=size.device) * 5 // 2
+    m, v = 0.1 * size.normal(kept, seed=2), size.normal(kept, seed=3).square()
+    return dict(W=W, gradient=gradient, index=place, weight=W[place.long()].float(), m=m, v=v, rate=0.01, step=3)
+
+
+def result(arguments: Arguments, _: None) -> tuple[Tensor, ...]:
+    """Select what is not rounded to the dtype of W."""
+    return tuple(arguments[name] for name in ("weight", "m", "v"))
+
+
+@triton.jit(launch_metadata=metadata(cost))
 def _adam_kernel(
     W, GRADIENT, INDEX, WEIGHT, M, V, kept, share_m, share_v, rate, root, epsilon, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -43,6 +73,15 @@ def _adam_kernel(
     tl.store(W + place, cast(w, W.dtype.element_ty), mask=valid)
 
 
+# On a GPU `steps.adam_step` is torch's fused step between a gather and a scatter.
+@operation(
+    reference, cost, example, writes=("W", "weight", "m", "v"), result=result, library=steps.adam_step,
+    launches=(
+        launch(ALL),
+        *(launch(HOPPER, dtype=dtype) for dtype in (torch.float16, torch.float32)),
+        launch(ALL, index=torch.int64),
+    ),
+)  # fmt: skip
 def adam_step(
     W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor, m: Tensor, v: Tensor, *, rate: float, step: int
 ) -> None:

@@ -8,10 +8,6 @@
     Z, R, U (rows, d) fp32     P (rows, d) fp32 / bf16     mask (rows, d) bool
     inverse (d,) fp32     rz, enough (rows,) fp32
 
-    flops = about 12 rows d
-    bytes = rows d (12 + 1 + 8 + 2 size(P))      (P U Z R and mask in, Z R P out)
-            the first call reads R and mask and writes P; the last call neither reads mask nor writes P
-
 A row that fits one chunk stays in registers from the first load to the last store. A longer row takes three passes over
 its chunks: A sums <P, U>, B updates Z and R and sums rz', C writes the next P. B begins where A ended, and C where B
 ended, since the cache still holds the chunks that were read last.
@@ -25,6 +21,62 @@ from torch import Tensor
 from .definitions import CONVERGED
 from .device import cast, columns
 from .launch import check_matrix, check_rows, check_vector, interpreter_tile, on_device, platform, row_stride, warps
+from .operation import ALL, HOPPER, NVIDIA, Arguments, Cost, Size, launch, metadata, operation
+
+
+def reference(
+    Z: Tensor,
+    R: Tensor,
+    P: Tensor,
+    U: Tensor,
+    rz: Tensor,
+    enough: Tensor,
+    inverse: Tensor,
+    *,
+    mask: Tensor | None = None,
+    first: bool = False,
+    last: bool = False,
+) -> None:
+    """Compute the operation in plain torch."""
+    p, before = P.to(Z.dtype), rz.clone()
+    if not first:
+        a = ratio(before, (p * U).sum(1)).masked_fill(before <= enough, 0)[:, None]
+        Z += a * p
+        R -= a * U
+    if last:
+        return
+    r = R if mask is None else R.masked_fill(~mask, 0)
+    z = r * inverse
+    rz.copy_((r * z).sum(1))
+    if first:
+        P.copy_(z)
+        enough.copy_(CONVERGED * rz)
+    else:
+        P.copy_(z + ratio(rz, before)[:, None] * p)
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Divide. The result is 0 where the denominator is not positive, since such a row has converged."""
+    return torch.where(denominator > 0, numerator / denominator, 0)
+
+
+def cost(Z: Tensor, P: Tensor, mask: Tensor | None = None, first: bool = False, last: bool = False) -> Cost:
+    """Read P, U, Z, R and the mask, and write Z, R, P.
+
+    The first call reads R and the mask, and writes P. The last call neither reads the mask nor writes P.
+    """
+    move = 0 if first else P.itemsize + 4 * Z.itemsize
+    turn = 0 if last else P.itemsize + (mask is not None)
+    return Cost(6 * Z.numel() * (2 - first - last), Z.numel() * (Z.itemsize + move + turn))
+
+
+def example(size: Size, *, masked: bool = True, **place: bool) -> Arguments:
+    """Make the middle of a descent, or with `first` or `last` its first or last call. P has the dtype of `size`."""
+    G, P = size.gram(), size.weight(seed=2)
+    Z, R = (size.matrix(seed=seed) for seed in range(2))
+    mask, inverse = size.mask(seed=3) if masked else None, 1 / G.diagonal()
+    rz = (R.square() * inverse).sum(1)
+    return dict(Z=Z, R=R, P=P, U=P.float() @ G, rz=rz, enough=CONVERGED * rz, inverse=inverse, mask=mask, **place)
 
 
 def configuration(rows: int, d: int) -> dict[str, int]:
@@ -44,7 +96,6 @@ def configuration(rows: int, d: int) -> dict[str, int]:
 
 @triton.jit
 def _ratio(numerator, denominator):
-    """Divide. The result is 0 where the denominator is not positive, since such a row has converged."""
     return tl.where(denominator > 0, numerator / tl.where(denominator > 0, denominator, 1.0), 0.0)
 
 
@@ -67,7 +118,7 @@ def _preconditioned(INVERSE, MASK, r, column, valid, valid_d):
     return r, r * tl.load(INVERSE + column, mask=valid_d, other=0.0)[None, :]
 
 
-@triton.jit
+@triton.jit(launch_metadata=metadata(cost))
 def _conjugate_kernel(
     Z, R, P, U, RZ, ENOUGH, INVERSE, MASK, converged, rows, d,
     stride_z, stride_r, stride_p, stride_u, stride_m,
@@ -151,6 +202,19 @@ def _conjugate_kernel(
             tl.store(ENOUGH + row, converged * rz, mask=valid_r)
 
 
+# The tolerance is that of P in bf16.
+@operation(
+    reference, cost, example, writes=("Z", "R", "P", "rz", "enough"), tolerance=2.0**-8,
+    launches=(
+        *(launch(NVIDIA, d=d) for d in (576, 1536)),
+        launch(HOPPER, d=8192),
+        *(launch(ALL, d=d) for d in (4096, 28672)),
+        *(launch(HOPPER, d=d, first=True) for d in (4096, 28672)),
+        *(launch(HOPPER, d=d, last=True) for d in (4096, 28672)),
+        launch(HOPPER, masked=False),
+        *(launch(HOPPER, d=d, dtype=torch.float32) for d in (4096, 28672)),
+    ),
+)  # fmt: skip
 def conjugate_step(
     Z: Tensor,
     R: Tensor,

@@ -110,31 +110,3 @@ def columns(start, d, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.con
         column = index // PADDED * GROUP + index % PADDED
         valid = (index % PADDED < GROUP) & (column < d)
     return column, valid
-
-
-@triton.jit
-def move(x, target, eta):
-    """Compute x + eta (target - x)."""
-    return x + eta * (target - x)
-
-
-@triton.jit
-def line_terms(w, q, m, r, u, v, theta):
-    """Compute the term of each entry in the sums lin and quad, see `step.py`."""
-    D = v - m
-    WD = w * D
-    qD = theta * q * D
-    return qD * (1 - 2 * m) - 2 * WD * r, WD * (r - u) - qD * D
-
-
-@triton.jit
-def line_search(lin, quad):
-    """Find the step size eta in [0, 1] that minimizes lin eta + quad eta^2. If quad <= 0, this is 0 or 1."""
-    inner = tl.minimum(tl.maximum(-lin / (2 * tl.where(quad > 0, quad, 1.0)), 0.0), 1.0)
-    return tl.where(quad > 0, inner, tl.where(lin + quad < 0, 1.0, 0.0))
-
-
-@triton.jit
-def vertex_score(w, q, m, r, theta):
-    """Compute the negative gradient, see `step.py`."""
-    return 2 * w * r - theta * q * (1 - 2 * m)

@@ -107,16 +107,6 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
-def row_tile(rows: int, d: int) -> dict[str, int]:
-    """Choose tile sizes and launch options of a kernel in which a program reads a few rows once, chunk by chunk."""
-    if INTERPRET:
-        return interpreter_tile(rows, d)
-    BLOCK_D = min(triton.next_power_of_2(d), 4096)
-    # A thread has 8 entries of each matrix.
-    BLOCK_R = max(1, 1024 // BLOCK_D)
-    return dict(BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=warps(BLOCK_R * BLOCK_D // 256))
-
-
 def check_rows(
     shape: tuple[int, int], like: Tensor, matrices: Mapping[str, tuple[Tensor | None, tuple[torch.dtype, ...]]]
 ) -> None:

@@ -2,9 +2,6 @@
 
     score (rows, d) fp32     fixed (rows, d) bool or None     V (rows, d) bool
 
-    flops = 0; about 10 comparisons an entry
-    bytes = rows d (4 + 1, + 1 with fixed)         (score and fixed read once, V written once)
-
 Exactly k entries of a row are kept; with `positive` fewer, if fewer scores are above 0. Equal scores go to the lower
 index, -0.0 equals +0.0, a fixed entry counts as +inf, and NaN is an error.
 
@@ -21,9 +18,64 @@ from torch import Tensor
 from .definitions import check_budget
 from .device import columns
 from .launch import check, check_matrix, interpreter_tile, on_device, platform, row_stride, warps
+from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
 from .topk import NAN_KEY, key_range, kth_key, load_budget, load_keys, lowest_key, take, take_of_groups
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
+
+
+def reference(
+    score: Tensor,
+    k: int | Tensor,
+    *,
+    group: int = 0,
+    fixed: Tensor | None = None,
+    positive: bool = False,
+    check_nan: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Compute the operation in plain torch, by sorting."""
+    check_budget(score.shape, k, group)
+    if check_nan and score.isnan().any():
+        raise ValueError("score: contains NaN")
+    if fixed is not None:
+        score = score.masked_fill(fixed, torch.inf)
+    units = score.reshape(-1, group) if group else score
+    # Adding +0 makes +0 of -0.
+    order = (units + 0.0).sort(dim=1, descending=True, stable=True).indices
+    rank = order.argsort(dim=1)
+    V = rank < (k.to(rank.device)[:, None] if isinstance(k, Tensor) else k)
+    if positive:
+        V &= units > 0
+    V = V.view(score.shape)
+    return V if out is None else out.copy_(V)
+
+
+def cost(score: Tensor, fixed: Tensor | None = None) -> Cost:
+    """Read the scores and `fixed`, and write V."""
+    return Cost(0, score.numel() * (score.itemsize + 1 + (fixed is not None)))
+
+
+def example(size: Size, *, group: int = 0, fixed: bool = False, positive: bool = False) -> Arguments:
+    """Make normal scores, of which 0.4 or half of each group are kept."""
+    k = group // 2 or int(0.4 * size.d)
+    # As in a solve: a check for NaN would wait for the GPU.
+    options = dict(fixed=size.mask(seed=1) if fixed else None, positive=positive, check_nan=False)
+    return dict(score=size.matrix(), k=k, group=group, **options)
+
+
+def result(arguments: Arguments, V: Tensor) -> tuple[Tensor, ...]:
+    """Find the lowest kept score of every row or group, and the number of kept scores, which ties do not change."""
+    units = (-1, arguments["group"] or V.shape[1])
+    lowest = arguments["score"].masked_fill(~V, torch.inf).view(units).amin(1)
+    return lowest, V.view(units).sum(1)
+
+
+def library(score: Tensor, k: int, *, group: int = 0, **_: object) -> Tensor:
+    """Do the operation by `torch.topk` and a scatter, except that ties go to any of the equal scores."""
+    units = score.reshape(-1, group or score.shape[1])
+    V = torch.zeros_like(units, dtype=torch.bool)
+    return V.scatter_(1, units.topk(k, dim=1).indices, True).view(score.shape)
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
@@ -57,7 +109,7 @@ def selection_options(d: int, k: int | Tensor, group: int, config: dict[str, int
     )
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(launch_metadata=metadata(cost), do_not_specialize=["k"])
 def _lmo_kernel(
     SCORE, FIXED, V, NAN, k, rows, d, padded_d,
     stride_sr, stride_sd, stride_fr, stride_fd, stride_vr, stride_vd, stride_k,
@@ -120,6 +172,14 @@ def check_selection(rows: int, d: int, k: int | Tensor, group: int, fixed: Tenso
         check("fixed", fixed, (rows, d), (torch.bool,), like)
 
 
+@operation(
+    reference, cost, example, settings={"": {}, "2:4": dict(group=4)}, result=result, tolerance=0.0, library=library,
+    launches=(
+        *(launch(HOPPER, d=d, fixed=True, positive=True) for d in (576, 8192)),
+        *(launch(ALL, d=d, fixed=True, positive=True) for d in (4096, 14336, 28672, 65536)),
+        *(launch(ALL, group=group) for group in (4, 32)),
+    ),
+)  # fmt: skip
 def lmo(
     score: Tensor,
     k: int | Tensor,

@@ -8,9 +8,6 @@
 
     W, E (rows, d)     M, R, U, target_gap (rows, d) fp32     V, fixed (rows, d) bool     diag (d,) fp32
 
-    flops = about 30 rows d, and about 10 comparisons an entry
-    bytes = rows d (size(W) + 13 + 9 + size(E), + 1 with fixed, + 4 with target_gap)    (W M R U V in, M R V E out)
-
 A row that fits one chunk stays in registers. Only its W and V are loaded twice, the second time from the cache. A
 multiprocessor of sm_90 works on two or more such rows at the same time, if they have up to 4096 columns, and strides
 that are multiples of 16 entries: while one row chooses its vertex, others are loaded and stored. Of longer rows a
@@ -33,8 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .definitions import RowState
-from .device import cast, columns, line_search, line_terms, move, vertex_score
+from .definitions import RowState, widened
+from .device import cast, columns
 from .launch import (
     FLOATS,
     check,
@@ -48,6 +45,8 @@ from .launch import (
     warps,
 )
 from .lmo import check_selection, padded_d, selection_options
+from .lmo import reference as best_vertex
+from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
 from .topk import (
     bracket,
     candidate_key,
@@ -61,6 +60,87 @@ from .topk import (
     take,
     take_of_groups,
 )
+
+
+def reference(
+    state: RowState,
+    *,
+    eta: float | Tensor | None = None,
+    theta: float | Tensor = 0.0,
+    next_theta: float | Tensor = 0.0,
+) -> None:
+    """Compute the operation in plain torch."""
+    w, M, R, U, V = widened(state.W), state.M, state.R, state.U, state.V.to(state.M.dtype)
+    q, D = w**2 * state.diag, V - M
+    if eta is None:
+        lin = (D * (-2 * w * R + theta * q * (1 - 2 * M))).sum(1)
+        quad = (w * D * (R - U)).sum(1) - theta * (q * D**2).sum(1)
+        state.eta.copy_(torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), lin + quad < 0))
+    else:
+        state.eta[:] = eta
+    M += state.eta[:, None] * D
+    R += state.eta[:, None] * (U - R)
+    state.error.copy_((w * (1 - M) * R).sum(1))
+    best_vertex(
+        scores(state, next_theta), state.k, group=state.group, fixed=state.fixed, positive=bool(next_theta < 1),
+        check_nan=False, out=state.V,
+    )  # fmt: skip
+    state.E.copy_(_removed(state))
+
+
+def scores(state: RowState, theta: float | Tensor) -> Tensor:
+    """Compute the scores among which a vertex is chosen."""
+    w = widened(state.W)
+    return 2 * w * state.R - theta * (w**2 * state.diag) * (1 - 2 * state.M)
+
+
+def _removed(state: RowState) -> Tensor:
+    E = widened(state.W).masked_fill(state.V, 0)
+    return E if state.target_gap is None else state.target_gap + E
+
+
+def cost(W: Tensor, E: Tensor, fixed: Tensor | None = None, target_gap: Tensor | None = None) -> Cost:
+    """Read W, M, R, U, V, `fixed` and the target gap, and write M, R, V, E."""
+    entry = W.itemsize + 22 + E.itemsize + (fixed is not None) + 4 * (target_gap is not None)
+    return Cost(30 * W.numel(), W.numel() * entry)
+
+
+def example(
+    size: Size, *, group: int = 0, target: bool = False, fixed: bool = False, per_row: bool = False,
+    open_loop: bool = False,
+) -> Arguments:  # fmt: skip
+    """Make the first step of a solve, from a random mask. On a GPU theta, next_theta and eta are tensors.
+
+    E is in `size.dtype`; so is W, but with `target` W is in fp32. With `per_row` every row has a budget of its own. With
+    `open_loop` eta is given, and there is no threshold.
+    """
+    W, G, k = size.matrix(dtype=torch.float32 if target else size.dtype), size.gram(), group // 2 or int(0.4 * size.d)
+    mask = best_vertex(size.matrix(seed=1), k, group=group, check_nan=False)
+    # R, U and E are set below.
+    M, (eta, error) = mask.float(), torch.zeros(2, size.rows, device=size.device)
+    state = RowState(W, G.diagonal().contiguous(), M, M, M, mask, W, k, eta, error, group)
+    state.target_gap = 0.1 * size.matrix(seed=5) if target else None
+    state.fixed = mask & size.mask(seed=2) if fixed else None
+    numbers = dict(theta=0.5, next_theta=0.6) | (dict(eta=0.3) if open_loop else {})
+    state.R = _removed(state) @ G
+    score = scores(state, numbers["theta"])
+    state.V = best_vertex(score, k, group=group, fixed=state.fixed, positive=True, check_nan=False)
+    state.E = _removed(state).to(size.dtype)
+    state.U = state.E.float() @ G
+    if not open_loop:
+        state.threshold = score.masked_fill(~state.V, torch.inf).amin(1)
+    if per_row:
+        state.k = torch.full_like(eta, k, dtype=torch.int32)
+    if size.device == "cpu":
+        return dict(state=state, **numbers)
+    return dict(state=state, **{name: torch.tensor(x, device=size.device) for name, x in numbers.items()})
+
+
+def result(arguments: Arguments, _: None) -> tuple[Tensor, ...]:
+    """Select the outputs. For the vertex stands its value, since equal scores up to rounding may swap places."""
+    state = arguments["state"]
+    value = (scores(state, arguments["next_theta"]) * state.V).sum(1)
+    return state.error, state.eta, state.M, state.R, value
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
@@ -87,6 +167,34 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
 
 
 @triton.jit
+def _move(x, target, eta):
+    """Compute x + eta (target - x)."""
+    return x + eta * (target - x)
+
+
+@triton.jit
+def _line_terms(w, q, m, r, u, v, theta):
+    """Compute the term of each entry in the sums lin and quad."""
+    D = v - m
+    WD = w * D
+    qD = theta * q * D
+    return qD * (1 - 2 * m) - 2 * WD * r, WD * (r - u) - qD * D
+
+
+@triton.jit
+def _line_search(lin, quad):
+    """Find the step size eta in [0, 1] that minimizes lin eta + quad eta^2. If quad <= 0, this is 0 or 1."""
+    inner = tl.minimum(tl.maximum(-lin / (2 * tl.where(quad > 0, quad, 1.0)), 0.0), 1.0)
+    return tl.where(quad > 0, inner, tl.where(lin + quad < 0, 1.0, 0.0))
+
+
+@triton.jit
+def _vertex_score(w, q, m, r, theta):
+    """Compute the negative gradient."""
+    return 2 * w * r - theta * q * (1 - 2 * m)
+
+
+@triton.jit
 def _load_state(W, M, R, U, V, column, valid):
     """Load one chunk of w, m, r, u, v in fp32. The pointers point at the first column of the tile's rows."""
     w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
@@ -106,11 +214,11 @@ def _diagonal(DIAG, w, column, valid_d):
 @triton.jit
 def _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d):
     """Update one chunk of M and R, and store it; return the next score and the error of each entry."""
-    m = move(m, v, step[:, None])
-    r = move(r, u, step[:, None])
+    m = _move(m, v, step[:, None])
+    r = _move(r, u, step[:, None])
     tl.store(M + column[None, :], m, mask=valid)
     tl.store(R + column[None, :], r, mask=valid)
-    score = vertex_score(w, _diagonal(DIAG, w, column, valid_d), m, r, next_theta)
+    score = _vertex_score(w, _diagonal(DIAG, w, column, valid_d), m, r, next_theta)
     if FIXED is not None:
         is_fixed = tl.load(FIXED + column[None, :], mask=valid, other=0).to(tl.int1)
         score = tl.where(is_fixed, float("inf"), score)
@@ -156,7 +264,7 @@ def _find_threshold(
     return threshold, ties_kept, tied
 
 
-@triton.jit(do_not_specialize=["k", "eta", "theta", "next_theta"])
+@triton.jit(launch_metadata=metadata(cost), do_not_specialize=["k", "eta", "theta", "next_theta"])
 def _step_kernel(
     W, DIAG, M, R, U, V, E, FIXED, TARGET_GAP, THRESHOLD, ETA, ERROR, k, eta, theta, next_theta, rows, d, padded_d,
     stride_w, stride_m, stride_r, stride_u, stride_v, stride_e, stride_f, stride_t, stride_k,
@@ -194,8 +302,8 @@ def _step_kernel(
         valid = valid_r[:, None] & valid_d[None, :]
         w, m, r, u, v = _load_state(W, M, R, U, V, column, valid)
         if LINE_SEARCH:
-            lin, quad = line_terms(w, _diagonal(DIAG, w, column, valid_d), m, r, u, v, theta)
-            step = line_search(tl.sum(lin, axis=1), tl.sum(quad, axis=1))
+            lin, quad = _line_terms(w, _diagonal(DIAG, w, column, valid_d), m, r, u, v, theta)
+            step = _line_search(tl.sum(lin, axis=1), tl.sum(quad, axis=1))
             # w and v are loaded again from the cache: without them in registers, a multiprocessor works on twice as
             # many rows. The eviction policy keeps the compiler from merging these loads with the first loads.
             w = tl.load(W + column[None, :], mask=valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -224,10 +332,10 @@ def _step_kernel(
                 column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
                 valid = valid_r[:, None] & valid_d[None, :]
                 w, m, r, u, v = _load_state(W, M, R, U, V, column, valid)
-                lin_d, quad_d = line_terms(w, _diagonal(DIAG, w, column, valid_d), m, r, u, v, theta)
+                lin_d, quad_d = _line_terms(w, _diagonal(DIAG, w, column, valid_d), m, r, u, v, theta)
                 lin += lin_d
                 quad += quad_d
-            step = line_search(tl.sum(lin, axis=1), tl.sum(quad, axis=1))
+            step = _line_search(tl.sum(lin, axis=1), tl.sum(quad, axis=1))
 
         # Pass B: the update and the next scores.
         errors = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
@@ -264,6 +372,20 @@ def _step_kernel(
                 _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
 
 
+@operation(
+    reference, cost, example, settings={"": {}, "2:4": dict(group=4), "target": dict(target=True)}, writes=("state",),
+    result=result, tolerance=1e-4,
+    launches=(
+        *(launch(HOPPER, d=d, fixed=True) for d in (576, 8192)),
+        *(launch(ALL, d=d, fixed=True) for d in (4096, 14336, 28672, 65536)),
+        *(launch(HOPPER, group=group, fixed=True) for group in (4, 32)),
+        *(launch(ALL, d=14336, group=group, fixed=True) for group in (4, 32)),
+        *(launch(HOPPER, d=d, target=True) for d in (4096, 28672)),
+        launch(HOPPER, d=4095, group=5, fixed=True),
+        launch(ALL, d=320, group=5, fixed=True, open_loop=True),
+        launch(HOPPER, per_row=True, open_loop=True),
+    ),
+)  # fmt: skip
 def row_step(
     state: RowState,
     *,

@@ -5,9 +5,6 @@
 
     W (rows, d)     G (d, d) fp32     R (rows, d) fp32     V, fixed (rows, d) bool
 
-    flops = about 30 d a swap
-    bytes = rows d (size(W) + 4 + 1) in and rows d (4 + 1) out, and for every swap 3 rows of G, 12 d
-
 A swap takes three passes over the row, which stays in the cache. The first finds the lowest a and the lowest b, the
 second finds the best partner of each, and the third updates R. With n:m one pass over whole groups replaces the first
 two. A program has one row and ends with its search, so no row waits for a longer search. Sums and state are in fp32.
@@ -19,10 +16,65 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .definitions import LEAST_GAIN
+from .definitions import LEAST_GAIN, widened
 from .device import columns
 from .launch import FLOATS, check_matrix, check_rows, interpreter_tile, on_device, platform, row_stride, warps
 from .lmo import check_selection, padded_d
+from .lmo import reference as best_vertex
+from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
+
+
+def reference(
+    W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None
+) -> None:
+    """Compute the operation in plain torch, row by row.
+
+    The search looks only at pairs that hold the lowest a or the lowest b of their row (or group).
+    """
+    never = torch.zeros_like(V) if fixed is None else fixed
+    for w, r, v, kept in zip(widened(W), R, V, never, strict=True):
+        q = w**2 * G.diagonal()
+        least = LEAST_GAIN * q[~v].sum()
+        for _ in range(limit):
+            a = (q + 2 * w * r).masked_fill(~v | kept, torch.inf)
+            b = (q - 2 * w * r).masked_fill(v, torch.inf)
+            groups = torch.arange(len(w), device=w.device).split(group or len(w))
+            change, i, p = min(_best_swap(w, G, a, b, members) for members in groups)
+            if not change < -least:
+                break
+            v[i], v[p] = False, True
+            r += w[i] * G[i] - w[p] * G[p]
+
+
+def _best_swap(w: Tensor, G: Tensor, a: Tensor, b: Tensor, members: Tensor) -> tuple[float, int, int]:
+    """Find the best swap (i, p) among the columns `members` of a row; the change of the error comes first."""
+    i, p = members[a[members].argmin()], members[b[members].argmin()]
+    # The pairs (i, any) and (any, p).
+    with_i = a[i] + b[members] - 2 * w[i] * w[members] * G[i, members]
+    with_p = a[members] + b[p] - 2 * w[members] * w[p] * G[members, p]
+    if with_p.min() < with_i.min():
+        return with_p.min().item(), int(members[with_p.argmin()]), int(p)
+    return with_i.min().item(), int(i), int(members[with_i.argmin()])
+
+
+def cost(W: Tensor, limit: int, fixed: Tensor | None = None) -> Cost:
+    """Read W, R, V and `fixed`, write R and V, and read three rows of G for each of `limit` swaps of every row."""
+    return Cost(30 * limit * W.numel(), W.numel() * (W.itemsize + 10 + (fixed is not None) + 12 * limit))
+
+
+def example(size: Size, *, group: int = 0, fixed: bool = False) -> Arguments:
+    """Start from the mask of Wanda, in which every row has enough swaps to make."""
+    W, G = size.weight(), size.gram()
+    k = group // 2 or int(0.4 * size.d)
+    V = best_vertex(W.float().abs() * G.diagonal().sqrt(), k, group=group, check_nan=False)
+    R = W.float().masked_fill(V, 0) @ G
+    return dict(W=W, G=G, R=R, V=V, limit=10, group=group, fixed=V & size.mask(seed=1) if fixed else None)
+
+
+def result(arguments: Arguments, _: None) -> tuple[Tensor, ...]:
+    """Compute the error of all masks, which hardly depends on the order of swaps that are equal up to rounding."""
+    E = widened(arguments["W"]).masked_fill(arguments["V"], 0)
+    return ((E * (E @ arguments["G"])).sum(),)
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
@@ -91,7 +143,7 @@ def _best_of_groups(change, i, p, best, best_i, best_p):
     )
 
 
-@triton.jit(do_not_specialize=["limit", "least_gain"])
+@triton.jit(launch_metadata=metadata(cost), do_not_specialize=["limit", "least_gain"])
 def _swaps_kernel(
     W, G, DIAG, R, V, FIXED, limit, least_gain, rows, d, padded_d, stride_w, stride_g, stride_r, stride_v, stride_f,
     GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -182,6 +234,15 @@ def _swaps_kernel(
         running = (made < limit) & (tl.max(active.to(tl.int32), axis=0) > 0)
 
 
+@operation(
+    reference, cost, example, settings={"": {}, "2:4": dict(group=4)}, writes=("R", "V"), result=result, tolerance=1e-3,
+    launches=(
+        launch(HOPPER, d=576, fixed=True),
+        *(launch(ALL, d=d, fixed=True) for d in (4096, 28672)),
+        launch(ALL, group=4, fixed=True),
+        *(launch(ALL, d=d, group=group) for d, group in ((14336, 32), (4095, 5))),
+    ),
+)  # fmt: skip
 def row_swaps(
     W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None
 ) -> None:

@@ -2,9 +2,6 @@
 
     X[taken] = Y[taken]         X, Y (rows, d)     taken (rows,) bool
 
-    flops = 0
-    bytes = 2 d size(X) for every taken row
-
 The operation is memory-bound. Rows that are not taken are neither read nor written, and the host does not wait for
 their number.
 """
@@ -15,10 +12,37 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import columns
-from .launch import FLOATS, check, check_matrix, check_rows, on_device, row_tile
+from .launch import FLOATS, INTERPRET, check, check_matrix, check_rows, interpreter_tile, on_device, warps
+from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
 
 
-@triton.jit
+def reference(X: Tensor, Y: Tensor, taken: Tensor) -> None:
+    """Compute the operation in plain torch."""
+    X[taken] = Y[taken]
+
+
+def cost(X: Tensor) -> Cost:
+    """Read Y and write X, as if every row were taken."""
+    return Cost(0, 2 * X.nbytes)
+
+
+def example(size: Size) -> Arguments:
+    """Take every row of a weight."""
+    taken = torch.ones(size.rows, dtype=torch.bool, device=size.device)
+    return dict(X=size.weight(), Y=size.weight(seed=1), taken=taken)
+
+
+def configuration(rows: int, d: int) -> dict[str, int]:
+    """Choose tile sizes and launch options."""
+    if INTERPRET:
+        return interpreter_tile(rows, d)
+    BLOCK_D = min(triton.next_power_of_2(d), 4096)
+    # A thread has 8 entries of each matrix.
+    BLOCK_R = max(1, 1024 // BLOCK_D)
+    return dict(BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=warps(BLOCK_R * BLOCK_D // 256))
+
+
+@triton.jit(launch_metadata=metadata(cost))
 def _take_rows_kernel(X, Y, TAKEN, rows, d, stride_x, stride_y, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     taken = tl.load(TAKEN + row, mask=row < rows, other=0).to(tl.int1)
@@ -31,6 +55,14 @@ def _take_rows_kernel(X, Y, TAKEN, rows, d, stride_x, stride_y, BLOCK_R: tl.cons
         tl.store(X + row * stride_x + column, tl.load(Y + row * stride_y + column, mask=moved), mask=moved)
 
 
+@operation(
+    reference, cost, example, writes=("X",), tolerance=0.0,
+    launches=[
+        launch(targets, d=d, dtype=dtype)
+        for d, targets in ((576, HOPPER), (4096, ALL), (28672, HOPPER))
+        for dtype in (torch.float32, torch.bool)
+    ],
+)  # fmt: skip
 def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
     """Set X[taken] = Y[taken] in place.
 
@@ -48,7 +80,7 @@ def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
         raise ValueError(f"taken: expected contiguous entries, got strides {taken.stride()}")
     if X.numel() == 0:
         return
-    config = row_tile(rows, d)
+    config = configuration(rows, d)
     with on_device(X):
         _take_rows_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
             X=X, Y=Y, TAKEN=taken, rows=rows, d=d, stride_x=X.stride(0), stride_y=Y.stride(0),
