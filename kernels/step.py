@@ -111,7 +111,7 @@ def example(
 ) -> Arguments:  # fmt: skip
     """Make the first step of a solve, from a random mask. On a GPU theta, next_theta and eta are tensors.
 
-    E is in `size.dtype`; so is W, but with `target` W is in fp32. With `per_row` every row has a budget of its own. With
+    W and E are in `size.dtype`; with `target` W is in fp32. With `per_row` every row has a budget of its own. With
     `open_loop` eta is given, and there is no threshold.
     """
     W, G, k = size.matrix(dtype=torch.float32 if target else size.dtype), size.gram(), group // 2 or int(0.4 * size.d)
