@@ -12,17 +12,17 @@ provider; `bench/measure.py` tells which there are. A name may be a unique prefi
 import argparse
 import csv
 import json
+import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-# The package of this checkout, whatever is installed, and the modules of bench/.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The modules of bench/. The package is that of the working folder, or of another commit for a worker.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import machine
@@ -117,13 +117,13 @@ def shapes_of(model: str) -> list[tuple[int, int]]:
     Raises:
         ValueError: there is no such config.
     """
-    from sparsefw.estimate.plan import describe
-
     path = HERE / "configs" / f"{model}.json"
     path = path if path.exists() else Path(model)
     if not path.is_file():
         names = ", ".join(sorted(path.stem for path in (HERE / "configs").glob("*.json")))
         raise ValueError(f"--model: no file {model!r}, and none of {names}")
+    from sparsefw.estimate.plan import describe
+
     kinds = describe(str(path)).shape.kinds
     return [*dict.fromkeys((layer.rows, layer.d) for kind in kinds for layer in kind.layers)]
 
@@ -196,17 +196,21 @@ def work() -> int:
     """Answer each line of the input by times of a call, see `base.Worker`."""
 
     @lru_cache(maxsize=1)
-    def timed(operation: str, setting: str, **size: Any) -> Any:
+    def timer(operation: str, setting: str, **size: Any) -> Callable[[], float]:
         case, watch = Case(OPERATIONS[operation], setting, size_of(**size)), Stopwatch()
-        run = functions(case.operation)["ours"]
-        watch(run, case.fresh)
-        return lambda: watch(run, case.fresh)
+        once = partial(watch, functions(case.operation)["ours"], case.fresh)
+        # The first call may compile.
+        once()
+        return once
 
     for line in sys.stdin:
         request = json.loads(line)
         rounds = request.pop("rounds")
-        once = timed(**request)
-        print(json.dumps({"seconds": [once() for _ in range(rounds)]}), flush=True)
+        try:
+            answer: dict[str, Any] = {"seconds": [timer(**request)() for _ in range(rounds)]}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
     return 0
 
 
@@ -233,11 +237,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for operation in operations:
             print(f"{operation.name:20} {operation.does}  {', '.join(filter(None, operation.settings))}".rstrip())
         return 0
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     with torch.no_grad(), ExitStack() as stack:
         if arguments.worker:
             return work()
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+            # That of a worker.
+            os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
         run: dict[str, Any] = dict(machine=machine.describe(), command=f"python -m bench {shlex.join(argv)}".strip())
         run |= dict(roofs=machine.roofs(min(1.0, arguments.seconds)), rows=[])
         for name, value in run["machine"].items():

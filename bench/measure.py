@@ -10,13 +10,12 @@ Providers:
 """
 
 import statistics
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
-from timing import DEVICE, FLUSH, GPU, Stopwatch, race
+from timing import DEVICE, GPU, Stopwatch, race
 from torch import Tensor
 
 from sparsefw.kernels import cpu, triton_ops
@@ -31,8 +30,6 @@ PRECISIONS = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 2e-3, "bf16": 2e-2}
 SUMS = 2.0**-14
 # Share of the entries of a mask that may differ.
 FLIPPED = 1e-4
-# The most copies of the inputs.
-COPIES = 32
 # A tiny shape, for the interpreter.
 TINY = Size(48, 96, tokens=100, dtype=torch.float32, device="cpu")
 
@@ -79,18 +76,9 @@ class Case:
         self.arguments = operation.example(size, **operation.settings[setting])
         self.cost = operation.cost_of(self.arguments)
 
-    @cached_property
-    def copies(self) -> deque[Arguments]:
-        """Copies of the arguments, which together fit into no cache."""
-        count = min(FLUSH // max(1, self.cost.bytes) + 1, COPIES)
-        return deque({name: converted(x) for name, x in self.arguments.items()} for _ in range(count))
-
     def fresh(self) -> Arguments:
-        """Return the copy that was used least recently, and prepare it for its next turn."""
-        copy = self.copies.popleft()
-        written = {name: self.arguments[name] for name in self.operation.writes}
-        self.copies.append(self.operation.fresh(copy | written))
-        return copy
+        """Make the arguments of a call."""
+        return self.operation.fresh(self.arguments)
 
     @cached_property
     def exact(self) -> tuple[Tensor, ...]:
@@ -101,7 +89,7 @@ class Case:
 
     def check(self, run: Callable[..., Any]) -> tuple[float | None, str | None]:
         """Call a function; returns the largest error of its result, and what is wrong with it, or None."""
-        arguments = self.operation.fresh(self.arguments)
+        arguments = self.fresh()
         try:
             results = self.operation.result(arguments, run(**arguments))
         except Exception as problem:
@@ -140,7 +128,7 @@ def measure(
         base: times a call at another commit, see `base.Worker`; None: it is not measured.
     """
     cost, runs = case.cost, functions(case.operation)
-    known = cost.unit is None or cost.unit in roofs
+    floor = cost.seconds(roofs) if cost.unit is None or cost.unit in roofs else None
     rows, timers, watches = [], dict[str, Callable[[], list[float]]](), dict[str, Stopwatch]()
     for name in [name for name in names if name in runs]:
         # The first call also compiles.
@@ -149,28 +137,33 @@ def measure(
         if not wrong:
             watches[name] = Stopwatch()
             timers[name] = partial(_once, watches[name], runs[name], case.fresh)
-    vars(case).pop("exact", None)
     if base:
-        size = {name: case.label[name] for name in ("rows", "d", "tokens", "dtype")}
-        timers["base"] = lambda: base.time(case.operation.name, case.setting, size, limit)
         rows.append(case.label | dict(provider="base", error=None, wrong=None))
-    found = race(timers, limit)
-    medians = {name: statistics.median(times) for name, times in found.items()}
+        timers["base"] = partial(base.time, **case.label, rounds=1)
+        try:
+            timers["base"]()
+        except RuntimeError as problem:
+            rows[-1]["wrong"] = f"failed: {problem}"
+            del timers["base"]
+    # Its memory is free for the calls that are timed.
+    vars(case).pop("exact", None)
+    found = {name: sorted(seconds) for name, seconds in race(timers, limit).items()}
+    medians = {name: statistics.median(seconds) for name, seconds in found.items()}
     for row in rows:
-        name, floor = row["provider"], cost.seconds(roofs) if known else None
-        median, times = medians.get(name), sorted(found.get(name, ()))
-        others = [seconds for other, seconds in medians.items() if other != name]
+        name = row["provider"]
+        own, seconds = medians.get(name), found.get(name, [])
+        others = [median for other, median in medians.items() if other != name]
         row |= dict(
-            seconds=median,
-            low=times[len(times) // 5] if median else None,
-            high=times[-1 - len(times) // 5] if median else None,
-            rounds=len(times),
+            seconds=own,
+            low=own and seconds[len(seconds) // 5],
+            high=own and seconds[-1 - len(seconds) // 5],
+            rounds=len(seconds),
             late=watches[name].late if name in watches else 0,
             flops=cost.flops,
             bytes=cost.bytes,
             unit=cost.unit,
-            share=floor / median if median and floor is not None else None,
-            speedup=min(others) / median if median and others else None,
+            share=own and floor and floor / own,
+            speedup=min(others) / own if own and others else None,
         )
     return rows
 

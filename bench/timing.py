@@ -1,8 +1,8 @@
-"""Time calls. On a GPU the times hold no time of the host.
+"""Time calls whose operands are not in the cache. On a GPU the times hold no time of the host.
 
 A launch costs the host tens of microseconds of Python. A GPU that is idle by then waits for it, and the wait would
-count as the kernel's time. So the GPU first sleeps while the host prepares the launches of a round. Before that, a fill
-drives the operands out of the cache.
+count as the kernel's time. So the GPU first sleeps while the host prepares the launches of a call. Before that, a pass
+over a large buffer drives the operands out of the cache, that of a CPU, too.
 """
 
 import os
@@ -25,9 +25,9 @@ if not GPU:
     # Before triton is imported. Without a GPU its kernels run in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Bytes that are more than any cache: a GPU fills them before every round, and on a CPU copies of inputs take as many.
+# Bytes of the buffer: more than any cache.
 FLUSH = 384 << 20
-# Cycles that the GPU sleeps before a round, about a millisecond; and the most, if the host takes longer.
+# Cycles that the GPU sleeps before a call, about a millisecond; and the most, if the host takes longer.
 CYCLES, MOST_CYCLES = 2_000_000, 256_000_000
 
 # A mean is steady once its standard error is at most STEADY of it, after at least LEAST rounds.
@@ -53,13 +53,13 @@ class Moment:
 
 @cache
 def _flushed(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+    return torch.zeros(size // 4, device=DEVICE)
 
 
 def keep_busy(cycles: int = CYCLES) -> None:
-    """Drive everything out of the GPU's cache, then let it sleep while the host prepares launches."""
+    """Drive everything out of the cache, then let the GPU sleep while the host prepares launches."""
+    _flushed(FLUSH).zero_()
     if GPU:
-        _flushed(FLUSH).zero_()
         torch.cuda._sleep(cycles)
 
 
@@ -79,6 +79,7 @@ class Stopwatch:
         """Return the seconds of run(**setup()); `setup` makes fresh arguments, untimed."""
         if not GPU:
             arguments = setup()
+            keep_busy()
             started = perf_counter()
             run(**arguments)
             return perf_counter() - started
@@ -109,7 +110,8 @@ def steady(seconds: list[float]) -> bool:
 def race(timers: Mapping[str, Callable[[], list[float]]], limit: float) -> dict[str, list[float]]:
     """Let all timers take turns, until each mean is steady.
 
-    Another one begins each round, so that none always runs after the same other one.
+    Another one begins each round, so that none always runs after the same other one. A turn has several calls if they
+    are short, so that a slow rival leaves time for others.
 
     Args:
         timers: functions that time some calls, by name.
@@ -122,7 +124,11 @@ def race(timers: Mapping[str, Callable[[], list[float]]], limit: float) -> dict[
     order, end = [*timers], perf_counter() + limit
     while not all(map(steady, found.values())):
         for name in order:
-            found[name] += timers[name]()
+            turn = perf_counter() + limit / 25
+            for _ in range(LEAST):
+                found[name] += timers[name]()
+                if perf_counter() >= turn:
+                    break
         order.append(order.pop(0))
         if perf_counter() >= end:
             break
