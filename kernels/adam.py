@@ -41,17 +41,12 @@ def cost(W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor) -> Cost:
 
 
 def example(size: Size, *, index: torch.dtype = torch.int32) -> Arguments:
-    """Make the third step of two of five entries of a weight, with an index of this dtype."""
-    kept = size.rows * int(0.4 * size.d)
+    """Make the third step of two of five entries of a weight."""
     W, gradient = (size.weight(seed=seed).flatten() for seed in range(2))
-    place = torch.arange(kept, dtype=index, device=size.device) * 5 // 2
-    m, v = 0.1 * size.normal(kept, seed=2), size.normal(kept, seed=3).square()
-    return dict(W=W, gradient=gradient, index=place, weight=W[place.long()].float(), m=m, v=v, rate=0.01, step=3)
-
-
-def result(arguments: Arguments, _: None) -> tuple[Tensor, ...]:
-    """Select what is not rounded to the dtype of W."""
-    return tuple(arguments[name] for name in ("weight", "m", "v"))
+    place = torch.arange(size.rows * int(0.4 * size.d), dtype=index, device=size.device) * 5 // 2
+    weight = W[place.long()].float()
+    means = dict(m=0.1 * weight, v=weight.square())
+    return dict(W=W, gradient=gradient, index=place, weight=weight, **means, rate=0.01, step=3)
 
 
 @triton.jit(launch_metadata=metadata(cost))
@@ -73,12 +68,12 @@ def _adam_kernel(
     tl.store(W + place, cast(w, W.dtype.element_ty), mask=valid)
 
 
-# On a GPU `steps.adam_step` is torch's fused step between a gather and a scatter.
+# `steps.adam_step` is torch's fused step between a gather and a scatter. The result has no rounded W.
 @operation(
-    reference, cost, example, writes=("W", "weight", "m", "v"), result=result, library=steps.adam_step,
+    reference, cost, example, writes=("W", "weight", "m", "v"), library=steps.adam_step,
+    result=lambda arguments, _: tuple(arguments[name] for name in ("weight", "m", "v")),
     launches=(
-        launch(ALL),
-        *(launch(HOPPER, dtype=dtype) for dtype in (torch.float16, torch.float32)),
+        launch(ALL), launch(HOPPER, dtype=torch.float16), launch(HOPPER, dtype=torch.float32),
         launch(ALL, index=torch.int64),
     ),
 )  # fmt: skip

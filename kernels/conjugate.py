@@ -38,9 +38,10 @@ def reference(
     last: bool = False,
 ) -> None:
     """Compute the operation in plain torch."""
-    p, before = P.to(Z.dtype), rz.clone()
+    before, p, pu = rz.clone(), P.to(Z.dtype), (P * U).sum(1)
     if not first:
-        a = ratio(before, (p * U).sum(1)).masked_fill(before <= enough, 0)[:, None]
+        # A ratio is 0 where its denominator is not positive, since such a row has converged.
+        a = torch.where((pu > 0) & (before > enough), before / pu, 0)[:, None]
         Z += a * p
         R -= a * U
     if last:
@@ -52,12 +53,7 @@ def reference(
         P.copy_(z)
         enough.copy_(CONVERGED * rz)
     else:
-        P.copy_(z + ratio(rz, before)[:, None] * p)
-
-
-def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Divide. The result is 0 where the denominator is not positive, since such a row has converged."""
-    return torch.where(denominator > 0, numerator / denominator, 0)
+        P.copy_(z + torch.where(before > 0, rz / before, 0)[:, None] * p)
 
 
 def cost(Z: Tensor, P: Tensor, mask: Tensor | None = None, first: bool = False, last: bool = False) -> Cost:
@@ -65,15 +61,13 @@ def cost(Z: Tensor, P: Tensor, mask: Tensor | None = None, first: bool = False, 
 
     The first call reads R and the mask, and writes P. The last call neither reads the mask nor writes P.
     """
-    move = 0 if first else P.itemsize + 4 * Z.itemsize
-    turn = 0 if last else P.itemsize + (mask is not None)
-    return Cost(6 * Z.numel() * (2 - first - last), Z.numel() * (Z.itemsize + move + turn))
+    parts, read = 2 - first - last, mask is not None and not last
+    return Cost(6 * parts * Z.numel(), Z.numel() * (Z.itemsize * (1 if first else 5) + parts * P.itemsize + read))
 
 
 def example(size: Size, *, masked: bool = True, **place: bool) -> Arguments:
-    """Make the middle of a descent, or with `first` or `last` its first or last call. P has the dtype of `size`."""
-    G, P = size.gram(), size.weight(seed=2)
-    Z, R = (size.matrix(seed=seed) for seed in range(2))
+    """Make the middle of a descent, or with `first` or `last` its first or last call. P is in `size.dtype`."""
+    Z, R, P, G = size.matrix(), size.matrix(seed=1), size.weight(seed=2), size.gram()
     mask, inverse = size.mask(seed=3) if masked else None, 1 / G.diagonal()
     rz = (R.square() * inverse).sum(1)
     return dict(Z=Z, R=R, P=P, U=P.float() @ G, rz=rz, enough=CONVERGED * rz, inverse=inverse, mask=mask, **place)
@@ -206,13 +200,11 @@ def _conjugate_kernel(
 @operation(
     reference, cost, example, writes=("Z", "R", "P", "rz", "enough"), tolerance=2.0**-8,
     launches=(
-        *(launch(NVIDIA, d=d) for d in (576, 1536)),
-        launch(HOPPER, d=8192),
-        *(launch(ALL, d=d) for d in (4096, 28672)),
+        launch(NVIDIA, d=576), launch(NVIDIA, d=1536), launch(HOPPER, d=8192), launch(ALL), launch(ALL, d=28672),
         *(launch(HOPPER, d=d, first=True) for d in (4096, 28672)),
         *(launch(HOPPER, d=d, last=True) for d in (4096, 28672)),
-        launch(HOPPER, masked=False),
         *(launch(HOPPER, d=d, dtype=torch.float32) for d in (4096, 28672)),
+        launch(HOPPER, masked=False),
     ),
 )  # fmt: skip
 def conjugate_step(

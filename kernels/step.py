@@ -25,6 +25,8 @@ The search for the k-th key starts from the threshold that the previous step of 
 holds it, in 4 bytes a row. Equal scores go to the lower index. Sums and state are in fp32.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -47,6 +49,7 @@ from .launch import (
 from .lmo import check_selection, padded_d, selection_options
 from .lmo import reference as best_vertex
 from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
+from .plain import removed
 from .topk import (
     bracket,
     candidate_key,
@@ -70,14 +73,13 @@ def reference(
     next_theta: float | Tensor = 0.0,
 ) -> None:
     """Compute the operation in plain torch."""
-    w, M, R, U, V = widened(state.W), state.M, state.R, state.U, state.V.to(state.M.dtype)
-    q, D = w**2 * state.diag, V - M
+    w, M, R, U = widened(state.W), state.M, state.R, state.U
+    q, D = w**2 * state.diag, state.V.float() - M
     if eta is None:
         lin = (D * (-2 * w * R + theta * q * (1 - 2 * M))).sum(1)
         quad = (w * D * (R - U)).sum(1) - theta * (q * D**2).sum(1)
-        state.eta.copy_(torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), lin + quad < 0))
-    else:
-        state.eta[:] = eta
+        eta = torch.where(quad > 0, (-lin / (2 * quad)).clamp(0, 1), lin + quad < 0)
+    state.eta[:] = eta
     M += state.eta[:, None] * D
     R += state.eta[:, None] * (U - R)
     state.error.copy_((w * (1 - M) * R).sum(1))
@@ -85,18 +87,13 @@ def reference(
         scores(state, next_theta), state.k, group=state.group, fixed=state.fixed, positive=bool(next_theta < 1),
         check_nan=False, out=state.V,
     )  # fmt: skip
-    state.E.copy_(_removed(state))
+    removed(w, state.V, state.target_gap, out=state.E)
 
 
 def scores(state: RowState, theta: float | Tensor) -> Tensor:
     """Compute the scores among which a vertex is chosen."""
     w = widened(state.W)
     return 2 * w * state.R - theta * (w**2 * state.diag) * (1 - 2 * state.M)
-
-
-def _removed(state: RowState) -> Tensor:
-    E = widened(state.W).masked_fill(state.V, 0)
-    return E if state.target_gap is None else state.target_gap + E
 
 
 def cost(W: Tensor, E: Tensor, fixed: Tensor | None = None, target_gap: Tensor | None = None) -> Cost:
@@ -106,34 +103,34 @@ def cost(W: Tensor, E: Tensor, fixed: Tensor | None = None, target_gap: Tensor |
 
 
 def example(
-    size: Size, *, group: int = 0, target: bool = False, fixed: bool = False, per_row: bool = False,
-    open_loop: bool = False,
-) -> Arguments:  # fmt: skip
+    size: Size, *, group: int = 0, target: bool = False, fixed: bool = False, open_loop: bool = False
+) -> Arguments:
     """Make the first step of a solve, from a random mask. On a GPU theta, next_theta and eta are tensors.
 
-    W and E are in `size.dtype`; with `target` W is in fp32. With `per_row` every row has a budget of its own. With
-    `open_loop` eta is given, and there is no threshold.
+    W and E are in `size.dtype`; with `target` W is in fp32. With `open_loop` eta is given, there is no threshold, and a
+    row without groups has a budget of its own.
     """
-    W, G, k = size.matrix(dtype=torch.float32 if target else size.dtype), size.gram(), group // 2 or int(0.4 * size.d)
+    W, G = size.matrix(dtype=torch.float32 if target else size.dtype), size.gram()
+    k: Any = group // 2 or int(0.4 * size.d)
+    eta, error = torch.zeros(2, size.rows, device=size.device)
+    if open_loop and not group:
+        k = torch.full_like(eta, k, dtype=torch.int32)
     mask = best_vertex(size.matrix(seed=1), k, group=group, check_nan=False)
-    # R, U and E are set below.
-    M, (eta, error) = mask.float(), torch.zeros(2, size.rows, device=size.device)
-    state = RowState(W, G.diagonal().contiguous(), M, M, M, mask, W, k, eta, error, group)
-    state.target_gap = 0.1 * size.matrix(seed=5) if target else None
-    state.fixed = mask & size.mask(seed=2) if fixed else None
-    numbers = dict(theta=0.5, next_theta=0.6) | (dict(eta=0.3) if open_loop else {})
-    state.R = _removed(state) @ G
+    gap = 0.1 * size.matrix(seed=2) if target else None
+    R = removed(W, mask, gap).float() @ G
+    # V, E and U are set below.
+    state = RowState(W, G.diagonal().contiguous(), mask.float(), R, R, mask, W, k, eta, error, group)
+    state.fixed, state.target_gap = mask & size.mask(seed=3) if fixed else None, gap
+    numbers: Arguments = dict(theta=0.5, next_theta=0.6) | (dict(eta=0.3) if open_loop else {})
     score = scores(state, numbers["theta"])
     state.V = best_vertex(score, k, group=group, fixed=state.fixed, positive=True, check_nan=False)
-    state.E = _removed(state).to(size.dtype)
+    state.E = removed(W, state.V, gap).to(size.dtype)
     state.U = state.E.float() @ G
     if not open_loop:
         state.threshold = score.masked_fill(~state.V, torch.inf).amin(1)
-    if per_row:
-        state.k = torch.full_like(eta, k, dtype=torch.int32)
-    if size.device == "cpu":
-        return dict(state=state, **numbers)
-    return dict(state=state, **{name: torch.tensor(x, device=size.device) for name, x in numbers.items()})
+    if size.device != "cpu":
+        numbers = {name: torch.tensor(x, device=size.device) for name, x in numbers.items()}
+    return dict(state=state, **numbers)
 
 
 def result(arguments: Arguments, _: None) -> tuple[Tensor, ...]:
@@ -383,7 +380,7 @@ def _step_kernel(
         *(launch(HOPPER, d=d, target=True) for d in (4096, 28672)),
         launch(HOPPER, d=4095, group=5, fixed=True),
         launch(ALL, d=320, group=5, fixed=True, open_loop=True),
-        launch(HOPPER, per_row=True, open_loop=True),
+        launch(HOPPER, open_loop=True),
     ),
 )  # fmt: skip
 def row_step(

@@ -27,34 +27,29 @@ from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, ope
 def reference(
     W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None
 ) -> None:
-    """Compute the operation in plain torch, row by row.
+    """Compute the operation in plain torch.
 
     The search looks only at pairs that hold the lowest a or the lowest b of their row (or group).
     """
-    never = torch.zeros_like(V) if fixed is None else fixed
-    for w, r, v, kept in zip(widened(W), R, V, never, strict=True):
-        q = w**2 * G.diagonal()
-        least = LEAST_GAIN * q[~v].sum()
-        for _ in range(limit):
-            a = (q + 2 * w * r).masked_fill(~v | kept, torch.inf)
-            b = (q - 2 * w * r).masked_fill(v, torch.inf)
-            groups = torch.arange(len(w), device=w.device).split(group or len(w))
-            change, i, p = min(_best_swap(w, G, a, b, members) for members in groups)
-            if not change < -least:
-                break
-            v[i], v[p] = False, True
-            r += w[i] * G[i] - w[p] * G[p]
+    w, size, column = widened(W), group or W.shape[1], torch.arange(W.shape[1], device=W.device)
+    q = w**2 * G.diagonal()
+    least = LEAST_GAIN * (q * ~V).sum(1, keepdim=True)
 
+    def best_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # For every y, the column of the lowest x of its group.
+        lowest = x.view(len(x), -1, size).argmin(2).repeat_interleave(size, 1) + column // size * size
+        changes = x.gather(1, lowest) + y - 2 * w.gather(1, lowest) * w * G[lowest, column]
+        change, at = changes.min(1, keepdim=True)
+        return change, lowest.gather(1, at), at
 
-def _best_swap(w: Tensor, G: Tensor, a: Tensor, b: Tensor, members: Tensor) -> tuple[float, int, int]:
-    """Find the best swap (i, p) among the columns `members` of a row; the change of the error comes first."""
-    i, p = members[a[members].argmin()], members[b[members].argmin()]
-    # The pairs (i, any) and (any, p).
-    with_i = a[i] + b[members] - 2 * w[i] * w[members] * G[i, members]
-    with_p = a[members] + b[p] - 2 * w[members] * w[p] * G[members, p]
-    if with_p.min() < with_i.min():
-        return with_p.min().item(), int(members[with_p.argmin()]), int(p)
-    return with_i.min().item(), int(i), int(members[with_i.argmin()])
+    for _ in range(limit):
+        a = (q + 2 * w * R).masked_fill(~V if fixed is None else ~V | fixed, torch.inf)
+        b = (q - 2 * w * R).masked_fill(V, torch.inf)
+        (change, i, p), (change_b, p_b, i_b) = best_pair(a, b), best_pair(b, a)
+        i, p = torch.where(change_b < change, i_b, i), torch.where(change_b < change, p_b, p)
+        made = torch.minimum(change, change_b) < -least
+        V.scatter_(1, i, V.gather(1, i) & ~made).scatter_(1, p, V.gather(1, p) | made)
+        R += made * (w.gather(1, i) * G[i[:, 0]] - w.gather(1, p) * G[p[:, 0]])
 
 
 def cost(W: Tensor, limit: int, fixed: Tensor | None = None) -> Cost:
@@ -69,12 +64,6 @@ def example(size: Size, *, group: int = 0, fixed: bool = False) -> Arguments:
     V = best_vertex(W.float().abs() * G.diagonal().sqrt(), k, group=group, check_nan=False)
     R = W.float().masked_fill(V, 0) @ G
     return dict(W=W, G=G, R=R, V=V, limit=10, group=group, fixed=V & size.mask(seed=1) if fixed else None)
-
-
-def result(arguments: Arguments, _: None) -> tuple[Tensor, ...]:
-    """Compute the error of all masks, which hardly depends on the order of swaps that are equal up to rounding."""
-    E = widened(arguments["W"]).masked_fill(arguments["V"], 0)
-    return ((E * (E @ arguments["G"])).sum(),)
 
 
 def configuration(rows: int, d: int, group: int) -> dict[str, int]:
@@ -235,7 +224,9 @@ def _swaps_kernel(
 
 
 @operation(
-    reference, cost, example, settings={"": {}, "2:4": dict(group=4)}, writes=("R", "V"), result=result, tolerance=1e-3,
+    reference, cost, example, settings={"": {}, "2:4": dict(group=4)}, writes=("R", "V"), tolerance=1e-3,
+    # The error of all masks hardly depends on the order of swaps that are equal up to rounding.
+    result=lambda arguments, _: ((arguments["W"] * ~arguments["V"] * arguments["R"]).sum(),),
     launches=(
         launch(HOPPER, d=576, fixed=True),
         *(launch(ALL, d=d, fixed=True) for d in (4096, 28672)),

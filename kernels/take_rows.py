@@ -28,8 +28,8 @@ def cost(X: Tensor) -> Cost:
 
 def example(size: Size) -> Arguments:
     """Take every row of a weight."""
-    taken = torch.ones(size.rows, dtype=torch.bool, device=size.device)
-    return dict(X=size.weight(), Y=size.weight(seed=1), taken=taken)
+    X = size.weight()
+    return dict(X=X, Y=size.weight(seed=1), taken=torch.ones_like(X[:, 0], dtype=torch.bool))
 
 
 def configuration(rows: int, d: int) -> dict[str, int]:
