@@ -2,9 +2,6 @@
 
     D (tokens, rows), X (tokens, d), both bf16 or both fp16     S (rows, d) fp32
 
-    flops = 2 tokens rows d                                (triangle: tokens d (d + 1))
-    bytes = 2 tokens (rows + d) + 8 rows d                 (triangle: 2 tokens d + 4 d (d + 1))
-
 The kernel runs on sm_90 and later. It launches a program on each multiprocessor, and each program computes several
 tiles. Bulk copies through tensor descriptors load both operands to shared memory, and tensor cores read the operands
 transposed from there. So no thread computes an address or moves an operand. Bulk copies also add each finished tile to
@@ -26,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .device import INTERPRET, dot, grouped_tile, quarters, triangle_tile
 from .launch import describable, multiprocessors, platform, triangle_tiles
+from .operation import Cost, metadata
 from .product import DESCRIPTORS, TRITON_DTYPES
 
 # Dtypes that tensor cores can read transposed from shared memory.
@@ -38,8 +36,21 @@ TILES = (
     (5, dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=16, num_warps=8, num_stages=6)),
 )
 
+# Largest error of a sum, relative to the largest sum. Tensor cores cut off low bits, and a library may sum in parts, so
+# that over 16,384 tokens the error is larger than that of rounding alone.
+SUM_ERROR = 2.0**-14
+
 # With fewer tiles of 128 x 128 than this, the smaller tiles of gram.py and cross.py fill a GPU better.
 ENOUGH = 128
+
+
+def cost(S: Tensor, X: Tensor, precision: str = "ieee", triangle: bool = False) -> Cost:
+    """Read D and X; read and write S, or its lower triangle. D has the dtype of X."""
+    (tokens, d), rows = X.shape, len(S)
+    unit = "bf16" if X.itemsize == 2 else precision
+    if triangle:
+        return Cost(tokens * d * (d + 1), X.nbytes + 4 * d * (d + 1), unit)
+    return Cost(2 * tokens * rows * d, tokens * (rows + d) * X.itemsize + 8 * rows * d, unit)
 
 
 def tile_count(rows: int, d: int, triangle: bool, block_m: int, block_n: int) -> int:
@@ -73,7 +84,7 @@ def _add(S, first_m, first_n, tile):
         S.atomic_add([first_m, first_n], tile)
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["tiles"], launch_metadata=metadata(cost))
 def _accumulate_kernel(
     S, D, X, tokens, rows, d, tiles,
     TRIANGLE: tl.constexpr, DTYPE: tl.constexpr, GROUP_M: tl.constexpr,

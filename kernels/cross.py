@@ -2,9 +2,6 @@
 
     D (tokens, rows), X (tokens, d) fp32 / bf16 / fp16, of the same dtype     B (rows, d) fp32
 
-    flops = 2 tokens rows d
-    bytes = tokens (rows + d) size(X) + 8 rows d           (D and X read once; B read and written)
-
 One program adds to an entry of B, once, so every run gives the same bits. Products of bf16 and fp16 inputs are exact;
 fp32 inputs are rounded to `precision`. Sums are accumulated in fp32.
 """
@@ -14,10 +11,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .accumulate import accumulate, suits
+from .accumulate import SUM_ERROR, accumulate, suits
+from .accumulate import cost as cost_of_sum
+from .definitions import round_operand
 from .device import dot, grouped_tile
 from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform, vectorized
-from .product import TRITON_DTYPES
+from .operation import ALL, BULK, HOPPER, NVIDIA, Arguments, Cost, Size, launch, metadata, operation
+from .product import TRITON_DTYPES, library
+
+
+def reference(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
+    """Compute the operation in plain torch."""
+    return B.add_(round_operand(D, precision).T @ round_operand(X, precision))
+
+
+def cost(B: Tensor, X: Tensor, precision: str = "ieee") -> Cost:
+    """Read D and X, and read and write B. D is not named, since a kernel has another argument d."""
+    return cost_of_sum(B, X, precision)
+
+
+def example(size: Size, *, precision: str = "ieee") -> Arguments:
+    """Make inputs, and the sum of earlier ones."""
+    D, X = (size.normal(size.tokens, n, dtype=size.dtype, seed=n) for n in (size.rows, size.d))
+    return dict(B=size.matrix(), D=D, X=X, precision=precision)
 
 
 def configuration(rows: int, d: int, size: int, vectors: bool) -> dict[str, int]:
@@ -40,7 +56,7 @@ def configuration(rows: int, d: int, size: int, vectors: bool) -> dict[str, int]
     return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=stages)
 
 
-@triton.jit
+@triton.jit(launch_metadata=metadata(cost))
 def _cross_kernel(
     B, D, X, tokens, rows, d, stride_br, stride_bd, stride_dt, stride_dr, stride_xt, stride_xd,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
@@ -72,6 +88,19 @@ def _cross_kernel(
     tl.store(b_ptrs, tl.load(b_ptrs, mask=valid, other=0.0) + acc, mask=valid)
 
 
+@operation(
+    reference, cost, example, writes=("B",), tolerance=SUM_ERROR,
+    library=lambda B, D, X, precision: library(D, X, precision=precision, out=B, transposed=True),
+    launches=(
+        launch(ALL),
+        launch(HOPPER, 1536, 576),
+        launch(HOPPER, 8192, 28672, dtype=torch.float16),
+        # Rows are not aligned for bulk copies.
+        launch(BULK, 4100, 4100),
+        launch(NVIDIA, dtype=torch.float32, precision="tf32"),
+        launch(NVIDIA, 576, 576, dtype=torch.float32),
+    ),
+)  # fmt: skip
 def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
     """Add D^T X to B in place.
 

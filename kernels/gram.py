@@ -2,9 +2,6 @@
 
     X (tokens, d) fp32 / bf16 / fp16     G (d, d) fp32
 
-    flops = tokens d (d + 1)                       (half of the full square)
-    bytes = tokens d size(X) + 4 d (d + 1)         (X read once; one triangle of G read and written)
-
 Entries above the diagonal are undefined until `mirror_lower` overwrites them, after the last of many calls. A copy of
 the triangle in each call would double the bytes of G.
 
@@ -17,10 +14,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .accumulate import accumulate, suits
+from .accumulate import SUM_ERROR, accumulate, suits
+from .accumulate import cost as cost_of_sum
+from .definitions import round_operand
 from .device import dot, triangle_tile
 from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform, triangle_tiles, vectorized
-from .product import TRITON_DTYPES
+from .operation import ALL, BULK, HOPPER, NVIDIA, Arguments, Cost, Size, launch, metadata, operation
+from .product import TRITON_DTYPES, library
+
+
+def reference(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
+    """Compute the operation in plain torch, and the upper triangle of the product as well."""
+    X = round_operand(X, precision)
+    return G.add_(X.T @ X)
+
+
+def cost(G: Tensor, X: Tensor, precision: str = "ieee") -> Cost:
+    """Compute half of the full square: read X, and read and write a triangle of G."""
+    return cost_of_sum(G, X, precision, triangle=True)
+
+
+def example(size: Size, *, precision: str = "ieee") -> Arguments:
+    """Make inputs, and the sum of earlier ones."""
+    return dict(G=size.gram(), X=size.normal(size.tokens, size.d, dtype=size.dtype), precision=precision)
 
 
 def configuration(d: int, size: int, vectors: bool) -> dict[str, int]:
@@ -43,7 +59,7 @@ def configuration(d: int, size: int, vectors: bool) -> dict[str, int]:
     return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=3)
 
 
-@triton.jit
+@triton.jit(launch_metadata=metadata(cost))
 def _gram_kernel(
     G, X, tokens, d, stride_gr, stride_gd, stride_xt, stride_xd,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
@@ -76,6 +92,19 @@ def _gram_kernel(
     tl.store(g_ptrs, tl.load(g_ptrs, mask=valid, other=0.0) + acc, mask=valid)
 
 
+@operation(
+    reference, cost, example, writes=("G",), result=lambda _, G: (G.tril(),), tolerance=SUM_ERROR,
+    library=lambda G, X, precision: library(X, X, precision=precision, out=G, transposed=True),
+    launches=(
+        launch(ALL),
+        launch(HOPPER, d=576),
+        launch(BULK, d=14336),
+        launch(HOPPER, d=28672, dtype=torch.float16),
+        # Rows are not aligned for bulk copies.
+        launch(BULK, d=4100),
+        launch(NVIDIA, dtype=torch.float32, precision="tf32"),
+    ),
+)  # fmt: skip
 def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
     """Add X^T X to the lower triangle of G in place.
 

@@ -1,9 +1,10 @@
-"""packed_product, unpack: multiply by packed matrices, and expand them, on a GPU; `cpu/packed.py` has the formulas.
+"""packed_product, unpack: multiply by packed matrices, and expand them.
+
+    y = x W^T      W[r, c] = values[starts[r] + rank] if bit c % 8 of mask[r, c / 8] is set, else 0
+                   rank = the number of bits set before c in row r
+                   without `starts` row r begins at r k
 
     values (rows, k) or (n,)      mask (rows, ceil(cols / 8)) uint8      x (batch, cols)      y (batch, rows)
-
-    flops = 2 batch rows cols
-    bytes = rows (k size(values) + cols / 8) + batch (cols + rows) size(x)
 
 A program expands some rows of W from left to right, tile by tile. It counts the set bits in each word of the mask. The
 running sum of these counts says where the word's weights begin in the values. A thread expands the 8 weights of a byte
@@ -22,15 +23,18 @@ weight, and an H100 issues 26 in the time of the bytes. None of this has run on 
 """
 
 import threading
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from .cpu.packed import MOST, unpacked_product
+from .cpu.packed import MOST, kept_bits, unpacked_product
 from .device import cast, dot
 from .launch import FLOATS, check, check_matrix, on_device, platform, warps
+from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
 
 # Lock for the launches of `unpack`, which transformers calls in several threads when it loads a checkpoint. Launches in
 # several threads may fail: Triton 3.6 to 3.9 gives other threads a kernel's launcher before its module is loaded, and
@@ -39,6 +43,58 @@ LAUNCH = threading.Lock()
 
 # Number of parts of a tile's columns. Each part has separate sums, so that all warps share the products of 16 rows.
 SPLIT = 4
+
+
+def reference_unpacked(
+    values: Tensor, mask: Tensor, starts: Tensor | None = None, *, cols: int, first: int = 0, last: int | None = None
+) -> Tensor:
+    """Compute `unpack` in plain torch. The values follow one another, with or without `starts`."""
+    W = values.new_zeros(len(mask), cols).masked_scatter_(kept_bits(mask, cols), values)
+    return W[first:last]
+
+
+def reference(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Compute `packed_product` in plain torch."""
+    return F.linear(x, reference_unpacked(values, mask, cols=x.shape[1]).to(x.dtype))
+
+
+def cost_unpacked(values: Tensor, mask: Tensor, cols: int, first: int = 0, last: int | None = None) -> Cost:
+    """Read the packed rows, and write them with their zeros."""
+    rows = len(mask)
+    whole = values.nbytes + mask.nbytes + rows * cols * values.itemsize
+    return Cost(0, whole * ((rows if last is None else last) - first) // rows)
+
+
+def cost(x: Tensor, values: Tensor, mask: Tensor) -> Cost:
+    """Read the matrix and x, and write y. Products with zeros count as flops."""
+    (batch, cols), rows = x.shape, len(mask)
+    unit = "bf16" if x.dtype == values.dtype != torch.float32 else "ieee"
+    return Cost(2 * batch * rows * cols, values.nbytes + mask.nbytes + batch * (rows + cols) * x.itemsize, unit)
+
+
+def _example(size: Size, *, starts: bool = False) -> Arguments:
+    """Make a matrix of which two of five weights are packed."""
+    rows, k = size.rows, 2 * size.d // 5
+    kept = size.matrix(seed=1).argsort(1).argsort(1) < k
+    bits = F.pad(kept, (0, -size.d % 8)).view(rows, -1, 8) * 2 ** torch.arange(8, device=size.device)
+    matrix = dict(values=size.normal(rows, k, dtype=size.dtype), mask=bits.sum(-1).to(torch.uint8))
+    if starts:
+        matrix |= dict(values=matrix["values"].flatten(), starts=k * torch.arange(rows + 1, device=size.device))
+    return matrix
+
+
+def example(size: Size, *, batch: int = 1, starts: bool = False) -> Arguments:
+    """Make a packed matrix, and `batch` rows of x."""
+    return dict(x=size.normal(batch, size.d, dtype=size.dtype, seed=2)) | _example(size, starts=starts)
+
+
+# Only the first call expands a matrix, so that later calls are timed without it.
+_dense = lru_cache(maxsize=1)(reference_unpacked)
+
+
+def library(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Multiply by the matrix with its zeros."""
+    return F.linear(x, _dense(values, mask, starts, cols=x.shape[1]))
 
 
 @triton.jit
@@ -102,7 +158,7 @@ def _tile(
     return tl.reshape(tl.join(even, odd), (BLOCK_R, BLOCK_D)), place + tl.sum(count, axis=1)
 
 
-@triton.jit
+@triton.jit(launch_metadata=metadata(cost_unpacked))
 def _unpack_kernel(
     VALUES, MASK, STARTS, W, cols, k, words, first, last,
     BITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -116,7 +172,7 @@ def _unpack_kernel(
         tl.store(out + column, w, mask=valid[:, None] & (column < cols)[None, :])
 
 
-@triton.jit
+@triton.jit(launch_metadata=metadata(cost))
 def _product_kernel(
     X, VALUES, MASK, STARTS, Y, batch, rows, cols, k, words,
     DTYPE: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr,
@@ -170,6 +226,15 @@ def configuration(size: int, batch: int = 0) -> dict[str, int]:
     return dict(BLOCK_R=BLOCK_R, BLOCK_D=1024 // size // (BLOCK_R // 16), num_warps=warps(4))
 
 
+@operation(
+    reference_unpacked, cost_unpacked, lambda size: _example(size) | dict(cols=size.d), tolerance=0.0,
+    launches=(
+        launch(ALL, d=8192),
+        launch(ALL, dtype=torch.float32),
+        # Words of 8 columns.
+        launch(HOPPER, d=4104),
+    ),
+)  # fmt: skip
 def unpack(
     values: Tensor, mask: Tensor, starts: Tensor | None = None, *, cols: int, first: int = 0, last: int | None = None
 ) -> Tensor:
@@ -199,6 +264,20 @@ def unpack(
     return out
 
 
+@operation(
+    reference, cost, example, settings={f"batch {n}": dict(batch=n) for n in (1, 4, 16)}, tolerance=1e-2,
+    library=library,
+    launches=(
+        launch(ALL, d=8192),
+        launch(ALL, d=8192, batch=16),
+        launch(HOPPER, d=28672, dtype=torch.float16, batch=16),
+        launch(ALL, batch=8, starts=True),
+        launch(ALL, dtype=torch.float32),
+        launch(ALL, dtype=torch.float32, batch=16),
+        # Words of 8 columns.
+        launch(HOPPER, d=4104),
+    ),
+)  # fmt: skip
 def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None = None) -> Tensor:
     """Compute x W^T, (batch, rows) in the dtype of x; sums are in fp32.
 

@@ -2,9 +2,6 @@
 
     E (rows, d) fp32 / bf16 / fp16     G (d, d) symmetric, fp32 or bf16     U (rows, d) fp32
 
-    flops = 2 rows d^2
-    bytes = rows d size(E) + d^2 size(G) + 4 rows d       (each operand read once; + 4 rows d with `add`)
-
 There are two kernels. One runs on sm_90 and later, except sm_120, if large tiles fill the GPU, tensor cores multiply
 and rows are aligned to 16 bytes. It launches a program on each multiprocessor, and each program computes several tiles.
 Bulk copies through tensor descriptors load both operands, so no thread computes an address or masks an edge. The stores
@@ -17,15 +14,18 @@ cores for fp32 operands; "tf32x3" splits each operand into two tf32 values and m
 operands are exact at any precision.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .definitions import check_precision
+from .definitions import PRECISIONS, check_precision, round_operand
 from .device import dot, grouped_tile, quarters
 from .launch import FLOATS, check, check_matrix, describable, multiprocessors, on_device, platform, vectorized
+from .operation import ALL, HOPPER, NVIDIA, Arguments, Cost, Size, launch, metadata, operation
 
 # Targets on which bulk copies load tiles.
 DESCRIPTORS = ("sm_90", "interpreter")
@@ -34,7 +34,53 @@ DESCRIPTORS = ("sm_90", "interpreter")
 # run the same code with the least shared memory.
 PIPELINE = {"sm_80": 96 << 10, "sm_90": 192 << 10}
 
+FP32 = torch.float32
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def reference(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
+    """Compute the operation in plain torch."""
+    U = round_operand(E, precision) @ round_operand(G, precision)
+    if out is None:
+        return U
+    return out.add_(U) if add else out.copy_(U)
+
+
+def cost(E: Tensor, G: Tensor, precision: str = "ieee", add: bool = False, dtype: object = None) -> Cost:
+    """Read E and G, and write U; with `add` read it, too. `dtype` is a kernel's DTYPE."""
+    rows, d = E.shape
+    if dtype == tl.bfloat16 or E.dtype == G.dtype == torch.bfloat16:
+        precision = "bf16"
+    times, unit = (3, "tf32") if precision == "tf32x3" else (1, precision)
+    return Cost(times * 2 * rows * d * d, E.nbytes + G.nbytes + 4 * rows * d * (1 + add), unit)
+
+
+def example(size: Size, *, precision: str = "bf16", right: torch.dtype | None = None, add: bool = False) -> Arguments:
+    """Make the operands of a solve. `right` is another dtype of G."""
+    G = size.gram().to(right or (torch.bfloat16 if precision == "bf16" else torch.float32))
+    return dict(E=size.weight(), G=G, precision=precision, out=size.matrix(seed=1), add=add)
+
+
+# Converts an operand of the library. Only the first of many calls does so, and the others are timed without it.
+_converted = lru_cache(maxsize=2)(Tensor.to)
+
+
+def library(E: Tensor, G: Tensor, *, precision: str, out: Tensor, add: bool = True, transposed: bool = False) -> Tensor:
+    """Compute E G, or E^T G if `transposed`, by the product of torch's library, which is cuBLAS on a GPU.
+
+    At "tf32x3" it multiplies in fp32. A CPU always does, since its library would round a product of 16-bit operands.
+    """
+    dtype = torch.float32
+    if E.is_cuda and (E.dtype == G.dtype or precision == "bf16"):
+        dtype = E.dtype if E.dtype == G.dtype else torch.bfloat16
+    options: Arguments = {} if dtype == torch.float32 else dict(out_dtype=torch.float32)
+    E, G = _converted(E, dtype), _converted(G, dtype)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        return torch.addmm(out, E.T if transposed else E, G, beta=int(add), out=out, **options)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def configuration(
@@ -95,7 +141,7 @@ def _store(U, acc, offs_m, offs_n, rows, d, stride_ur, stride_ud, ADD: tl.conste
     tl.store(ptrs, acc, mask=valid)
 
 
-@triton.jit
+@triton.jit(launch_metadata=metadata(cost))
 def _product_kernel(
     E, G, U, rows, d, stride_er, stride_ed, stride_gr, stride_gd, stride_ur, stride_ud,
     ADD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
@@ -126,7 +172,7 @@ def _product_kernel(
     _store(U, acc, offs_m, offs_n, rows, d, stride_ur, stride_ud, ADD)
 
 
-@triton.jit
+@triton.jit(launch_metadata=metadata(cost))
 def _descriptor_kernel(
     E, G, U, rows, d, stride_ur, stride_ud,
     ADD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
@@ -196,6 +242,29 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
     )  # fmt: skip
 
 
+@operation(
+    reference, cost, example, settings={p: dict(precision=p) for p in PRECISIONS}, writes=("out",), tolerance=None,
+    library=library,
+    launches=(
+        *(launch(targets, n, n, add=add) for targets, n in ((ALL, 4096), (HOPPER, 576)) for add in (False, True)),
+        *(
+            launch(targets, n, n, dtype=FP32, precision=precision)
+            for targets, n in ((ALL, 4096), (HOPPER, 576))
+            for precision in ("tf32", "tf32x3")
+        ),
+        launch(NVIDIA, dtype=FP32, precision="ieee"),
+        # Operands of a bf16 weight and an fp32 Gram matrix.
+        launch(HOPPER, d=14336, precision="tf32"),
+        launch(HOPPER, d=14336, precision="tf32x3"),
+        # A solve does not have these operands, but any caller may.
+        launch(ALL, dtype=FP32),
+        launch(ALL, dtype=FP32, right=FP32),
+        launch(NVIDIA, 576, 576, dtype=FP32, right=FP32),
+        # Rows are not aligned for bulk copies.
+        launch(NVIDIA, d=4100),
+        launch(NVIDIA, d=4100, dtype=FP32, precision="tf32x3"),
+    ),
+)  # fmt: skip
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
     """Compute E G, accumulated in fp32.
 
@@ -224,6 +293,12 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
     return out
 
 
+@operation(
+    lambda E, C, precision: reference(E, C.T, precision=precision),
+    lambda E, C, precision: cost(E, C, precision),
+    lambda size: dict(E=size.weight(), C=size.normal(size.d, size.d, dtype=torch.bfloat16), precision="bf16"),
+    tolerance=None, launches=(),
+)  # fmt: skip
 def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
     """Compute E C^T, accumulated in fp32, for any square matrix C.
 

@@ -1,13 +1,4 @@
-"""packed_product, unpack: multiply by packed matrices, and expand them, on a CPU.
-
-    y = x W^T      W[r, c] = values[starts[r] + rank] if bit c % 8 of mask[r, c / 8] is set, else 0
-                   rank = the number of bits set before c in row r
-                   without `starts` row r begins at r k
-
-    values (rows, k) or (n,)      mask (rows, ceil(cols / 8)) uint8      x (batch, cols)      y (batch, rows)
-
-    flops = 2 batch rows cols
-    bytes = rows (k size(values) + cols / 8) + batch (cols + rows) size(x)
+"""packed_product, unpack: multiply by packed matrices, and expand them, on a CPU; `../packed.py` has the formulas.
 
 packed.cpp multiplies if it was compiled at installation, x has up to 16 rows, dtypes are fp32 or bf16, and 32 divides
 cols. It uses the best instructions that the processor has, and is memory-bound. In all other cases some rows of W are

@@ -19,7 +19,7 @@ from helpers.kernel_inputs import (
 
 from sparsefw.kernels import product as product_module
 from sparsefw.kernels import triton_ops
-from sparsefw.kernels.definitions import PRECISIONS
+from sparsefw.kernels.definitions import PRECISIONS, round_operand
 from sparsefw.kernels.launch import platform
 from sparsefw.kernels.product import product
 
@@ -58,7 +58,7 @@ def test_transposed(backend, precision):
     """The matrix is not symmetric, operands have any strides: E C would be another product."""
     E, C = normal(37, 131), normal(131, 131, seed=3)
     truth = E.double() @ C.double().T
-    plain = naive.round_operand(E, precision) @ naive.round_operand(C, precision).T
+    plain = round_operand(E, precision) @ round_operand(C, precision).T
     for matrix in (C, strided(C), C.T.contiguous().T):
         got = backend.product_transposed(strided(E), matrix, precision=precision)
         assert_near(got, plain, truth, precision=precision)
