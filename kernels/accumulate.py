@@ -36,10 +36,6 @@ TILES = (
     (5, dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=16, num_warps=8, num_stages=6)),
 )
 
-# Largest error of a sum, relative to the largest sum. Tensor cores cut off low bits, and a library may sum in parts, so
-# that over 16,384 tokens the error is larger than that of rounding alone.
-SUM_ERROR = 2.0**-14
-
 # With fewer tiles of 128 x 128 than this, the smaller tiles of gram.py and cross.py fill a GPU better.
 ENOUGH = 128
 

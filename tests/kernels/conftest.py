@@ -1,6 +1,5 @@
 """The implementations that tests compare with the specification."""
 
-from functools import partial
 from importlib import import_module
 from types import ModuleType
 
@@ -13,13 +12,32 @@ OF_TORCH = ("test_cpu.py", "test_naive.py", "test_vertex_products.py")
 
 @pytest.fixture(autouse=True)
 def tf32_of_tensor_cores(request, monkeypatch):
-    """On a GPU the specification cuts tf32 operands off, as tensor cores do. Triton's interpreter rounds them."""
-    import torch
-    from helpers import naive
+    """On a GPU the references cut tf32 operands off, as tensor cores do. Triton's interpreter reads every bit."""
     from helpers.kernel_inputs import DEVICE
 
     if DEVICE == "cuda" and request.path.name not in OF_TORCH:
-        monkeypatch.setattr(naive, "_to_tf32", partial(naive._to_tf32, whole=torch.trunc))
+        cut_off_tf32(monkeypatch)
+
+
+def cut_off_tf32(monkeypatch):
+    """Let the references of products cut tf32 operands off."""
+    import torch
+
+    from sparsefw.kernels import cross, gram, product
+    from sparsefw.kernels.definitions import round_operand, widened
+
+    def cut_off(X, precision):
+        if precision == "tf32x3":
+            high = cut_off(X, "tf32")
+            return high + cut_off(X - high, "tf32")
+        if precision != "tf32":
+            return round_operand(X, precision)
+        X = widened(X)
+        integer, rest = (torch.int32, 13) if X.dtype == torch.float32 else (torch.int64, 42)
+        return X.view(integer).bitwise_and(-(2**rest)).view(X.dtype)
+
+    for module in (product, gram, cross):
+        monkeypatch.setattr(module, "round_operand", cut_off)
 
 
 @pytest.fixture(params=["cpu", "triton_ops"], ids=["cpu", "triton"])

@@ -11,6 +11,7 @@ from helpers.kernel_inputs import (
     assert_near,
     garbage,
     gram,
+    hard_scores,
     needs_gpu,
     normal,
     shapes,
@@ -22,6 +23,30 @@ from sparsefw.kernels import triton_ops
 from sparsefw.kernels.definitions import PRECISIONS, round_operand
 from sparsefw.kernels.launch import platform
 from sparsefw.kernels.product import product
+
+
+def nearest(X, bits):
+    """The nearest numbers with `bits` bits of mantissa, from the exponent of each number."""
+    # |X| = mantissa 2^exponent with a mantissa in [0.5, 1). Numbers below 2^-126 have fewer bits.
+    unit = torch.pow(2.0, torch.frexp(X).exponent.double().clamp(min=-125) - bits - 1)
+    # float64 holds the quotient and the product exactly.
+    return (torch.round(X.double() / unit) * unit).to(X.dtype)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_operands_are_rounded_to_the_nearest_numbers(dtype):
+    """Ties go to even; numbers below 2^-126, zeros, and overflow."""
+    X = hard_scores(20, 100)["any bits"]
+    X[0, :6] = torch.tensor([0.0, 3.4e38, 1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 2.0**-126])
+    if dtype == torch.float64:
+        X = normal(20, 100, dtype=dtype)
+    X = X.to(dtype)
+    wide = X.to(torch.promote_types(dtype, torch.float32))
+    high = nearest(wide, 10)
+    expected = dict(ieee=wide, tf32=high, tf32x3=high + nearest(wide - high, 10), bf16=nearest(wide, 7))
+    for precision in PRECISIONS:
+        # tf32x3 subtracts an infinity from itself.
+        torch.testing.assert_close(round_operand(X, precision), expected[precision], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
