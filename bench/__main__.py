@@ -143,10 +143,13 @@ def cases(
             for size in sizes:
                 arguments = operation.example(replace(size, device="meta"), **setting)
                 unit = operation.cost_of(arguments).unit
-                key = operation.name, label, repr(arguments)
-                if key not in seen and (settings or unit is None or unit in roofs):
-                    seen.add(key)
+                if (key := (operation.name, label, repr(arguments))) in seen:
+                    continue
+                seen.add(key)
+                if settings or unit is None or unit in roofs:
                     yield operation, label, size
+                else:
+                    print(f"\nleft out: {operation.name} {label}, since no roof of {unit} is known here")
 
 
 def table(case: Case, rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -244,11 +247,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.set_num_threads(arguments.threads)
             # That of a worker.
             os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-        run: dict[str, Any] = dict(machine=machine.describe(), command=f"python -m bench {shlex.join(argv)}".strip())
-        run |= dict(roofs=machine.roofs(min(1.0, arguments.seconds)), rows=[])
+        roofs = machine.roofs(min(1.0, arguments.seconds))
+        command = f"python -m bench {shlex.join(argv)}".strip()
+        run: dict[str, Any] = dict(machine=machine.describe(), command=command, roofs=roofs, rows=[])
         for name, value in run["machine"].items():
             print(f"{name:10} {value}")
-        for name, rate in run["roofs"].items():
+        for name, rate in roofs.items():
             print(f"{name:10} {rate / 1e9:.1f} GB/s" if name == "copy" else f"{name:10} {rate / RATE:.1f} {RATES}")
         base = None
         if arguments.base:
@@ -257,10 +261,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             base = stack.enter_context(Worker(arguments.base))
         sizes = [size_of(*shape, arguments.tokens, DTYPES[arguments.dtype]) for shape in shapes]
         status = 0
-        for operation, setting, size in cases(operations, arguments.setting, sizes, run["roofs"]):
+        for operation, setting, size in cases(operations, arguments.setting, sizes, roofs):
             try:
                 case = Case(operation, setting, size)
-                rows = measure(case, providers, run["roofs"], arguments.seconds, base)
+                rows = measure(case, providers, roofs, arguments.seconds, base)
             except torch.OutOfMemoryError as error:
                 print(f"\n{operation.name} {setting} {size.rows}x{size.d}: {str(error).splitlines()[0]}")
                 continue

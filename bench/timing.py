@@ -26,7 +26,7 @@ if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Bytes of the buffer: more than any cache.
-FLUSH = 384 << 20
+FLUSH = 320 << 20
 # Cycles that the GPU sleeps before a call, about a millisecond; and the most, if the host takes longer.
 CYCLES, MOST_CYCLES = 2_000_000, 256_000_000
 
