@@ -3,6 +3,7 @@
 import platform
 import statistics
 import subprocess
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,19 +50,6 @@ def describe() -> dict[str, Any]:
     )
 
 
-def library_product(A: torch.Tensor, B: torch.Tensor, precision: str) -> torch.Tensor:
-    """Multiply two matrices of one dtype by torch's library, with an fp32 result."""
-    if A.dtype == torch.bfloat16:
-        # On a CPU torch has no such product, and rounds the result to bf16.
-        return torch.mm(A, B, out_dtype=torch.float32) if A.is_cuda else torch.mm(A, B)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
-        return torch.mm(A, B)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def roofs(limit: float = 1.0) -> dict[str, float]:
     """Measure bytes per second of a copy, and flops per second of the library's products by their precision.
 
@@ -72,17 +60,24 @@ def roofs(limit: float = 1.0) -> dict[str, float]:
     """
     source = torch.ones(COPIED, dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
-    runs, work = {"copy": lambda: target.copy_(source)}, {"copy": 2 * COPIED}
+    rates = {"copy": 2 * COPIED / _seconds(lambda: target.copy_(source), limit)}
     for precision in ("ieee", "bf16", *["tf32"] * GPU):
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        A, B = (torch.randn(SIDE, SIDE, device=DEVICE).to(dtype) for _ in range(2))
-        runs[precision], work[precision] = partial(library_product, A, B, precision), 2 * SIDE**3
-    rates = {}
-    for name, run in runs.items():
-        run()
-        watch = Stopwatch()
-        times = race({name: lambda run=run, watch=watch: [watch(run)]}, limit)[name]
-        rates[name] = work[name] / statistics.median(times)
+        A, B = torch.randn(2, SIDE, SIDE, device=DEVICE)
+        options: dict[str, Any] = {}
+        if precision == "bf16":
+            A, B = A.bfloat16(), B.bfloat16()
+            # On a CPU torch has no such product, and rounds the result to bf16.
+            options = dict(out_dtype=torch.float32) if GPU else {}
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        rates[precision] = 2 * SIDE**3 / _seconds(partial(torch.mm, A, B, **options), limit)
+    torch.backends.cuda.matmul.allow_tf32 = False
     if not GPU and rates["bf16"] < rates["ieee"]:
         del rates["bf16"]
     return rates
+
+
+def _seconds(run: Callable[[], object], limit: float) -> float:
+    """Time calls until their mean is steady; returns their median."""
+    run()
+    watch = Stopwatch()
+    return statistics.median(race({"": lambda: [watch(run)]}, limit)[""])
