@@ -88,7 +88,7 @@ def example(size: Size, *, batch: int = 1, starts: bool = False) -> Arguments:
     return dict(x=size.normal(batch, size.d, dtype=size.dtype, seed=2)) | _example(size, starts=starts)
 
 
-# Only the first call expands a matrix, so that later calls are timed without it.
+# Expand a matrix once for many calls of `library`, so that their times are those of the product alone.
 _dense = lru_cache(maxsize=1)(reference_unpacked)
 
 

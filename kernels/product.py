@@ -35,7 +35,7 @@ DESCRIPTORS = ("sm_90", "interpreter")
 PIPELINE = {"sm_80": 96 << 10, "sm_90": 192 << 10}
 
 FP32 = torch.float32
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_DTYPES = {FP32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def reference(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
@@ -47,7 +47,10 @@ def reference(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | No
 
 
 def cost(E: Tensor, G: Tensor, precision: str = "ieee", add: bool = False, dtype: object = None) -> Cost:
-    """Read E and G, and write U; with `add` read it, too. `dtype` is a kernel's DTYPE."""
+    """Read E and G, and write U; with `add` read it, too. `dtype` is a kernel's DTYPE.
+
+    At "tf32x3" three products in tf32 replace one.
+    """
     rows, d = E.shape
     if dtype == tl.bfloat16 or E.dtype == G.dtype == torch.bfloat16:
         precision = "bf16"
@@ -57,23 +60,22 @@ def cost(E: Tensor, G: Tensor, precision: str = "ieee", add: bool = False, dtype
 
 def example(size: Size, *, precision: str = "bf16", right: torch.dtype | None = None, add: bool = False) -> Arguments:
     """Make the operands of a solve. `right` is another dtype of G."""
-    G = size.gram().to(right or (torch.bfloat16 if precision == "bf16" else torch.float32))
+    G = size.gram().to(right or (torch.bfloat16 if precision == "bf16" else FP32))
     return dict(E=size.weight(), G=G, precision=precision, out=size.matrix(seed=1), add=add)
 
 
-# Converts an operand of the library. Only the first of many calls does so, and the others are timed without it.
+# Convert an operand once for many calls of `library`, so that their times are those of the product alone.
 _converted = lru_cache(maxsize=2)(Tensor.to)
 
 
 def library(E: Tensor, G: Tensor, *, precision: str, out: Tensor, add: bool = True, transposed: bool = False) -> Tensor:
     """Compute E G, or E^T G if `transposed`, by the product of torch's library, which is cuBLAS on a GPU.
 
-    At "tf32x3" it multiplies in fp32. A CPU always does, since its library would round a product of 16-bit operands.
+    E is converted to the dtype of G. On a CPU both are converted to fp32, since its library would round a product of
+    16-bit operands. At "tf32x3" the library multiplies in fp32.
     """
-    dtype = torch.float32
-    if E.is_cuda and (E.dtype == G.dtype or precision == "bf16"):
-        dtype = E.dtype if E.dtype == G.dtype else torch.bfloat16
-    options: Arguments = {} if dtype == torch.float32 else dict(out_dtype=torch.float32)
+    dtype = G.dtype if G.is_cuda else FP32
+    options: Arguments = {} if dtype == FP32 else dict(out_dtype=FP32)
     E, G = _converted(E, dtype), _converted(G, dtype)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"

@@ -83,7 +83,7 @@ def test_transposed(backend, precision):
     """The matrix is not symmetric, operands have any strides: E C would be another product."""
     E, C = normal(37, 131), normal(131, 131, seed=3)
     truth = E.double() @ C.double().T
-    plain = round_operand(E, precision) @ round_operand(C, precision).T
+    plain = naive.product_transposed(E, C, precision=precision)
     for matrix in (C, strided(C), C.T.contiguous().T):
         got = backend.product_transposed(strided(E), matrix, precision=precision)
         assert_near(got, plain, truth, precision=precision)
