@@ -41,40 +41,33 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 RATE, RATES = (1e12, "TFLOP/s") if GPU else (1e9, "GFLOP/s")
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+def positive(text: str) -> int:
+    """Read a number of at least 1.
 
-    def error(self, message: str) -> Any:
-        """End with status 2."""
-        self.exit(2, f"python -m bench: {message}\n")
+    Raises:
+        ValueError: it is none.
+    """
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def shape(text: str) -> tuple[int, int]:
     """Read ROWSxCOLUMNS.
 
     Raises:
-        ArgumentTypeError: it is no shape.
+        ValueError: it is no shape.
     """
-    sizes = text.split("x")
-    if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
-        raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS such as 1024x4096, got {text!r}")
-    return int(sizes[0]), int(sizes[1])
+    rows, d = map(positive, text.split("x"))
+    return rows, d
 
 
-def positive(text: str) -> int:
-    """Read a number of at least 1.
-
-    Raises:
-        ArgumentTypeError: it is none.
-    """
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-    return int(text)
-
-
-def parser() -> Parser:
+def parser() -> argparse.ArgumentParser:
     """Describe the flags."""
-    made = Parser("python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(
+        "python -m bench", usage=argparse.SUPPRESS, description=__doc__, formatter_class=form
+    )
     add = made.add_argument
     add("operations", nargs="*", metavar="OPERATION", help="names (default: all)")
     add("--list", action="store_true", help="list the operations and their settings")
@@ -84,7 +77,7 @@ def parser() -> Parser:
     add("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and inputs (default: %(default)s)")
     add("--setting", action="append", help="label of a setting; may be repeated (default: all with a roof here)")
     add("--providers", default=",".join(PROVIDERS), help="(default: %(default)s)")
-    add("--threads", type=positive, default=None if GPU else 1, help="threads of a CPU (default: 1)")
+    add("--threads", type=positive, default=1, help="threads of a CPU (default: %(default)s)")
     add("--seconds", type=float, default=5.0, help="limit of the timing of a table (default: %(default)s)")
     add("--base", metavar="COMMIT", help="time our kernels at this commit, too, in turns with the others")
     for name, written in (("json", "JSON"), ("csv", "CSV"), ("plot", "a plot")):
@@ -152,36 +145,32 @@ def cases(
                     print(f"\nleft out: {operation.name} {label}, since no roof of {unit} is known here")
 
 
-def table(case: Case, rows: list[dict[str, Any]]) -> Iterator[str]:
+def table(case: Case, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines of a table."""
-    label, cost = case.label, case.cost
-    bound = f"{cost.unit} products" if cost.unit else "bytes"
-    title = f"{label['operation']} {case.setting}".strip()
-    size = f"{label['rows']}x{label['d']} {label['dtype']}, {label['tokens']} tokens"
-    yield f"\n{title}, {size}: {cost.flops / 1e9:.3g} Gflop, {cost.bytes / 1e6:.4g} MB, bound by {bound}"
-    yield (
-        f"{'provider':9}{'median ms':>11}{'20 %':>10}{'80 %':>10}{'rounds':>8}{'GB/s':>8}{RATES:>9}{'of roof':>9}"
-        f"{'speedup':>9}{'error':>10}"
+    size, cost = case.size, case.cost
+    title = f"{case.operation.name} {case.setting}".rstrip()
+    yield f"\n{title}: {size.rows}x{size.d} {case.label['dtype']}, {size.tokens} tokens, " + (
+        f"{cost.flops / 1e9:.3g} Gflop, {cost.bytes / 1e6:.4g} MB, bound by {cost.unit or 'bytes'}"
+    )
+    yield f"{'provider':10}{'median ms':>10}{'20 %':>10}{'80 %':>10}{'rounds':>8}{'GB/s':>9}{RATES:>9}" + (
+        f"{'of roof':>9}{'speedup':>9}{'error':>10}"
     )
     for row in rows:
-        if row["seconds"] is None:
-            yield f"{row['provider']:9}{row['wrong']}"
+        if not row["seconds"]:
+            yield f"{row['provider']:10}{row['wrong']}"
             continue
         times = "".join(f"{1e3 * row[name]:10.3f}" for name in ("seconds", "low", "high"))
-        rates = f"{cost.bytes / row['seconds'] / 1e9:8.1f}{cost.flops / row['seconds'] / RATE:9.1f}"
-        share = "-" if row["share"] is None else f"{row['share']:.0%}"
-        speedup, error = (
-            "-" if row[name] is None else f"{row[name]:{form}}" for name, form in (("speedup", ".2f"), ("error", ".1e"))
-        )
+        rates = f"{row['rounds']:8}{cost.bytes / row['seconds'] / 1e9:9.1f}{cost.flops / row['seconds'] / RATE:9.1f}"
+        ratios = (("share", "9.0%"), ("speedup", "9.2f"), ("error", "10.1e"))
+        others = "".join(" " * 8 + "-" if row[name] is None else f"{row[name]:{form}}" for name, form in ratios)
         late = f"  {row['late']} calls waited for the host" if row["late"] else ""
-        yield f"{row['provider']:9} {times}{row['rounds']:8}{rates}{share:>9}{speedup:>9}{error:>10}{late}"
+        yield f"{row['provider']:10}{times}{rates}{others}{late}"
 
 
 def interpreted(case: Case) -> tuple[str, str | None]:
-    """Check the Triton kernel in the interpreter at a tiny size; returns the line, and what is wrong."""
-    tiny = Case(case.operation, case.setting, TINY)
-    error, wrong = tiny.check(functions(case.operation)["triton"])
-    return f"{'triton':9}{wrong or f'checked at {TINY.rows}x{TINY.d}, error {error:.1e}'}", wrong
+    """Check the Triton kernel in the interpreter at a tiny size; returns a line, and what is wrong."""
+    error, wrong = Case(case.operation, case.setting, TINY).check(functions(case.operation)["triton"])
+    return f"{'triton':10}{wrong or f'checked at {TINY.rows}x{TINY.d}, error {error:.1e}'}", wrong
 
 
 def write(run: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -218,8 +207,50 @@ def work() -> int:
     return 0
 
 
+def run(operations: Sequence[Operation], shapes: Sequence[Sequence[int]], arguments: argparse.Namespace) -> int:
+    """Measure, print and write; returns 1 if a kernel of ours has failed, or a result is wrong."""
+    torch.set_num_threads(arguments.threads)
+    # That of a worker.
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    roofs = machine.roofs(min(1.0, arguments.seconds))
+    saved: dict[str, Any] = dict(machine=machine.describe(), command=arguments.command, roofs=roofs, rows=[])
+    for name, value in saved["machine"].items():
+        print(f"{name:10} {value}")
+    for name, rate in roofs.items():
+        print(f"{name:10} {rate / 1e9:.1f} GB/s" if name == "copy" else f"{name:10} {rate / RATE:.1f} {RATES}")
+    failed = False
+    with ExitStack() as stack:
+        worker = None
+        if arguments.base:
+            from base import Worker
+
+            worker = stack.enter_context(Worker(arguments.base))
+        sizes = [size_of(rows, d, arguments.tokens, DTYPES[arguments.dtype]) for rows, d in shapes]
+        for operation, setting, size in cases(operations, arguments.setting, sizes, roofs):
+            try:
+                case = Case(operation, setting, size)
+                rows = measure(case, arguments.providers, roofs, arguments.seconds, worker)
+            except torch.OutOfMemoryError as error:
+                print(f"\n{operation.name} {setting}: {size.rows}x{size.d}: {str(error).splitlines()[0]}")
+                continue
+            print("\n".join(table(case, rows)), flush=True)
+            # A rival may fail, but compute nothing wrong.
+            failed |= any(row["wrong"] and (row["provider"] == "ours" or "wrong" in row["wrong"]) for row in rows)
+            if not GPU:
+                line, wrong = interpreted(case)
+                print(line, flush=True)
+                failed |= wrong is not None
+            saved["rows"] += rows
+            write(saved, arguments)
+    if arguments.plot:
+        from plots import plot
+
+        plot([saved], arguments.plot)
+    return int(failed)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 1 if a result is wrong."""
+    """Run the command line; returns 1 if a kernel of ours has failed, or a result is wrong."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"]:
         import report
@@ -227,64 +258,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report.main(argv[1:])
     flags = parser()
     arguments = flags.parse_args(argv)
+    arguments.command = shlex.join(["python", "-m", "bench", *argv])
+    arguments.providers = arguments.providers.split(",")
     try:
         operations = named(arguments.operations)
+        labels = [label for operation in operations for label in operation.settings]
+        for asked, known in ((arguments.providers, PROVIDERS), (arguments.setting or (), labels)):
+            if unknown := set(asked) - set(known):
+                there_are = ", ".join(filter(None, dict.fromkeys(known)))
+                raise ValueError(f"unknown {', '.join(sorted(unknown))}; there are {there_are}")
         shapes = arguments.shape or (shapes_of(arguments.model) if arguments.model else SHAPES)
     except ValueError as error:
         flags.error(str(error))
-    providers = arguments.providers.split(",")
-    labels = [*dict.fromkeys(label for operation in operations for label in operation.settings)]
-    for name, asked, known in (("providers", providers, PROVIDERS), ("setting", arguments.setting or (), labels)):
-        if unknown := set(asked) - set(known):
-            flags.error(f"--{name}: unknown {', '.join(sorted(unknown))}; there are {', '.join(filter(None, known))}")
     if arguments.list:
         for operation in operations:
             print(f"{operation.name:20} {operation.does}  {', '.join(filter(None, operation.settings))}".rstrip())
         return 0
-    if arguments.plot:
-        # It needs matplotlib.
-        import plots
-    with torch.no_grad(), ExitStack() as stack:
-        if arguments.worker:
-            return work()
-        if arguments.threads:
-            torch.set_num_threads(arguments.threads)
-            # That of a worker.
-            os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-        roofs = machine.roofs(min(1.0, arguments.seconds))
-        command = f"python -m bench {shlex.join(argv)}".strip()
-        run: dict[str, Any] = dict(machine=machine.describe(), command=command, roofs=roofs, rows=[])
-        for name, value in run["machine"].items():
-            print(f"{name:10} {value}")
-        for name, rate in roofs.items():
-            print(f"{name:10} {rate / 1e9:.1f} GB/s" if name == "copy" else f"{name:10} {rate / RATE:.1f} {RATES}")
-        base = None
-        if arguments.base:
-            from base import Worker
-
-            base = stack.enter_context(Worker(arguments.base))
-        sizes = [size_of(*shape, arguments.tokens, DTYPES[arguments.dtype]) for shape in shapes]
-        status = 0
-        for operation, setting, size in cases(operations, arguments.setting, sizes, roofs):
-            try:
-                case = Case(operation, setting, size)
-                rows = measure(case, providers, roofs, arguments.seconds, base)
-            except torch.OutOfMemoryError as error:
-                print(f"\n{operation.name} {setting} {size.rows}x{size.d}: {str(error).splitlines()[0]}")
-                continue
-            print("\n".join(table(case, rows)), flush=True)
-            # A rival may fail, but compute nothing wrong.
-            wrong = [x["wrong"] for x in rows if x["provider"] == "ours" or "wrong" in (x["wrong"] or "")]
-            if not GPU:
-                line, problem = interpreted(case)
-                print(line, flush=True)
-                wrong.append(problem)
-            status |= any(wrong)
-            run["rows"] += rows
-            write(run, arguments)
-    if arguments.plot:
-        plots.plot([run], arguments.plot)
-    return status
+    with torch.no_grad():
+        return work() if arguments.worker else run(operations, shapes, arguments)
 
 
 if __name__ == "__main__":

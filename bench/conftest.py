@@ -9,9 +9,6 @@ if TYPE_CHECKING:
     # pytest's main process collects nothing with `-n`, so it does not wait for torch.
     from sparsefw.kernels.operation import Cost
 
-# On a GPU a benchmark makes as many rounds as fit into SECONDS, within bounds.
-SECONDS, LEAST, MOST = 0.3, 5, 50
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let pytest list the benchmarks that it skips, and why."""
@@ -38,11 +35,10 @@ def facts() -> dict[str, Any]:
 @pytest.fixture
 def timed(benchmark, facts) -> Callable[[Callable[..., object], Callable[[], dict[str, Any]], "Cost"], None]:
     """timed(run, setup, cost): time run(**setup()), and record its least flops and bytes."""
-    from timing import GPU, Stopwatch, keep_busy
+    from timing import GPU, keep_busy
 
     def timed(run: Callable[..., object], setup: Callable[[], dict[str, Any]], cost: "Cost") -> None:
         benchmark.extra_info |= facts | vars(cost)
-        rounds = min(max(int(SECONDS / Stopwatch()(run, setup)), LEAST), MOST) if GPU else 3
 
         def prepare() -> tuple[tuple, dict[str, Any]]:
             arguments = setup()
@@ -50,6 +46,6 @@ def timed(benchmark, facts) -> Callable[[Callable[..., object], Callable[[], dic
                 keep_busy()
             return (), arguments
 
-        benchmark.pedantic(run, setup=prepare, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(run, setup=prepare, rounds=10 if GPU else 3, warmup_rounds=1)
 
     return timed
