@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +189,12 @@ def work() -> int:
 
     @lru_cache(maxsize=1)
     def timer(operation: str, setting: str, **size: Any) -> Callable[[], float]:
-        case, watch = Case(OPERATIONS[operation], setting, size_of(**size)), Stopwatch()
+        case = Case(OPERATIONS[operation], setting, size_of(**size))
         run = functions(case.operation)["ours"]
         # It also compiles, and leaves the process's memory as a check leaves that of the others.
         if wrong := case.check(run)[1]:
             raise ValueError(wrong)
-        return partial(watch, run, case.fresh)
+        return Stopwatch(run, case.fresh)
 
     for line in sys.stdin:
         request = json.loads(line)

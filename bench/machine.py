@@ -1,6 +1,7 @@
 """Describe this machine, and measure its roofs: how fast it copies, and how fast its library multiplies."""
 
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -26,9 +27,8 @@ def _output(*command: str) -> str | None:
 
 def _cpu() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    found = re.search(r"model name\s*: (.*)", path.read_text("utf-8")) if path.exists() else None
+    return found[1] if found else platform.processor()
 
 
 def describe() -> dict[str, Any]:
@@ -79,5 +79,4 @@ def roofs(limit: float = 1.0) -> dict[str, float]:
 def _seconds(run: Callable[[], object], limit: float) -> float:
     """Time calls until their mean is steady; returns their median."""
     run()
-    watch = Stopwatch()
-    return statistics.median(race({"": lambda: [watch(run)]}, limit)[""])
+    return statistics.median(race({"": Stopwatch(run)}, limit)[""])

@@ -132,17 +132,16 @@ def measure(
     """
     cost, runs = case.cost, functions(case.operation)
     floor = cost.seconds(roofs) if cost.unit is None or cost.unit in roofs else None
-    rows, timers, watches = [], dict[str, Callable[[], list[float]]](), dict[str, Stopwatch]()
+    rows, timers = [], dict[str, Callable[[], float]]()
     for name in [name for name in names if name in runs]:
         # The first call also compiles.
         error, wrong = case.check(runs[name])
         rows.append(case.label | dict(provider=name, error=error, wrong=wrong))
         if not wrong:
-            watches[name] = Stopwatch()
-            timers[name] = partial(_once, watches[name], runs[name], case.fresh)
+            timers[name] = Stopwatch(runs[name], case.fresh)
     if base:
         rows.append(case.label | dict(provider="base", error=None, wrong=None))
-        timers["base"] = partial(base.time, **case.label, rounds=1)
+        timers["base"] = lambda: base.time(**case.label, rounds=1)[0]
         try:
             timers["base"]()
         except RuntimeError as problem:
@@ -161,7 +160,7 @@ def measure(
             low=own and seconds[len(seconds) // 5],
             high=own and seconds[-1 - len(seconds) // 5],
             rounds=len(seconds),
-            late=watches[name].late if name in watches else 0,
+            late=getattr(timers.get(name), "late", 0),
             flops=cost.flops,
             bytes=cost.bytes,
             unit=cost.unit,
@@ -169,10 +168,6 @@ def measure(
             speedup=min(others) / own if own and others else None,
         )
     return rows
-
-
-def _once(watch: Stopwatch, run: Callable[..., Any], fresh: Callable[[], Arguments]) -> list[float]:
-    return [watch(run, fresh)]
 
 
 def size_of(rows: int, d: int, tokens: int, dtype: str) -> Size:

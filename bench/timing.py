@@ -64,38 +64,42 @@ def keep_busy(cycles: int = CYCLES) -> None:
 
 
 class Stopwatch:
-    """Times calls of one function.
+    """Times calls of run(**setup()).
 
     Attributes:
+        run: the function.
+        setup: makes fresh arguments, untimed.
         cycles: cycles that the GPU sleeps before a call.
         late: number of calls that the GPU began before the host had launched all of it, so that their times are too
             long.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: Callable[..., object], setup: Callable[[], Mapping[str, Any]] = dict) -> None:
+        self.run, self.setup = run, setup
         self.cycles, self.late = CYCLES, 0
 
-    def __call__(self, run: Callable[..., object], setup: Callable[[], Mapping[str, Any]] = dict) -> float:
-        """Return the seconds of run(**setup()); `setup` makes fresh arguments, untimed."""
+    def __call__(self) -> float:
+        """Return the seconds of a call."""
         if not GPU:
-            arguments = setup()
+            arguments = self.setup()
             keep_busy()
             started = perf_counter()
-            run(**arguments)
+            self.run(**arguments)
             return perf_counter() - started
-        took, waited = self._on_gpu(run, setup())
+        took, waited = self._on_gpu()
         while waited and self.cycles < MOST_CYCLES:
             # The host took longer than the GPU slept.
             self.cycles *= 2
-            took, waited = self._on_gpu(run, setup())
+            took, waited = self._on_gpu()
         self.late += waited
         return took
 
-    def _on_gpu(self, run: Callable[..., object], arguments: Mapping[str, Any]) -> tuple[float, bool]:
+    def _on_gpu(self) -> tuple[float, bool]:
         """Return seconds, and whether the GPU began before the host had launched all of it."""
+        arguments = self.setup()
         keep_busy(self.cycles)
         started = Moment()
-        run(**arguments)
+        self.run(**arguments)
         waited = started.passed
         return Moment() - started, waited
 
@@ -107,14 +111,14 @@ def steady(seconds: list[float]) -> bool:
     return statistics.stdev(seconds) / len(seconds) ** 0.5 <= STEADY * statistics.mean(seconds)
 
 
-def race(timers: Mapping[str, Callable[[], list[float]]], limit: float) -> dict[str, list[float]]:
+def race(timers: Mapping[str, Callable[[], float]], limit: float) -> dict[str, list[float]]:
     """Let all timers take turns, until each mean is steady.
 
     Another one begins each round, so that none always runs after the same other one. A turn has several calls if they
     are short, so that a slow rival leaves time for others.
 
     Args:
-        timers: functions that time some calls, by name.
+        timers: functions that return the seconds of a call, by name.
         limit: seconds after which no round begins.
 
     Returns:
@@ -126,7 +130,7 @@ def race(timers: Mapping[str, Callable[[], list[float]]], limit: float) -> dict[
         for name in order:
             turn = perf_counter() + limit / 25
             for _ in range(LEAST):
-                found[name] += timers[name]()
+                found[name].append(timers[name]())
                 if perf_counter() >= turn:
                     break
         order.append(order.pop(0))

@@ -63,17 +63,16 @@ def clocks(monkeypatch):
 @pytest.mark.parametrize("launches", [1, 20, 100])
 def test_time_of_the_host_does_not_count(launches, clocks):
     """Each kernel takes 10 us, and the host 50 us to launch it: 100 take it longer than the first sleep."""
-    watch = timing.Stopwatch()
-    measured = [watch(lambda: clocks.operation(launches, 50e-6, 10e-6)) for _ in range(5)]
-    assert measured == pytest.approx([launches * 10e-6] * 5)
+    watch = timing.Stopwatch(lambda: clocks.operation(launches, 50e-6, 10e-6))
+    assert [watch() for _ in range(5)] == pytest.approx([launches * 10e-6] * 5)
     assert watch.late == 0
     assert clocks.log[-4 - launches :] == ["fill", "sleep", "event", *["kernel"] * launches, "event"]
 
 
 def test_waits_that_remain_are_told(clocks, monkeypatch):
     monkeypatch.setattr(timing, "MOST_CYCLES", timing.CYCLES)
-    watch = timing.Stopwatch()
-    assert watch(lambda: clocks.operation(100, 50e-6, 10e-6)) > 2 * 100 * 10e-6
+    watch = timing.Stopwatch(lambda: clocks.operation(100, 50e-6, 10e-6))
+    assert watch() > 2 * 100 * 10e-6
     assert watch.late == 1
 
 
@@ -87,7 +86,7 @@ def race(monkeypatch):
         def call():
             order.append(name)
             now[0] += (took := next(seconds))
-            return [took]
+            return took
 
         return call
 
