@@ -127,6 +127,17 @@ def test_a_worker_answers_each_line(monkeypatch, capsys):
     assert refused == {"error": "KeyError: 'nothing'"}
 
 
+def test_no_case_is_measured_twice_or_without_a_roof(capsys):
+    """mirror_lower ignores the rows."""
+    sizes = [measure.size_of(rows, d, 4, "float32") for rows, d in ((8, 16), (4, 16), (8, 32))]
+    chosen = command.named(["product", "mirror"])
+    found = [(x.name, label, size.d) for x, label, size in command.cases(chosen, None, sizes[1:], {"ieee": 1.0})]
+    assert found == [("product", "ieee", 16), ("product", "ieee", 32), *(("mirror_lower", "", d) for d in (16, 32))]
+    assert "left out: product bf16, since no roof of bf16 is known here" in capsys.readouterr().out
+    assert len(list(command.cases(chosen[1:], None, sizes, {}))) == 2
+    assert [label for _, label, _ in command.cases(chosen, ["bf16"], sizes[:1], {})] == ["bf16"]
+
+
 def test_shapes_of_a_model(tmp_path):
     config = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=32, intermediate_size=48,
         num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=64)  # fmt: skip
