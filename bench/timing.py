@@ -30,8 +30,8 @@ FLUSH = 320 << 20
 # Cycles that the GPU sleeps before a call, about a millisecond; and the most, if the host takes longer.
 CYCLES, MOST_CYCLES = 2_000_000, 256_000_000
 
-# A mean is steady once its standard error is at most STEADY of it, after at least LEAST rounds.
-STEADY, LEAST = 0.01, 5
+# A mean is steady once its standard error is at most STEADY of it, after at least LEAST calls. A turn has up to TURN.
+STEADY, LEAST, TURN = 0.01, 10, 5
 
 
 class Moment:
@@ -129,7 +129,7 @@ def race(timers: Mapping[str, Callable[[], float]], limit: float) -> dict[str, l
     while not all(map(steady, found.values())):
         for name in order:
             turn = perf_counter() + limit / 25
-            for _ in range(LEAST):
+            for _ in range(TURN):
                 found[name].append(timers[name]())
                 if perf_counter() >= turn:
                     break
