@@ -45,7 +45,7 @@ test-llmcompressor:
 versions:
 	tests/versions.sh
 
-# On a GPU.
+# On a GPU, by pytest-benchmark: a table for each operation and shape. `python -m bench` compares more carefully.
 bench:
 	pytest --gpu bench/kernels/bench_*.py bench/runs/bench_*.py
 

@@ -1,13 +1,13 @@
 """Time benchmarks on a GPU by events in the GPU's queue."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     # pytest's main process collects nothing with `-n`, so it does not wait for torch.
-    from operations import Operation
+    from sparsefw.kernels.operation import Cost
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,33 +24,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.benchmark(timer=Moment))
 
 
+@pytest.fixture(scope="session")
+def facts() -> dict[str, Any]:
+    """Facts of the machine."""
+    import machine
+
+    return machine.describe()
+
+
 @pytest.fixture
-def measure(benchmark) -> Callable[["Operation", str], None]:
-    """Compare a way of an operation with torch's, time it, and record its least flops and bytes."""
-    import torch
-    import triton
-    from timing import GPU, Moment, keep_busy, rounds_of
+def timed(benchmark, facts) -> Callable[[Callable[..., object], Callable[[], dict[str, Any]], "Cost"], None]:
+    """timed(run, setup, cost): time run(**setup()), and record its least flops and bytes."""
+    from timing import GPU, keep_busy
 
-    def measure(operation: "Operation", way: str) -> None:
-        if way != "torch":
-            operation.check(operation.result(way), operation.result("torch"))
-        device = torch.cuda.get_device_name() if GPU else "cpu, Triton's interpreter"
-        benchmark.extra_info |= {"flops": operation.cost.flops, "bytes": operation.cost.bytes, "unit": operation.unit}
-        benchmark.extra_info |= {"device": device, "torch": torch.__version__, "triton": triton.__version__}
-        run, seconds = operation.ways[way], 0.0
+    def timed(run: Callable[..., object], setup: Callable[[], dict[str, Any]], cost: "Cost") -> None:
+        benchmark.extra_info |= facts | vars(cost)
 
-        def prepare() -> tuple[tuple, dict]:
-            arguments = operation.fresh()
-            keep_busy()
-            return arguments, {}
+        def prepare() -> tuple[tuple, dict[str, Any]]:
+            arguments = setup()
+            if GPU:
+                keep_busy()
+            return (), arguments
 
-        if GPU:
-            arguments = operation.fresh()
-            started = Moment()
-            run(*arguments)
-            seconds = Moment() - started
-            # Their memory is free before the next arguments are made.
-            del arguments
-        benchmark.pedantic(run, setup=prepare, rounds=rounds_of(seconds), warmup_rounds=1)
+        benchmark.pedantic(run, setup=prepare, rounds=10 if GPU else 3, warmup_rounds=1)
 
-    return measure
+    return timed

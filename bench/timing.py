@@ -1,15 +1,16 @@
-"""Time operations. On a GPU the times hold no time of the host.
+"""Time calls whose operands are not in the cache. On a GPU the times hold no time of the host.
 
 A launch costs the host tens of microseconds of Python. A GPU that is idle by then waits for it, and the wait would
-count as the kernel's time. So the GPU first sleeps while the host prepares the launches of a round. Before that, a fill
-drives the operands out of the cache.
+count as the kernel's time. So the GPU first sleeps while the host prepares the launches of a call. Before that, a pass
+over a large buffer drives the operands out of the cache, that of a CPU, too.
 """
 
+import os
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cache
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,18 @@ from sparsefw.environment import set_environment
 # Before the first tensor on a GPU, as a command does it.
 set_environment()
 GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+if not GPU:
+    # Before triton is imported. Without a GPU its kernels run in the interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Bytes that are filled before every round: more than any cache.
-FLUSH = 256 << 20
-# Cycles that the GPU sleeps before a round, about a millisecond; and the most, if the host takes longer.
+# Bytes of the buffer: more than any cache.
+FLUSH = 320 << 20
+# Cycles that the GPU sleeps before a call, about a millisecond; and the most, if the host takes longer.
 CYCLES, MOST_CYCLES = 2_000_000, 256_000_000
 
-# A timing makes as many rounds as fit into SECONDS, within the bounds ROUNDS.
-SECONDS, ROUNDS = (0.3, (5, 50)) if GPU else (0.0, (3, 3))
+# A mean is steady once its standard error is at most STEADY of it, after at least LEAST calls. A turn has up to TURN.
+STEADY, LEAST, TURN = 0.01, 10, 5
 
 
 class Moment:
@@ -46,85 +51,89 @@ class Moment:
         return self.event.query()
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of the rounds of a measurement.
-
-    Attributes:
-        rounds: seconds of each round.
-        late: rounds in which the GPU waited for the host, so that they are too long.
-    """
-
-    rounds: list[float]
-    late: int = 0
-
-    @property
-    def median(self) -> float:
-        """Seconds of the median round."""
-        return statistics.median(self.rounds)
-
-    def as_dict(self) -> dict[str, float]:
-        """Return median, fastest and slowest round in milliseconds, and the numbers of all and of late rounds."""
-        return dict(
-            ms=1e3 * self.median,
-            least_ms=1e3 * min(self.rounds),
-            most_ms=1e3 * max(self.rounds),
-            rounds=len(self.rounds),
-            late=self.late,
-        )
-
-
 @cache
 def _flushed(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+    return torch.zeros(size // 4, device=DEVICE)
 
 
 def keep_busy(cycles: int = CYCLES) -> None:
-    """Drive everything out of the GPU's cache, then let it sleep while the host prepares launches."""
+    """Drive everything out of the cache, then let the GPU sleep while the host prepares launches."""
+    _flushed(FLUSH).zero_()
     if GPU:
-        _flushed(FLUSH).zero_()
         torch.cuda._sleep(cycles)
 
 
-def rounds_of(seconds: float) -> int:
-    """Choose the number of rounds of an operation that takes these seconds."""
-    least, most = ROUNDS
-    return int(min(max(SECONDS / max(seconds, 1e-9), least), most))
+class Stopwatch:
+    """Times calls of run(**setup()).
 
-
-def times(run: Callable[..., object], setup: Callable[[], tuple] = tuple) -> Times:
-    """Time run(*setup()); `setup` returns fresh arguments before every round, untimed.
-
-    The first call compiles. The second one tells how many rounds fit.
+    Attributes:
+        run: the function.
+        setup: makes fresh arguments, untimed.
+        cycles: cycles that the GPU sleeps before a call.
+        late: number of calls that the GPU began before the host had launched all of it, so that their times are too
+            long.
     """
-    run(*setup())
-    if not GPU:
-        return Times([_on_cpu(run, setup) for _ in range(rounds_of(0.0))])
-    first, _ = _on_gpu(run, setup, CYCLES)
-    seconds, late, cycles = [], 0, CYCLES
-    for _ in range(rounds_of(first)):
-        took, waited = _on_gpu(run, setup, cycles)
-        while waited and cycles < MOST_CYCLES:
+
+    def __init__(self, run: Callable[..., object], setup: Callable[[], Mapping[str, Any]] = dict) -> None:
+        self.run, self.setup = run, setup
+        self.cycles, self.late = CYCLES, 0
+
+    def __call__(self) -> float:
+        """Return the seconds of a call."""
+        if not GPU:
+            arguments = self.setup()
+            keep_busy()
+            started = perf_counter()
+            self.run(**arguments)
+            return perf_counter() - started
+        took, waited = self._on_gpu()
+        while waited and self.cycles < MOST_CYCLES:
             # The host took longer than the GPU slept.
-            cycles *= 2
-            took, waited = _on_gpu(run, setup, cycles)
-        seconds.append(took)
-        late += waited
-    return Times(seconds, late)
+            self.cycles *= 2
+            took, waited = self._on_gpu()
+        self.late += waited
+        return took
+
+    def _on_gpu(self) -> tuple[float, bool]:
+        """Return seconds, and whether the GPU began before the host had launched all of it."""
+        arguments = self.setup()
+        keep_busy(self.cycles)
+        started = Moment()
+        self.run(**arguments)
+        waited = started.passed
+        return Moment() - started, waited
 
 
-def _on_cpu(run: Callable[..., object], setup: Callable[[], tuple]) -> float:
-    arguments = setup()
-    started = time.perf_counter()
-    run(*arguments)
-    return time.perf_counter() - started
+def steady(seconds: list[float]) -> bool:
+    """Tell whether the mean is known well enough."""
+    if len(seconds) < LEAST:
+        return False
+    return statistics.stdev(seconds) / len(seconds) ** 0.5 <= STEADY * statistics.mean(seconds)
 
 
-def _on_gpu(run: Callable[..., object], setup: Callable[[], tuple], cycles: int) -> tuple[float, bool]:
-    """Time one round; returns seconds, and whether the GPU began it before the host had launched all of it."""
-    arguments = setup()
-    keep_busy(cycles)
-    started = Moment()
-    run(*arguments)
-    waited = started.passed
-    return Moment() - started, waited
+def race(timers: Mapping[str, Callable[[], float]], limit: float) -> dict[str, list[float]]:
+    """Let all timers take turns, until each mean is steady.
+
+    Another one begins each round, so that none always runs after the same other one. A turn has several calls if they
+    are short, so that a slow rival leaves time for others.
+
+    Args:
+        timers: functions that return the seconds of a call, by name.
+        limit: seconds after which no round begins.
+
+    Returns:
+        The times of every timer.
+    """
+    found: dict[str, list[float]] = {name: [] for name in timers}
+    order, end = [*timers], perf_counter() + limit
+    while not all(map(steady, found.values())):
+        for name in order:
+            turn = perf_counter() + limit / 25
+            for _ in range(TURN):
+                found[name].append(timers[name]())
+                if perf_counter() >= turn:
+                    break
+        order.append(order.pop(0))
+        if perf_counter() >= end:
+            break
+    return found

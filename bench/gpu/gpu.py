@@ -10,9 +10,8 @@ Without PART these parts run, within ten minutes in all:
 
 and the others when they are named, each within four minutes:
 
-    roofs            rates of a copy and of the library's products, with which later parts compare
     products, accumulations, packed
-                     operations compared with the library's, and their share of the roof
+                     operations compared with the library's, and their share of the roof, by `python -m bench`
     8B cold, 8B warm, 8B within 16 GiB
                      two blocks with no kernel compiled, with all compiled, in little memory
     70B block, 70B in host memory, mixture block
@@ -139,7 +138,6 @@ def parts() -> dict[str, tuple[int, Callable[[Part], None]]]:
         "kernel tests": (230, kernel_tests),
         "8B block": (140, runs.prune),
         "row kernels": (90, operations.compare),
-        "roofs": (60, operations.roofs),
         "products": (150, operations.compare),
         "accumulations": (100, operations.compare),
         "packed": (60, operations.compare),

@@ -1,82 +1,31 @@
-"""Time operations on a GPU, and compare them with the library or torch and with the measured roofs."""
+"""Run `python -m bench` for parts of the page. FOLDER/PART.json is for `python -m bench report`."""
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any
+import json
 
-import operations as made
-import torch
-from bare import bare_product
-from gpu import Part
-from operations import GPU, TINY, Operation
-from timing import times
+from gpu import Part, python
 
-# (rows, d): chunks of a 70B run, chunks that fill the waves of 132 multiprocessors, and layers of 8B.
-CHUNKS = [(6528, 8192), (1856, 28672), (4096, 4096), (4096, 14336)] if GPU else TINY
-SHAPES = [*CHUNKS, (4224, 8192), (10240, 8192), (4224, 28672)] if GPU else TINY
-PACKED = [(4096, 4096), (8192, 8192), (8192, 28672)] if GPU else TINY
-TOKENS = (4096, 16384) if GPU else (100,)
-# Precisions whose kernels are measured. The interpreter multiplies in fp32 anyway.
-PRECISIONS = ("bf16", "tf32", "tf32x3") if GPU else ("ieee",)
-
-Make = Callable[..., Operation]
-# The operations of each part, with their sizes.
-OPERATIONS: dict[str, list[tuple[str, Make, Sequence[Sequence[int]]]]] = {
-    "products": [(f"product {name}", partial(made.product, precision=name), SHAPES) for name in PRECISIONS],
-    "accumulations": [
-        ("gram", made.gram_accumulate, [(tokens, d) for tokens in TOKENS for _, d in CHUNKS]),
-        ("cross", made.cross_accumulate, [(tokens, *chunk) for tokens in TOKENS for chunk in CHUNKS]),
-    ],
-    "packed": [(f"packed product {x}", partial(made.packed_product, batch=x), PACKED) for x in (1, 4, 16, 512)],
-    "row kernels": [
-        ("row step", made.row_step, CHUNKS),
-        ("row step of a target", partial(made.row_step, target_gap=True), CHUNKS),
-        ("row step 2:4", partial(made.row_step, group=4), CHUNKS),
-        ("conjugate step", made.conjugate_step, CHUNKS),
-        ("lmo", made.lmo, CHUNKS),
-        ("adam step", made.adam_step, CHUNKS),
-    ],
+# (rows, d): chunks of a 70B run, and layers of 8B; in PRODUCTS also chunks that fill the waves of 132 multiprocessors.
+CHUNKS = ["6528x8192", "1856x28672", "4096x4096", "4096x14336"]
+PRODUCTS = [*CHUNKS, "4224x8192", "10240x8192", "4224x28672"]
+PACKED = ["4096x4096", "8192x8192", "8192x28672"]
+# The operations of each part, with their shapes.
+OPERATIONS: dict[str, tuple[list[str], list[str]]] = {
+    "products": (["product"], PRODUCTS),
+    "accumulations": (["gram", "cross"], CHUNKS),
+    "packed": (["packed"], PACKED),
+    "row kernels": (["row_step", "conjugate", "lmo", "adam"], CHUNKS),
 }
 
 
-def roofs(part: Part) -> None:
-    """Measure the rates of a copy on the device, in bytes a second, and of library products, in flops a second."""
-    copied = made.copy(1 << (30 if GPU else 16))
-    part.add(roof="copy", rate=copied.cost.bytes / times(copied.ways["torch"]).median)
-    d = 8192 if GPU else 64
-    for precision in ("bf16", "tf32", "ieee"):
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        E, G = made.normal(d, d, dtype=dtype), made.normal(d, d, dtype=dtype, seed=1)
-        seconds = times(partial(bare_product, E, G, precision=precision)).median
-        part.add(roof=precision, rate=2 * d**3 / seconds)
-
-
-def measure(part: Part, name: str, make: Make, size: Sequence[int]) -> None:
-    """Time an operation at one size, and its rival; a result that differs from the rival's gets a line and no time."""
-    operation = make(*size)
-    rival = "bare" if "bare" in operation.ways else "torch"
-    label: dict[str, Any] = {"operation": name, "size": list(size)}
-    before = times(operation.ways[rival], operation.fresh)
-    try:
-        operation.check(operation.result("triton"), operation.result(rival))
-    except AssertionError as error:
-        part.add(**label, wrong=str(error).splitlines()[0])
-        return
-    ours = times(operation.ways["triton"], operation.fresh)
-    known = {row["roof"]: row["rate"] for row in replace(part, name="roofs").lines() if "roof" in row}
-    share = None
-    if "copy" in known:
-        # An operation without a unit is bound by its bytes.
-        roof = known[operation.unit] if operation.unit else math.inf
-        share = operation.cost.seconds(roof, known["copy"]) / ours.median
-    speed = before.median / ours.median
-    part.add(**label, **ours.as_dict(), rival=rival, rival_ms=1e3 * before.median, speed=speed, share_of_roof=share)
-
-
 def compare(part: Part) -> None:
-    """Compare the operations of a part of `OPERATIONS` with their rivals."""
-    for name, make, sizes in OPERATIONS[part.name]:
-        for size in sizes:
-            measure(part, name, make, size)
+    """Compare the operations of a part of `OPERATIONS` with their rivals; each row becomes a line of the results."""
+    names, shapes = OPERATIONS[part.name]
+    path = part.path(".json")
+    path.unlink(missing_ok=True)
+    sizes = [word for shape in (["48x96"] if part.tiny else shapes) for word in ("--shape", shape)]
+    limits = ["--tokens", 100, "--seconds", 0.01] if part.tiny else ["--tokens", 16384, "--seconds", 0.5]
+    try:
+        python("-m", "bench", *names, *sizes, *limits, "--providers", "ours,torch,library", "--json", path)
+    finally:
+        for row in json.loads(path.read_text("utf-8"))["rows"] if path.exists() else ():
+            part.add(**row)

@@ -1,44 +1,39 @@
-"""Compare the ways to do each operation, by shape and setting, and time them."""
+"""Check every provider of each operation, by setting and shape, and time it. `python -m bench` compares them."""
 
-import operations
+from dataclasses import replace
+
 import pytest
 import torch
-from operations import COMPILE, GPU, PRECISIONS, SHAPES, TOKENS
+from measure import TINY, Case, functions, size_of
+from timing import GPU
 
-WIDTHS = sorted({(d,) for _, d in SHAPES})
-PATTERNS = [{}, {"group": 4}]
-OURS = ("torch", "triton", *[COMPILE] * GPU)
-# Each operation with its sizes, its settings, and the ways to do it.
-OPERATIONS = [
-    (operations.copy, [(1 << (30 if GPU else 16),)], [{}], ("torch",)),
-    (operations.product, SHAPES, [{"precision": precision} for precision in PRECISIONS], (*OURS, "bare")),
-    (operations.gram_accumulate, [(TOKENS, *width) for width in WIDTHS], [{}], (*OURS, "bare")),
-    (operations.cross_accumulate, [(TOKENS, *shape) for shape in SHAPES], [{}], (*OURS, "bare")),
-    (operations.mirror_lower, WIDTHS, [{}], OURS),
-    (operations.lmo, SHAPES, PATTERNS, (*OURS, "topk")),
-    (operations.row_step, SHAPES, PATTERNS, OURS),
-    (operations.row_swaps, SHAPES, PATTERNS, ("torch", "triton")),
-    (operations.conjugate_step, SHAPES, [{}], OURS),
-    (operations.adam_step, SHAPES, [{}], OURS),
-    (operations.packed_product, SHAPES, [{"batch": batch} for batch in (1, 4, 16)], ("torch", "triton", "bare")),
-]
-# torch's compiler takes seconds for each size, so only the first size has it.
+from sparsefw.kernels.operation import OPERATIONS
+
+# On a GPU projections of 8B (q, down) and of 70B (q, and some rows of down).
+LLAMA = [size_of(*shape, 8192, "bfloat16") for shape in ((4096, 4096), (4096, 14336), (8192, 8192), (4096, 28672))]
+SIZES = LLAMA if GPU else [TINY, replace(TINY, rows=40, d=132)]
 CASES = [
-    pytest.param(
-        *(make, size, setting, way),
-        id=" ".join(map(str, (make.__name__, *size, *setting.values(), way))),
-    )
-    for make, sizes, settings, ways in OPERATIONS
-    for setting in settings
-    for size in sizes
-    for way in ways
-    if way != COMPILE or size == sizes[0]
+    pytest.param(operation, label, size, provider, id=f"{operation.name} {label} {size.rows}x{size.d} {provider}")
+    for operation in OPERATIONS.values()
+    for label in operation.settings
+    for size in SIZES
+    for provider in functions(operation)
+    # torch's compiler takes seconds for each size.
+    if provider != "compile"
 ]
 
 
-@pytest.mark.parametrize(("make", "size", "setting", "way"), CASES)
-def test_operation(measure, make, size, setting, way):
-    try:
-        measure(make(*size, **setting), way)
-    except torch.OutOfMemoryError as error:
-        pytest.skip(f"not enough GPU memory: {str(error).splitlines()[0]}")
+@pytest.mark.parametrize(("operation", "label", "size", "provider"), CASES)
+def test_operation(timed, benchmark, operation, label, size, provider):
+    benchmark.group = f"{operation.name} {label} {size.rows}x{size.d}"
+    run = functions(operation)[provider]
+    with torch.no_grad():
+        try:
+            case = Case(operation, label, size)
+            _, wrong = case.check(run)
+        except torch.OutOfMemoryError as error:
+            wrong = str(error)
+        if "out of memory" in (wrong or ""):
+            pytest.skip(f"not enough GPU memory: {wrong}")
+        assert not wrong
+        timed(run, case.fresh, case.cost)

@@ -1,5 +1,7 @@
 """Times on a GPU hold no time of the host. Pretended clocks of the host and of the GPU show it."""
 
+from itertools import cycle, groupby
+
 import pytest
 import timing
 import torch
@@ -41,7 +43,6 @@ class Clocks:
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "_sleep", lambda cycles: self.work("sleep", cycles * self.CYCLE))
         patch.setattr(timing, "GPU", True)
-        patch.setattr(timing, "ROUNDS", (5, 5))
         patch.setattr(timing, "_flushed", lambda size: Filled())
 
     def work(self, what, seconds, launch=0.0):
@@ -62,14 +63,46 @@ def clocks(monkeypatch):
 @pytest.mark.parametrize("launches", [1, 20, 100])
 def test_time_of_the_host_does_not_count(launches, clocks):
     """Each kernel takes 10 us, and the host 50 us to launch it: 100 take it longer than the first sleep."""
-    measured = timing.times(lambda: clocks.operation(launches, 50e-6, 10e-6))
-    assert measured.rounds == pytest.approx([launches * 10e-6] * 5)
-    assert measured.late == 0
+    watch = timing.Stopwatch(lambda: clocks.operation(launches, 50e-6, 10e-6))
+    assert [watch() for _ in range(5)] == pytest.approx([launches * 10e-6] * 5)
+    assert watch.late == 0
     assert clocks.log[-4 - launches :] == ["fill", "sleep", "event", *["kernel"] * launches, "event"]
 
 
 def test_waits_that_remain_are_told(clocks, monkeypatch):
     monkeypatch.setattr(timing, "MOST_CYCLES", timing.CYCLES)
-    measured = timing.times(lambda: clocks.operation(100, 50e-6, 10e-6))
-    assert measured.as_dict()["late"] == 5
-    assert measured.median > 2 * 100 * 10e-6
+    watch = timing.Stopwatch(lambda: clocks.operation(100, 50e-6, 10e-6))
+    assert watch() > 2 * 100 * 10e-6
+    assert watch.late == 1
+
+
+@pytest.fixture
+def race(monkeypatch):
+    """race(limit, name=seconds of its calls, ...) -> the times of all, by a pretended clock, and the order of calls."""
+    now, order = [0.0], []
+    monkeypatch.setattr(timing, "perf_counter", lambda: now[0])
+
+    def timer(name, seconds):
+        def call():
+            order.append(name)
+            now[0] += (took := next(seconds))
+            return took
+
+        return call
+
+    return lambda limit, **rivals: (timing.race({x: timer(x, iter(s)) for x, s in rivals.items()}, limit), order)
+
+
+def test_a_race_ends_once_all_means_are_steady(race):
+    """The standard error of the mean of 2, 4, 2, 4, ... falls below 1 % of it after 1,100 calls."""
+    times, _ = race(1e9, same=cycle([1]), varied=cycle([2, 4]))
+    assert len(times["varied"]) == pytest.approx(1110, abs=10)
+    assert len(times["same"]) == len(times["varied"])
+
+
+def test_a_race_ends_at_its_limit(race):
+    """Turns of a short call are as long as one of a long call, and the order of turns rotates."""
+    times, order = race(25, short=cycle([0.3, 0.6]), long=cycle([8, 12]))
+    assert len(times["long"]) == 3
+    assert [name for name, _ in groupby(order)] == ["short", "long", "short", "long"]
+    assert len(times["short"]) == 3 * 3

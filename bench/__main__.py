@@ -1,0 +1,282 @@
+"""Measure operations on this machine: `python -m bench [OPERATION ...]`, from the root of the repository.
+
+First the roofs are measured. Then each operation gets a table for every setting and shape, with a line for each
+provider; `bench/measure.py` tells which there are. A name may be a unique prefix, or the name of a file in kernels/.
+
+    python -m bench --list
+    python -m bench row_step gram --shape 8192x8192 --providers ours,library
+    python -m bench --model Meta-Llama-3-70B --json results.json
+    python -m bench report results.json
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+# The modules of bench/. The package is that of the working folder, or of another commit for a worker.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import machine
+import torch
+from measure import PROVIDERS, TINY, Case, functions, measure, size_of
+from timing import GPU, Stopwatch
+
+from sparsefw.kernels.operation import OPERATIONS, Operation, Size
+
+HERE = Path(__file__).resolve().parent
+# Projections of Llama-3.1-8B and of Llama-3-70B.
+LLAMA = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+LLAMA += [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
+SHAPES, TOKENS, DTYPE = (LLAMA, 8192, "bf16") if GPU else ([(1024, 4096)], 2048, "fp32")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+RATE, RATES = (1e12, "TFLOP/s") if GPU else (1e9, "GFLOP/s")
+
+
+def positive(text: str) -> int:
+    """Read a number of at least 1.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def shape(text: str) -> tuple[int, int]:
+    """Read ROWSxCOLUMNS.
+
+    Raises:
+        ValueError: it is no shape.
+    """
+    rows, d = map(positive, text.split("x"))
+    return rows, d
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the flags."""
+    form = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(
+        "python -m bench", usage=argparse.SUPPRESS, description=__doc__, formatter_class=form
+    )
+    add = made.add_argument
+    add("operations", nargs="*", metavar="OPERATION", help="names (default: all)")
+    add("--list", action="store_true", help="list the operations and their settings")
+    add("--shape", type=shape, action="append", metavar="ROWSxCOLUMNS", help="shape of the weight; may be repeated")
+    add("--model", help="shapes of all projections of a model: a file of bench/configs, or a path to a config.json")
+    add("--tokens", type=positive, default=TOKENS, help="inputs of a Gram or cross matrix (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and inputs (default: %(default)s)")
+    add("--setting", action="append", help="label of a setting; may be repeated (default: all with a roof here)")
+    add("--providers", default=",".join(PROVIDERS), help="(default: %(default)s)")
+    add("--threads", type=positive, default=1, help="threads of a CPU (default: %(default)s)")
+    add("--seconds", type=float, default=5.0, help="limit of the timing of a table (default: %(default)s)")
+    add("--base", metavar="COMMIT", help="time our kernels at this commit, too, in turns with the others")
+    for name, written in (("json", "JSON"), ("csv", "CSV"), ("plot", "a plot")):
+        add(f"--{name}", type=Path, metavar="FILE", help=f"write the results as {written}")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    return made
+
+
+def named(words: Sequence[str]) -> list[Operation]:
+    """Find operations by name, file, or unique prefix.
+
+    Raises:
+        ValueError: no or several operations have a prefix.
+    """
+    found: dict[str, Operation] = {}
+    for word in words:
+        of_file = [name for name, x in OPERATIONS.items() if x.run.__module__.endswith(f".{word}")]
+        names = [word] if word in OPERATIONS else of_file or [name for name in OPERATIONS if name.startswith(word)]
+        if not names:
+            raise ValueError(f"no operation {word!r}; there are {', '.join(OPERATIONS)}")
+        if len(names) > 1 and not of_file:
+            raise ValueError(f"{word!r} is not unique: {', '.join(names)}")
+        found |= {name: OPERATIONS[name] for name in names}
+    return [*found.values()] if words else [*OPERATIONS.values()]
+
+
+def shapes_of(model: str) -> list[tuple[int, int]]:
+    """List the distinct shapes of a model's projections.
+
+    Raises:
+        ValueError: there is no such config.
+    """
+    path = HERE / "configs" / f"{model}.json"
+    path = path if path.exists() else Path(model)
+    if not path.is_file():
+        names = ", ".join(sorted(path.stem for path in (HERE / "configs").glob("*.json")))
+        raise ValueError(f"--model: no file {model!r}, and none of {names}")
+    from sparsefw.estimate.plan import describe
+
+    kinds = describe(str(path)).shape.kinds
+    return [*dict.fromkeys((layer.rows, layer.d) for kind in kinds for layer in kind.layers)]
+
+
+def cases(
+    operations: Sequence[Operation], settings: Sequence[str] | None, sizes: Sequence[Size], roofs: dict[str, float]
+) -> Iterator[tuple[Operation, str, Size]]:
+    """Yield what is measured. Operations that ignore the rows, say, are measured once for all of them.
+
+    Without `settings` those are left out that name a precision without a roof on this machine.
+    """
+    seen = set()
+    for operation in operations:
+        for label, setting in operation.settings.items():
+            if settings and label not in settings:
+                continue
+            for size in sizes:
+                arguments = operation.example(replace(size, device="meta"), **setting)
+                unit = operation.cost_of(arguments).unit
+                if (key := (operation.name, label, repr(arguments))) in seen:
+                    continue
+                seen.add(key)
+                if settings or "precision" not in setting or unit in roofs:
+                    yield operation, label, size
+                else:
+                    print(f"\nleft out: {operation.name} {label}, since no roof of {unit} is known here")
+
+
+def table(case: Case, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a table."""
+    size, cost = case.size, case.cost
+    title = f"{case.operation.name} {case.setting}".rstrip()
+    yield f"\n{title}: {size.rows}x{size.d} {case.label['dtype']}, {size.tokens} tokens, " + (
+        f"{cost.flops / 1e9:.3g} Gflop, {cost.bytes / 1e6:.4g} MB, bound by {cost.unit or 'bytes'}"
+    )
+    yield f"{'provider':10}{'median ms':>10}{'20 %':>10}{'80 %':>10}{'rounds':>8}{'GB/s':>9}{RATES:>9}" + (
+        f"{'of roof':>9}{'speedup':>9}{'error':>10}"
+    )
+    for row in rows:
+        if not row["seconds"]:
+            yield f"{row['provider']:10}{row['wrong']}"
+            continue
+        times = "".join(f"{1e3 * row[name]:10.3f}" for name in ("seconds", "low", "high"))
+        rates = f"{row['rounds']:8}{cost.bytes / row['seconds'] / 1e9:9.1f}{cost.flops / row['seconds'] / RATE:9.1f}"
+        ratios = (("share", "9.0%"), ("speedup", "9.2f"), ("error", "10.1e"))
+        others = "".join(" " * 8 + "-" if row[name] is None else f"{row[name]:{form}}" for name, form in ratios)
+        late = f"  {row['late']} calls waited for the host" if row["late"] else ""
+        yield f"{row['provider']:10}{times}{rates}{others}{late}"
+
+
+def interpreted(case: Case) -> tuple[str, str | None]:
+    """Check the Triton kernel in the interpreter at a tiny size; returns a line, and what is wrong."""
+    error, wrong = Case(case.operation, case.setting, TINY).check(functions(case.operation)["triton"])
+    return f"{'triton':10}{wrong or f'checked at {TINY.rows}x{TINY.d}, error {error:.1e}'}", wrong
+
+
+def write(run: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Write the results so far."""
+    if arguments.json:
+        arguments.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    if arguments.csv and run["rows"]:
+        with arguments.csv.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, run["rows"][0])
+            writer.writeheader()
+            writer.writerows(run["rows"])
+
+
+def work() -> int:
+    """Answer each line of the input by times of a call, see `base.Worker`."""
+
+    @lru_cache(maxsize=1)
+    def timer(operation: str, setting: str, **size: Any) -> Callable[[], float]:
+        case = Case(OPERATIONS[operation], setting, size_of(**size))
+        run = functions(case.operation)["ours"]
+        # It also compiles, and leaves the process's memory as a check leaves that of the others.
+        if wrong := case.check(run)[1]:
+            raise ValueError(wrong)
+        return Stopwatch(run, case.fresh)
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        rounds = request.pop("rounds")
+        try:
+            answer: dict[str, Any] = {"seconds": [timer(**request)() for _ in range(rounds)]}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+def run(operations: Sequence[Operation], shapes: Sequence[Sequence[int]], arguments: argparse.Namespace) -> int:
+    """Measure, print and write; returns 1 if a kernel of ours has failed, or a result is wrong."""
+    torch.set_num_threads(arguments.threads)
+    # That of a worker.
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    roofs = machine.roofs(min(1.0, arguments.seconds))
+    saved: dict[str, Any] = dict(machine=machine.describe(), command=arguments.command, roofs=roofs, rows=[])
+    for name, value in saved["machine"].items():
+        print(f"{name:10} {value}")
+    for name, rate in roofs.items():
+        print(f"{name:10} {rate / 1e9:.1f} GB/s" if name == "copy" else f"{name:10} {rate / RATE:.1f} {RATES}")
+    failed = False
+    with ExitStack() as stack:
+        worker = None
+        if arguments.base:
+            from base import Worker
+
+            worker = stack.enter_context(Worker(arguments.base))
+        sizes = [size_of(rows, d, arguments.tokens, DTYPES[arguments.dtype]) for rows, d in shapes]
+        for operation, setting, size in cases(operations, arguments.setting, sizes, roofs):
+            try:
+                case = Case(operation, setting, size)
+                rows = measure(case, arguments.providers, roofs, arguments.seconds, worker)
+            except torch.OutOfMemoryError as error:
+                print(f"\n{operation.name} {setting}: {size.rows}x{size.d}: {str(error).splitlines()[0]}")
+                continue
+            print("\n".join(table(case, rows)), flush=True)
+            # A rival may fail, but compute nothing wrong.
+            failed |= any(row["wrong"] and (row["provider"] == "ours" or "wrong" in row["wrong"]) for row in rows)
+            if not GPU:
+                line, wrong = interpreted(case)
+                print(line, flush=True)
+                failed |= wrong is not None
+            saved["rows"] += rows
+            write(saved, arguments)
+    if arguments.plot:
+        from plots import plot
+
+        plot([saved], arguments.plot)
+    return int(failed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 1 if a kernel of ours has failed, or a result is wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"]:
+        import report
+
+        return report.main(argv[1:])
+    flags = parser()
+    arguments = flags.parse_args(argv)
+    arguments.command = shlex.join(["python", "-m", "bench", *argv])
+    arguments.providers = arguments.providers.split(",")
+    try:
+        operations = named(arguments.operations)
+        labels = [label for operation in operations for label in operation.settings]
+        for asked, known in ((arguments.providers, PROVIDERS), (arguments.setting or (), labels)):
+            if unknown := set(asked) - set(known):
+                there_are = ", ".join(filter(None, dict.fromkeys(known)))
+                raise ValueError(f"unknown {', '.join(sorted(unknown))}; there are {there_are}")
+        shapes = arguments.shape or (shapes_of(arguments.model) if arguments.model else SHAPES)
+    except ValueError as error:
+        flags.error(str(error))
+    if arguments.list:
+        for operation in operations:
+            print(f"{operation.name:20} {operation.does}  {', '.join(filter(None, operation.settings))}".rstrip())
+        return 0
+    with torch.no_grad():
+        return work() if arguments.worker else run(operations, shapes, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Describe this machine, and measure its roofs: how fast it copies, and how fast its library multiplies."""
+
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import DEVICE, GPU, Stopwatch, race
+
+REPO = Path(__file__).resolve().parents[1]
+# Bytes that are copied, and rows of the square matrices that are multiplied.
+COPIED, SIDE = (1 << 30, 8192) if GPU else (256 << 20, 2048)
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text("utf-8")) if path.exists() else None
+    return found[1] if found else platform.processor()
+
+
+def describe() -> dict[str, Any]:
+    """Describe what times depend on."""
+    # It reads an environment variable, which `timing` sets.
+    import triton
+
+    query = partial(_output, "nvidia-smi", "--format=csv,noheader", "--id=0")
+    return dict(
+        device=torch.cuda.get_device_name() if GPU else _cpu(),
+        threads=torch.get_num_threads(),
+        driver=query("--query-gpu=driver_version") if GPU else None,
+        clocks=query("--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem") if GPU else None,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        commit=_output("git", "describe", "--always", "--dirty"),
+        capability="sm_{}{}".format(*torch.cuda.get_device_capability()) if GPU else None,
+    )
+
+
+def roofs(limit: float = 1.0) -> dict[str, float]:
+    """Measure bytes per second of a copy, and flops per second of the library's products by their precision.
+
+    A CPU has no tf32; its bf16 counts only if it is faster than fp32.
+
+    Args:
+        limit: seconds for each.
+    """
+    source, target = torch.ones(2, COPIED // 4, device=DEVICE)
+    # A copy by a CPU also reads what it overwrites, so that a change in place is faster.
+    rates = {"copy": 2 * COPIED / _seconds(partial(target.copy_, source) if GPU else target.neg_, limit)}
+    for precision in ("ieee", "bf16", *["tf32"] * GPU):
+        A, B = torch.randn(2, SIDE, SIDE, device=DEVICE)
+        options: dict[str, Any] = {}
+        if precision == "bf16":
+            A, B = A.bfloat16(), B.bfloat16()
+            # On a CPU torch has no such product, and rounds the result to bf16.
+            options = dict(out_dtype=torch.float32) if GPU else {}
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        rates[precision] = 2 * SIDE**3 / _seconds(partial(torch.mm, A, B, **options), limit)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if not GPU and rates["bf16"] < rates["ieee"]:
+        del rates["bf16"]
+    return rates
+
+
+def _seconds(run: Callable[[], object], limit: float) -> float:
+    """Time calls until their mean is steady; returns their median."""
+    run()
+    return statistics.median(race({"": Stopwatch(run)}, limit)[""])

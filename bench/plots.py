@@ -1,0 +1,82 @@
+"""Plot saved runs of `python -m bench`: a roofline, and the share of the roof by operation, setting and shape."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    from matplotlib import pyplot, ticker
+except ModuleNotFoundError as error:
+    raise SystemExit(f"A plot needs matplotlib: {error}") from None
+
+# Markers, and colours that the colour-blind tell apart.
+STYLES = {"ours": "C0o", "torch": "C1s", "compile": "C2^", "library": "C3D", "base": "C4x"}
+COLOURS = pyplot.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "black"])
+LOOK: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": COLOURS,
+}
+
+
+def mark(axes: Any, x: float, y: float, provider: str, number: int) -> None:
+    """Draw a point: hollow for a rival, with the number of the case for ours."""
+    ours = provider == "ours"
+    look = dict(markersize=9, zorder=3) if ours else dict(markersize=5, fillstyle="none")
+    axes.plot(x, y, STYLES[provider], label=provider, **look)
+    if ours:
+        axes.text(x, y, number, color="white", fontsize=5.5, weight="bold", ha="center", va="center_baseline")
+
+
+def draw_roofs(axes: Any, roofs: dict[str, float]) -> None:
+    """Draw the roofs of a copy and of products over the points."""
+    axes.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="FLOP/s")
+    axes.yaxis.set_major_formatter(ticker.EngFormatter())
+    low, high = axes.get_xlim()
+    for name, roof in roofs.items():
+        ridge = roof / roofs["copy"]
+        end = 3 * max(high, ridge)
+        if name != "copy":
+            axes.plot([low, ridge, end], [low * roofs["copy"], roof, roof], "0.6", linewidth=1, zorder=1)
+            axes.text(end, roof, name, color="0.4", ha="right", va="bottom")
+
+
+def draw(run: dict[str, Any], left: Any, right: Any) -> None:
+    """Draw a run. Its cases have numbers; the first one has the best share of the roof."""
+    several = len({(row["rows"], row["d"]) for row in run["rows"]}) > 1
+    rows = []
+    for row in run["rows"]:
+        if not row["wrong"]:
+            words = row["operation"], row["setting"], f"{row['rows']}x{row['d']}" * several
+            rows.append(row | {"name": " ".join(filter(None, words)), "share": 100 * (row["share"] or 0)})
+    best = {row["name"]: row["share"] for row in rows if row["provider"] == "ours"}
+    names = sorted(best, key=lambda name: -best[name])
+    numbers = range(1, len(names) + 1)
+    right.axvline(100, color="0.6", linewidth=1, zorder=1)
+    right.barh(numbers, [best[name] for name in names], color="#BBD9EA", height=0.7)
+    for row in rows:
+        if row["name"] in best:
+            number = names.index(row["name"]) + 1
+            mark(right, row["share"], number, row["provider"], number)
+            if row["flops"]:
+                mark(left, row["flops"] / row["bytes"], row["flops"] / row["seconds"], row["provider"], number)
+    draw_roofs(left, run["roofs"])
+    left.set_title(run["machine"].get("device", ""), loc="left", fontsize=8)
+    right.set_yticks(numbers, names)
+    right.set(xlabel="share of the roof in %", xlim=(0, None), ylim=(len(names) + 0.6, 0.4))
+
+
+def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Plot each run in a row of two panels."""
+    cases = max(sum(row["provider"] == "ours" for row in run["rows"]) for run in runs)
+    size = 8, max(3.5, 1 + 0.19 * cases) * len(runs)
+    with pyplot.rc_context(LOOK):
+        figure, grid = pyplot.subplots(len(runs), 2, figsize=size, squeeze=False, layout="constrained")
+        for run, panels in zip(runs, grid, strict=True):
+            draw(run, *panels)
+        handles, labels = grid[0, 1].get_legend_handles_labels()
+        found = dict(zip(labels, handles, strict=True))
+        figure.legend(found.values(), found, ncols=5, loc="outside upper center", frameon=False)
+        figure.savefig(path, dpi=200)
+        pyplot.close(figure)
