@@ -1,0 +1,88 @@
+"""Time operations of another commit, in a process with its `sparsefw` and this checkout's bench/."""
+
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+BENCH = Path(__file__).resolve().parent
+REPO = BENCH.parent
+# It starts in the other checkout, whose package it imports before bench/ changes Python's path.
+COMMAND = [sys.executable, "-c", f"import runpy, sparsefw; runpy.run_path({str(BENCH)!r}, run_name='__main__')", "--worker"]
+# What is compiled, and how.
+SOURCES = ("setup.py", "kernels/cpu/*.cpp", "kernels/cpu/*.h")
+
+
+def git(*arguments: object, refusal: str = "") -> bool:
+    """Run git in this repository; tells whether it succeeded.
+
+    Raises:
+        SystemExit: it failed, and there is a refusal. This line is printed, and the status is 2.
+    """
+    done = subprocess.run(["git", "-C", REPO, *map(str, arguments)], capture_output=True, check=False)
+    if done.returncode and refusal:
+        print(f"python -m bench: {refusal}", file=sys.stderr)
+        raise SystemExit(2)
+    return not done.returncode
+
+
+def check_out(commit: str, tree: Path) -> None:
+    """Check a commit out, and compile what is compiled in this checkout.
+
+    Raises:
+        SystemExit: there is no such commit, or it has no registry of operations.
+    """
+    git("rev-parse", "--verify", f"{commit}^{{commit}}", refusal=f"{commit}: no such commit")
+    older = f"{commit} has no kernels/operation.py: it is older than this command"
+    git("cat-file", "-e", f"{commit}:kernels/operation.py", refusal=older)
+    git("worktree", "add", "--detach", tree, commit, refusal=f"{commit} cannot be checked out into {tree}")
+    compiled = [*REPO.glob("kernels/cpu/*.so")]
+    if git("diff", "--quiet", commit, "--", *SOURCES):
+        for path in compiled:
+            shutil.copy(path, tree / "kernels/cpu")
+    elif compiled:
+        build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        subprocess.run(build, cwd=tree, stdout=subprocess.DEVNULL, check=True)
+
+
+class Worker:
+    """Times operations of a commit inside of a `with` block."""
+
+    def __init__(self, commit: str) -> None:
+        self.commit = commit
+
+    def __enter__(self) -> "Worker":
+        with ExitStack() as opened:
+            opened.callback(git, "worktree", "prune")
+            tree = Path(opened.enter_context(TemporaryDirectory()), "base")
+            check_out(self.commit, tree)
+            # In a session of its own no interrupt reaches it.
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+            self.process: Any = subprocess.Popen(COMMAND, cwd=tree, **pipes)
+            opened.callback(self.process.communicate)
+            opened.callback(self.process.kill)
+            self.opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.opened.close()
+
+    def time(self, **request: Any) -> list[float]:
+        """Time calls of an operation; returns the seconds of each.
+
+        Args:
+            request: operation, setting, rows, d, tokens, dtype as in a saved run, and the number of rounds.
+
+        Raises:
+            RuntimeError: the operation failed, or the process has ended.
+        """
+        with suppress(BrokenPipeError):
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline() or '{"error": "its process has ended"}')
+        if "error" in answer:
+            raise RuntimeError(f"{self.commit}: {answer['error']}")
+        return answer["seconds"]
