@@ -12,7 +12,12 @@ from typing import Any
 BENCH = Path(__file__).resolve().parent
 REPO = BENCH.parent
 # It starts in the other checkout, whose package it imports before bench/ changes Python's path.
-COMMAND = [sys.executable, "-c", f"import runpy, sparsefw; runpy.run_path({str(BENCH)!r}, run_name='__main__')", "--worker"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    f"import runpy, sparsefw; runpy.run_path({str(BENCH)!r}, run_name='__main__')",
+    "--worker",
+]
 # What is compiled, and how.
 SOURCES = ("setup.py", "kernels/cpu/*.cpp", "kernels/cpu/*.h")
 
