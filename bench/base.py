@@ -66,8 +66,10 @@ class Worker:
             tree = Path(opened.enter_context(TemporaryDirectory()), "base")
             check_out(self.commit, tree)
             # In a session of its own no interrupt reaches it.
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
-            self.process: Any = subprocess.Popen(COMMAND, cwd=tree, **pipes)
+            pipes: dict[str, Any] = dict(
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            )
+            self.process = subprocess.Popen(COMMAND, cwd=tree, **pipes)
             opened.callback(self.process.communicate)
             opened.callback(self.process.kill)
             self.opened = opened.pop_all()

@@ -14,7 +14,12 @@ Row = dict[str, Any]
 # Markers, and colours that the colour-blind tell apart.
 STYLES = {"ours": "C0o", "torch": "C1s", "compile": "C2^", "library": "C3D", "base": "C4x"}
 COLOURS = pyplot.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "black"])
-LOOK = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": COLOURS}
+LOOK: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": COLOURS,
+}
 LOOK |= {"lines.markersize": 5, "lines.linewidth": 1}
 
 

@@ -49,7 +49,8 @@ def read(path: Path) -> Run:
         )
         found = known.get(run["machine"].get("capability"), {}).get(row["operation"], {}).get(row["setting"], 0)
         found = found if isinstance(found, dict) else {"share": found}
-        row |= {"expected": found["share"] * (row["provider"] == "ours"), "limit": found.get("limit", "")}
+        limit = f", {found['limit']}" if found.get("limit") else ""
+        row |= {"expected": found["share"] * (row["provider"] == "ours"), "limit": limit}
     return run
 
 
@@ -69,7 +70,7 @@ def rate(each_second: float, unit: str) -> str:
 def share(row: Row) -> str:
     """Write the share of the roof, and the expected one."""
     reached = "" if row["share"] is None else f"{row['share']:.1%}"
-    return f"{reached} (expected {row['expected']:.0%} {row['limit']})" if row["expected"] else reached
+    return f"{reached} (expected {row['expected']:.0%}{row['limit']})" if row["expected"] else reached
 
 
 def remark(row: Row) -> str:
