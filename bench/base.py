@@ -69,7 +69,7 @@ class Worker:
             pipes: dict[str, Any] = dict(
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
             )
-            self.process = subprocess.Popen(COMMAND, cwd=tree, **pipes)
+            self.process: Any = subprocess.Popen(COMMAND, cwd=tree, **pipes)
             opened.callback(self.process.communicate)
             opened.callback(self.process.kill)
             self.opened = opened.pop_all()
