@@ -11,13 +11,8 @@ from typing import Any
 
 BENCH = Path(__file__).resolve().parent
 REPO = BENCH.parent
-# It starts in the other checkout, whose package it imports before bench/ changes Python's path.
-COMMAND = [
-    sys.executable,
-    "-c",
-    f"import runpy, sparsefw; runpy.run_path({str(BENCH)!r}, run_name='__main__')",
-    "--worker",
-]
+# It starts in the other checkout, whose package it imports before bench/ may change Python's path.
+CODE = f"import runpy, sparsefw; runpy.run_path({str(BENCH)!r}, run_name='__main__')"
 # What is compiled, and how.
 SOURCES = ("setup.py", "kernels/cpu/*.cpp", "kernels/cpu/*.h")
 
@@ -36,7 +31,7 @@ def git(*arguments: object, refusal: str = "") -> bool:
 
 
 def check_out(commit: str, tree: Path) -> None:
-    """Check a commit out, and compile what is compiled in this checkout.
+    """Check a commit out, and compile it unless this checkout is compiled from the same.
 
     Raises:
         SystemExit: there is no such commit, or it has no registry of operations.
@@ -44,14 +39,13 @@ def check_out(commit: str, tree: Path) -> None:
     git("rev-parse", "--verify", f"{commit}^{{commit}}", refusal=f"{commit}: no such commit")
     older = f"{commit} has no kernels/operation.py: it is older than this command"
     git("cat-file", "-e", f"{commit}:kernels/operation.py", refusal=older)
-    git("worktree", "add", "--detach", tree, commit, refusal=f"{commit} cannot be checked out into {tree}")
-    compiled = [*REPO.glob("kernels/cpu/*.so")]
+    git("worktree", "add", "--detach", tree, commit, refusal=f"{commit} cannot be checked out")
     if git("diff", "--quiet", commit, "--", *SOURCES):
-        for path in compiled:
+        for path in REPO.glob("kernels/cpu/*.so"):
             shutil.copy(path, tree / "kernels/cpu")
-    elif compiled:
+    else:
         build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-        subprocess.run(build, cwd=tree, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(build, cwd=tree, capture_output=True, check=True)
 
 
 class Worker:
@@ -65,11 +59,10 @@ class Worker:
             opened.callback(git, "worktree", "prune")
             tree = Path(opened.enter_context(TemporaryDirectory()), "base")
             check_out(self.commit, tree)
+            pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             # In a session of its own no interrupt reaches it.
-            pipes: dict[str, Any] = dict(
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-            )
-            self.process: Any = subprocess.Popen(COMMAND, cwd=tree, **pipes)
+            command = [sys.executable, "-c", CODE, "--worker"]
+            self.process: Any = subprocess.Popen(command, cwd=tree, start_new_session=True, **pipes)
             opened.callback(self.process.communicate)
             opened.callback(self.process.kill)
             self.opened = opened.pop_all()

@@ -1,4 +1,4 @@
-"""Plot saved runs of `python -m bench`: a roofline, and the share of the roof by operation, or time by shape."""
+"""Plot saved runs of `python -m bench`: a roofline, and the share of the roof by operation, setting and shape."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +9,6 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"A plot needs matplotlib: {error}") from None
 
-Row = dict[str, Any]
-
 # Markers, and colours that the colour-blind tell apart.
 STYLES = {"ours": "C0o", "torch": "C1s", "compile": "C2^", "library": "C3D", "base": "C4x"}
 COLOURS = pyplot.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "black"])
@@ -20,24 +18,19 @@ LOOK: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.prop_cycle": COLOURS,
 }
-LOOK |= {"lines.markersize": 5, "lines.linewidth": 1}
 
 
-def mark(axes: Any, x: float, y: float, row: Row) -> None:
-    """Draw a point: hollow for a rival, with the number of the operation for ours."""
-    provider = row["provider"]
-    if provider != "ours":
-        axes.plot(x, y, STYLES[provider], label=provider, fillstyle="none")
-        return
-    axes.plot(x, y, STYLES[provider], label=provider, markersize=9, zorder=3)
-    axes.text(x, y, row["number"], color="white", fontsize=5.5, weight="bold", ha="center", va="center_baseline")
+def mark(axes: Any, x: float, y: float, provider: str, number: int) -> None:
+    """Draw a point: hollow for a rival, with the number of the case for ours."""
+    ours = provider == "ours"
+    look = dict(markersize=9, zorder=3) if ours else dict(markersize=5, fillstyle="none")
+    axes.plot(x, y, STYLES[provider], label=provider, **look)
+    if ours:
+        axes.text(x, y, number, color="white", fontsize=5.5, weight="bold", ha="center", va="center_baseline")
 
 
-def roofline(axes: Any, rows: Sequence[Row], roofs: dict[str, float]) -> None:
-    """Draw flops per second over flops per byte, below the roofs of a copy and of products."""
-    for row in rows:
-        if row["flops"]:
-            mark(axes, row["flops"] / row["bytes"], row["flops"] / row["seconds"], row)
+def draw_roofs(axes: Any, roofs: dict[str, float]) -> None:
+    """Draw the roofs of a copy and of products over the points."""
     axes.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="FLOP/s")
     axes.yaxis.set_major_formatter(ticker.EngFormatter())
     low, high = axes.get_xlim()
@@ -45,44 +38,43 @@ def roofline(axes: Any, rows: Sequence[Row], roofs: dict[str, float]) -> None:
         ridge = roof / roofs["copy"]
         end = 3 * max(high, ridge)
         if name != "copy":
-            axes.plot([low, ridge, end], [low * roofs["copy"], roof, roof], "0.6", zorder=1)
+            axes.plot([low, ridge, end], [low * roofs["copy"], roof, roof], "0.6", linewidth=1, zorder=1)
             axes.text(end, roof, name, color="0.4", ha="right", va="bottom")
 
 
-def shares(axes: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
-    """Draw the share of the roof of each operation; several shapes are several points."""
+def draw(run: dict[str, Any], left: Any, right: Any) -> None:
+    """Draw a run. Its cases have numbers; the first one has the best share of the roof."""
+    several = len({(row["rows"], row["d"]) for row in run["rows"]}) > 1
+    rows = []
+    for row in run["rows"]:
+        if not row["wrong"]:
+            words = row["operation"], row["setting"], f"{row['rows']}x{row['d']}" * several
+            rows.append(row | {"name": " ".join(filter(None, words)), "share": 100 * (row["share"] or 0)})
+    best = {row["name"]: row["share"] for row in rows if row["provider"] == "ours"}
+    names = sorted(best, key=lambda name: -best[name])
+    numbers = range(1, len(names) + 1)
+    right.barh(numbers, [best[name] for name in names], color="#BBD9EA", height=0.7)
     for row in rows:
-        share = 100 * (row["share"] or 0)
-        if row["provider"] == "ours":
-            axes.barh(row["number"], share, color="#BBD9EA", height=0.7)
-        mark(axes, share, row["number"], row)
-    axes.set_yticks(range(1, len(names) + 1), names)
-    axes.set(xlabel="share of the roof in %", xlim=(0, None), ylim=(len(names) + 0.6, 0.4))
-
-
-def times(axes: Any, rows: Sequence[Row], name: str) -> None:
-    """Draw the time of an operation by shape."""
-    for row in rows:
-        mark(axes, row["rows"] * row["d"], 1e3 * row["seconds"], row)
-    axes.set(xscale="log", yscale="log", xlabel="entries of the weight", ylabel=f"ms of {name}")
+        if row["name"] in best:
+            number = names.index(row["name"]) + 1
+            mark(right, row["share"], number, row["provider"], number)
+            if row["flops"]:
+                mark(left, row["flops"] / row["bytes"], row["flops"] / row["seconds"], row["provider"], number)
+    draw_roofs(left, run["roofs"])
+    left.set_title(run["machine"].get("device", ""), loc="left", fontsize=8)
+    right.set_yticks(numbers, names)
+    right.set(xlabel="share of the roof in %", xlim=(0, None), ylim=(len(names) + 0.6, 0.4))
 
 
 def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot each run in two panels. Operations have numbers; the first one has the best share of the roof."""
+    """Plot each run in a row of two panels."""
+    cases = max(sum(row["provider"] == "ours" for row in run["rows"]) for run in runs)
+    size = 8, max(3.5, 1 + 0.19 * cases) * len(runs)
     with pyplot.rc_context(LOOK):
-        figure, grid = pyplot.subplots(len(runs), 2, figsize=(8, 4.5 * len(runs)), squeeze=False, layout="constrained")
-        for run, (left, right) in zip(runs, grid, strict=True):
-            rows = [row | {"name": f"{row['operation']} {row['setting']}"} for row in run["rows"] if not row["wrong"]]
-            best = {row["name"]: row["share"] or 0 for row in rows if row["provider"] == "ours"}
-            names = sorted(best, key=lambda name: -best[name])
-            rows = [row | {"number": names.index(row["name"]) + 1} for row in rows if row["name"] in best]
-            roofline(left, rows, run["roofs"])
-            if len(names) == 1 < len({row["rows"] * row["d"] for row in rows}):
-                times(right, rows, *names)
-            else:
-                shares(right, rows, names)
-            left.set_title(run["machine"].get("device", ""), loc="left", fontsize=8)
-        handles, labels = right.get_legend_handles_labels()
+        figure, grid = pyplot.subplots(len(runs), 2, figsize=size, squeeze=False, layout="constrained")
+        for run, panels in zip(runs, grid, strict=True):
+            draw(run, *panels)
+        handles, labels = grid[0, 1].get_legend_handles_labels()
         found = dict(zip(labels, handles, strict=True))
         figure.legend(found.values(), found, ncols=5, loc="outside upper center", frameon=False)
         figure.savefig(path, dpi=200)

@@ -1,7 +1,7 @@
 """Report saved runs of `python -m bench` in Markdown.
 
 First comes what to look at: wrong results, cases far below the expected share of the roof, and cases in which another
-provider is faster. Runs of several files are compared at the end.
+provider is faster. Times of several runs, and of a base, are compared at the end.
 """
 
 import argparse
@@ -20,7 +20,7 @@ EXPECTED = Path(__file__).resolve().parent / "results" / "expected.json"
 # A case that reaches less than this part of the expected share is marked.
 LOW = 0.7
 HEAD = """
-| setting | shape | tokens | dtype | provider | ms (20-80 %) | bytes | flops | of the roof | speedup | error |
+| setting | shape | tokens | dtype | provider | ms (20-80 %) | GB/s | GFLOP/s | of the roof | speedup | error |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
@@ -48,39 +48,25 @@ def read(path: Path) -> Run:
             f"{row['operation']} {row['setting'] or '-'} {row['rows']}x{row['d']} {row['tokens']} {row['dtype']}"
         )
         found = known.get(run["machine"].get("capability"), {}).get(row["operation"], {}).get(row["setting"], 0)
-        found = found if isinstance(found, dict) else {"share": found}
-        limit = f", {found['limit']}" if found.get("limit") else ""
-        row |= {"expected": found["share"] * (row["provider"] == "ours"), "limit": limit}
+        share, row["limit"] = (found["share"], found.get("limit")) if isinstance(found, dict) else (found, None)
+        row["expected"] = share * (row["provider"] == "ours")
     return run
 
 
-def number(value: float | None) -> str:
-    """Write three digits; nothing for None."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
-
-
-def rate(each_second: float, unit: str) -> str:
-    """Write a rate with the prefix G or T."""
-    scale, prefix = (1e12, "T") if each_second >= 1e12 else (1e9, "G")
-    return f"{number(each_second / scale)} {prefix}{unit}/s"
-
-
-def share(row: Row) -> str:
-    """Write the share of the roof, and the expected one."""
-    reached = "" if row["share"] is None else f"{row['share']:.1%}"
-    return f"{reached} (expected {row['expected']:.0%}{row['limit']})" if row["expected"] else reached
+def write(value: float | None, form: str) -> str:
+    """Write a number; "-" for None."""
+    return "-" if value is None else format(value, form)
 
 
 def remark(row: Row) -> str:
     """Tell why to look at a row first; nothing if there is no reason."""
     if row["wrong"]:
         return row["wrong"]
-    if row["share"] is not None and row["share"] < LOW * row["expected"]:
-        return f"low: {share(row)} of the roof"
+    if row["expected"] and (row["share"] or 0) < LOW * row["expected"]:
+        limit = f", limited by {row['limit']}" if row["limit"] else ""
+        return f"low: {write(row['share'], '.0%')} of the roof, {row['expected']:.0%} expected{limit}"
     if row["provider"] == "ours" and (row["speedup"] or 1) < 1:
-        return f"slower: {number(row['speedup'])} x the speed of another provider"
+        return f"slower: {row['speedup']:.2f} x the speed of another provider"
     return ""
 
 
@@ -89,11 +75,13 @@ def line(row: Row) -> str:
     begin = f"| {row['setting']} | {row['rows']}x{row['d']} | {row['tokens']} | {row['dtype']} | {row['provider']} |"
     if row["wrong"]:
         return f"{begin} **{row['wrong']}** | | | | | |"
-    median, low, high = (number(1e3 * row[key]) for key in ("seconds", "low", "high"))
-    moved, computed = rate(row["bytes"] / row["seconds"], "B"), rate(row["flops"] / row["seconds"], "FLOP")
-    bold = "**" if remark(row) else ""
-    end = f"{bold}{share(row)}{bold} | {bold}{number(row['speedup'])}{bold} | {number(row['error'])} |"
-    return f"{begin} {median} ({low}-{high}) | {moved} | {computed} | {end}"
+    bold, per = "**" * bool(remark(row)), 1e9 * row["seconds"]
+    expected = f" of {row['expected']:.0%}" if row["expected"] else ""
+    return (
+        f"{begin} {1e3 * row['seconds']:,.3f} ({1e3 * row['low']:,.3f}-{1e3 * row['high']:,.3f}) "
+        f"| {row['bytes'] / per:,.1f} | {row['flops'] / per:,.1f} | {bold}{write(row['share'], '.0%')}{expected}{bold} "
+        f"| {bold}{write(row['speedup'], '.2f')}{bold} | {write(row['error'], '.0e')} |"
+    )
 
 
 def section(run: Run) -> list[str]:
@@ -102,52 +90,53 @@ def section(run: Run) -> list[str]:
     speedups = [row["speedup"] for row in rows if row["provider"] == "ours" and row["speedup"]]
     faster = sum(speedup >= 1 for speedup in speedups)
     remarks = [f"- {row['case']}, {row['provider']}: {remark(row)}" for row in rows if remark(row)]
-    remarks.sort(key=lambda text: ": slower: " in text)
-    roofs = [f"{name} {rate(value, 'B' if name == 'copy' else 'FLOP')}" for name, value in run["roofs"].items()]
-    made = [
+    return [
         f"## {machine.get('device')}",
         f"`{run['command']}`",
         ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None),
-        f"Roofs: {', '.join(roofs)}",
+        "Roofs in GB/s and GFLOP/s: " + ", ".join(f"{name} {rate / 1e9:,.1f}" for name, rate in run["roofs"].items()),
         f"Faster than every other provider in {faster} cases, slower in {len(speedups) - faster}; "
-        f"geometric mean of speedups {number(geometric_mean(speedups or [1]))}.",
-        "\n".join(["Look at these first:\n", *remarks] if remarks else ["Nothing is wrong, low or slower."]),
+        f"geometric mean of speedups {geometric_mean(speedups or [1]):.2f}.",
+        *["Look at these first:", "\n".join(sorted(remarks, key=lambda text: ": slower" in text))] * bool(remarks),
+        *(
+            f"### {name}\n{HEAD}" + "\n".join(line(row) for row in rows if row["operation"] == name)
+            for name in dict.fromkeys(row["operation"] for row in rows)
+        ),
     ]
-    for name in dict.fromkeys(row["operation"] for row in rows):
-        made.append(f"### {name}\n{HEAD}" + "\n".join(line(row) for row in rows if row["operation"] == name))
-    return made
 
 
-def comparison(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Compare the milliseconds of ours in several runs; in brackets the speedup over the first one."""
-    timed = [
-        {row["case"]: 1e3 * row["seconds"] for row in run["rows"] if row["provider"] == "ours" and not row["wrong"]}
-        for run in runs
-    ]
-    lines = [["ms (speedup)", *names], ["---"] * (1 + len(names))]
-    for case, first in timed[0].items():
-        if all(case in times for times in timed):
-            lines.append([case, *(f"{number(times[case])} ({number(first / times[case])})" for times in timed)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def comparison(runs: dict[str, Run]) -> list[str]:
+    """Compare milliseconds of ours, at the base and now, in all runs; in brackets the speedup over the first one."""
+    timed: dict[str, dict[str, float]] = {}
+    for name, run in runs.items():
+        for row in sorted(run["rows"], key=lambda row: row["provider"]):
+            if row["provider"] in ("base", "ours") and not row["wrong"]:
+                timed.setdefault(f"{name}: {row['provider']}", {})[row["case"]] = 1e3 * row["seconds"]
+    if len(timed) < 2:
+        return []
+    lines = [f"| ms (speedup) | {' | '.join(timed)} |", "| --- " * len(timed) + "| --- |"]
+    first, *others = timed.values()
+    for case in first:
+        if all(case in times for times in others):
+            cells = [f"{times[case]:,.3f} ({first[case] / times[case]:.2f})" for times in timed.values()]
+            lines.append(f"| {case} | {' | '.join(cells)} |")
+    return ["### Comparison", "\n".join(lines)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print or write the report, and plot the runs."""
     parser = argparse.ArgumentParser("python -m bench report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a run, by `python -m bench --json FILE`")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the Markdown there")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the runs, with matplotlib")
+    parser.add_argument("--output", type=Path, help="write the Markdown to this file")
+    parser.add_argument("--plot", type=Path, help="plot the runs to this file, by matplotlib")
     arguments = parser.parse_args(argv)
-    runs = []
+    runs = {}
     for path in arguments.files:
         try:
-            runs.append(read(path))
+            runs[str(path)] = read(path)
         except (OSError, ValueError, TypeError) as error:
             parser.error(f"{path}: {error}")
-    parts = [part for run in runs for part in section(run)]
-    if len(runs) > 1:
-        parts.append(comparison(runs, [*map(str, arguments.files)]))
-    text = "\n\n".join(parts)
+    text = "\n\n".join([part for run in runs.values() for part in section(run)] + comparison(runs))
     if arguments.output:
         arguments.output.write_text(text + "\n", "utf-8")
     else:
@@ -155,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.plot:
         from plots import plot
 
-        plot(runs, arguments.plot)
+        plot([*runs.values()], arguments.plot)
     return 0
 
 

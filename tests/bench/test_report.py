@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,15 +43,13 @@ def save(tmp_path, monkeypatch):
 def test_numbers_are_those_of_the_rows(save, capsys):
     assert report.main([save("run.json", ROW, RIVAL, SLOWER, WRONG)]) == 0
     page = capsys.readouterr().out
-    assert "\n|  | 8x16 | 32 | float32 | ours | 2 (1-4) | 2 GB/s | 4 TFLOP/s | 40.0% | 3 | 3e-07 |\n" in page
-    assert (
-        "\n|  | 8x16 | 32 | float32 | torch | 6 (1-4) | 0.667 GB/s | 1.33 TFLOP/s | 10.0% | 0.333 | 3e-07 |\n" in page
-    )
-    assert "\nRoofs: copy 1 TB/s, ieee 2 TFLOP/s\n" in page
+    assert "\n|  | 8x16 | 32 | float32 | ours | 2.000 (1.000-4.000) | 2.0 | 4,000.0 | 40% | 3.00 | 3e-07 |\n" in page
+    assert "\n|  | 8x16 | 32 | float32 | torch | 6.000 (1.000-4.000) | 0.7 | 1,333.3 | 10% | 0.33 | 3e-07 |\n" in page
+    assert "\nRoofs in GB/s and GFLOP/s: copy 1,000.0, ieee 2,000.0\n" in page
     assert "in 1 cases, slower in 1; geometric mean of speedups 1.22.\n" in page
     # A wrong result has no time, and comes before a slow one.
     assert "| compile | **wrong: 3** | | | | | |" in page
-    assert page.index("compile: wrong: 3") < page.index("ours: slower: 0.5 x") < page.index("###")
+    assert page.index("compile: wrong: 3") < page.index("ours: slower: 0.50 x") < page.index("###")
 
 
 def test_what_is_below_its_expectation_comes_first(save, capsys):
@@ -60,20 +57,24 @@ def test_what_is_below_its_expectation_comes_first(save, capsys):
     report.EXPECTED.write_text(json.dumps({"sm_90": {"row_step": known}}))
     report.main([save("run.json", SLOWER, ROW, RIVAL, ROW | {"setting": "2:4"})])
     page = capsys.readouterr().out
-    first = page.index("row_step - 8x16 32 float32, ours: low: 40.0% (expected 60%, instructions)")
+    first = page.index("row_step - 8x16 32 float32, ours: low: 40% of the roof, 60% expected, limited by instructions")
     assert first < page.index("ours: slower")
     assert page.count(" low: ") == 1
-    assert "| **40.0% (expected 60%, instructions)** |" in page
-    assert "| 40.0% (expected 50%) |" in page
+    assert "| **40% of 60%** |" in page
+    assert "| 40% of 50% |" in page
 
 
 def test_files_are_compared(save, tmp_path):
     files = save("old.json", ROW, SLOWER), save("new.jsonl", ROW | {"seconds": 1e-3}, WRONG)
     report.main([*files, "--output", str(tmp_path / "page.md")])
     page = (tmp_path / "page.md").read_text()
-    assert page.endswith(
-        f"| {files[0]} | {files[1]} |\n| --- | --- | --- |\n| row_step - 8x16 32 float32 | 2 (1) | 1 (2) |\n"
-    )
+    assert page.endswith("| --- | --- | --- |\n| row_step - 8x16 32 float32 | 2.000 (1.00) | 1.000 (2.00) |\n")
+    assert f"| ms (speedup) | {files[0]}: ours | {files[1]}: ours |\n" in page
+
+
+def test_base_is_compared(save, capsys):
+    report.main([save("run.json", ROW, ROW | {"provider": "base", "seconds": 8e-3})])
+    assert capsys.readouterr().out.endswith("| row_step - 8x16 32 float32 | 8.000 (1.00) | 2.000 (4.00) |\n")
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", "{}", "3"])
@@ -108,7 +109,7 @@ for line in sys.stdin:
 def git(tmp_path, monkeypatch):
     """git(...): run git in a repository that has a commit without operations, one with them, and changes."""
     monkeypatch.setattr(base, "REPO", tmp_path)
-    monkeypatch.setattr(base, "COMMAND", [sys.executable, "-c", WORKER])
+    monkeypatch.setattr(base, "CODE", WORKER)
 
     def git(*arguments):
         command = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x", *arguments]
