@@ -87,9 +87,12 @@ def test_what_is_no_run_is_refused(text, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m bench report: error: {path}: ")
 
 
-@pytest.mark.parametrize("rows", [[ROW, RIVAL, SLOWER, WRONG], [ROW, RIVAL, ROW | {"d": 32}]])
-def test_plot(rows, save, tmp_path):
-    runs = [report.read(Path(save("run.json", *rows)))] * 2
+def test_plot(save, tmp_path):
+    """Nothing wrong is drawn, and no operation of which ours is wrong."""
+    others = [RIVAL | {"operation": "gram"}, WRONG | {"operation": "gram", "provider": "ours", "flops": 1}]
+    runs = [
+        report.read(Path(save("run.json", *rows))) for rows in ([ROW, RIVAL, SLOWER, *others], [ROW, ROW | {"d": 32}])
+    ]
     plots.plot(runs, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
