@@ -53,6 +53,7 @@ def draw(run: dict[str, Any], left: Any, right: Any) -> None:
     best = {row["name"]: row["share"] for row in rows if row["provider"] == "ours"}
     names = sorted(best, key=lambda name: -best[name])
     numbers = range(1, len(names) + 1)
+    right.axvline(100, color="0.6", linewidth=1, zorder=1)
     right.barh(numbers, [best[name] for name in names], color="#BBD9EA", height=0.7)
     for row in rows:
         if row["name"] in best:
