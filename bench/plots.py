@@ -47,9 +47,9 @@ def draw(run: dict[str, Any], left: Any, right: Any) -> None:
     several = len({(row["rows"], row["d"]) for row in run["rows"]}) > 1
     rows = []
     for row in run["rows"]:
-        if not row["wrong"]:
+        if row["share"]:
             words = row["operation"], row["setting"], f"{row['rows']}x{row['d']}" * several
-            rows.append(row | {"name": " ".join(filter(None, words)), "share": 100 * (row["share"] or 0)})
+            rows.append(row | {"name": " ".join(filter(None, words)), "share": 100 * row["share"]})
     best = {row["name"]: row["share"] for row in rows if row["provider"] == "ours"}
     names = sorted(best, key=lambda name: -best[name])
     numbers = range(1, len(names) + 1)
@@ -64,7 +64,8 @@ def draw(run: dict[str, Any], left: Any, right: Any) -> None:
     draw_roofs(left, run["roofs"])
     left.set_title(run["machine"].get("device", ""), loc="left", fontsize=8)
     right.set_yticks(numbers, names)
-    right.set(xlabel="share of the roof in %", xlim=(0, None), ylim=(len(names) + 0.6, 0.4))
+    right.set(xscale="log", xlabel="share of the roof in %", ylim=(len(names) + 0.6, 0.4))
+    right.xaxis.set_major_formatter("{x:g}")
 
 
 def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
