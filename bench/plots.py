@@ -76,8 +76,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
         figure, grid = pyplot.subplots(len(runs), 2, figsize=size, squeeze=False, layout="constrained")
         for run, panels in zip(runs, grid, strict=True):
             draw(run, *panels)
-        handles, labels = grid[0, 1].get_legend_handles_labels()
-        found = dict(zip(labels, handles, strict=True))
+        found = {x.get_label(): x for axes in grid[:, 1] for x in axes.lines if x.get_label() in STYLES}
         figure.legend(found.values(), found, ncols=5, loc="outside upper center", frameon=False)
         figure.savefig(path, dpi=200)
         pyplot.close(figure)
