@@ -95,7 +95,7 @@ def section(run: Run) -> list[str]:
         ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None),
         "Roofs in GB/s and GFLOP/s: " + ", ".join(f"{name} {rate / 1e9:,.1f}" for name, rate in run["roofs"].items()),
         f"Faster than every other provider in {faster} cases, slower in {len(speedups) - faster}; "
-        f"geometric mean of speedups {geometric_mean(speedups or [1]):.2f}.",
+        f"geometric mean of speedups {geometric_mean(speedups) if speedups else float('nan'):.2f}.",
         *["Look at these first:", "\n".join(sorted(remarks, key=lambda text: ": slower" in text))] * bool(remarks),
         *(
             f"### {name}\n{HEAD}" + "\n".join(line(row) for row in rows if row["operation"] == name)
