@@ -47,9 +47,9 @@ def draw(run: dict[str, Any], left: Any, right: Any) -> None:
     several = len({(row["rows"], row["d"]) for row in run["rows"]}) > 1
     rows = []
     for row in run["rows"]:
-        if not row["wrong"]:
+        if row["share"]:
             words = row["operation"], row["setting"], f"{row['rows']}x{row['d']}" * several
-            rows.append(row | {"name": " ".join(filter(None, words)), "share": 100 * (row["share"] or 0)})
+            rows.append(row | {"name": " ".join(filter(None, words)), "share": 100 * row["share"]})
     best = {row["name"]: row["share"] for row in rows if row["provider"] == "ours"}
     names = sorted(best, key=lambda name: -best[name])
     numbers = range(1, len(names) + 1)
@@ -64,7 +64,8 @@ def draw(run: dict[str, Any], left: Any, right: Any) -> None:
     draw_roofs(left, run["roofs"])
     left.set_title(run["machine"].get("device", ""), loc="left", fontsize=8)
     right.set_yticks(numbers, names)
-    right.set(xlabel="share of the roof in %", xlim=(0, None), ylim=(len(names) + 0.6, 0.4))
+    right.set(xscale="log", xlabel="share of the roof in %", ylim=(len(names) + 0.6, 0.4))
+    right.xaxis.set_major_formatter("{x:g}")
 
 
 def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
@@ -75,8 +76,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
         figure, grid = pyplot.subplots(len(runs), 2, figsize=size, squeeze=False, layout="constrained")
         for run, panels in zip(runs, grid, strict=True):
             draw(run, *panels)
-        handles, labels = grid[0, 1].get_legend_handles_labels()
-        found = dict(zip(labels, handles, strict=True))
+        found = {x.get_label(): x for axes in grid[:, 1] for x in axes.lines if x.get_label() in STYLES}
         figure.legend(found.values(), found, ncols=5, loc="outside upper center", frameon=False)
         figure.savefig(path, dpi=200)
         pyplot.close(figure)

@@ -47,9 +47,9 @@ def read(path: Path) -> Run:
         row["case"] = (
             f"{row['operation']} {row['setting'] or '-'} {row['rows']}x{row['d']} {row['tokens']} {row['dtype']}"
         )
-        found = known.get(run["machine"].get("capability"), {}).get(row["operation"], {}).get(row["setting"], 0)
-        share, row["limit"] = (found["share"], found.get("limit")) if isinstance(found, dict) else (found, None)
-        row["expected"] = share * (row["provider"] == "ours")
+        found = known.get(run["machine"].get("capability"), {}).get(row["operation"], {}).get(row["setting"], {})
+        row["expected"] = found.get("share", 0) if row["provider"] == "ours" else 0
+        row["limit"] = found.get("limit")
     return run
 
 
@@ -60,14 +60,13 @@ def write(value: float | None, form: str) -> str:
 
 def remark(row: Row) -> str:
     """Tell why to look at a row first; nothing if there is no reason."""
-    if row["wrong"]:
-        return row["wrong"]
-    if row["expected"] and (row["share"] or 0) < LOW * row["expected"]:
-        limit = f", limited by {row['limit']}" if row["limit"] else ""
-        return f"low: {write(row['share'], '.0%')} of the roof, {row['expected']:.0%} expected{limit}"
-    if row["provider"] == "ours" and (row["speedup"] or 1) < 1:
-        return f"slower: {row['speedup']:.2f} x the speed of another provider"
-    return ""
+    reasons = [row["wrong"]] if row["wrong"] else []
+    share, expected, speedup = row["share"], row["expected"], row["speedup"]
+    if share and share < LOW * expected:
+        reasons.append(f"low: {share:.0%} of the roof, {expected:.0%} expected, limit: {row['limit']}")
+    if row["provider"] == "ours" and speedup and speedup < 1:
+        reasons.append(f"slower: {speedup:.2f} x the speed of another provider")
+    return "; ".join(reasons)
 
 
 def line(row: Row) -> str:
@@ -96,7 +95,7 @@ def section(run: Run) -> list[str]:
         ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None),
         "Roofs in GB/s and GFLOP/s: " + ", ".join(f"{name} {rate / 1e9:,.1f}" for name, rate in run["roofs"].items()),
         f"Faster than every other provider in {faster} cases, slower in {len(speedups) - faster}; "
-        f"geometric mean of speedups {geometric_mean(speedups or [1]):.2f}.",
+        f"geometric mean of speedups {geometric_mean(speedups) if speedups else float('nan'):.2f}.",
         *["Look at these first:", "\n".join(sorted(remarks, key=lambda text: ": slower" in text))] * bool(remarks),
         *(
             f"### {name}\n{HEAD}" + "\n".join(line(row) for row in rows if row["operation"] == name)

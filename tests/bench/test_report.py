@@ -53,11 +53,13 @@ def test_numbers_are_those_of_the_rows(save, capsys):
 
 
 def test_what_is_below_its_expectation_comes_first(save, capsys):
-    known = {"": {"share": 0.6, "limit": "instructions"}, "2:4": 0.5}
+    known = {"": {"share": 0.6, "limit": "instructions"}, "2:4": {"share": 0.5}}
     report.EXPECTED.write_text(json.dumps({"sm_90": {"row_step": known}}))
-    report.main([save("run.json", SLOWER, ROW, RIVAL, ROW | {"setting": "2:4"})])
+    report.main([save("run.json", SLOWER, ROW | {"speedup": 0.7}, RIVAL, ROW | {"setting": "2:4"})])
     page = capsys.readouterr().out
-    first = page.index("row_step - 8x16 32 float32, ours: low: 40% of the roof, 60% expected, limited by instructions")
+    first = page.index(
+        "row_step - 8x16 32 float32, ours: low: 40% of the roof, 60% expected, limit: instructions; slower: 0.70 x"
+    )
     assert first < page.index("ours: slower")
     assert page.count(" low: ") == 1
     assert "| **40% of 60%** |" in page
