@@ -5,6 +5,9 @@ compiles the same code as for a GPU: the configuration for the shape, and the sp
 the table has the registers of a thread, bytes of stack and of shared memory, instructions that load or store spilled
 registers, and tensor-core and bulk-copy instructions.
 
+The launches are those in the files of `kernels/`. Besides, every setting of an operation is compiled at the size of a
+large layer, for which expected.py computes an expected time. `instructions` of a thread are pairs, see the function.
+
 A row has a fingerprint of the compiler's inputs. The row of a launch that has not changed is taken from the committed
 table, if the same version of Triton has made it. Compiling all launches takes minutes. Too much shared memory, a stack
 and spilled registers are errors, as a GPU would refuse them or be slow. So is a warning of Triton, which a user would
@@ -15,13 +18,14 @@ After an edit of one kernel: `python bench/compiled.py --only gram --test`.
 
 import argparse
 import hashlib
+import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,21 +33,29 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton
-from compiled_cases import Case, operations, select
 from triton.backends.compiler import GPUTarget
+
+from sparsefw.kernels import triton_ops  # noqa: F401, since it imports all operations
+from sparsefw.kernels.operation import OPERATIONS, Launch, Operation, Size
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Shared memory that one program may ask for, bytes. The target sm_80 also serves GPUs of sm_86, sm_89 and sm_120, which
-# have 99 KiB in place of 163.
-SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# Targets with an expected time, and its size: a matrix of Llama-3-70B.
+EXPECTED, SIZE = ("sm_80", "sm_89", "sm_90"), Size(8192, 8192, tokens=8192)
+# Shared memory that one program may ask for, KiB. A GPU of sm_80 has 163, but those of sm_86, sm_89 and sm_120 run the
+# same tiles.
+SHARED = {"sm_80": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 # mma.sync is Ampere's, wgmma Hopper's and tcgen05 Blackwell's. No name contains another.
 TENSOR_CORES = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma")
 BULK_COPY = "cp.async.bulk.tensor"
+# Instructions of the pipe ALU, each after its predicate, and the shortest stretch that is skipped, see `instructions`.
+ALU = re.compile(r"(@!?U?P\w+ )?(I(ADD|MNMX|SETP|ABS)|VI|P?LOP|SHF|F?SEL|PRMT|LEA|F(SETP|MNMX)|POPC|SGXT|MOV)")
+RARE = 64
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "bench/results/compiled.json"
@@ -58,8 +70,35 @@ def stub_driver(target: GPUTarget) -> SimpleNamespace:
     )
 
 
+def launches() -> dict[str, tuple[Operation, Launch]]:
+    """List all launches by their name: those of the operations, and each setting at SIZE."""
+    every = {}
+    for each in filter(lambda each: each.launches, OPERATIONS.values()):
+        large = (Launch(EXPECTED, SIZE, setting) for setting in each.settings.values())
+        every |= {f"{each.name} {found.name}": (each, found) for found in (*each.launches, *large)}
+    return every
+
+
+def select(text: str) -> dict[str, tuple[Operation, Launch]]:
+    """Find launches by their operation or its file, by a text in their name, or by a file that their file imports.
+
+    Raises:
+        SystemExit: there is no such launch.
+    """
+    every, words, imported = launches(), {}, {}
+    for name, (each, _) in every.items():
+        module = inspect.getmodule(each.run)
+        words[name] = [each.name, module.__name__.rpartition(".")[2]]
+        imported[name] = re.findall(r"^from \.(\w+) import", inspect.getsource(module), re.MULTILINE)
+    for suits in (lambda name: text in words[name], lambda name: text in name, lambda name: text in imported[name]):
+        if chosen := {name: every[name] for name in filter(suits, every)}:
+            return chosen
+    known = sorted({word for name in every for word in words[name] + imported[name]})
+    sys.exit(f"{text}: no launch, no operation and no file of kernels/; there are {', '.join(known)}")
+
+
 class Compiled(Exception):
-    """The end of a launch. Its arguments are the compiled kernel, or None for a known one, and its options."""
+    """The end of a launch. Its arguments: the compiled kernel, or None for a known one, its options and programs."""
 
 
 def fingerprint(function: triton.JITFunction, specialization: str) -> str:
@@ -76,15 +115,15 @@ def fingerprint(function: triton.JITFunction, specialization: str) -> str:
     return hashlib.sha256(f"{function.cache_key}{json.dumps(inputs, sort_keys=True)}".encode()).hexdigest()[:16]
 
 
-def compile_launch(target: str, case: Case, known: Mapping[str, dict]) -> dict:
-    """Compile a launch for a target; returns its row: configuration, registers, bytes of stack and shared memory.
+def compile_launch(name: str, target: str, known: Mapping[str, dict]) -> dict:
+    """Compile a launch for a target; returns its row of the table.
 
     Args:
+        name: one of `launches`.
         target: one of TARGETS.
-        case: the launch.
         known: rows by their fingerprint. A launch with a known one is not compiled.
     """
-    run, found = triton.JITFunction.run, []
+    run, found, (operation, launch) = triton.JITFunction.run, [], launches()[name]
 
     def is_known(fn, compile, **others) -> bool:
         found.append(fingerprint(fn.jit_function, compile["specialization_data"]))
@@ -97,26 +136,28 @@ def compile_launch(target: str, case: Case, known: Mapping[str, dict]) -> dict:
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         except Exception as error:
-            error.add_note(f"{case.name} on {target} does not compile with {options}")
+            error.add_note(f"{name} on {target} does not compile with {options}")
             raise
-        raise Compiled(kernel, {k: v for k, v in options.items() if k.startswith("BLOCK") or k == "SEARCH_D"})
+        raise Compiled(kernel, {k: v for k, v in options.items() if k.startswith("BLOCK") or k == "SEARCH_D"}, grid[0])
 
     triton.runtime.driver.set_active(stub_driver(TARGETS[target]))
     triton.JITFunction.run, triton.knobs.runtime.jit_cache_hook = compile_only, is_known
     try:
         with warnings.catch_warnings(action="error"):
-            case.launch()
+            operation.run(**operation.example(launch.size, **launch.setting))
     except Compiled as compiled:
-        kernel, options = compiled.args
+        kernel, options, programs = compiled.args
     finally:
         triton.JITFunction.run, triton.knobs.runtime.jit_cache_hook = run, None
     if kernel is None:
         # The fingerprint decides all but these.
-        return known[found[-1]] | {"name": case.name, "target": target}
+        return known[found[-1]] | {"name": name, "target": target, "programs": programs}
     code = kernel.asm["amdgcn"] if target == "gfx942" else kernel.asm["ptx"]
     return dict(
+        name=name,
         fingerprint=found[-1],
         config=" ".join(f"{key}={value}" for key, value in options.items()),
+        programs=programs,
         warps=kernel.metadata.num_warps,
         stages=kernel.metadata.num_stages,
         shared=kernel.metadata.shared,
@@ -132,21 +173,40 @@ def _nvidia_usage(cubin: bytes) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
+        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    stack = int(usage["STACK"]) + int(usage["LOCAL"])
+    # ptxas may reserve bytes that no instruction touches, so loads and stores of local memory are counted.
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
+    return dict(registers=int(usage["REG"]), stack=stack, spills=spills, instructions=instructions(text))
 
-        def dump(option: str) -> str:
-            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
-        stack = int(usage["STACK"]) + int(usage["LOCAL"])
-        # ptxas may reserve bytes that no instruction touches, so loads and stores of local memory are counted.
-        spills = len(re.findall(r"\b(?:STL|LDL)\b", dump("--dump-sass"))) if stack else 0
-    return dict(registers=int(usage["REG"]), stack=stack, spills=spills)
+def instructions(sass: str) -> list[list[int]]:
+    """Count all instructions and ALU's outside of loops, and then in each loop, but not in its inner loops.
+
+    A branch that skips a long stretch without a loop is taken to skip it: it guards what hardly ever runs, like ties.
+    """
+    codes = re.findall(r"/\*[0-9a-f]{4,}\*/ +([^;]+);", sass)
+    # An instruction has 16 bytes.
+    found = ((at, re.search(r"BRA.* 0x(\w+)", code)) for at, code in enumerate(codes))
+    jumps = [(at, int(jump[1], 16) // 16) for at, jump in found if jump]
+    loops = sorted((to, at) for at, to in jumps if to < at)
+    long = [(at, to) for at, to in jumps if to - at > RARE and codes[at][0] == "@"]
+    rare = [(at, to) for at, to in long if not any(at < start < to for start, _ in loops)]
+    counts = [[0, 0] for _ in range(len(loops) + 1)]
+    for place, code in enumerate(codes):
+        if code[:3] != "NOP" and not any(at < place < to for at, to in rare):
+            inner = max((n for n, (start, end) in enumerate(loops, 1) if start <= place <= end), default=0)
+            counts[inner][0] += 1
+            counts[inner][1] += bool(ALU.match(code))
+    return counts
 
 
 def _amd_usage(code: str) -> dict:
     # Spilled scalar registers do not count: they go to lanes of vector registers, not to memory.
     names = dict(registers="vgpr_count", stack="private_segment_fixed_size", spills="vgpr_spill_count")
-    return {key: int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for key, name in names.items()}
+    return {key: int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for key, name in names.items()} | {"instructions": []}
 
 
 def read_known(path: Path) -> dict[str, dict]:
@@ -157,18 +217,17 @@ def read_known(path: Path) -> dict[str, dict]:
 
 def problems(row: dict) -> list[str]:
     """Name the values of a row that are above their limit."""
-    limits = {"shared": SHARED[row["target"]], "stack": 0, "spills": 0}
+    limits = {"shared": SHARED[row["target"]] << 10, "stack": 0, "spills": 0}
     label = f"{row['name']} on {row['target']} ({row['config']})"
     return [f"{label}: {row[name]} {name}, limit {limit}" for name, limit in limits.items() if row[name] > limit]
 
 
-def run_tests(chosen: Iterable[Case]) -> int:
-    """Run the test files that name an operation of these cases, with the interpreter's tiles and those of GPUs.
+def run_tests(named: set[str]) -> int:
+    """Run the test files that name one of these operations, with the interpreter's tiles and those of GPUs.
 
     Returns:
         The exit status of pytest.
     """
-    named = {name for case in chosen for name in operations(case)}
     files = [p for p in (REPO / "tests/kernels").glob("test_*.py") if named & {*re.findall(r"\w+", p.read_text())}]
     for tiles in ((), ("--tiles=sm_80",), ("--tiles=sm_90",)):
         command = [sys.executable, "-m", "pytest", "-q", *tiles, *sorted(files)]
@@ -192,19 +251,19 @@ def main(argv: list[str] | None = None) -> None:
     """Compile, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", default="", metavar="TEXT", help="launches with this name, or of this operation or file of kernels/")
+    add("--only", default="", metavar="TEXT", help="launches whose name has this, or of this file of kernels/")
     add("--test", action="store_true", help="run the tests of these kernels first")
     add("--json", type=Path, metavar="FILE", help="write the rows there (committed: results/compiled.json)")
     arguments = parser.parse_args(argv)
     chosen = select(arguments.only)
     if arguments.only and arguments.json and arguments.json.resolve() == RESULTS:
         parser.error("the committed table has all kernels: leave out --only")
-    if arguments.test and (status := run_tests(chosen)):
+    if arguments.test and (status := run_tests({name.split()[0] for name in chosen})):
         sys.exit(status)
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
     known = read_known(RESULTS)
-    rows = [{"name": c.name} | compile_launch(target, c, known) for c in chosen for target in c.targets]
+    rows = [compile_launch(name, target, known) for name, (_, each) in chosen.items() for target in each.targets]
     if arguments.json:
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
         content = f'{{\n "triton": "{triton.__version__}",\n "rows": [\n{lines}\n ]\n}}\n'

@@ -10,11 +10,19 @@ import compiled as compiler
 import pytest
 import triton
 
+from sparsefw.kernels.operation import OPERATIONS
+
 pytestmark = pytest.mark.slow
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 COMMITTED = BENCH / "results" / "compiled.json"
-INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+INSTRUCTION = {
+    "sm_80": "mma.sync",
+    "sm_89": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
 
 
 # All rows; some as if the table were of other kernels; and tiles that the interpreter never sees: it has its own.
@@ -25,7 +33,7 @@ sys.path[:0] = [{str(BENCH)!r}, {str(BENCH.parent)!r}]
 import compiled
 compiled.main(["--json", "all.json"])
 compiled.RESULTS = pathlib.Path("known.json")
-compiled.main(["--json", "again.json", "--only", "mirror 4096"])
+compiled.main(["--json", "again.json", "--only", "mirror_lower 4096x4096"])
 from sparsefw.kernels import mirror
 mirror.configuration = lambda: dict(BLOCK=48)
 compiled.main(["--only", "mirror_lower"])
@@ -63,14 +71,14 @@ def label(case: dict) -> str:
 
 
 def test_every_kernel_is_compiled_for_every_target(compiled):
-    kernels = {case["name"].split()[0] for case in compiled}
-    assert kernels == {
-        *("product", "gram", "mirror", "cross", "lmo", "step", "swaps", "conjugate", "adam", "packed_product"),
-        *("removed", "begin_fit", "row_errors", "take_rows", "candidates", "bound_scores", "bound_sums", "rounding"),
-        "unpack",
-    }
-    for kernel in kernels:
-        assert {case["target"] for case in compiled if case["name"].startswith(kernel)} == set(INSTRUCTION)
+    for name, operation in OPERATIONS.items():
+        targets = {case["target"] for case in compiled if case["name"].split()[0] == name}
+        assert targets == (set(INSTRUCTION) if operation.launches else set()), name
+    every = [*compiler.launches()]
+    # No two launches have one name.
+    assert len(every) == sum(len(op.launches) + len(op.settings) for op in OPERATIONS.values() if op.launches)
+    # It has no kernel of its own.
+    assert [name for name, operation in OPERATIONS.items() if not operation.launches] == ["product_transposed"]
 
 
 def test_the_committed_table_is_true(compiled):
@@ -85,7 +93,7 @@ def test_the_committed_table_is_true(compiled):
 
 
 def test_what_is_not_the_same_is_compiled_again(runs):
-    assert len(runs[1]) == len(INSTRUCTION)
+    assert {case["target"] for case in runs[1]} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert all(row["registers"] for row in runs[1])
 
 
@@ -99,47 +107,64 @@ def test_nothing_spills_and_shared_memory_fits(compiled):
 
 def test_a_launch_that_does_not_compile_is_named(runs):
     last = runs[2].splitlines()[-1]
-    assert last.startswith("mirror 4096 on sm_80 does not compile with ")
+    assert last.startswith("mirror_lower 4096x4096 bfloat16 on sm_80 does not compile with ")
     assert "'BLOCK': 48" in last
 
 
 def test_a_kernel_is_selected_by_its_file_or_operation():
-    selected = lambda text: {case.name.split()[0] for case in compiler.select(text)}  # noqa: E731
-    assert selected("gram_accumulate") == {"gram"}
-    assert selected("rows") == {"row_errors", "take_rows"}
+    selected = lambda text: {name.split()[0] for name in compiler.select(text)}  # noqa: E731
+    assert selected("gram") == {"gram_accumulate"}
     # The file of both operations.
-    assert selected("accumulate") == {"gram", "cross"}
+    assert selected("packed") == {"packed_product", "unpack"}
+    # No operation is in this file, but their files import it.
+    assert selected("topk") == {"lmo", "row_step"}
+    assert selected("tf32x3") == {"product"}
     with pytest.raises(SystemExit, match=r"^grm: no .* accumulate, adam, adam_step, .*, gram, gram_accumulate, "):
         compiler.select("grm")
 
 
+def test_instructions_are_counted_by_loop():
+    lines = ["MOV R1, c[0x0][0x28] ", "FADD R2, R2, R3 ", "@P0 IMAD R4, R4, R5, R6 ", "@P0 BRA 0x10 "]
+    # What a branch skips does not count, if it is long, as here.
+    lines += [
+        "@!P1 BRA 0x800 ",
+        *["LOP3.LUT R1, R2, R3 "] * 123,
+        "@P2 ISETP.NE.AND P0, PT, R1, RZ, PT ",
+        "NOP",
+        "EXIT ",
+    ]
+    sass = "\n".join(f"        /*{16 * n:04x}*/    {line};" for n, line in enumerate(lines))
+    assert compiler.instructions(sass) == [[4, 2], [3, 0]]
+
+
 def test_rows_stay_in_the_registers_they_are_loaded_to(compiled):
     """Shared memory is for sums over a row: no entry goes through it to another thread, whatever its type's size."""
-    rows = [case for case in compiled if case["name"].split()[0] in ("lmo", "step", "conjugate")]
+    rows = [case for case in compiled if case["name"].split()[0] in ("lmo", "row_step", "conjugate_step")]
     assert len(rows) > 50
     for case in rows:
         assert case["shared"] <= 256, label(case)
 
 
+PRODUCTS = {"product", "gram_accumulate", "cross_accumulate"}
+
+
 def test_products_use_the_tensor_cores(compiled):
-    products = [case for case in compiled if case["name"].split()[0] in ("product", "gram", "cross")]
+    products = [case for case in compiled if case["name"].split()[0] in PRODUCTS]
     assert len(products) > 10
     for case in products:
-        expected = [] if "ieee" in case["name"] else [INSTRUCTION[case["target"]]]
-        assert case["tensor_cores"] == expected, label(case)
+        operation, launch = compiler.launches()[case["name"]]
+        unit = operation.cost_of(operation.example(launch.size, **launch.setting)).unit
+        assert case["tensor_cores"] == ([] if unit == "ieee" else [INSTRUCTION[case["target"]]]), label(case)
 
 
 def test_large_products_are_read_by_bulk_copies(compiled):
     for case in compiled:
-        kernel, *_, shape = case["name"].split()
-        if kernel in ("gram", "cross"):
+        kernel, shape, dtype, *_ = case["name"].split()
+        if kernel in ("gram_accumulate", "cross_accumulate"):
             # Small matrices, fp32 and unaligned rows are read through pointers.
-            sixteen_bits = "bf16" in case["name"] or "fp16" in case["name"]
-            large = (
-                case["target"] in ("sm_90", "sm_100") and sixteen_bits and "576" not in shape and "4100" not in shape
-            )
+            aligned = shape.split("x")[1] not in ("576", "4100")
+            large = case["target"] in ("sm_90", "sm_100") and "float16" in dtype and aligned
         else:
             large = kernel == "product" and "BLOCK_N=256" in case["config"]
         assert case["bulk_copies"] == large, label(case)
-    assert sum(case["bulk_copies"] for case in compiled) >= 6
-    assert {case["name"].split()[0] for case in compiled if case["bulk_copies"]} == {"product", "gram", "cross"}
+    assert {case["name"].split()[0] for case in compiled if case["bulk_copies"]} == PRODUCTS
