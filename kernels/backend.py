@@ -185,9 +185,9 @@ class Backend:
         """Make a Frank-Wolfe step except for its product, in place; see `step.py`."""
         self.operations.row_step(state, theta=theta, next_theta=next_theta, eta=eta)
 
-    def shared(self, sums: Tensor) -> Tensor:
-        """Add up the sums (rows,) of rows that share one budget. Here each row has a budget of its own."""
-        return sums
+    def spread(self, values: Tensor) -> Tensor:
+        """Spread values (rows,) evenly over the rows that share a budget. Here each row has a budget of its own."""
+        return values
 
     def row_swaps(
         self, W: Tensor, G: Tensor, R: Tensor, V: Tensor, limit: int, *, group: int = 0, fixed: Tensor | None = None

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# The integers by their bytes.
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def as_float(kept: Tensor) -> Tensor:
     """Convert a bool matrix to fp32, with 1 for True and 0 for False."""
@@ -19,7 +22,7 @@ def masked(X: Tensor, kept: Tensor) -> Tensor:
     """Set X to 0 where `kept` is False; returns (rows, d) in the dtype of X."""
     if X.device.type != "cpu":
         return torch.where(kept, X, 0)
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[X.dtype.itemsize]
+    bits = BITS[X.dtype.itemsize]
     # All bits of -1 are set, and no bit of 0 is set.
     return kept.view(torch.int8).neg().to(bits).bitwise_and_(X.view(bits)).view(X.dtype)
 
@@ -35,3 +38,12 @@ def at_least(X: Tensor, Y: Tensor | float, out: Tensor | None = None) -> Tensor:
         return torch.ge(X, Y, out=out)
     other = Y.numpy() if isinstance(Y, Tensor) else Y
     return torch.from_numpy(np.greater_equal(X.numpy(), other, out=None if out is None else out.numpy()))
+
+
+def choose(kept: Tensor, X: Tensor, Y: Tensor, out: Tensor | None = None) -> Tensor:
+    """Take X where `kept` is True, else Y, in `out` or a new tensor. X and Y have one dtype, which `out` has, too."""
+    if kept.device.type != "cpu":
+        return torch.where(kept, X, Y) if out is None else torch.where(kept, X, Y, out=out)
+    x, y = (Z.view(BITS[Z.dtype.itemsize]) for Z in (X, Y))
+    bits = kept.view(torch.int8).neg().to(x.dtype).bitwise_and_(x ^ y)
+    return torch.bitwise_xor(bits, y, out=bits if out is None else out.view(x.dtype)).view(X.dtype)

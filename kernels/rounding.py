@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .masks import infinite
+from .plain import lowest
 
 
 def round_mask(lmo: Callable[..., Tensor], M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
@@ -31,7 +31,7 @@ def round_mask(lmo: Callable[..., Tensor], M: Tensor, saliency: Tensor, k: int |
     """
     first = lmo(M, k, group=group, check_nan=False)
     units = (-1, group or M.shape[1])
-    # inf where an entry is not in `first`.
-    lowest = torch.maximum(M, infinite(~first)).view(units).amin(1, keepdim=True)
-    order = torch.sign(M.view(units) - lowest).mul_(torch.finfo(torch.float32).max).view(M.shape).add_(saliency)
+    least = lowest(M.reshape(units), first.view(units))
+    side = torch.sub(M.reshape(units), least[:, None]).sign_().view(M.shape)
+    order = torch.add(saliency, side, alpha=torch.finfo(torch.float32).max, out=side)
     return lmo(order, k, group=group, check_nan=False, out=first)

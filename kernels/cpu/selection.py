@@ -9,11 +9,6 @@ from torch import Tensor
 from ..definitions import check_budget
 from ..masks import as_float, at_least, infinite
 
-# Number of entries of a matrix on which a CPU thread works at a time. Temporaries of such a block stay in the cache.
-# For temporaries of a whole large matrix the system would allocate and clear memory, at several times the cost of the
-# arithmetic. Smaller blocks need more calls, in which threads wait for each other. Larger blocks were not measured.
-BLOCK = 524288
-
 # The smallest float above 0.
 SMALLEST_FLOAT = 2.0**-149
 
@@ -65,13 +60,6 @@ def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) 
         order.mul_(torch.finfo(torch.float32).max).add_(saliency[rest])
         V[rest] = select(order, budget, group=group, fixed=None, positive=False, out=first)
     return V.view(shape)
-
-
-def row_blocks(X: Tensor) -> list[slice]:
-    """Cut X (rows, d) into slices of rows: BLOCK entries for each CPU thread on a CPU, one slice on a GPU."""
-    rows, d = X.shape
-    height = max(1, BLOCK * torch.get_num_threads() // max(d, 1)) if X.device.type == "cpu" else max(rows, 1)
-    return [slice(start, start + height) for start in range(0, rows, height)]
 
 
 def select(score: Tensor, k: int | Tensor, *, group: int, fixed: Tensor | None, positive: bool, out: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch.optim.adam import adam
 
 from ..definitions import ADAM_EPSILON, CONVERGED, DECAYS, RowState
 from ..masks import as_float, masked
-from .selection import row_blocks, select
+from ..plain import row_blocks
+from .selection import select
 
 
 def row_step(

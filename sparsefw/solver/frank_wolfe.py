@@ -23,7 +23,7 @@ from torch import Tensor
 from sparsefw.kernels import plain
 from sparsefw.kernels.backend import TORCH, Backend, Terms
 from sparsefw.kernels.definitions import RowState
-from sparsefw.kernels.masks import as_float, infinite
+from sparsefw.kernels.masks import as_float
 
 # The penalty's weight grows over this share of the steps, and is constant after them.
 RAMP = 0.8
@@ -219,8 +219,7 @@ def _start(problem: Problem, warm: Tensor, R: Tensor | None, operand: Tensor, ba
     V = backend.lmo(score, k, group=group, fixed=fixed, positive=True, check_nan=False)
     plain.removed(W, V, problem.target_gap, out=E)
     eta, error = W.new_empty(2, len(W), dtype=torch.float32).unbind()
-    # The lowest score among the entries that the vertex keeps.
-    threshold = torch.maximum(score, infinite(~V)).amin(1).mul_(2)
+    threshold = plain.lowest(score, V).mul_(2)
     diag = problem.H.diagonal().float().contiguous()
     return RowState(W, diag, as_float(warm), R, score, V, E, k, eta, error, group, fixed, problem.target_gap, threshold)
 
@@ -233,8 +232,8 @@ def lower_bound(problem: Problem, state: RowState, *, backend: Backend = TORCH) 
     Here R = (target_gap + W * (1 - M)) G, and V is the best vertex for the gradient of the error, without the penalty.
     The bound holds because the error is convex. If the steps used H, the damping's part of R is subtracted first.
     """
-    score, constant = plain.bound_scores(
-        problem.W, state.R, state.M, target_gap=problem.target_gap, damping=problem.damping
-    )
+    parts = dict(target_gap=problem.target_gap, damping=problem.damping)
+    score, constant = plain.bound_scores(problem.W, state.R, state.M, **parts)
     V = backend.lmo(score, problem.k, group=problem.group, fixed=problem.fixed, positive=True, check_nan=False)
-    return backend.shared(plain.bound_sums(score, state.M, V).add_(constant))
+    # Rows that share a budget have one bound, since V is the best vertex for all of them together.
+    return backend.spread(plain.bound_sums(score, state.M, V).add_(constant))

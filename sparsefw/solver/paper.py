@@ -70,9 +70,9 @@ class WholeMatrix(Backend):
         """Run the steps one by one. A step waits for the GPU, so it cannot be part of a CUDA graph."""
         return cpu.repeat(*args)
 
-    def shared(self, sums: Tensor) -> Tensor:
+    def spread(self, values: Tensor) -> Tensor:
         """Give every row an equal share of the matrix's sum."""
-        return (sums.sum() / len(sums)).repeat(len(sums))
+        return values.mean().expand_as(values)
 
 
 def _one_row(matrix: Tensor | None) -> Tensor | None:

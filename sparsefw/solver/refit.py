@@ -20,6 +20,7 @@ The best mask for unchanged weights is not the best one for refitted weights. So
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -150,20 +151,17 @@ def reselect(
             mask = mask & support
         return refit(W, operand, mask, start, refit_steps, backend=backend)
 
-    def candidates(margin: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        C, score = plain.candidates(best.Z, best.R, best.mask, inverse, root, margin=margin, support=support)
-        return C, score
-
     # A copy, since rows of the best fit are replaced in place.
     best = fit(mask.clone(), W)
     if rounds == 0:
         return best
+    candidates = partial(plain.candidates, best.Z, best.R, best.mask, inverse, root, support=support)
     C, score = candidates()
     schedule = frank_wolfe.penalty_schedule(round(RESTART * steps), penalty)
     best.take_better(fit(_restart(problem, C, score, schedule, backend), C), backend)
     margin = torch.zeros_like(best.error)
     for _ in range(rounds):
-        C, score = candidates(margin)
+        C, score = candidates(margin=margin)
         chosen = backend.lmo(score, problem.k, group=problem.group, check_nan=False)
         # Frees the score's memory for the refit.
         del score
@@ -179,5 +177,4 @@ def _restart(problem: Problem, C: Tensor, score: Tensor, schedule: Schedule, bac
     M = as_float(warm)
     for state in frank_wolfe.iterate(candidates, warm, schedule, backend=backend):
         M = state.M
-    mask: Tensor = backend.round_mask(M, score, problem.k, group=problem.group)
-    return mask
+    return backend.round_mask(M, score, problem.k, group=problem.group)

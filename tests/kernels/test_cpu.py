@@ -5,8 +5,7 @@ import torch
 from helpers import naive
 from helpers.kernel_inputs import DEVICE, DTYPES, copied, gram, normal, row_state, uniform
 
-from sparsefw.kernels import cpu
-from sparsefw.kernels.cpu import selection
+from sparsefw.kernels import cpu, plain
 from sparsefw.kernels.cpu.selection import kth_by_bits
 from sparsefw.kernels.definitions import PRECISIONS
 from sparsefw.kernels.masks import masked
@@ -37,8 +36,9 @@ def test_blocks_of_rows_change_nothing(per_row, group, monkeypatch):
     whole = row_state(W, G.diagonal().clone(), *matrices, k, group=group, fixed=fixed)
     blocks = copied(whole)
     cpu.row_step(whole, theta=0.4, next_theta=1.0)
-    monkeypatch.setattr(selection, "BLOCK", 100)
-    assert DEVICE != "cpu" or len(selection.row_blocks(M)) > 1
+    for name in ("BLOCK", "GPU_BLOCK"):
+        monkeypatch.setattr(plain, name, 100)
+    assert len(plain.row_blocks(M)) > 1
     cpu.row_step(blocks, theta=0.4, next_theta=1.0)
     for name in ("eta", "error", "M", "R", "V", "E"):
         assert torch.equal(getattr(whole, name), getattr(blocks, name))
