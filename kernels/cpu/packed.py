@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .library import LEVELS as LEVELS
 from .library import level, library
 
 # Highest number of rows of x that packed.cpp multiplies in one call.
