@@ -181,7 +181,7 @@ extern "C" void select_best(
 #ifdef LEVELS
     work = level > 1 ? avx512 : level ? avx2 : portable;
 #endif
-    int64_t size = (rows + threads - 1) / threads;
+    int64_t size = std::max<int64_t>((rows + threads - 1) / threads, 1);
 #pragma omp parallel for num_threads(threads)
     for (int64_t first = 0; first < rows; first += size) work(call, first, std::min(first + size, rows));
 }
