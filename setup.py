@@ -24,11 +24,11 @@ TEST.append("mypy")
 # tests/test_packaging.py builds without isolation; older ones need the package wheel for it.
 TEST.append("setuptools>=70.1")
 
-# Products with packed matrices on a CPU: no module of Python's, kernels/cpu/packed.py loads it. Without a
-# compiler the package is installed without it, and torch does that work.
+# Packed products and selection on a CPU: no module of Python's, kernels/cpu/library.py loads it. Without a compiler the
+# package is installed without it, and torch does that work.
 PACKED = Extension(
     "sparsefw.kernels.cpu._packed",
-    ["kernels/cpu/packed.cpp"],
+    ["kernels/cpu/packed.cpp", "kernels/cpu/selection.cpp"],
     depends=["kernels/cpu/packed_loops.h"],
     extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-Wno-psabi"],
     extra_link_args=["-fopenmp"],

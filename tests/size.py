@@ -1,6 +1,7 @@
 """Hold the size of the code and of the documents: `python tests/size.py` fails where a total is above its limit.
 
-Code is counted in tokens of Python, without docstrings and comments, so that a line gains nothing by being dense.
+Code is counted in tokens of Python, without docstrings and comments, so that a line gains nothing by being dense. C++
+is counted in lines that are not blank and no comment.
 """
 
 import ast
@@ -15,9 +16,10 @@ REPO = Path(__file__).resolve().parents[1]
 LIMITS = {
     "core of sparsefw: tokens": 103_000,
     "extras of sparsefw: tokens": 22_500,
-    "kernels: tokens": 33_500,
-    "bench: tokens": 28_500,
+    "kernels: tokens": 33_000,
+    "bench: tokens": 28_000,
     "tests: tokens": 166_000,
+    "C++ of kernels: lines": 500,
     "documents: words": 15_000,
 }
 # The parts of sparsefw that only some runs need: the extras, their commands, and the modules that users import.
@@ -38,6 +40,12 @@ def code_tokens(source: str) -> int:
     return sum(1 for t in tokens if t.string and t.type not in LAYOUT and t.start[0] not in text)
 
 
+def lines_of_cpp(source: str) -> int:
+    """The number of lines that are not blank and no comment."""
+    lines = (line.strip() for line in source.splitlines())
+    return sum(1 for line in lines if line and not line.startswith("//"))
+
+
 def main() -> int:
     """Print the totals beside their limits; returns 1 if one is above."""
     pages = [page for page in (REPO / "README.md", *(REPO / "docs").glob("*.md")) if page.name not in TABLES]
@@ -51,6 +59,8 @@ def main() -> int:
             extra = any(path.match(f"sparsefw/{pattern}") for pattern in EXTRAS)
             part = f"{'extras' if extra else 'core'} of sparsefw" if folder == "sparsefw" else folder
             totals[f"{part}: tokens"] += code_tokens(path.read_text("utf-8"))
+    for path in (path for ending in ("cpp", "h") for path in (REPO / "kernels").rglob(f"*.{ending}")):
+        totals["C++ of kernels: lines"] += lines_of_cpp(path.read_text("utf-8"))
     for name, limit in LIMITS.items():
         print(f"{name:28}{totals[name]:8,} of {limit:7,}{'  TOO MANY' if totals[name] > limit else ''}")
     return int(any(totals[name] > limit for name, limit in LIMITS.items()))

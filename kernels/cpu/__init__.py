@@ -1,4 +1,7 @@
-"""Operations in plain torch, arranged for a CPU, for `--kernel torch`. They have the same names as in `triton_ops`."""
+"""Operations for `--kernel torch`, arranged for a CPU, under the same names as in `triton_ops`.
+
+Most are plain torch. Selection and products with packed matrices are in C++ if it was compiled at installation.
+"""
 
 # ruff: noqa: F401, since `backend` looks for these names in this module.
 

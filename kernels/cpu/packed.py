@@ -7,51 +7,26 @@ expanded at a time, and torch multiplies.
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Sets of instructions, in the order of their numbers in packed.cpp.
-LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
+from .library import LEVELS as LEVELS
+from .library import level, library
+
 # Highest number of rows of x that packed.cpp multiplies in one call.
 MOST = 16
 # Number of entries of W that are expanded at a time if x has more rows, on a CPU and on a GPU. Few entries stay in a
 # CPU's caches. Many entries are expected to keep a GPU busy (not measured).
 EXPANDED, EXPANDED_GPU = 1 << 22, 1 << 26
 
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _DTYPES = (torch.float32, torch.bfloat16)
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    """Load packed.cpp; None if it was not compiled."""
-    found = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name(f"_packed{suffix}")).exists()]
-    if not found:
-        return None
-    library = ctypes.CDLL(str(found[0]))
-    matrix: list[Any] = [_INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG]
-    library.packed_product.argtypes = [_INT, _INT, _INT, _POINTER, _LONG, *matrix, _POINTER]
-    library.packed_unpack.argtypes = [_INT, _INT, *matrix, _LONG, _LONG, _POINTER]
-    library.packed_product.restype = library.packed_unpack.restype = None
-    return library
-
-
-@cache
-def level() -> int | None:
-    """Return the index in LEVELS of the best instructions of this machine; None if packed.cpp was not compiled."""
-    library = _library()
-    return None if library is None else library.packed_level()
 
 
 def _library_for(values: Tensor, cols: int) -> ctypes.CDLL | None:
     suits = level() is not None and values.device.type == "cpu" and values.dtype in _DTYPES and cols % 32 == 0
-    return _library() if suits else None
+    return library() if suits else None
 
 
 def _check(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -> None:
@@ -103,10 +78,10 @@ def unpack(
     last = len(mask) if last is None else last
     if not 0 <= first <= last <= len(mask):
         raise ValueError(f"first, last: expected 0 <= first <= last <= {len(mask)}, got {first} and {last}")
-    if library := _library_for(values, cols):
+    if compiled := _library_for(values, cols):
         out = values.new_empty(last - first, cols)
         arguments = [*_matrix(values, mask, starts, cols), first, last, out.data_ptr()]
-        library.packed_unpack(level(), torch.get_num_threads(), *arguments)
+        compiled.packed_unpack(level(), torch.get_num_threads(), *arguments)
         return out
     part = values[first:last] if starts is None else values[starts[first] : starts[last]]
     return values.new_zeros(last - first, cols).masked_scatter_(kept_bits(mask[first:last], cols), part)
@@ -125,11 +100,11 @@ def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | Non
     batch, cols = x.shape
     _check(values, mask, starts, cols)
     takes_x = 0 < batch <= MOST and x.dtype in _DTYPES and x.device == values.device and x.is_contiguous()
-    if takes_x and (library := _library_for(values, cols)):
+    if takes_x and (compiled := _library_for(values, cols)):
         y = x.new_empty(batch, len(mask))
         half = int(x.dtype == torch.bfloat16)
         arguments = [half, x.data_ptr(), batch, *_matrix(values, mask, starts, cols), y.data_ptr()]
-        library.packed_product(level(), torch.get_num_threads(), *arguments)
+        compiled.packed_product(level(), torch.get_num_threads(), *arguments)
         return y
     return unpacked_product(x, values, mask, starts, unpack)
 

@@ -9,8 +9,8 @@ from ..definitions import round_operand
 # square, and takes 0.6 to 0.7 of its time.
 PANEL = 192
 
-# Number of rows that are mirrored at a time, so that no second G is allocated.
-MIRRORED = 512
+# Number of rows and columns of a tile that is mirrored. Two tiles stay in a core's cache.
+TILE = 128
 
 
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
@@ -36,11 +36,16 @@ def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
 
 
 def mirror_lower(G: Tensor) -> Tensor:
-    """Copy the lower triangle of G to the upper one, in place."""
-    for start in range(0, len(G), MIRRORED):
-        stop = start + MIRRORED
-        G[start:stop, stop:] = G[stop:, start:stop].T
-        block = G[start:stop, start:stop]
+    """Copy the lower triangle of G to the upper one, in place, in tiles."""
+    # torch transposes fast only from a contiguous tile to a contiguous tile.
+    turned = G.new_empty(TILE, TILE)
+    for i in range(0, len(G), TILE):
+        rows = slice(i, i + TILE)
+        for j in range(0, i, TILE):
+            columns = slice(j, j + TILE)
+            tile = G[rows, columns].contiguous().T
+            G[columns, rows] = turned.copy_(tile) if tile.shape == turned.shape else tile
+        block = G[rows, rows]
         block.copy_(block.tril() + block.tril(-1).T)
     return G
 

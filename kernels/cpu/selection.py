@@ -1,6 +1,7 @@
-"""Select the k best scores of every row or group in plain torch, for `--kernel torch`.
+"""Select the k best scores of every row or group, for `--kernel torch`.
 
 Exactly k entries are kept (with `positive` fewer, if fewer scores are above 0), and equal scores go to the lower index.
+selection.cpp selects on a CPU if it was compiled at installation; else numpy and torch select the same entries.
 """
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from ..definitions import check_budget
 from ..masks import as_float, at_least, infinite
+from .library import level, library
 
 # The smallest float above 0.
 SMALLEST_FLOAT = 2.0**-149
@@ -64,6 +66,16 @@ def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) 
 
 def select(score: Tensor, k: int | Tensor, *, group: int, fixed: Tensor | None, positive: bool, out: Tensor) -> Tensor:
     """Choose the vertex as `lmo` does, but without checks; write it to `out`, and return it."""
+    rows, d = score.shape
+    compiled, best = library(), level()
+    if compiled and best is not None and score.device.type == "cpu" and score.dtype == torch.float32 and group <= 32:
+        V = out if out.stride(1) == 1 else torch.empty(out.shape, dtype=torch.bool)
+        matrices = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in (score, fixed, V)]
+        budgets, each = (k.to("cpu", torch.int64).contiguous(), 0) if isinstance(k, Tensor) else (None, k)
+        pointers = [x if x is None else x.data_ptr() for x in (*matrices, budgets)]
+        strides = [0 if x is None else x.stride(0) for x in matrices]
+        compiled.select_best(best, torch.get_num_threads(), *pointers, *strides, each, rows, d, group, positive)
+        return V if V is out else out.copy_(V)
     if fixed is not None:
         score = torch.maximum(score, infinite(fixed))
     if not group:

@@ -1,4 +1,4 @@
-"""Steps in plain torch, arranged for a CPU, for `--kernel torch`.
+"""Steps in plain torch, except for the selection, arranged for a CPU, for `--kernel torch`.
 
 For formulas and arguments see the Triton kernel of the same name. The steps work in place, in blocks of rows that stay
 in the cache, and without arithmetic on bool tensors (`masks.py` says why). They make few temporaries, since the system
@@ -49,8 +49,11 @@ def row_step(
         budget = k[rows] if isinstance(k, Tensor) else k
         fixed_rows = None if fixed is None else fixed[rows]
         select(score, budget, group=state.group, fixed=fixed_rows, positive=next_theta < 1, out=v)
-        removed = torch.mul(w, as_float(~v), out=removed)
-        state.E[rows] = removed if target_gap is None else removed.add_(target_gap[rows])
+        E = state.E[rows]
+        removed = torch.mul(w, as_float(~v), out=E if E.dtype == w.dtype else removed)
+        removed = removed if target_gap is None else removed.add_(target_gap[rows])
+        if removed is not E:
+            E.copy_(removed)
 
 
 def _line_search(w: Tensor, q: Tensor | None, m: Tensor, r: Tensor, D: Tensor, B: Tensor, theta: float) -> Tensor:

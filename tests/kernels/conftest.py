@@ -42,23 +42,14 @@ def cut_off_tf32(monkeypatch):
 
 @pytest.fixture(params=["cpu", "triton_ops"], ids=["cpu", "triton"])
 def backend(request) -> ModuleType:
-    """The operations of cpu.py and of triton_ops.py."""
+    """The operations of kernels/cpu/ and of triton_ops.py."""
     return import_module(f"sparsefw.kernels.{request.param}")
 
 
 @pytest.fixture(params=["cpu", "one chunk", pytest.param("chunks", marks=pytest.mark.slow)])
 def row_backend(request, monkeypatch) -> ModuleType:
     """The same for kernels that work on rows: with a row in one chunk, and in chunks of which the last ends inside."""
-    from sparsefw.kernels import (
-        conjugate,
-        cpu,
-        launch,
-        lmo,
-        step,
-        swaps,
-        take_rows,
-        triton_ops,
-    )
+    from sparsefw.kernels import conjugate, cpu, launch, lmo, step, swaps, take_rows, triton_ops
 
     if request.param == "chunks":
         # The interpreter takes its time by the program. A compiler takes minutes for so many entries of a thread.

@@ -1,27 +1,17 @@
-"""What torch's operations on a CPU are made of: rounding, masks as bytes, blocks of rows, selection by bits."""
+"""What the operations on a CPU are made of: rounding, masks as bytes, blocks of rows, selection in C++ and by bits."""
+
+from functools import partial
 
 import pytest
 import torch
-from helpers import naive
-from helpers.kernel_inputs import DEVICE, DTYPES, copied, gram, normal, row_state, uniform
+from helpers.kernel_inputs import DEVICE, DTYPES, copied, gram, hard_scores, normal, row_state, uniform
 
 from sparsefw.kernels import cpu, plain
+from sparsefw.kernels.cpu import library, selection
 from sparsefw.kernels.cpu.selection import kth_by_bits
-from sparsefw.kernels.definitions import PRECISIONS
 from sparsefw.kernels.masks import masked
 
 MASK = normal(7, 33, seed=1) > 0.3
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_operands_have_the_bits_of_naive(dtype, precision):
-    X = normal(1000) * 10.0 ** (76 * uniform(1000) - 38)
-    X[:5] = torch.tensor([0.0, 3.4e38, 1e-40, -3e-42, 2.0**-126])
-    X = X.to(dtype)
-    got, expected = (module.round_operand(X, precision) for module in (cpu, naive))
-    # tf32x3 subtracts an infinity from itself.
-    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("group", [0, 4])
@@ -66,3 +56,69 @@ def test_selection_by_bits_is_that_of_a_sort(k):
     score[2, 5:] = -torch.inf
     at = torch.as_tensor(k).clamp(min=1).expand(3, 1) - 1
     assert torch.equal(kth_by_bits(score, k), score.sort(dim=1, descending=True).values.gather(1, at))
+
+
+@pytest.fixture(params=library.LEVELS[:3])
+def compiled(request, monkeypatch):
+    """Selection in C++ with a level of instructions, and by torch, as two functions of the same arguments."""
+    best, number = library.level(), library.LEVELS.index(request.param)
+    if best is None:
+        pytest.skip("selection.cpp was not compiled: the package was installed where no C++ compiler was found")
+    if number > best:
+        pytest.skip(f"takes a processor with {request.param}")
+
+    def select(level, score, k, **options):
+        monkeypatch.setattr(selection, "level", lambda: level)
+        options = dict(group=0, fixed=None, positive=False) | options
+        return selection.select(score, k, **options, out=torch.ones(score.shape, dtype=torch.bool))
+
+    return partial(select, number), partial(select, None)
+
+
+def scores(rows, d):
+    """Scores of all kinds, some with ties, infinities, zeros of both signs, or NaN, (kinds, rows, d)."""
+    x, some = normal(rows, d).cpu(), uniform(rows, d, seed=4).cpu() < 0.2
+    kinds = [x, (2 * x).round(), -0.0 * x, *(score.cpu() for score in hard_scores(rows, d).values())]
+    kinds += [torch.where(some, value, kinds[1]) for value in (torch.inf, -torch.inf, torch.nan, -torch.nan)]
+    return torch.stack([*kinds, torch.where(some, x, torch.nan)])
+
+
+@pytest.mark.parametrize("d", [1, 31, 64, 65, 131, 4096])
+def test_cpp_selects_as_torch(compiled, d):
+    rows = 5
+    fixed = uniform(rows, d, seed=6).cpu() < 0.1
+    per_row = torch.tensor([0, d, d // 2, 1, max(d - 1, 0)], dtype=torch.int32)
+    for score in scores(rows, d):
+        for k in (0, 1, d // 3, d - 1, d, per_row):
+            for options in (dict(), dict(positive=True), dict(fixed=fixed), dict(fixed=fixed, positive=True)):
+                got, expected = (select(score, k, **options) for select in compiled)
+                assert torch.equal(got, expected), (score, k, options)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 8, 31, 32])
+def test_cpp_selects_from_groups_as_torch(compiled, m):
+    # More groups than one block has, and a last block that is not full.
+    d = 75 * m
+    fixed = uniform(3, d, seed=6).cpu() < 0.1
+    for score in scores(3, d):
+        for n in {0, 1, m // 2, m}:
+            for options in (dict(group=m), dict(group=m, positive=True), dict(group=m, fixed=fixed)):
+                got, expected = (select(score, n, **options) for select in compiled)
+                assert torch.equal(got, expected), (score, n, options)
+
+
+def test_cpp_takes_strides_and_threads(compiled, set_threads):
+    score, fixed = normal(7, 300).cpu(), uniform(7, 300).cpu() < 0.1
+    expected = compiled[1](score, 90, fixed=fixed)
+    for threads in (1, 2, 3, 16):
+        set_threads(threads)
+        assert torch.equal(compiled[0](score.T.contiguous().T, 90, fixed=fixed.T.contiguous().T), expected)
+        wide = torch.stack([score, score], 1)[:, 0]
+        assert torch.equal(compiled[0](wide, 90, fixed=fixed), expected)
+
+
+def test_tiles_of_a_mirrored_matrix():
+    for d in (1, 127, 128, 131, 300):
+        G = normal(d, d).cpu()
+        assert torch.equal(cpu.mirror_lower(G.clone()), G.tril() + G.tril(-1).T)
+        assert torch.equal(cpu.mirror_lower(G.T.contiguous().T), G.tril() + G.tril(-1).T)
