@@ -176,74 +176,9 @@ def _best_swap(w: Tensor, G: Tensor, a: Tensor, b: Tensor, members: Tensor) -> t
     return with_i.min().item(), int(i), int(members[with_i.argmin()])
 
 
-def removed(W: Tensor, mask: Tensor, target_gap: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """E = target_gap + W * (1 - mask), the weights that a mask removes, as the left operand of a product."""
-    E = W.masked_fill(mask, 0)
-    E = E if target_gap is None else target_gap + E
-    return E if out is None else out.copy_(E)
-
-
-def begin_fit(W: Tensor, start: Tensor, mask: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The start of a refit: Z = mask * start, and E = W - Z, whose product is the residual."""
-    Z = widened(start).masked_fill(~mask, 0)
-    E = widened(W) - Z
-    return Z, E if E.dtype == torch.float64 else E.to(dtype)
-
-
-def row_errors(W: Tensor, R: Tensor, Z: Tensor | None = None) -> Tensor:
-    """sum((W - Z) * R) of every row, (rows,) fp32: the error of weights Z that approximate W, if R = (W - Z) G."""
-    E = widened(W) if Z is None else widened(W) - widened(Z)
-    return (E * R).sum(1)
-
-
 def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
     """X[taken] = Y[taken], in place."""
     X[taken] = Y[taken]
-
-
-def candidates(
-    Z: Tensor,
-    R: Tensor,
-    mask: Tensor,
-    inverse: Tensor,
-    root: Tensor,
-    *,
-    margin: Tensor | None = None,
-    support: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Weights among which a refitted mask is chosen again, and the scores of the choice.
-
-        T     = Z at kept weights and outside the support,  Z + R inverse at the other removed weights
-        score = |T| root (1 + margin mask)
-
-    A removed weight stands where an exact step along its own coordinate puts it. |T| root is the square root of the
-    error of removing that weight alone.
-    """
-    removed = ~mask if support is None else ~mask & support
-    T = Z + (R * inverse).masked_fill(~removed, 0)
-    score = T.abs() * root
-    return T, score if margin is None else score * (1 + margin[:, None] * mask)
-
-
-def bound_scores(
-    W: Tensor, R: Tensor, M: Tensor, *, target_gap: Tensor | None = None, damping: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Half of the negative gradient of the error without penalty, and the part of the lower bound that it lacks.
-
-    r        = R - (target_gap + W * (1 - M)) damping
-    score    = W r
-    constant = sum(target_gap * r)
-    """
-    w, r = widened(W), R
-    if damping is not None:
-        E = w * (1 - M)
-        r = R - (E if target_gap is None else target_gap + E) * damping
-    return w * r, r.new_zeros(len(r)) if target_gap is None else (target_gap * r).sum(1)
-
-
-def bound_sums(score: Tensor, M: Tensor, V: Tensor) -> Tensor:
-    """sum(score * (1 + M - 2 V)) of every row, (rows,) fp32: error(M) - <gradient, M - V>, without the target gap."""
-    return (score * (1 + M - 2 * V.to(M.dtype))).sum(1)
 
 
 def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:

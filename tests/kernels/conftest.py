@@ -31,26 +31,12 @@ def backend(request) -> ModuleType:
 @pytest.fixture(params=["cpu", "one chunk", pytest.param("chunks", marks=pytest.mark.slow)])
 def row_backend(request, monkeypatch) -> ModuleType:
     """The same for kernels that work on rows: with a row in one chunk, and in chunks of which the last ends inside."""
-    from sparsefw.kernels import (
-        bound,
-        candidates,
-        conjugate,
-        cpu,
-        launch,
-        lmo,
-        removed,
-        rounding,
-        rows,
-        step,
-        swaps,
-        triton_ops,
-    )
+    from sparsefw.kernels import conjugate, cpu, launch, lmo, step, swaps, take_rows, triton_ops
 
     if request.param == "chunks":
         # The interpreter takes its time by the program. A compiler takes minutes for so many entries of a thread.
         fewer = 1 if launch.INTERPRET else 16
-        for module in (bound, candidates, removed, rounding, rows):
-            monkeypatch.setattr(module, "row_tile", lambda rows, d: dict(BLOCK_R=64 // fewer, BLOCK_D=128))
+        monkeypatch.setattr(take_rows, "row_tile", lambda rows, d: dict(BLOCK_R=64 // fewer, BLOCK_D=128))
         for module, tile in (
             (lmo, dict(BLOCK_R=256 // fewer, BLOCK_D=64, SEARCH_D=128)),
             (step, dict(BLOCK_R=128 // fewer, BLOCK_D=128, SEARCH_D=256)),

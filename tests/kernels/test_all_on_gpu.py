@@ -4,8 +4,9 @@ import pytest
 from helpers.all_on_gpu import run_on_gpu
 from helpers.kernel_inputs import DEVICE
 
-# Kernels with descriptors, with many tiles or in a graph. `make test-pretended` runs the others.
-NAMES = ("accumulate", "product", "step", "conjugate", "row_kernels", "repeat")
+# Kernels with descriptors, with many tiles or in a graph, and plain torch's branches for a GPU. `make test-pretended`
+# runs the others.
+NAMES = ("accumulate", "product", "step", "conjugate", "row_kernels", "plain", "repeat")
 
 
 @pytest.mark.slow
