@@ -16,6 +16,7 @@ from helpers.kernel_inputs import (
     uniform,
 )
 
+from sparsefw.estimate.live_bytes import LiveBytes
 from sparsefw.kernels import plain
 
 
@@ -163,6 +164,23 @@ def test_blocks_change_no_bit(monkeypatch):
             *plain.bound_scores(W, R, M, target_gap=Z, damping=ones), plain.bound_sums(R, M, mask),
         ])  # fmt: skip
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+
+
+def test_temporaries_have_the_size_of_a_block(monkeypatch):
+    """By the bytes that a GPU would hold, on the meta device: two fp32 matrices and a mask of a block at most."""
+    monkeypatch.setattr(plain, "GPU_BLOCK", entries := 1 << 13)
+    X, kept = (torch.empty(64, 1024, dtype=dtype, device="meta") for dtype in (torch.float32, torch.bool))
+    W, (column, row) = X.bfloat16(), (X[0].clone(), X[:, 0].clone())
+    for run in (
+        lambda: plain.removed(W, kept, X), lambda: plain.begin_fit(W, X, kept, dtype=W.dtype),
+        lambda: plain.row_errors(W, X, X), lambda: plain.candidates(X, X, kept, column, column, margin=row),
+        lambda: plain.candidates(X, X, kept, column, column, support=kept), lambda: plain.bound_sums(X, X, kept),
+        lambda: plain.bound_scores(W, X, X, target_gap=X, damping=column), lambda: plain.lowest(X, kept),
+    ):  # fmt: skip
+        with LiveBytes() as count:
+            results = run()
+        assert max(count.points) - count.live <= 9 * entries + 4 * len(row)
+        del results
 
 
 def test_no_rows():
