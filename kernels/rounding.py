@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .plain import lowest
+from .plain import lowest, row_blocks
 
 
 def round_mask(lmo: Callable[..., Tensor], M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
@@ -30,8 +30,10 @@ def round_mask(lmo: Callable[..., Tensor], M: Tensor, saliency: Tensor, k: int |
         group: 0 for whole rows, m for n:m; up to 32.
     """
     first = lmo(M, k, group=group, check_nan=False)
-    units = (-1, group or M.shape[1])
-    least = lowest(M.reshape(units), first.view(units))
-    side = torch.sub(M.reshape(units), least[:, None]).sign_().view(M.shape)
-    order = torch.add(saliency, side, alpha=torch.finfo(torch.float32).max, out=side)
-    return lmo(order, k, group=group, check_nan=False, out=first)
+    # Each group is treated as a row.
+    m, s, chosen = (x.reshape(-1, group or M.shape[1]) for x in (M, saliency, first))
+    least, order = lowest(m, chosen), torch.empty_like(m)
+    for rows in row_blocks(m):
+        side = torch.sub(m[rows], least[rows, None]).sign_()
+        torch.add(s[rows], side, alpha=torch.finfo(torch.float32).max, out=order[rows])
+    return lmo(order.view(M.shape), k, group=group, check_nan=False, out=first)
