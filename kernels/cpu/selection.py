@@ -11,6 +11,10 @@ from ..definitions import check_budget
 from ..masks import as_float, at_least, infinite
 from .library import level, library
 
+# Number of entries of the longest row that selection.cpp takes. Keys of longer rows leave a core's cache, and numpy's
+# partition is faster: twice as fast for 2^22 entries on a processor with AVX-512.
+LONGEST = 1 << 18
+
 # The smallest float above 0.
 SMALLEST_FLOAT = 2.0**-149
 
@@ -68,7 +72,8 @@ def select(score: Tensor, k: int | Tensor, *, group: int, fixed: Tensor | None, 
     """Choose the vertex as `lmo` does, but without checks; write it to `out`, and return it."""
     rows, d = score.shape
     compiled, best = library(), level()
-    if compiled and best is not None and score.device.type == "cpu" and score.dtype == torch.float32 and group <= 32:
+    suits = score.device.type == "cpu" and score.dtype == torch.float32 and (group <= 32 if group else d <= LONGEST)
+    if suits and compiled and best is not None:
         V = out if out.stride(1) == 1 else torch.empty(out.shape, dtype=torch.bool)
         matrices = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in (score, fixed, V)]
         budgets, each = (k.to("cpu", torch.int64).contiguous(), 0) if isinstance(k, Tensor) else (None, k)
