@@ -73,6 +73,8 @@ def select(score: Tensor, k: int | Tensor, *, group: int, fixed: Tensor | None, 
     rows, d = score.shape
     compiled, best = library(), level()
     suits = score.device.type == "cpu" and score.dtype == torch.float32 and (group <= 32 if group else d <= LONGEST)
+    # C++ would write past the end of a smaller matrix.
+    suits &= all(x.shape == score.shape and x.dtype == torch.bool for x in (out, fixed) if x is not None)
     if suits and compiled and best is not None:
         V = out if out.stride(1) == 1 else torch.empty(out.shape, dtype=torch.bool)
         matrices = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in (score, fixed, V)]
