@@ -44,7 +44,7 @@ ENTRIES = {"api"}
 def modules():
     """Every module by its dotted name below the package, with its path."""
     # A link is not followed.
-    paths = [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")]
+    paths = [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").rglob("*.py")]
     names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
     return {name: path for name, path in names.items() if path.name != "__init__.py"}
 
