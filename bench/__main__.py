@@ -15,10 +15,11 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import machine
+import report
 import torch
+from base import Worker
 from measure import PROVIDERS, TINY, Case, functions, measure, size_of
 from timing import GPU, Stopwatch
 
@@ -38,7 +41,8 @@ LLAMA = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
 LLAMA += [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
 SHAPES, TOKENS, DTYPE = (LLAMA, 8192, "bf16") if GPU else ([(1024, 4096)], 2048, "fp32")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-RATE, RATES = (1e12, "TFLOP/s") if GPU else (1e9, "GFLOP/s")
+# The weight and the tokens of the costs in the list of operations.
+LISTED = Size(8192, 8192, tokens=2048)
 
 
 def positive(text: str) -> int:
@@ -123,54 +127,40 @@ def shapes_of(model: str) -> list[tuple[int, int]]:
 
 def cases(
     operations: Sequence[Operation], settings: Sequence[str] | None, sizes: Sequence[Size], roofs: dict[str, float]
-) -> Iterator[tuple[Operation, str, Size]]:
-    """Yield what is measured. Operations that ignore the rows, say, are measured once for all of them.
+) -> list[tuple[Operation, str, Size]]:
+    """List what is measured. Operations that ignore the rows, say, are measured once for all of them.
 
-    Without `settings` those are left out that name a precision without a roof on this machine.
+    Without `settings` those are left out, and named, that ask for a precision without a roof on this machine.
     """
-    seen = set()
-    for operation in operations:
+    found, left_out = {}, dict[str, None]()
+    for operation, size in product(operations, sizes):
         for label, setting in operation.settings.items():
-            if settings and label not in settings:
-                continue
-            for size in sizes:
-                arguments = operation.example(replace(size, device="meta"), **setting)
-                unit = operation.cost_of(arguments).unit
-                if (key := (operation.name, label, repr(arguments))) in seen:
-                    continue
-                seen.add(key)
-                if settings or "precision" not in setting or unit in roofs:
-                    yield operation, label, size
-                else:
-                    print(f"\nleft out: {operation.name} {label}, since no roof of {unit} is known here")
+            arguments = operation.example(replace(size, device="meta"), **setting)
+            if not settings and "precision" in setting and operation.cost_of(arguments).unit not in roofs:
+                left_out[f"{operation.name} {label}"] = None
+            elif not settings or label in settings:
+                found.setdefault((operation.name, label, repr(arguments)), (operation, label, size))
+    if left_out:
+        print(f"\nLeft out, since this machine has no roof of their precision: {', '.join(left_out)}")
+    return [*found.values()]
 
 
-def table(case: Case, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield the lines of a table."""
-    size, cost = case.size, case.cost
-    title = f"{case.operation.name} {case.setting}".rstrip()
-    yield f"\n{title}: {size.rows}x{size.d} {case.label['dtype']}, {size.tokens} tokens, " + (
-        f"{cost.flops / 1e9:.3g} Gflop, {cost.bytes / 1e6:.4g} MB, bound by {cost.unit or 'bytes'}"
-    )
-    yield f"{'provider':10}{'median ms':>10}{'20 %':>10}{'80 %':>10}{'rounds':>8}{'GB/s':>9}{RATES:>9}" + (
-        f"{'of roof':>9}{'speedup':>9}{'error':>10}"
-    )
-    for row in rows:
-        if not row["seconds"]:
-            yield f"{row['provider']:10}{row['wrong']}"
-            continue
-        times = "".join(f"{1e3 * row[name]:10.3f}" for name in ("seconds", "low", "high"))
-        rates = f"{row['rounds']:8}{cost.bytes / row['seconds'] / 1e9:9.1f}{cost.flops / row['seconds'] / RATE:9.1f}"
-        ratios = (("share", "9.0%"), ("speedup", "9.2f"), ("error", "10.1e"))
-        others = "".join(" " * 8 + "-" if row[name] is None else f"{row[name]:{form}}" for name, form in ratios)
-        late = f"  {row['late']} calls waited for the host" if row["late"] else ""
-        yield f"{row['provider']:10}{times}{rates}{others}{late}"
+def catalogue(operations: Iterable[Operation]) -> str:
+    """Write the Markdown table of operations, with the cost of their first setting at the shape LISTED."""
+    rows = []
+    for operation in operations:
+        cost = operation.cost_of(operation.example(LISTED, **next(iter(operation.settings.values()))))
+        numbers = (cost.flops / 1e9, cost.bytes / 1e6, cost.flops / cost.bytes)
+        name = f"[`{operation.name}`](../kernels/{operation.run.__module__.rpartition('.')[2]}.py)"
+        settings = ", ".join(filter(None, operation.settings))
+        rows.append([name, operation.does, settings, *(f"{float(f'{x:.3g}'):,g}" for x in numbers)])
+    return report.markdown(["operation", "what it does", "settings", "Gflop", "MB", "flops / byte"], rows, texts=3)
 
 
 def interpreted(case: Case) -> tuple[str, str | None]:
-    """Check the Triton kernel in the interpreter at a tiny size; returns a line, and what is wrong."""
+    """Check the Triton kernel in the interpreter at a tiny size; returns what to say of it, and what is wrong."""
     error, wrong = Case(case.operation, case.setting, TINY).check(functions(case.operation)["triton"])
-    return f"{'triton':10}{wrong or f'checked at {TINY.rows}x{TINY.d}, error {error:.1e}'}", wrong
+    return wrong or f"checked in the interpreter at {TINY.rows}x{TINY.d}, error {error:.0e}", wrong
 
 
 def write(run: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -212,36 +202,30 @@ def run(operations: Sequence[Operation], shapes: Sequence[Sequence[int]], argume
     torch.set_num_threads(arguments.threads)
     # That of a worker.
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    roofs = machine.roofs(min(1.0, arguments.seconds))
-    saved: dict[str, Any] = dict(machine=machine.describe(), command=arguments.command, roofs=roofs, rows=[])
-    for name, value in saved["machine"].items():
-        print(f"{name:10} {value}")
-    for name, rate in roofs.items():
-        print(f"{name:10} {rate / 1e9:.1f} GB/s" if name == "copy" else f"{name:10} {rate / RATE:.1f} {RATES}")
     failed = False
     with ExitStack() as stack:
-        worker = None
-        if arguments.base:
-            from base import Worker
-
-            worker = stack.enter_context(Worker(arguments.base))
+        worker = stack.enter_context(Worker(arguments.base)) if arguments.base else None
+        roofs = machine.roofs(min(1.0, arguments.seconds))
+        saved: dict[str, Any] = dict(machine=machine.describe(), command=arguments.command, roofs=roofs, rows=[])
+        print(report.heading(saved))
         sizes = [size_of(rows, d, arguments.tokens, DTYPES[arguments.dtype]) for rows, d in shapes]
         for operation, setting, size in cases(operations, arguments.setting, sizes, roofs):
             try:
                 case = Case(operation, setting, size)
+                print(f"\n{report.title(case.label | vars(case.cost), roofs)}\n", flush=True)
                 rows = measure(case, arguments.providers, roofs, arguments.seconds, worker)
             except torch.OutOfMemoryError as error:
-                print(f"\n{operation.name} {setting}: {size.rows}x{size.d}: {str(error).splitlines()[0]}")
+                print(str(error).splitlines()[0])
                 continue
-            print("\n".join(table(case, rows)), flush=True)
             # A rival may fail, but compute nothing wrong.
             failed |= any(row["wrong"] and (row["provider"] == "ours" or "wrong" in row["wrong"]) for row in rows)
-            if not GPU:
-                line, wrong = interpreted(case)
-                print(line, flush=True)
-                failed |= wrong is not None
             saved["rows"] += rows
             write(saved, arguments)
+            if not GPU:
+                line, wrong = interpreted(case)
+                rows = [*rows, dict(provider="triton", wrong=line)]
+                failed |= wrong is not None
+            print(report.table(rows, saved["machine"]), flush=True)
     if arguments.plot:
         from plots import plot
 
@@ -253,8 +237,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 1 if a kernel of ours has failed, or a result is wrong."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"]:
-        import report
-
         return report.main(argv[1:])
     flags = parser()
     arguments = flags.parse_args(argv)
@@ -271,11 +253,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         flags.error(str(error))
     if arguments.list:
-        for operation in operations:
-            print(f"{operation.name:20} {operation.does}  {', '.join(filter(None, operation.settings))}".rstrip())
+        print(catalogue(operations))
         return 0
-    with torch.no_grad():
-        return work() if arguments.worker else run(operations, shapes, arguments)
+    try:
+        with torch.no_grad():
+            return work() if arguments.worker else run(operations, shapes, arguments)
+    except KeyboardInterrupt:
+        print("\npython -m bench: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

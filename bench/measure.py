@@ -136,11 +136,11 @@ def measure(
     for name in [name for name in names if name in runs]:
         # The first call also compiles.
         error, wrong = case.check(runs[name])
-        rows.append(case.label | dict(provider=name, error=error, wrong=wrong))
+        rows.append(dict(provider=name, error=error, wrong=wrong))
         if not wrong:
             timers[name] = Stopwatch(runs[name], case.fresh)
     if base:
-        rows.append(case.label | dict(provider="base", error=None, wrong=None))
+        rows.append(dict(provider="base", error=None, wrong=None))
         timers["base"] = lambda: base.time(**case.label, rounds=1)[0]
         try:
             timers["base"]()
@@ -151,21 +151,25 @@ def measure(
     vars(case).pop("exact", None)
     found = {name: sorted(seconds) for name, seconds in race(timers, limit).items()}
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
-    for row in rows:
+    for number, row in enumerate(rows):
         name = row["provider"]
         own, seconds = medians.get(name), found.get(name, [])
-        others = [median for other, median in medians.items() if other != name]
-        row |= dict(
-            seconds=own,
-            low=own and seconds[len(seconds) // 5],
-            high=own and seconds[-1 - len(seconds) // 5],
-            rounds=len(seconds),
-            late=getattr(timers.get(name), "late", 0),
-            flops=cost.flops,
-            bytes=cost.bytes,
-            unit=cost.unit,
-            share=own and floor and floor / own,
-            speedup=min(others) / own if own and others else None,
+        # The base is no rival: noise against it would look like a loss. Its own rival is ours.
+        rivals = {"ours"} if name == "base" else {*medians} - {name, "base"}
+        others = [medians[rival] for rival in rivals & {*medians}]
+        rows[number] = (
+            case.label
+            | vars(cost)
+            | row
+            | dict(
+                seconds=own,
+                low=own and seconds[len(seconds) // 5],
+                high=own and seconds[-1 - len(seconds) // 5],
+                rounds=len(seconds),
+                late=getattr(timers.get(name), "late", 0),
+                share=own and floor and floor / own,
+                speedup=min(others) / own if own and others else None,
+            )
         )
     return rows
 
