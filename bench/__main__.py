@@ -12,7 +12,6 @@ provider; `bench/measure.py` tells which there are. A name may be a unique prefi
 import argparse
 import csv
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -85,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=5.0, help="limit of the timing of a table (default: %(default)s)")
     add("--base", metavar="COMMIT", help="time our kernels at this commit, too, in turns with the others")
     for name, written in (("json", "JSON"), ("csv", "CSV"), ("plot", "a plot")):
-        add(f"--{name}", type=Path, metavar="FILE", help=f"write the results as {written}")
+        add(f"--{name}", type=report.output, metavar="FILE", help=f"write the results as {written}")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     return made
 
@@ -100,12 +99,10 @@ def named(words: Sequence[str]) -> list[Operation]:
     for word in words:
         of_file = [name for name, x in OPERATIONS.items() if x.run.__module__.endswith(f".{word}")]
         names = [word] if word in OPERATIONS else of_file or [name for name in OPERATIONS if name.startswith(word)]
-        if not names:
-            raise ValueError(f"no operation {word!r}; there are {', '.join(OPERATIONS)}")
-        if len(names) > 1 and not of_file:
-            raise ValueError(f"{word!r} is not unique: {', '.join(names)}")
+        if len(names) != 1 and not of_file:
+            raise ValueError(f"{word!r} is not one operation; there are {', '.join(names or OPERATIONS)}")
         found |= {name: OPERATIONS[name] for name in names}
-    return [*found.values()] if words else [*OPERATIONS.values()]
+    return [*(found or OPERATIONS).values()]
 
 
 def shapes_of(model: str) -> list[tuple[int, int]]:
@@ -175,7 +172,7 @@ def write(run: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def work() -> int:
-    """Answer each line of the input by times of a call, see `base.Worker`."""
+    """Answer each line of the input by the time of a call, see `base.Worker`."""
 
     @lru_cache(maxsize=1)
     def timer(operation: str, setting: str, **size: Any) -> Callable[[], float]:
@@ -187,49 +184,44 @@ def work() -> int:
         return Stopwatch(run, case.fresh)
 
     for line in sys.stdin:
-        request = json.loads(line)
-        rounds = request.pop("rounds")
         try:
-            answer: dict[str, Any] = {"seconds": [timer(**request)() for _ in range(rounds)]}
+            answer: dict[str, Any] = {"seconds": timer(**json.loads(line))()}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)
     return 0
 
 
-def run(operations: Sequence[Operation], shapes: Sequence[Sequence[int]], arguments: argparse.Namespace) -> int:
+def run(
+    operations: Sequence[Operation],
+    shapes: Sequence[Sequence[int]],
+    arguments: argparse.Namespace,
+    worker: Worker | None,
+) -> int:
     """Measure, print and write; returns 1 if a kernel of ours has failed, or a result is wrong."""
-    torch.set_num_threads(arguments.threads)
-    # That of a worker.
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    failed = False
-    with ExitStack() as stack:
-        worker = stack.enter_context(Worker(arguments.base)) if arguments.base else None
-        roofs = machine.roofs(min(1.0, arguments.seconds))
-        saved: dict[str, Any] = dict(machine=machine.describe(), command=arguments.command, roofs=roofs, rows=[])
-        print(report.heading(saved))
-        sizes = [size_of(rows, d, arguments.tokens, DTYPES[arguments.dtype]) for rows, d in shapes]
-        for operation, setting, size in cases(operations, arguments.setting, sizes, roofs):
-            try:
-                case = Case(operation, setting, size)
-                print(f"\n{report.title(case.label | vars(case.cost), roofs)}\n", flush=True)
-                rows = measure(case, arguments.providers, roofs, arguments.seconds, worker)
-            except torch.OutOfMemoryError as error:
-                print(str(error).splitlines()[0])
-                continue
-            # A rival may fail, but compute nothing wrong.
-            failed |= any(row["wrong"] and (row["provider"] == "ours" or "wrong" in row["wrong"]) for row in rows)
-            saved["rows"] += rows
-            write(saved, arguments)
-            if not GPU:
-                line, wrong = interpreted(case)
-                rows = [*rows, dict(provider="triton", wrong=line)]
-                failed |= wrong is not None
-            print(report.table(rows, saved["machine"]), flush=True)
-    if arguments.plot:
-        from plots import plot
-
-        plot([saved], arguments.plot)
+    failed, plot = False, report.plotter(arguments.plot)
+    roofs = machine.roofs(min(1.0, arguments.seconds))
+    saved: dict[str, Any] = dict(machine=machine.describe(), command=arguments.command, roofs=roofs, rows=[])
+    print(report.heading(saved))
+    sizes = [size_of(rows, d, arguments.tokens, DTYPES[arguments.dtype]) for rows, d in shapes]
+    for operation, setting, size in cases(operations, arguments.setting, sizes, roofs):
+        try:
+            case = Case(operation, setting, size)
+            print(f"\n{report.title(case.label | vars(case.cost), roofs)}\n", flush=True)
+            rows = measure(case, arguments.providers.split(","), roofs, arguments.seconds, worker)
+        except torch.OutOfMemoryError as error:
+            print(str(error).splitlines()[0])
+            continue
+        # A rival may fail, but compute nothing wrong.
+        failed |= any(row["wrong"] and (row["provider"] == "ours" or "wrong" in row["wrong"]) for row in rows)
+        saved["rows"] += rows
+        write(saved, arguments)
+        if not GPU:
+            line, wrong = interpreted(case)
+            rows = [*rows, dict(provider="triton", wrong=line)]
+            failed |= wrong is not None
+        print(report.table(rows, saved["machine"]), flush=True)
+    plot([saved])
     return int(failed)
 
 
@@ -241,27 +233,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser()
     arguments = flags.parse_args(argv)
     arguments.command = shlex.join(["python", "-m", "bench", *argv])
-    arguments.providers = arguments.providers.split(",")
-    try:
-        operations = named(arguments.operations)
-        labels = [label for operation in operations for label in operation.settings]
-        for asked, known in ((arguments.providers, PROVIDERS), (arguments.setting or (), labels)):
-            if unknown := set(asked) - set(known):
-                there_are = ", ".join(filter(None, dict.fromkeys(known)))
-                raise ValueError(f"unknown {', '.join(sorted(unknown))}; there are {there_are}")
-        shapes = arguments.shape or (shapes_of(arguments.model) if arguments.model else SHAPES)
-    except ValueError as error:
-        flags.error(str(error))
-    if arguments.list:
-        print(catalogue(operations))
-        return 0
-    try:
-        with torch.no_grad():
-            return work() if arguments.worker else run(operations, shapes, arguments)
-    except KeyboardInterrupt:
-        print("\npython -m bench: interrupted", file=sys.stderr)
-        return 130
+    asked = arguments.providers.split(","), arguments.setting or []
+    torch.set_num_threads(arguments.threads)
+    with ExitStack() as opened, torch.no_grad():
+        try:
+            operations = named(arguments.operations)
+            labels = [label for operation in operations for label in operation.settings]
+            for words, known in zip(asked, (PROVIDERS, labels), strict=True):
+                if unknown := {*words} - {*known}:
+                    there_are = ", ".join(filter(None, dict.fromkeys(known)))
+                    raise ValueError(f"unknown {', '.join(sorted(unknown))}; there are {there_are}")
+            shapes = arguments.shape or (shapes_of(arguments.model) if arguments.model else SHAPES)
+            worker = opened.enter_context(Worker(arguments.base, arguments.threads)) if arguments.base else None
+        except ValueError as error:
+            flags.error(str(error))
+        if arguments.list:
+            print(catalogue(operations))
+            return 0
+        return work() if arguments.worker else run(operations, shapes, arguments, worker)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\npython -m bench: interrupted")

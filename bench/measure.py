@@ -141,7 +141,7 @@ def measure(
             timers[name] = Stopwatch(runs[name], case.fresh)
     if base:
         rows.append(dict(provider="base", error=None, wrong=None))
-        timers["base"] = lambda: base.time(**case.label, rounds=1)[0]
+        timers["base"] = partial(base.time, **case.label)
         try:
             timers["base"]()
         except RuntimeError as problem:

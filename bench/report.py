@@ -10,7 +10,8 @@ another provider is faster. Times of several runs, and of a base, are compared a
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -99,8 +100,8 @@ def table(rows: Iterable[Row], machine: Row) -> str:
     if {"ours", "base"} <= timed.keys():
         ours, base = timed["ours"], timed["base"]
         apart = ours["high"] < base["low"] or base["high"] < ours["low"]
-        text += f"\n\nours / base: {ours['seconds'] / base['seconds']:.3f} of its time; the ranges from 20 to 80 % "
-        text += "are apart" if apart else "overlap"
+        text += f"\n\nours takes {ours['seconds'] / base['seconds']:.3f} of the time of base; "
+        text += f"the ranges from 20 to 80 % {'are apart' if apart else 'overlap'}"
     return text
 
 
@@ -167,12 +168,32 @@ def read(path: Path) -> Run:
     return run
 
 
+def output(text: str) -> Path:
+    """Read the name of a file that can be written.
+
+    Raises:
+        ArgumentTypeError: its folder is not there.
+    """
+    if not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
+    return Path(text)
+
+
+def plotter(path: Path | None) -> Callable[[Sequence[Run]], None]:
+    """Make a function that plots runs to a file, or does nothing. Before anything is measured, it needs matplotlib."""
+    if not path:
+        return lambda runs: None
+    from plots import plot
+
+    return partial(plot, path=path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print or write the report, and plot the runs."""
     parser = argparse.ArgumentParser("python -m bench report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a run, by `python -m bench --json FILE`")
-    parser.add_argument("--output", type=Path, help="write the Markdown to this file")
-    parser.add_argument("--plot", type=Path, help="plot the runs to this file, by matplotlib")
+    parser.add_argument("--output", type=output, help="write the Markdown to this file")
+    parser.add_argument("--plot", type=output, help="plot the runs to this file, by matplotlib")
     arguments = parser.parse_args(argv)
     runs = {}
     for path in arguments.files:
@@ -185,8 +206,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.output.write_text(text + "\n", "utf-8")
     else:
         print(text)
-    if arguments.plot:
-        from plots import plot
-
-        plot([*runs.values()], arguments.plot)
+    plotter(arguments.plot)([*runs.values()])
     return 0

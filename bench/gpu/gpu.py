@@ -95,18 +95,17 @@ def python(*arguments: object) -> None:
         raise SystemExit(status)
 
 
-def machine(part: Part) -> None:
+def describe(part: Part) -> None:
     """Describe the GPU, the machine and the versions."""
+    import machine
     import torch
     import transformers
-    import triton
 
-    for command in (["git", "describe", "--always", "--dirty"], ["gcc", "--version"], ["nvidia-smi"]):
+    for command in (["gcc", "--version"], ["nvidia-smi"]):
         with suppress(FileNotFoundError):
-            subprocess.run(command, cwd=REPO, check=False)
-    versions = {module.__name__: module.__version__ for module in (torch, triton, transformers)}
+            subprocess.run(command, check=False)
     gpu = str(torch.cuda.get_device_properties(0)) if torch.cuda.is_available() else ""
-    part.add(python=sys.version.split()[0], cuda=torch.version.cuda, cpus=os.cpu_count(), gpu=gpu, **versions)
+    part.add(**machine.describe(), cpus=os.cpu_count(), gpu=gpu, transformers=transformers.__version__)
 
 
 def first_command(part: Part) -> None:
@@ -133,7 +132,7 @@ def parts() -> dict[str, tuple[int, Callable[[Part], None]]]:
     import gpu_runs as runs
 
     return {
-        "machine": (20, machine),
+        "machine": (20, describe),
         "first command": (110, first_command),
         "kernel tests": (230, kernel_tests),
         "8B block": (140, runs.prune),
