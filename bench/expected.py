@@ -22,6 +22,7 @@ import re
 from math import ceil
 
 from compiled import EXPECTED, RESULTS, SIZE, Operation, launches
+from report import markdown
 
 from sparsefw.kernels.launch import triangle_tiles
 from sparsefw.kernels.operation import Cost
@@ -136,11 +137,12 @@ def main() -> None:
     """Write the file, and print its table."""
     found = shares()
     FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print("| expected | setting |", " | ".join(GPUS[target]["gpu"] for target in EXPECTED), "|\n|", "--- | " * 5)
+    rows = []
     for name, settings in found[EXPECTED[0]].items():
         for setting in settings:
             cells = (found[target][name][setting] for target in EXPECTED)
-            print(f"| {name} | {setting} |", *(f"{cell['share']:.2f} {cell['limit']} |" for cell in cells))
+            rows.append([name, setting, *(f"{cell['share']:.2f} {cell['limit']}" for cell in cells)])
+    print(markdown(["expected", "setting", *(GPUS[target]["gpu"] for target in EXPECTED)], rows, texts=5))
 
 
 if __name__ == "__main__":

@@ -132,45 +132,39 @@ def measure(
     """
     cost, runs = case.cost, functions(case.operation)
     floor = cost.seconds(roofs) if cost.unit is None or cost.unit in roofs else None
-    rows, timers = [], dict[str, Callable[[], float]]()
+    checks, timers = dict[str, tuple[float | None, str | None]](), dict[str, Callable[[], float]]()
     for name in [name for name in names if name in runs]:
         # The first call also compiles.
-        error, wrong = case.check(runs[name])
-        rows.append(dict(provider=name, error=error, wrong=wrong))
-        if not wrong:
-            timers[name] = Stopwatch(runs[name], case.fresh)
+        checks[name], timers[name] = case.check(runs[name]), Stopwatch(runs[name], case.fresh)
     if base:
-        rows.append(dict(provider="base", error=None, wrong=None))
-        timers["base"] = partial(base.time, **case.label)
+        checks["base"], timers["base"] = (None, None), partial(base.time, **case.label)
         try:
             timers["base"]()
         except RuntimeError as problem:
-            rows[-1]["wrong"] = f"failed: {problem}"
-            del timers["base"]
+            checks["base"] = None, f"failed: {problem}"
     # Its memory is free for the calls that are timed.
     vars(case).pop("exact", None)
-    found = {name: sorted(seconds) for name, seconds in race(timers, limit).items()}
+    found = race({name: timer for name, timer in timers.items() if not checks[name][1]}, limit)
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
-    for number, row in enumerate(rows):
-        name = row["provider"]
-        own, seconds = medians.get(name), found.get(name, [])
+    rows = []
+    for name, (error, wrong) in checks.items():
+        own, seconds = medians.get(name), sorted(found.get(name, []))
         # The base is no rival: noise against it would look like a loss. Its own rival is ours.
         rivals = {"ours"} if name == "base" else {*medians} - {name, "base"}
         others = [medians[rival] for rival in rivals & {*medians}]
-        rows[number] = (
-            case.label
-            | vars(cost)
-            | row
-            | dict(
-                seconds=own,
-                low=own and seconds[len(seconds) // 5],
-                high=own and seconds[-1 - len(seconds) // 5],
-                rounds=len(seconds),
-                late=getattr(timers.get(name), "late", 0),
-                share=own and floor and floor / own,
-                speedup=min(others) / own if own and others else None,
-            )
+        result = dict(
+            provider=name,
+            error=error,
+            wrong=wrong,
+            seconds=own,
+            low=own and seconds[len(seconds) // 5],
+            high=own and seconds[-1 - len(seconds) // 5],
+            rounds=len(seconds),
+            late=getattr(timers[name], "late", 0),
+            share=own and floor and floor / own,
+            speedup=min(others) / own if own and others else None,
         )
+        rows.append(case.label | vars(cost) | result)
     return rows
 
 

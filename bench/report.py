@@ -23,7 +23,7 @@ Run = dict[str, Any]
 EXPECTED = json.loads(Path(__file__).with_name("results").joinpath("expected.json").read_text("utf-8"))
 # A case that reaches less than this part of the expected share is marked.
 LOW = 0.7
-HEAD = ("provider", "median ms", "20 %", "80 %", "rounds", "GB/s", "of roof", "speedup", "error")
+HEAD = ["provider", "median ms", "20 %", "80 %", "rounds", "GB/s", "GFLOP/s", "of roof", "speedup", "error"]
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
@@ -56,17 +56,11 @@ def title(row: Row, roofs: dict[str, float]) -> str:
     return f"{case(row)}: {flops / 1e9:.3g} Gflop, {row['bytes'] / 1e6:.4g} MB, {bound}"
 
 
-def rate(machine: Row) -> tuple[float, str]:
-    """Choose the unit in which flops per second are written."""
-    return (1e12, "TFLOP/s") if machine.get("capability") else (1e9, "GFLOP/s")
-
-
 def heading(run: Run) -> str:
     """Write the machine and its roofs."""
     machine = ", ".join(f"{name} {value}" for name, value in run["machine"].items() if value is not None)
-    scale, unit = rate(run["machine"])
-    roofs = (f"{name} {value / (1e9 if name == 'copy' else scale):,.1f}" for name, value in run["roofs"].items())
-    return f"{machine}\n\nRoofs in GB/s and {unit}: {', '.join(roofs)}"
+    roofs = ", ".join(f"{name} {rate / 1e9:,.1f}" for name, rate in run["roofs"].items())
+    return f"{machine}\n\nRoofs in GB/s and GFLOP/s: {roofs}"
 
 
 def expected(row: Row, machine: Row) -> Row:
@@ -77,31 +71,25 @@ def expected(row: Row, machine: Row) -> Row:
 
 def table(rows: Iterable[Row], machine: Row) -> str:
     """Write the rows of a case, and how ours compares with the base. A wrong result has no time."""
-    cells, timed = [], {}
-    scale, unit = rate(machine)
+    cells, seconds = [], {}
     for row in rows:
-        provider = row["provider"]
         if row["wrong"]:
-            cells.append([provider, row["wrong"]])
+            cells.append([row["provider"], row["wrong"]])
             continue
-        timed[provider] = row
+        seconds[row["provider"]] = own = row["seconds"]
         hoped = expected(row, machine)["share"]
         cells.append([
-            provider,
+            row["provider"],
             *(f"{1e3 * row[name]:,.3f}" for name in ("seconds", "low", "high")),
             f"{row['rounds']}" + f", {row.get('late')} late" * bool(row.get("late")),
-            f"{row['bytes'] / row['seconds'] / 1e9:,.1f}",
-            f"{row['flops'] / row['seconds'] / scale:,.1f}",
+            *(f"{row[name] / own / 1e9:,.1f}" for name in ("bytes", "flops")),
             write(row["share"], ".0%") + f" of {hoped:.0%}" * bool(hoped),
             write(row["speedup"], ".2f"),
             write(row["error"], ".0e"),
         ])  # fmt: skip
-    text = markdown([*HEAD[:6], unit, *HEAD[6:]], cells)
-    if {"ours", "base"} <= timed.keys():
-        ours, base = timed["ours"], timed["base"]
-        apart = ours["high"] < base["low"] or base["high"] < ours["low"]
-        text += f"\n\nours takes {ours['seconds'] / base['seconds']:.3f} of the time of base; "
-        text += f"the ranges from 20 to 80 % {'are apart' if apart else 'overlap'}"
+    text = markdown(HEAD, cells)
+    if {"ours", "base"} <= seconds.keys():
+        text += f"\n\nours takes {seconds['ours'] / seconds['base']:.3f} of the time of base"
     return text
 
 
@@ -146,14 +134,12 @@ def comparison(runs: dict[str, Run]) -> list[str]:
     timed: dict[str, dict[str, float]] = {}
     for name, run in runs.items():
         for row in sorted(run["rows"], key=lambda row: row["provider"]):
-            if row["provider"] in ("base", "ours") and not row["wrong"]:
+            if row["provider"] in ("base", "ours") and row["seconds"]:
                 timed.setdefault(f"{name}: {row['provider']}", {})[case(row)] = 1e3 * row["seconds"]
-    if len(timed) < 2:
-        return []
-    first, *_ = columns = [*timed.values()]
-    shared = [name for name in first if all(name in times for times in columns)]
-    cells = ([name, *(f"{x[name]:,.3f} ({first[name] / x[name]:.2f})" for x in columns)] for name in shared)
-    return ["### Comparison", markdown(["ms (speedup)", *timed], cells)]
+    first, *others = timed.values() or [{}]
+    shared = [key for key in first if all(key in times for times in others)]
+    cells = ([key, *(f"{x[key]:,.3f} ({first[key] / x[key]:.2f})" for x in timed.values())] for key in shared)
+    return ["### Comparison", markdown(["ms (speedup)", *timed], cells)] * bool(others)
 
 
 def read(path: Path) -> Run:
@@ -189,10 +175,9 @@ def plotter(path: Path | None) -> Callable[[Sequence[Run]], None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print or write the report, and plot the runs."""
+    """Print the report, and plot the runs."""
     parser = argparse.ArgumentParser("python -m bench report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a run, by `python -m bench --json FILE`")
-    parser.add_argument("--output", type=output, help="write the Markdown to this file")
     parser.add_argument("--plot", type=output, help="plot the runs to this file, by matplotlib")
     arguments = parser.parse_args(argv)
     runs = {}
@@ -201,10 +186,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs[str(path)] = read(path)
         except (OSError, ValueError) as error:
             parser.error(f"{path}: {error}")
-    text = "\n\n".join([part for run in runs.values() for part in section(run)] + comparison(runs))
-    if arguments.output:
-        arguments.output.write_text(text + "\n", "utf-8")
-    else:
-        print(text)
+    print("\n\n".join([part for run in runs.values() for part in section(run)] + comparison(runs)))
     plotter(arguments.plot)([*runs.values()])
     return 0
