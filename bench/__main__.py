@@ -118,7 +118,8 @@ def shapes_of(model: str) -> list[tuple[int, int]]:
         raise ValueError(f"--model: no file {model!r}, and none of {names}")
     from sparsefw.estimate.plan import describe
 
-    kinds = describe(str(path)).shape.kinds
+    # A CPU would convert the whole model to fp32 for it.
+    kinds = describe(str(path), torch.device("cuda")).shape.kinds
     return [*dict.fromkeys((layer.rows, layer.d) for kind in kinds for layer in kind.layers)]
 
 

@@ -125,8 +125,10 @@ def test_no_case_is_measured_twice_or_without_a_roof(capsys):
     assert [label for _, label, _ in command.cases(chosen, ["bf16"], sizes[:1], {})] == ["bf16"]
 
 
-def test_shapes_of_a_model():
-    shapes = {(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)}
-    assert set(command.shapes_of("Meta-Llama-3-70B")) == shapes
+def test_shapes_of_a_model(tmp_path):
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=64)
+    config = dict(model_type="llama", architectures=["LlamaForCausalLM"], num_hidden_layers=2, **sizes)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert {*command.shapes_of(str(tmp_path / "config.json"))} == {(32, 32), (16, 32), (48, 32), (32, 48)}
     with pytest.raises(ValueError, match="no file 'none', and none of DeepSeek-V3, "):
         command.shapes_of("none")
