@@ -17,16 +17,9 @@ CODE = f"import runpy, sparsefw; runpy.run_path({str(BENCH)!r}, run_name='__main
 SOURCES = ("setup.py", "kernels/cpu/*.cpp", "kernels/cpu/*.h")
 
 
-def git(*arguments: object, refusal: str = "") -> bool:
-    """Run git in this repository; tells whether it succeeded.
-
-    Raises:
-        ValueError: it failed, and there is a refusal.
-    """
-    done = subprocess.run(["git", "-C", REPO, *map(str, arguments)], capture_output=True, check=False)
-    if done.returncode and refusal:
-        raise ValueError(refusal)
-    return not done.returncode
+def git(*arguments: object) -> bool:
+    """Run git in this repository; tells whether it succeeded."""
+    return not subprocess.run(["git", "-C", REPO, *map(str, arguments)], capture_output=True, check=False).returncode
 
 
 def check_out(commit: str, tree: Path) -> None:
@@ -35,10 +28,9 @@ def check_out(commit: str, tree: Path) -> None:
     Raises:
         ValueError: there is no such commit, or it has no registry of operations.
     """
-    git("rev-parse", "--verify", f"{commit}^{{commit}}", refusal=f"{commit}: no such commit")
-    older = f"{commit} has no kernels/operation.py: it is older than this command"
-    git("cat-file", "-e", f"{commit}:kernels/operation.py", refusal=older)
-    git("worktree", "add", "--detach", tree, commit, refusal=f"{commit} cannot be checked out")
+    if not git("cat-file", "-e", f"{commit}:kernels/operation.py"):
+        raise ValueError(f"--base: {commit} is no commit, or older than kernels/operation.py, which this command needs")
+    git("worktree", "add", "--detach", tree, commit)
     if git("diff", "--quiet", commit, "--", *SOURCES):
         for path in REPO.glob("kernels/cpu/*.so"):
             shutil.copy(path, tree / "kernels/cpu")
@@ -58,7 +50,7 @@ class Worker:
             opened.callback(git, "worktree", "prune")
             tree = Path(opened.enter_context(TemporaryDirectory()), "base")
             check_out(self.commit, tree)
-            pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             # In a session of its own no interrupt reaches it.
             command = [sys.executable, "-c", CODE, "--worker", "--threads", str(self.threads)]
             self.process: Any = subprocess.Popen(command, cwd=tree, start_new_session=True, **pipes)

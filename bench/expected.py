@@ -123,7 +123,7 @@ def expected(target: str, operation: Operation, setting: str, row: dict) -> dict
 def shares() -> dict[str, dict]:
     """Compute the content of expected.json."""
     rows = {(row["name"], row["target"]): row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
-    found: dict[str, dict] = {"assumptions": GPUS | {"all": ASSUMED}} | {target: {} for target in EXPECTED}
+    found = {"assumptions": GPUS | {"all": ASSUMED}} | {target: {} for target in EXPECTED}
     for name, (operation, launch) in launches().items():
         if launch.size == SIZE:
             setting = next(each for each, options in operation.settings.items() if options == launch.setting)

@@ -49,7 +49,6 @@ def functions(operation: Operation) -> dict[str, Callable[..., Any]]:
         "torch": operation.reference,
         "compile": lambda **arguments: compiled()(**arguments),
         "library": operation.library,
-        "triton": None if GPU else operation.run,
     }
     return {name: function for name, function in made.items() if function}
 
@@ -132,7 +131,7 @@ def measure(
     """
     cost, runs = case.cost, functions(case.operation)
     floor = cost.seconds(roofs) if cost.unit is None or cost.unit in roofs else None
-    checks, timers = dict[str, tuple[float | None, str | None]](), dict[str, Callable[[], float]]()
+    checks, timers = {}, {}
     for name in [name for name in names if name in runs]:
         # The first call also compiles.
         checks[name], timers[name] = case.check(runs[name]), Stopwatch(runs[name], case.fresh)

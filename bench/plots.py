@@ -40,7 +40,7 @@ def draw_roofs(axes: Any, roofs: dict[str, float]) -> None:
 
 def draw(run: dict[str, Any], left: Any, right: Any) -> None:
     """Draw a run. Its cases have numbers; the first one has the best share of the roof."""
-    cases: dict[str, list[dict[str, Any]]] = {}
+    cases = {}
     for row in run["rows"]:
         if row["share"]:
             name = f"{row['operation']} {row['setting']} {row['rows']}x{row['d']}".replace("  ", " ")

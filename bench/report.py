@@ -115,7 +115,7 @@ def section(run: Run) -> list[str]:
     speedups = [row["speedup"] for row in rows if row["provider"] == "ours" and row["speedup"]]
     faster = sum(speedup >= 1 for speedup in speedups)
     remarks = [f"- {case(row)}, {row['provider']}: {why}" for row in rows if (why := remark(row, machine))]
-    parts: dict[str, list[Row]] = {}
+    parts = {}
     for row in rows:
         parts.setdefault(title(row, run["roofs"]), []).append(row)
     return [
@@ -131,7 +131,7 @@ def section(run: Run) -> list[str]:
 
 def comparison(runs: dict[str, Run]) -> list[str]:
     """Compare milliseconds of ours, at the base and now, in all runs; in brackets the speedup over the first one."""
-    timed: dict[str, dict[str, float]] = {}
+    timed = {}
     for name, run in runs.items():
         for row in sorted(run["rows"], key=lambda row: row["provider"]):
             if row["provider"] in ("base", "ours") and row["seconds"]:

@@ -90,7 +90,7 @@ def tiny_entries(config: PretrainedConfig, new_ids: Iterator[int]) -> dict[str, 
     """Find the entries of a tiny config of the class of `config`, which has default values."""
     kind = type(config)
     names, fresh, values = {f.name for f in fields(kind)}, vars(kind()), vars(config)
-    tiny: dict[str, Any] = {}
+    tiny = {}
     for key, value in values.items():
         if key not in names:
             continue

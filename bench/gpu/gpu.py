@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("torch finds no GPU here; --tiny tries everything out without one")
     if unknown := [name for name in arguments.parts if name not in known]:
         parser.error(f"{', '.join(unknown)}: no such part; there are {', '.join(known)}")
-    done: list[Part] = []
+    done = []
     for name in arguments.parts or FIRST:
         done.append(Part(name, folder, scratch, arguments.tiny))
         done[-1].path(".jsonl").unlink(missing_ok=True)

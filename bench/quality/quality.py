@@ -163,7 +163,7 @@ def tables(cells: dict[str, dict]) -> str:
     """Make all tables of these cells, each after its name. A cell of an older study may lack the figure of a table."""
     # The cells of the sparsity with all rows come first, and tell the order of the rows.
     ordered = sorted(cells, key=lambda key: not key.endswith(DETAILED))
-    made: dict[str, dict[str, dict[str, str]]] = {}
+    made = {}
     for name, figure in FIGURES.items():
         made[name] = {}
         for row, sparsity in (key.split(" | ") for key in ordered):

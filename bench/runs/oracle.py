@@ -115,7 +115,7 @@ def in_memory(folder: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(source)
     texts = [TEXT[i : i + 400] for i in range(0, 12000, 400)]
     (folder / "a.txt").write_text(TEXT)
-    options: dict[str, Any] = dict(nsamples=6, seqlen=32, eval_windows=4, kernel="torch")
+    options = dict(nsamples=6, seqlen=32, eval_windows=4, kernel="torch")
     tokenizer = AutoTokenizer.from_pretrained(source)
     sparsefw.prune(model, folder / "out", dataset=texts, evaluate=str(folder / "a.txt"), tokenizer=tokenizer, **options)
     model.save_pretrained(folder / "again")

@@ -94,7 +94,7 @@ def test_names_may_be_short(capsys):
         ("lmo --shape 0x3", "argument --shape: invalid shape value: '0x3'\n"),
         ("lmo --setting 3:7", "unknown 3:7; there are 2:4\n"),
         ("lmo --json /no/x", "argument --json: /no/x: there is no such folder\n"),
-        ("lmo --base nowhere", "nowhere: no such commit\n"),
+        ("lmo --base nowhere", "--base: nowhere is no commit, or older than "),
     ],
 )
 def test_a_mistake_is_one_line(words, line, capsys):

@@ -155,8 +155,8 @@ def test_another_commit_is_timed_by_its_own_code(source, compiled, git, tmp_path
             with pytest.raises(RuntimeError, match=line):
                 worker.time(operation=name)
         raise KeyboardInterrupt
-    for commit, line in (("HEAD~1", "HEAD~1 has no kernels/operation.py: it is older"), ("-x", "-x: no such commit")):
-        with pytest.raises(ValueError, match=line), base.Worker(commit):
+    for commit in ("HEAD~1", "-x"):
+        with pytest.raises(ValueError, match=f"{commit} is no commit, or older"), base.Worker(commit):
             pass
     assert len(git("worktree", "list").splitlines()) == 1
     assert worker.process.returncode is not None
