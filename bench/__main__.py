@@ -1,12 +1,22 @@
 """Measure operations on this machine: `python -m bench [OPERATION ...]`, from the root of the repository.
 
-First the roofs are measured. Then each operation gets a table for every setting and shape, with a line for each
-provider; `bench/measure.py` tells which there are. A name may be a unique prefix, or the name of a file in kernels/.
-
     python -m bench --list
     python -m bench row_step gram --shape 8192x8192 --providers ours,library
     python -m bench --model Meta-Llama-3-70B --json results.json
     python -m bench report results.json
+
+First the roofs are measured: how fast the machine copies, and how fast its library multiplies. Then each operation gets
+a table for every setting and shape, with a line for each provider whose result is right:
+
+    ours       the Triton kernel on a GPU, the function of kernels/cpu on a CPU
+    torch      the formula in plain torch
+    compile    the same by torch.compile
+    library    one or two calls of torch's library, if there are such
+    base       ours, at another commit (--base)
+
+Columns: the median of the milliseconds, and what 20 and 80 % of the calls stay below; GB/s and GFLOP/s of the least
+bytes and flops; the share of the roof, with "of 40%" the share that was expected; the speedup over the fastest other
+provider, for base over ours; the largest error, relative to the largest value in float64.
 """
 
 import argparse
@@ -72,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         "python -m bench", usage=argparse.SUPPRESS, description=__doc__, formatter_class=form
     )
     add = made.add_argument
-    add("operations", nargs="*", metavar="OPERATION", help="names (default: all)")
+    add("operations", nargs="*", metavar="OPERATION", help="names, prefixes, or files of kernels/ (default: all)")
     add("--list", action="store_true", help="list the operations and their settings")
     add("--shape", type=shape, action="append", metavar="ROWSxCOLUMNS", help="shape of the weight; may be repeated")
     add("--model", help="shapes of all projections of a model: a file of bench/configs, or a path to a config.json")

@@ -1,12 +1,6 @@
 """Measure an operation: check what each provider computes against float64, then time those that are right.
 
-Providers:
-    ours       the Triton kernel on a GPU, the function of `kernels/cpu` on a CPU
-    torch      the reference, by eager torch
-    compile    the reference, by torch.compile
-    library    the same in one or two calls of torch's library, if there are such
-    base       ours, at another commit
-    triton     the Triton kernel in the interpreter, without a GPU; only checked
+`__main__.py` tells which providers there are.
 """
 
 import statistics

@@ -1,8 +1,6 @@
 """Write results of `python -m bench` as Markdown that also reads well in a terminal, and report saved runs.
 
-A table has the median and two quantiles of the milliseconds, rates by the least bytes and flops, and the share of the
-roof; with "of 40%" the expected share. "speedup" is over the fastest other provider. The base's is over ours, and
-nothing else is compared with the base. "2 late" are calls that waited for the host, so that they seem too long.
+`__main__.py` tells what the columns are. "2 late" are calls that waited for the host, so that they seem too long.
 
 A report begins with what to look at: wrong results, cases far below the expected share of the roof, and cases in which
 another provider is faster. Times of several runs, and of a base, are compared at the end.

@@ -228,14 +228,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("torch finds no GPU here; --tiny tries everything out without one")
     if unknown := [name for name in arguments.parts if name not in known]:
         parser.error(f"{', '.join(unknown)}: no such part; there are {', '.join(known)}")
-    done = []
-    for name in arguments.parts or FIRST:
-        done.append(Part(name, folder, scratch, arguments.tiny))
-        done[-1].path(".jsonl").unlink(missing_ok=True)
-        run_limited(done[-1], known[name][0])
+    every = {name: Part(name, folder, scratch, arguments.tiny) for name in known}
+    done = [every[name] for name in arguments.parts or FIRST]
+    for part in done:
+        part.path(".jsonl").unlink(missing_ok=True)
+        run_limited(part, known[part.name][0])
         # Parts of earlier calls are on the page, too.
-        others = [Part(name, folder, scratch, arguments.tiny) for name in known]
-        (folder / "results.md").write_text(page([part for part in others if part.lines()]), "utf-8")
+        (folder / "results.md").write_text(page([each for each in every.values() if each.lines()]), "utf-8")
     print(f"{folder / 'results.md'}: the page to send")
     return int(any(part.lines()[-1]["end"] != "passed" for part in done))
 
