@@ -137,7 +137,7 @@ def comparison(runs: dict[str, Run]) -> list[str]:
     first, *others = timed.values() or [{}]
     shared = [key for key in first if all(key in times for times in others)]
     cells = ([key, *(f"{x[key]:,.3f} ({first[key] / x[key]:.2f})" for x in timed.values())] for key in shared)
-    return ["### Comparison", markdown(["ms (speedup)", *timed], cells)] * bool(others)
+    return ["### Comparison", markdown(["ms (speedup)", *timed], cells)] * bool(others and shared)
 
 
 def read(path: Path) -> Run:
