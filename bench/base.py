@@ -53,7 +53,7 @@ class Worker:
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             # In a session of its own no interrupt reaches it.
             command = [sys.executable, "-c", CODE, "--worker", "--threads", str(self.threads)]
-            self.process: Any = subprocess.Popen(command, cwd=tree, start_new_session=True, **pipes)
+            self.process = subprocess.Popen(command, cwd=tree, start_new_session=True, **pipes)
             opened.callback(self.process.communicate)
             opened.callback(self.process.kill)
             self.opened = opened.pop_all()

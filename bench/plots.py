@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
 # Markers, in colours that the colour-blind tell apart.
 STYLES = {"ours": "C0o", "torch": "C1s", "compile": "C2^", "library": "C3D", "base": "C4x"}
 COLOURS = pyplot.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "black"])
-LOOK: dict[Any, Any] = {"font.size": 8, "axes.prop_cycle": COLOURS}
+LOOK = {"font.size": 8, "axes.prop_cycle": COLOURS}
 LOOK |= dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
 
 

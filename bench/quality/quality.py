@@ -23,7 +23,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -149,7 +148,7 @@ def near(cell: dict) -> str:
 
 
 # The figures of the tables with a column for each sparsity.
-FIGURES: dict[str, Callable[[dict], str]] = {
+FIGURES = {
     "perplexity of near texts": near,
     "perplexity of far texts, relative to the dense model's": lambda cell: f"{cell['ratio']:.2f}",
     "lost by tasks, %": lambda cell: "{:.1f} ± {:.1f}".format(*(100 * x for x in cell["lost"])),

@@ -135,7 +135,7 @@ def on_batches(folder: Path) -> dict[str, Any]:
 
 
 FAMILY = "families.save_model"
-RUNS: dict[str, Run] = {
+RUNS = {
     **{name: partial(run, flags=flags) for name, flags in BUILT_IN.items()},
     "llama": tiny(FAMILY, "llama"),
     "mixture": tiny(FAMILY, "mixtral", flags=["--reconstruct", "1"]),
