@@ -153,7 +153,7 @@ def cases(
     return [*found.values()]
 
 
-def catalogue(operations: Iterable[Operation]) -> str:
+def catalogue(operations: Iterable[Operation] = OPERATIONS.values()) -> str:
     """Write the Markdown table of operations, with the cost of their first setting at the shape LISTED."""
     rows = []
     for operation in operations:
