@@ -45,10 +45,11 @@ test-llmcompressor:
 versions:
 	tests/versions.sh
 
-# On a GPU, by pytest-benchmark: a table for each operation and shape. `python -m bench` compares more carefully.
+# On this machine: every operation, and whole solves.
 bench:
-	pytest --gpu bench/kernels/bench_*.py bench/runs/bench_*.py
+	python -m bench
+	python bench/runs/solve.py
 
-# Every benchmark once, timing off: its correctness gates still hold.
+# Every operation once, at tiny shapes: a wrong result is an error.
 bench-once:
-	pytest -q -n $(WORKERS) --dist loadfile bench/kernels/bench_*.py bench/runs/bench_*.py --benchmark-disable
+	python -m bench --shape 48x96 --shape 40x132 --tokens 100 --seconds 0.01 --providers ours,torch,library

@@ -1,24 +1,34 @@
 """Measure operations on this machine: `python -m bench [OPERATION ...]`, from the root of the repository.
 
-First the roofs are measured. Then each operation gets a table for every setting and shape, with a line for each
-provider; `bench/measure.py` tells which there are. A name may be a unique prefix, or the name of a file in kernels/.
-
     python -m bench --list
     python -m bench row_step gram --shape 8192x8192 --providers ours,library
     python -m bench --model Meta-Llama-3-70B --json results.json
     python -m bench report results.json
+
+First the roofs are measured: how fast the machine copies, and how fast its library multiplies. Then each operation gets
+a table for every setting and shape, with a line for each provider whose result is right:
+
+    ours       the Triton kernel on a GPU, the function of kernels/cpu on a CPU
+    torch      the formula in plain torch
+    compile    the same by torch.compile
+    library    one or two calls of torch's library, if there are such
+    base       ours, at another commit (--base)
+
+Columns: the median of the milliseconds, and what 20 and 80 % of the calls stay below; GB/s and GFLOP/s of the least
+bytes and flops; the share of the roof, with "of 40%" the share that was expected; the speedup over the fastest other
+provider, for base over ours; the largest error, relative to the largest value in float64.
 """
 
 import argparse
 import csv
 import json
-import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +36,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import machine
+import report
 import torch
+from base import Worker
 from measure import PROVIDERS, TINY, Case, functions, measure, size_of
 from timing import GPU, Stopwatch
 
@@ -38,7 +50,8 @@ LLAMA = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
 LLAMA += [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
 SHAPES, TOKENS, DTYPE = (LLAMA, 8192, "bf16") if GPU else ([(1024, 4096)], 2048, "fp32")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-RATE, RATES = (1e12, "TFLOP/s") if GPU else (1e9, "GFLOP/s")
+# The weight and the tokens of the costs in the list of operations.
+LISTED = Size(8192, 8192, tokens=2048)
 
 
 def positive(text: str) -> int:
@@ -69,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         "python -m bench", usage=argparse.SUPPRESS, description=__doc__, formatter_class=form
     )
     add = made.add_argument
-    add("operations", nargs="*", metavar="OPERATION", help="names (default: all)")
+    add("operations", nargs="*", metavar="OPERATION", help="names, prefixes, or files of kernels/ (default: all)")
     add("--list", action="store_true", help="list the operations and their settings")
     add("--shape", type=shape, action="append", metavar="ROWSxCOLUMNS", help="shape of the weight; may be repeated")
     add("--model", help="shapes of all projections of a model: a file of bench/configs, or a path to a config.json")
@@ -81,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=5.0, help="limit of the timing of a table (default: %(default)s)")
     add("--base", metavar="COMMIT", help="time our kernels at this commit, too, in turns with the others")
     for name, written in (("json", "JSON"), ("csv", "CSV"), ("plot", "a plot")):
-        add(f"--{name}", type=Path, metavar="FILE", help=f"write the results as {written}")
+        add(f"--{name}", type=report.output, metavar="FILE", help=f"write the results as {written}")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     return made
 
@@ -92,16 +105,14 @@ def named(words: Sequence[str]) -> list[Operation]:
     Raises:
         ValueError: no or several operations have a prefix.
     """
-    found: dict[str, Operation] = {}
+    found = {}
     for word in words:
         of_file = [name for name, x in OPERATIONS.items() if x.run.__module__.endswith(f".{word}")]
         names = [word] if word in OPERATIONS else of_file or [name for name in OPERATIONS if name.startswith(word)]
-        if not names:
-            raise ValueError(f"no operation {word!r}; there are {', '.join(OPERATIONS)}")
-        if len(names) > 1 and not of_file:
-            raise ValueError(f"{word!r} is not unique: {', '.join(names)}")
+        if len(names) != 1 and not of_file:
+            raise ValueError(f"{word!r} is not one operation; there are {', '.join(names or OPERATIONS)}")
         found |= {name: OPERATIONS[name] for name in names}
-    return [*found.values()] if words else [*OPERATIONS.values()]
+    return [*(found or OPERATIONS).values()]
 
 
 def shapes_of(model: str) -> list[tuple[int, int]]:
@@ -117,60 +128,41 @@ def shapes_of(model: str) -> list[tuple[int, int]]:
         raise ValueError(f"--model: no file {model!r}, and none of {names}")
     from sparsefw.estimate.plan import describe
 
-    kinds = describe(str(path)).shape.kinds
+    # A CPU would convert the whole model to fp32 for it.
+    kinds = describe(str(path), torch.device("cuda")).shape.kinds
     return [*dict.fromkeys((layer.rows, layer.d) for kind in kinds for layer in kind.layers)]
 
 
 def cases(
     operations: Sequence[Operation], settings: Sequence[str] | None, sizes: Sequence[Size], roofs: dict[str, float]
-) -> Iterator[tuple[Operation, str, Size]]:
-    """Yield what is measured. Operations that ignore the rows, say, are measured once for all of them.
+) -> list[tuple[Operation, str, Size]]:
+    """List what is measured. Operations that ignore the rows, say, are measured once for all of them.
 
-    Without `settings` those are left out that name a precision without a roof on this machine.
+    Without `settings` those are left out, and named, that ask for a precision without a roof on this machine.
     """
-    seen = set()
-    for operation in operations:
+    found, left_out = {}, {}
+    for operation, size in product(operations, sizes):
         for label, setting in operation.settings.items():
-            if settings and label not in settings:
-                continue
-            for size in sizes:
-                arguments = operation.example(replace(size, device="meta"), **setting)
-                unit = operation.cost_of(arguments).unit
-                if (key := (operation.name, label, repr(arguments))) in seen:
-                    continue
-                seen.add(key)
-                if settings or "precision" not in setting or unit in roofs:
-                    yield operation, label, size
-                else:
-                    print(f"\nleft out: {operation.name} {label}, since no roof of {unit} is known here")
+            arguments = operation.example(replace(size, device="meta"), **setting)
+            if not settings and "precision" in setting and operation.cost_of(arguments).unit not in roofs:
+                left_out[f"{operation.name} {label}"] = None
+            elif not settings or label in settings:
+                found.setdefault((operation.name, label, repr(arguments)), (operation, label, size))
+    if left_out:
+        print(f"\nLeft out, since this machine has no roof of their precision: {', '.join(left_out)}")
+    return [*found.values()]
 
 
-def table(case: Case, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield the lines of a table."""
-    size, cost = case.size, case.cost
-    title = f"{case.operation.name} {case.setting}".rstrip()
-    yield f"\n{title}: {size.rows}x{size.d} {case.label['dtype']}, {size.tokens} tokens, " + (
-        f"{cost.flops / 1e9:.3g} Gflop, {cost.bytes / 1e6:.4g} MB, bound by {cost.unit or 'bytes'}"
-    )
-    yield f"{'provider':10}{'median ms':>10}{'20 %':>10}{'80 %':>10}{'rounds':>8}{'GB/s':>9}{RATES:>9}" + (
-        f"{'of roof':>9}{'speedup':>9}{'error':>10}"
-    )
-    for row in rows:
-        if not row["seconds"]:
-            yield f"{row['provider']:10}{row['wrong']}"
-            continue
-        times = "".join(f"{1e3 * row[name]:10.3f}" for name in ("seconds", "low", "high"))
-        rates = f"{row['rounds']:8}{cost.bytes / row['seconds'] / 1e9:9.1f}{cost.flops / row['seconds'] / RATE:9.1f}"
-        ratios = (("share", "9.0%"), ("speedup", "9.2f"), ("error", "10.1e"))
-        others = "".join(" " * 8 + "-" if row[name] is None else f"{row[name]:{form}}" for name, form in ratios)
-        late = f"  {row['late']} calls waited for the host" if row["late"] else ""
-        yield f"{row['provider']:10}{times}{rates}{others}{late}"
-
-
-def interpreted(case: Case) -> tuple[str, str | None]:
-    """Check the Triton kernel in the interpreter at a tiny size; returns a line, and what is wrong."""
-    error, wrong = Case(case.operation, case.setting, TINY).check(functions(case.operation)["triton"])
-    return f"{'triton':10}{wrong or f'checked at {TINY.rows}x{TINY.d}, error {error:.1e}'}", wrong
+def catalogue(operations: Iterable[Operation] = OPERATIONS.values()) -> str:
+    """Write the Markdown table of operations, with the cost of their first setting at the shape LISTED."""
+    rows = []
+    for operation in operations:
+        cost = operation.cost_of(operation.example(LISTED, **next(iter(operation.settings.values()))))
+        numbers = (cost.flops / 1e9, cost.bytes / 1e6, cost.flops / cost.bytes)
+        name = f"[`{operation.name}`](../kernels/{operation.run.__module__.rpartition('.')[2]}.py)"
+        settings = ", ".join(filter(None, operation.settings))
+        rows.append([name, operation.does, settings, *(f"{float(f'{x:.3g}'):,g}" for x in numbers)])
+    return report.markdown(["operation", "what it does", "settings", "Gflop", "MB", "flops / byte"], rows, texts=3)
 
 
 def write(run: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -185,7 +177,7 @@ def write(run: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def work() -> int:
-    """Answer each line of the input by times of a call, see `base.Worker`."""
+    """Answer each line of the input by the time of a call, see `base.Worker`."""
 
     @lru_cache(maxsize=1)
     def timer(operation: str, setting: str, **size: Any) -> Callable[[], float]:
@@ -197,55 +189,46 @@ def work() -> int:
         return Stopwatch(run, case.fresh)
 
     for line in sys.stdin:
-        request = json.loads(line)
-        rounds = request.pop("rounds")
         try:
-            answer: dict[str, Any] = {"seconds": [timer(**request)() for _ in range(rounds)]}
+            answer = {"seconds": timer(**json.loads(line))()}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)
     return 0
 
 
-def run(operations: Sequence[Operation], shapes: Sequence[Sequence[int]], arguments: argparse.Namespace) -> int:
+def run(
+    operations: Sequence[Operation],
+    shapes: Sequence[Sequence[int]],
+    arguments: argparse.Namespace,
+    worker: Worker | None,
+) -> int:
     """Measure, print and write; returns 1 if a kernel of ours has failed, or a result is wrong."""
-    torch.set_num_threads(arguments.threads)
-    # That of a worker.
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    failed, plot = False, report.plotter(arguments.plot)
     roofs = machine.roofs(min(1.0, arguments.seconds))
-    saved: dict[str, Any] = dict(machine=machine.describe(), command=arguments.command, roofs=roofs, rows=[])
-    for name, value in saved["machine"].items():
-        print(f"{name:10} {value}")
-    for name, rate in roofs.items():
-        print(f"{name:10} {rate / 1e9:.1f} GB/s" if name == "copy" else f"{name:10} {rate / RATE:.1f} {RATES}")
-    failed = False
-    with ExitStack() as stack:
-        worker = None
-        if arguments.base:
-            from base import Worker
-
-            worker = stack.enter_context(Worker(arguments.base))
-        sizes = [size_of(rows, d, arguments.tokens, DTYPES[arguments.dtype]) for rows, d in shapes]
-        for operation, setting, size in cases(operations, arguments.setting, sizes, roofs):
-            try:
-                case = Case(operation, setting, size)
-                rows = measure(case, arguments.providers, roofs, arguments.seconds, worker)
-            except torch.OutOfMemoryError as error:
-                print(f"\n{operation.name} {setting}: {size.rows}x{size.d}: {str(error).splitlines()[0]}")
-                continue
-            print("\n".join(table(case, rows)), flush=True)
-            # A rival may fail, but compute nothing wrong.
-            failed |= any(row["wrong"] and (row["provider"] == "ours" or "wrong" in row["wrong"]) for row in rows)
-            if not GPU:
-                line, wrong = interpreted(case)
-                print(line, flush=True)
-                failed |= wrong is not None
-            saved["rows"] += rows
-            write(saved, arguments)
-    if arguments.plot:
-        from plots import plot
-
-        plot([saved], arguments.plot)
+    saved = dict(machine=machine.describe(), command=arguments.command, roofs=roofs, rows=[])
+    print(report.heading(saved))
+    sizes = [size_of(rows, d, arguments.tokens, DTYPES[arguments.dtype]) for rows, d in shapes]
+    for operation, setting, size in cases(operations, arguments.setting, sizes, roofs):
+        try:
+            case = Case(operation, setting, size)
+            print(f"\n{report.title(case.label | vars(case.cost), roofs)}\n", flush=True)
+            rows = measure(case, arguments.providers.split(","), roofs, arguments.seconds, worker)
+        except torch.OutOfMemoryError as error:
+            print(str(error).splitlines()[0])
+            continue
+        # A rival may fail, but compute nothing wrong.
+        failed |= any(row["wrong"] and (row["provider"] == "ours" or "wrong" in row["wrong"]) for row in rows)
+        saved["rows"] += rows
+        write(saved, arguments)
+        if not GPU:
+            # The interpreter shows what a kernel computes, and not its time.
+            error, wrong = Case(operation, setting, TINY).check(operation.run)
+            line = wrong or f"checked in the interpreter at {TINY.rows}x{TINY.d}, error {error:.0e}"
+            rows = [*rows, dict(provider="triton", wrong=line)]
+            failed |= wrong is not None
+        print(report.table(rows, saved["machine"]), flush=True)
+    plot([saved])
     return int(failed)
 
 
@@ -253,30 +236,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 1 if a kernel of ours has failed, or a result is wrong."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"]:
-        import report
-
         return report.main(argv[1:])
     flags = parser()
     arguments = flags.parse_args(argv)
     arguments.command = shlex.join(["python", "-m", "bench", *argv])
-    arguments.providers = arguments.providers.split(",")
-    try:
-        operations = named(arguments.operations)
-        labels = [label for operation in operations for label in operation.settings]
-        for asked, known in ((arguments.providers, PROVIDERS), (arguments.setting or (), labels)):
-            if unknown := set(asked) - set(known):
-                there_are = ", ".join(filter(None, dict.fromkeys(known)))
-                raise ValueError(f"unknown {', '.join(sorted(unknown))}; there are {there_are}")
-        shapes = arguments.shape or (shapes_of(arguments.model) if arguments.model else SHAPES)
-    except ValueError as error:
-        flags.error(str(error))
-    if arguments.list:
-        for operation in operations:
-            print(f"{operation.name:20} {operation.does}  {', '.join(filter(None, operation.settings))}".rstrip())
-        return 0
-    with torch.no_grad():
-        return work() if arguments.worker else run(operations, shapes, arguments)
+    asked = arguments.providers.split(","), arguments.setting or []
+    torch.set_num_threads(arguments.threads)
+    with ExitStack() as opened, torch.no_grad():
+        try:
+            operations = named(arguments.operations)
+            labels = [label for operation in operations for label in operation.settings]
+            for words, known in zip(asked, (PROVIDERS, labels), strict=True):
+                if unknown := {*words} - {*known}:
+                    there_are = ", ".join(filter(None, dict.fromkeys(known)))
+                    raise ValueError(f"unknown {', '.join(sorted(unknown))}; there are {there_are}")
+            shapes = arguments.shape or (shapes_of(arguments.model) if arguments.model else SHAPES)
+            worker = opened.enter_context(Worker(arguments.base, arguments.threads)) if arguments.base else None
+        except ValueError as error:
+            flags.error(str(error))
+        if arguments.list:
+            print(catalogue(operations))
+            return 0
+        return work() if arguments.worker else run(operations, shapes, arguments, worker)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\npython -m bench: interrupted")

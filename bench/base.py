@@ -17,29 +17,20 @@ CODE = f"import runpy, sparsefw; runpy.run_path({str(BENCH)!r}, run_name='__main
 SOURCES = ("setup.py", "kernels/cpu/*.cpp", "kernels/cpu/*.h")
 
 
-def git(*arguments: object, refusal: str = "") -> bool:
-    """Run git in this repository; tells whether it succeeded.
-
-    Raises:
-        SystemExit: it failed, and there is a refusal. This line is printed, and the status is 2.
-    """
-    done = subprocess.run(["git", "-C", REPO, *map(str, arguments)], capture_output=True, check=False)
-    if done.returncode and refusal:
-        print(f"python -m bench: {refusal}", file=sys.stderr)
-        raise SystemExit(2)
-    return not done.returncode
+def git(*arguments: object) -> bool:
+    """Run git in this repository; tells whether it succeeded."""
+    return not subprocess.run(["git", "-C", REPO, *map(str, arguments)], capture_output=True, check=False).returncode
 
 
 def check_out(commit: str, tree: Path) -> None:
     """Check a commit out, and compile it unless this checkout is compiled from the same.
 
     Raises:
-        SystemExit: there is no such commit, or it has no registry of operations.
+        ValueError: there is no such commit, or it has no registry of operations.
     """
-    git("rev-parse", "--verify", f"{commit}^{{commit}}", refusal=f"{commit}: no such commit")
-    older = f"{commit} has no kernels/operation.py: it is older than this command"
-    git("cat-file", "-e", f"{commit}:kernels/operation.py", refusal=older)
-    git("worktree", "add", "--detach", tree, commit, refusal=f"{commit} cannot be checked out")
+    if not git("cat-file", "-e", f"{commit}:kernels/operation.py"):
+        raise ValueError(f"--base: {commit} is no commit, or older than kernels/operation.py, which this command needs")
+    git("worktree", "add", "--detach", tree, commit)
     if git("diff", "--quiet", commit, "--", *SOURCES):
         for path in REPO.glob("kernels/cpu/*.so"):
             shutil.copy(path, tree / "kernels/cpu")
@@ -51,18 +42,18 @@ def check_out(commit: str, tree: Path) -> None:
 class Worker:
     """Times operations of a commit inside of a `with` block."""
 
-    def __init__(self, commit: str) -> None:
-        self.commit = commit
+    def __init__(self, commit: str, threads: int = 1) -> None:
+        self.commit, self.threads = commit, threads
 
     def __enter__(self) -> "Worker":
         with ExitStack() as opened:
             opened.callback(git, "worktree", "prune")
             tree = Path(opened.enter_context(TemporaryDirectory()), "base")
             check_out(self.commit, tree)
-            pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             # In a session of its own no interrupt reaches it.
-            command = [sys.executable, "-c", CODE, "--worker"]
-            self.process: Any = subprocess.Popen(command, cwd=tree, start_new_session=True, **pipes)
+            command = [sys.executable, "-c", CODE, "--worker", "--threads", str(self.threads)]
+            self.process = subprocess.Popen(command, cwd=tree, start_new_session=True, **pipes)
             opened.callback(self.process.communicate)
             opened.callback(self.process.kill)
             self.opened = opened.pop_all()
@@ -71,11 +62,11 @@ class Worker:
     def __exit__(self, *error: object) -> None:
         self.opened.close()
 
-    def time(self, **request: Any) -> list[float]:
-        """Time calls of an operation; returns the seconds of each.
+    def time(self, **request: Any) -> float:
+        """Time a call of an operation; returns seconds.
 
         Args:
-            request: operation, setting, rows, d, tokens, dtype as in a saved run, and the number of rounds.
+            request: operation, setting, rows, d, tokens and dtype as in a saved run.
 
         Raises:
             RuntimeError: the operation failed, or the process has ended.

@@ -22,6 +22,7 @@ import re
 from math import ceil
 
 from compiled import EXPECTED, RESULTS, SIZE, Operation, launches
+from report import markdown
 
 from sparsefw.kernels.launch import triangle_tiles
 from sparsefw.kernels.operation import Cost
@@ -122,7 +123,7 @@ def expected(target: str, operation: Operation, setting: str, row: dict) -> dict
 def shares() -> dict[str, dict]:
     """Compute the content of expected.json."""
     rows = {(row["name"], row["target"]): row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
-    found: dict[str, dict] = {"assumptions": GPUS | {"all": ASSUMED}} | {target: {} for target in EXPECTED}
+    found = {"assumptions": GPUS | {"all": ASSUMED}} | {target: {} for target in EXPECTED}
     for name, (operation, launch) in launches().items():
         if launch.size == SIZE:
             setting = next(each for each, options in operation.settings.items() if options == launch.setting)
@@ -136,11 +137,12 @@ def main() -> None:
     """Write the file, and print its table."""
     found = shares()
     FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print("| expected | setting |", " | ".join(GPUS[target]["gpu"] for target in EXPECTED), "|\n|", "--- | " * 5)
+    rows = []
     for name, settings in found[EXPECTED[0]].items():
         for setting in settings:
             cells = (found[target][name][setting] for target in EXPECTED)
-            print(f"| {name} | {setting} |", *(f"{cell['share']:.2f} {cell['limit']} |" for cell in cells))
+            rows.append([name, setting, *(f"{cell['share']:.2f} {cell['limit']}" for cell in cells)])
+    print(markdown(["expected", "setting", *(GPUS[target]["gpu"] for target in EXPECTED)], rows, texts=5))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 import statistics
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,9 @@ COPIED, SIDE = (1 << 30, 8192) if GPU else (256 << 20, 2048)
 
 
 def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip() or None
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout.strip() or None
+    return None
 
 
 def _cpu() -> str:
@@ -63,7 +62,7 @@ def roofs(limit: float = 1.0) -> dict[str, float]:
     rates = {"copy": 2 * COPIED / _seconds(partial(target.copy_, source) if GPU else target.neg_, limit)}
     for precision in ("ieee", "bf16", *["tf32"] * GPU):
         A, B = torch.randn(2, SIDE, SIDE, device=DEVICE)
-        options: dict[str, Any] = {}
+        options = {}
         if precision == "bf16":
             A, B = A.bfloat16(), B.bfloat16()
             # On a CPU torch has no such product, and rounds the result to bf16.

@@ -1,12 +1,6 @@
 """Measure an operation: check what each provider computes against float64, then time those that are right.
 
-Providers:
-    ours       the Triton kernel on a GPU, the function of `kernels/cpu` on a CPU
-    torch      the reference, by eager torch
-    compile    the reference, by torch.compile
-    library    the same in one or two calls of torch's library, if there are such
-    base       ours, at another commit
-    triton     the Triton kernel in the interpreter, without a GPU; only checked
+`__main__.py` tells which providers there are.
 """
 
 import statistics
@@ -49,7 +43,6 @@ def functions(operation: Operation) -> dict[str, Callable[..., Any]]:
         "torch": operation.reference,
         "compile": lambda **arguments: compiled()(**arguments),
         "library": operation.library,
-        "triton": None if GPU else operation.run,
     }
     return {name: function for name, function in made.items() if function}
 
@@ -132,41 +125,39 @@ def measure(
     """
     cost, runs = case.cost, functions(case.operation)
     floor = cost.seconds(roofs) if cost.unit is None or cost.unit in roofs else None
-    rows, timers = [], dict[str, Callable[[], float]]()
+    checks, timers = {}, {}
     for name in [name for name in names if name in runs]:
         # The first call also compiles.
-        error, wrong = case.check(runs[name])
-        rows.append(case.label | dict(provider=name, error=error, wrong=wrong))
-        if not wrong:
-            timers[name] = Stopwatch(runs[name], case.fresh)
+        checks[name], timers[name] = case.check(runs[name]), Stopwatch(runs[name], case.fresh)
     if base:
-        rows.append(case.label | dict(provider="base", error=None, wrong=None))
-        timers["base"] = lambda: base.time(**case.label, rounds=1)[0]
+        checks["base"], timers["base"] = (None, None), partial(base.time, **case.label)
         try:
             timers["base"]()
         except RuntimeError as problem:
-            rows[-1]["wrong"] = f"failed: {problem}"
-            del timers["base"]
+            checks["base"] = None, f"failed: {problem}"
     # Its memory is free for the calls that are timed.
     vars(case).pop("exact", None)
-    found = {name: sorted(seconds) for name, seconds in race(timers, limit).items()}
+    found = race({name: timer for name, timer in timers.items() if not checks[name][1]}, limit)
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
-    for row in rows:
-        name = row["provider"]
-        own, seconds = medians.get(name), found.get(name, [])
-        others = [median for other, median in medians.items() if other != name]
-        row |= dict(
+    rows = []
+    for name, (error, wrong) in checks.items():
+        own, seconds = medians.get(name), sorted(found.get(name, []))
+        # The base is no rival: noise against it would look like a loss. Its own rival is ours.
+        rivals = {"ours"} if name == "base" else {*medians} - {name, "base"}
+        others = [medians[rival] for rival in rivals & {*medians}]
+        result = dict(
+            provider=name,
+            error=error,
+            wrong=wrong,
             seconds=own,
             low=own and seconds[len(seconds) // 5],
             high=own and seconds[-1 - len(seconds) // 5],
             rounds=len(seconds),
-            late=getattr(timers.get(name), "late", 0),
-            flops=cost.flops,
-            bytes=cost.bytes,
-            unit=cost.unit,
+            late=getattr(timers[name], "late", 0),
             share=own and floor and floor / own,
             speedup=min(others) / own if own and others else None,
         )
+        rows.append(case.label | vars(cost) | result)
     return rows
 
 

@@ -7,26 +7,22 @@ from typing import Any
 try:
     from matplotlib import pyplot, ticker
 except ModuleNotFoundError as error:
-    raise SystemExit(f"A plot needs matplotlib: {error}") from None
+    raise SystemExit(f"python -m bench: error: a plot needs matplotlib: {error}") from None
 
-# Markers, and colours that the colour-blind tell apart.
+# Markers, in colours that the colour-blind tell apart.
 STYLES = {"ours": "C0o", "torch": "C1s", "compile": "C2^", "library": "C3D", "base": "C4x"}
 COLOURS = pyplot.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "black"])
-LOOK: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.prop_cycle": COLOURS,
-}
+LOOK = {"font.size": 8, "axes.prop_cycle": COLOURS}
+LOOK |= dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
 
 
 def mark(axes: Any, x: float, y: float, provider: str, number: int) -> None:
     """Draw a point: hollow for a rival, with the number of the case for ours."""
-    ours = provider == "ours"
-    look = dict(markersize=9, zorder=3) if ours else dict(markersize=5, fillstyle="none")
-    axes.plot(x, y, STYLES[provider], label=provider, **look)
-    if ours:
+    if provider == "ours":
+        axes.plot(x, y, STYLES[provider], label=provider, markersize=9, zorder=3)
         axes.text(x, y, number, color="white", fontsize=5.5, weight="bold", ha="center", va="center_baseline")
+    else:
+        axes.plot(x, y, STYLES[provider], label=provider, markersize=5, fillstyle="none")
 
 
 def draw_roofs(axes: Any, roofs: dict[str, float]) -> None:
@@ -38,31 +34,29 @@ def draw_roofs(axes: Any, roofs: dict[str, float]) -> None:
         ridge = roof / roofs["copy"]
         end = 3 * max(high, ridge)
         if name != "copy":
-            axes.plot([low, ridge, end], [low * roofs["copy"], roof, roof], "0.6", linewidth=1, zorder=1)
+            axes.plot([low, ridge, end], [low * roofs["copy"], roof, roof], "0.6", zorder=1)
             axes.text(end, roof, name, color="0.4", ha="right", va="bottom")
 
 
 def draw(run: dict[str, Any], left: Any, right: Any) -> None:
     """Draw a run. Its cases have numbers; the first one has the best share of the roof."""
-    several = len({(row["rows"], row["d"]) for row in run["rows"]}) > 1
-    rows = []
+    cases = {}
     for row in run["rows"]:
         if row["share"]:
-            words = row["operation"], row["setting"], f"{row['rows']}x{row['d']}" * several
-            rows.append(row | {"name": " ".join(filter(None, words)), "share": 100 * row["share"]})
-    best = {row["name"]: row["share"] for row in rows if row["provider"] == "ours"}
+            name = f"{row['operation']} {row['setting']} {row['rows']}x{row['d']}".replace("  ", " ")
+            cases.setdefault(name, []).append(row)
+    best = {name: row["share"] for name, rows in cases.items() for row in rows if row["provider"] == "ours"}
     names = sorted(best, key=lambda name: -best[name])
     numbers = range(1, len(names) + 1)
-    right.axvline(100, color="0.6", linewidth=1, zorder=1)
-    right.barh(numbers, [best[name] for name in names], color="#BBD9EA", height=0.7)
-    for row in rows:
-        if row["name"] in best:
-            number = names.index(row["name"]) + 1
-            mark(right, row["share"], number, row["provider"], number)
+    for number, name in zip(numbers, names, strict=True):
+        right.barh(number, 100 * best[name], color="#BBD9EA", height=0.7)
+        for row in cases[name]:
+            mark(right, 100 * row["share"], number, row["provider"], number)
             if row["flops"]:
                 mark(left, row["flops"] / row["bytes"], row["flops"] / row["seconds"], row["provider"], number)
     draw_roofs(left, run["roofs"])
     left.set_title(run["machine"].get("device", ""), loc="left", fontsize=8)
+    right.axvline(100, color="0.6", zorder=1)
     right.set_yticks(numbers, names)
     right.set(xscale="log", xlabel="share of the roof in %", ylim=(len(names) + 0.6, 0.4))
     right.xaxis.set_major_formatter("{x:g}")
@@ -79,4 +73,3 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
         found = {x.get_label(): x for axes in grid[:, 1] for x in axes.lines if x.get_label() in STYLES}
         figure.legend(found.values(), found, ncols=5, loc="outside upper center", frameon=False)
         figure.savefig(path, dpi=200)
-        pyplot.close(figure)

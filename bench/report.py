@@ -1,13 +1,15 @@
-"""Report saved runs of `python -m bench` in Markdown.
+"""Write results of `python -m bench` as Markdown that also reads well in a terminal, and report saved runs.
 
-First comes what to look at: wrong results, cases far below the expected share of the roof, and cases in which another
-provider is faster. Times of several runs, and of a base, are compared at the end.
+`__main__.py` tells what the columns are. "2 late" are calls that waited for the host, so that they seem too long.
+
+A report begins with what to look at: wrong results, cases far below the expected share of the roof, and cases in which
+another provider is faster. Times of several runs, and of a base, are compared at the end.
 """
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -15,42 +17,80 @@ from typing import Any
 Row = dict[str, Any]
 Run = dict[str, Any]
 
-# Expected shares of the roof, by capability, operation and setting (bench/expected.py).
-EXPECTED = Path(__file__).resolve().parent / "results" / "expected.json"
+# Expected shares of the roof, by capability, operation and setting: by bench/expected.py.
+EXPECTED = json.loads(Path(__file__).with_name("results").joinpath("expected.json").read_text("utf-8"))
 # A case that reaches less than this part of the expected share is marked.
 LOW = 0.7
-HEAD = """
-| setting | shape | tokens | dtype | provider | ms (20-80 %) | GB/s | GFLOP/s | of the roof | speedup | error |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-"""
+# A lower speedup is written as 0.99 or less, and is a loss.
+EVEN = 0.995
+HEAD = ["provider", "median ms", "20 %", "80 %", "rounds", "GB/s", "GFLOP/s", "of roof", "speedup", "error"]
 
 
-def read(path: Path) -> Run:
-    """Read a saved run: an object, or JSON lines with a row each and others that describe the run.
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """Write a table with aligned columns: texts to the left, numbers to the right.
 
-    A row gets the name of its "case", and the "expected" share of the roof: 0 for a rival, or if none is known.
-
-    Raises:
-        OSError, ValueError, TypeError: the file is not there, or has no such run.
+    Args:
+        head: names of the columns.
+        rows: cells. A row may end early, with a text that is wider than its column.
+        texts: number of columns of texts, which come first.
     """
-    run: Run = {"machine": {}, "command": "", "roofs": {}, "rows": []}
-    text = path.read_text("utf-8")
-    for part in map(json.loads, text.splitlines() if path.suffix == ".jsonl" else [text]):
-        if "operation" in part:
-            run["rows"].append(part)
-        else:
-            run |= part
-    if not run["rows"]:
-        raise ValueError("it has no rows of operations")
-    known = json.loads(EXPECTED.read_text("utf-8")) if EXPECTED.exists() else {}
-    for row in run["rows"]:
-        row["case"] = (
-            f"{row['operation']} {row['setting'] or '-'} {row['rows']}x{row['d']} {row['tokens']} {row['dtype']}"
-        )
-        found = known.get(run["machine"].get("capability"), {}).get(row["operation"], {}).get(row["setting"], {})
-        row["expected"] = found.get("share", 0) if row["provider"] == "ours" else 0
-        row["limit"] = found.get("limit")
-    return run
+    rows = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*[row for row in rows if len(row) == len(head)], strict=True)]
+    rows.insert(1, ["-" * width if n < texts else "-" * (width - 1) + ":" for n, width in enumerate(widths)])
+    padded = ([f"{cell:{'<>'[n >= texts]}{widths[n]}}" for n, cell in enumerate(row)] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+
+
+def case(row: Row) -> str:
+    """Name the case of a row."""
+    name = f"{row['operation']} {row['setting']}".rstrip()
+    return f"{name}, {row['rows']}x{row['d']} {row['dtype']}, {row['tokens']} tokens"
+
+
+def title(row: Row, roofs: dict[str, float]) -> str:
+    """Name the case of a row, its cost, and the roof that bounds it."""
+    flops, unit = row["flops"], row["unit"]
+    bound = f"bound by {unit if unit and flops / roofs.get(unit, 1) > row['bytes'] / roofs['copy'] else 'bytes'}"
+    if unit and unit not in roofs:
+        bound = f"no roof of {unit} here"
+    return f"{case(row)}: {flops / 1e9:.3g} Gflop, {row['bytes'] / 1e6:.4g} MB, {bound}"
+
+
+def heading(run: Run) -> str:
+    """Write the machine and its roofs."""
+    machine = ", ".join(f"{name} {value}" for name, value in run["machine"].items() if value is not None)
+    roofs = ", ".join(f"{name} {rate / 1e9:,.1f}" for name, rate in run["roofs"].items())
+    return f"{machine}\n\nRoofs in GB/s and GFLOP/s: {roofs}"
+
+
+def expected(row: Row, machine: Row) -> Row:
+    """Return the expected share of the roof and its limit: a share of 0 for a rival, or if none is known."""
+    known = EXPECTED.get(machine.get("capability"), {}).get(row["operation"], {}) if row["provider"] == "ours" else {}
+    return known.get(row["setting"], {"share": 0})
+
+
+def table(rows: Iterable[Row], machine: Row) -> str:
+    """Write the rows of a case, and how ours compares with the base. A wrong result has no time."""
+    cells, seconds = [], {}
+    for row in rows:
+        if row["wrong"]:
+            cells.append([row["provider"], row["wrong"]])
+            continue
+        seconds[row["provider"]] = own = row["seconds"]
+        hoped = expected(row, machine)["share"]
+        cells.append([
+            row["provider"],
+            *(f"{1e3 * row[name]:,.3f}" for name in ("seconds", "low", "high")),
+            f"{row['rounds']}" + f", {row.get('late')} late" * bool(row.get("late")),
+            *(f"{row[name] / own / 1e9:,.1f}" for name in ("bytes", "flops")),
+            write(row["share"], ".0%") + f" of {hoped:.0%}" * bool(hoped),
+            write(row["speedup"], ".2f"),
+            write(row["error"], ".0e"),
+        ])  # fmt: skip
+    text = markdown(HEAD, cells)
+    if {"ours", "base"} <= seconds.keys():
+        text += f"\n\nours takes {seconds['ours'] / seconds['base']:.3f} of the time of base"
+    return text
 
 
 def write(value: float | None, form: str) -> str:
@@ -58,94 +98,94 @@ def write(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def remark(row: Row) -> str:
+def remark(row: Row, machine: Row) -> str:
     """Tell why to look at a row first; nothing if there is no reason."""
     reasons = [row["wrong"]] if row["wrong"] else []
-    share, expected, speedup = row["share"], row["expected"], row["speedup"]
-    if share and share < LOW * expected:
-        reasons.append(f"low: {share:.0%} of the roof, {expected:.0%} expected, limit: {row['limit']}")
-    if row["provider"] == "ours" and speedup and speedup < 1:
+    share, speedup, hoped = row["share"], row["speedup"], expected(row, machine)
+    if share and share < LOW * hoped["share"]:
+        reasons.append(f"low: {share:.0%} of the roof, {hoped['share']:.0%} expected, limit: {hoped['limit']}")
+    if row["provider"] == "ours" and speedup and speedup < EVEN:
         reasons.append(f"slower: {speedup:.2f} x the speed of another provider")
     return "; ".join(reasons)
 
 
-def line(row: Row) -> str:
-    """Write a row of an operation's table. A wrong result has no time."""
-    begin = f"| {row['setting']} | {row['rows']}x{row['d']} | {row['tokens']} | {row['dtype']} | {row['provider']} |"
-    if row["wrong"]:
-        return f"{begin} **{row['wrong']}** | | | | | |"
-    bold, per = "**" * bool(remark(row)), 1e9 * row["seconds"]
-    expected = f" of {row['expected']:.0%}" if row["expected"] else ""
-    return (
-        f"{begin} {1e3 * row['seconds']:,.3f} ({1e3 * row['low']:,.3f}-{1e3 * row['high']:,.3f}) "
-        f"| {row['bytes'] / per:,.1f} | {row['flops'] / per:,.1f} | {bold}{write(row['share'], '.0%')}{expected}{bold} "
-        f"| {bold}{write(row['speedup'], '.2f')}{bold} | {write(row['error'], '.0e')} |"
-    )
-
-
 def section(run: Run) -> list[str]:
-    """Write the machine, a summary, what to look at first, and a table for each operation."""
+    """Write the machine, a summary, what to look at first, and a table for each case."""
     rows, machine = run["rows"], run["machine"]
     speedups = [row["speedup"] for row in rows if row["provider"] == "ours" and row["speedup"]]
-    faster = sum(speedup >= 1 for speedup in speedups)
-    remarks = [f"- {row['case']}, {row['provider']}: {remark(row)}" for row in rows if remark(row)]
+    faster = sum(speedup >= EVEN for speedup in speedups)
+    remarks = [f"- {case(row)}, {row['provider']}: {why}" for row in rows if (why := remark(row, machine))]
+    parts = {}
+    for row in rows:
+        parts.setdefault(title(row, run["roofs"]), []).append(row)
     return [
         f"## {machine.get('device')}",
         f"`{run['command']}`",
-        ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None),
-        "Roofs in GB/s and GFLOP/s: " + ", ".join(f"{name} {rate / 1e9:,.1f}" for name, rate in run["roofs"].items()),
+        heading(run),
         f"Faster than every other provider in {faster} cases, slower in {len(speedups) - faster}; "
         f"geometric mean of speedups {geometric_mean(speedups) if speedups else float('nan'):.2f}.",
         *["Look at these first:", "\n".join(sorted(remarks, key=lambda text: ": slower" in text))] * bool(remarks),
-        *(
-            f"### {name}\n{HEAD}" + "\n".join(line(row) for row in rows if row["operation"] == name)
-            for name in dict.fromkeys(row["operation"] for row in rows)
-        ),
+        *(f"### {name}\n\n{table(part, machine)}" for name, part in parts.items()),
     ]
 
 
 def comparison(runs: dict[str, Run]) -> list[str]:
     """Compare milliseconds of ours, at the base and now, in all runs; in brackets the speedup over the first one."""
-    timed: dict[str, dict[str, float]] = {}
+    timed = {}
     for name, run in runs.items():
         for row in sorted(run["rows"], key=lambda row: row["provider"]):
-            if row["provider"] in ("base", "ours") and not row["wrong"]:
-                timed.setdefault(f"{name}: {row['provider']}", {})[row["case"]] = 1e3 * row["seconds"]
-    if len(timed) < 2:
-        return []
-    lines = [f"| ms (speedup) | {' | '.join(timed)} |", "| --- " * len(timed) + "| --- |"]
-    first, *others = timed.values()
-    for case in first:
-        if all(case in times for times in others):
-            cells = [f"{times[case]:,.3f} ({first[case] / times[case]:.2f})" for times in timed.values()]
-            lines.append(f"| {case} | {' | '.join(cells)} |")
-    return ["### Comparison", "\n".join(lines)]
+            if row["provider"] in ("base", "ours") and row["seconds"]:
+                timed.setdefault(f"{name}: {row['provider']}", {})[case(row)] = 1e3 * row["seconds"]
+    first, *others = timed.values() or [{}]
+    shared = [key for key in first if all(key in times for times in others)]
+    cells = ([key, *(f"{x[key]:,.3f} ({first[key] / x[key]:.2f})" for x in timed.values())] for key in shared)
+    return ["### Comparison", markdown(["ms (speedup)", *timed], cells)] * bool(others and shared)
+
+
+def read(path: Path) -> Run:
+    """Read a saved run.
+
+    Raises:
+        OSError, ValueError: the file is not there, or has no such run.
+    """
+    run = json.loads(path.read_text("utf-8"))
+    if not isinstance(run, dict) or not run.get("rows"):
+        raise ValueError("it has no rows of operations")
+    return run
+
+
+def output(text: str) -> Path:
+    """Read the name of a file that can be written.
+
+    Raises:
+        ArgumentTypeError: its folder is not there.
+    """
+    if not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
+    return Path(text)
+
+
+def plotter(path: Path | None) -> Callable[[Sequence[Run]], None]:
+    """Make a function that plots runs to a file, or does nothing. Before anything is measured, it needs matplotlib."""
+    if not path:
+        return lambda runs: None
+    from plots import plot
+
+    return partial(plot, path=path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print or write the report, and plot the runs."""
+    """Print the report, and plot the runs."""
     parser = argparse.ArgumentParser("python -m bench report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a run, by `python -m bench --json FILE`")
-    parser.add_argument("--output", type=Path, help="write the Markdown to this file")
-    parser.add_argument("--plot", type=Path, help="plot the runs to this file, by matplotlib")
+    parser.add_argument("--plot", type=output, help="plot the runs to this file, by matplotlib")
     arguments = parser.parse_args(argv)
     runs = {}
     for path in arguments.files:
         try:
             runs[str(path)] = read(path)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
             parser.error(f"{path}: {error}")
-    text = "\n\n".join([part for run in runs.values() for part in section(run)] + comparison(runs))
-    if arguments.output:
-        arguments.output.write_text(text + "\n", "utf-8")
-    else:
-        print(text)
-    if arguments.plot:
-        from plots import plot
-
-        plot([*runs.values()], arguments.plot)
+    print("\n\n".join([part for run in runs.values() for part in section(run)] + comparison(runs)))
+    plotter(arguments.plot)([*runs.values()])
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     if names and not chosen:
         sys.exit(f"{', '.join(names)}: not in transformers {transformers.__version__}")
     print(f"sparsefw of {next(iter(sparsefw.__path__))}, {len(chosen)} classes", flush=True)
-    counts = Counter[str]()
+    counts = Counter()
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for case, row in zip(chosen, pool.map(examine_in_process, chosen), strict=True):
             results["rows"][case.key] = row

@@ -34,33 +34,9 @@ CYCLES, MOST_CYCLES = 2_000_000, 256_000_000
 STEADY, LEAST, TURN = 0.01, 10, 5
 
 
-class Moment:
-    """A point in the GPU's queue. The difference of two is the seconds between them."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def __sub__(self, earlier: "Moment") -> float:
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1e3
-
-    @property
-    def passed(self) -> bool:
-        """Tell whether the GPU has reached this point."""
-        return self.event.query()
-
-
 @cache
 def _flushed(size: int) -> Tensor:
     return torch.zeros(size // 4, device=DEVICE)
-
-
-def keep_busy(cycles: int = CYCLES) -> None:
-    """Drive everything out of the cache, then let the GPU sleep while the host prepares launches."""
-    _flushed(FLUSH).zero_()
-    if GPU:
-        torch.cuda._sleep(cycles)
 
 
 class Stopwatch:
@@ -82,7 +58,7 @@ class Stopwatch:
         """Return the seconds of a call."""
         if not GPU:
             arguments = self.setup()
-            keep_busy()
+            _flushed(FLUSH).zero_()
             started = perf_counter()
             self.run(**arguments)
             return perf_counter() - started
@@ -97,11 +73,15 @@ class Stopwatch:
     def _on_gpu(self) -> tuple[float, bool]:
         """Return seconds, and whether the GPU began before the host had launched all of it."""
         arguments = self.setup()
-        keep_busy(self.cycles)
-        started = Moment()
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _flushed(FLUSH).zero_()
+        torch.cuda._sleep(self.cycles)
+        started.record()
         self.run(**arguments)
-        waited = started.passed
-        return Moment() - started, waited
+        waited = started.query()
+        ended.record()
+        ended.synchronize()
+        return started.elapsed_time(ended) / 1e3, waited
 
 
 def steady(seconds: list[float]) -> bool:
@@ -124,7 +104,7 @@ def race(timers: Mapping[str, Callable[[], float]], limit: float) -> dict[str, l
     Returns:
         The times of every timer.
     """
-    found: dict[str, list[float]] = {name: [] for name in timers}
+    found = {name: [] for name in timers}
     order, end = [*timers], perf_counter() + limit
     while not all(map(steady, found.values())):
         for name in order:

@@ -2,19 +2,20 @@
 
 The default config has the entries. An entry's name tells what it counts, and so its tiny value. Equal sizes stay equal
 because every width has the same tiny value. A class makes some values of others, such as the types of its layers: it
-makes them again. `hints.py` has the entries whose names do not tell.
+makes them again. `hints.json` has the entries that neither names nor defaults tell, by the config's class.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from classes.hints import HINTS
-
+HINTS = json.loads(Path(__file__).with_name("hints.json").read_text("utf-8"))
 HIDDEN, HEADS, HEAD_DIM, LAYERS = 64, 4, 16, 4
 # The bytes and two special tokens. Special ids of a config follow them, and no text has these tokens.
 TOKENS = 256 + 2
@@ -89,7 +90,7 @@ def tiny_entries(config: PretrainedConfig, new_ids: Iterator[int]) -> dict[str, 
     """Find the entries of a tiny config of the class of `config`, which has default values."""
     kind = type(config)
     names, fresh, values = {f.name for f in fields(kind)}, vars(kind()), vars(config)
-    tiny: dict[str, Any] = {}
+    tiny = {}
     for key, value in values.items():
         if key not in names:
             continue
@@ -110,7 +111,7 @@ def tiny_entries(config: PretrainedConfig, new_ids: Iterator[int]) -> dict[str, 
     if rope and sectioned and rope.get("partial_rotary_factor", 1.0) >= 0.5:
         # Sections of half of a head: time, height, width.
         tiny["rope_parameters"] = rope | {"mrope_section": [3, 3, 2]}
-    return merged(tiny, HINTS.get(kind.__name__, {}))
+    return merged(tiny, HINTS.get(kind.__name__, {}).get("entries", {}))
 
 
 def tiny_value(key: str, value: Any, values: dict[str, Any], new_ids: Iterator[int]) -> Any:

@@ -54,7 +54,7 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Yield every class once for each of its configs."""
-    kinds: dict[tuple[str, str], str] = {}
+    kinds = {}
     for kind, mapping in MAPPINGS.items():
         kinds |= dict.fromkeys(getattr(modeling_auto, mapping, {}).items(), kind)
     for (model_type, class_name), kind in kinds.items():

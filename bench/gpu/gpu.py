@@ -95,18 +95,17 @@ def python(*arguments: object) -> None:
         raise SystemExit(status)
 
 
-def machine(part: Part) -> None:
+def describe(part: Part) -> None:
     """Describe the GPU, the machine and the versions."""
+    import machine
     import torch
     import transformers
-    import triton
 
-    for command in (["git", "describe", "--always", "--dirty"], ["gcc", "--version"], ["nvidia-smi"]):
+    for command in (["gcc", "--version"], ["nvidia-smi"]):
         with suppress(FileNotFoundError):
-            subprocess.run(command, cwd=REPO, check=False)
-    versions = {module.__name__: module.__version__ for module in (torch, triton, transformers)}
+            subprocess.run(command, check=False)
     gpu = str(torch.cuda.get_device_properties(0)) if torch.cuda.is_available() else ""
-    part.add(python=sys.version.split()[0], cuda=torch.version.cuda, cpus=os.cpu_count(), gpu=gpu, **versions)
+    part.add(**machine.describe(), cpus=os.cpu_count(), gpu=gpu, transformers=transformers.__version__)
 
 
 def first_command(part: Part) -> None:
@@ -133,7 +132,7 @@ def parts() -> dict[str, tuple[int, Callable[[Part], None]]]:
     import gpu_runs as runs
 
     return {
-        "machine": (20, machine),
+        "machine": (20, describe),
         "first command": (110, first_command),
         "kernel tests": (230, kernel_tests),
         "8B block": (140, runs.prune),
@@ -229,14 +228,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("torch finds no GPU here; --tiny tries everything out without one")
     if unknown := [name for name in arguments.parts if name not in known]:
         parser.error(f"{', '.join(unknown)}: no such part; there are {', '.join(known)}")
-    done: list[Part] = []
-    for name in arguments.parts or FIRST:
-        done.append(Part(name, folder, scratch, arguments.tiny))
-        done[-1].path(".jsonl").unlink(missing_ok=True)
-        run_limited(done[-1], known[name][0])
+    every = {name: Part(name, folder, scratch, arguments.tiny) for name in known}
+    done = [every[name] for name in arguments.parts or FIRST]
+    for part in done:
+        part.path(".jsonl").unlink(missing_ok=True)
+        run_limited(part, known[part.name][0])
         # Parts of earlier calls are on the page, too.
-        others = [Part(name, folder, scratch, arguments.tiny) for name in known]
-        (folder / "results.md").write_text(page([part for part in others if part.lines()]), "utf-8")
+        (folder / "results.md").write_text(page([each for each in every.values() if each.lines()]), "utf-8")
     print(f"{folder / 'results.md'}: the page to send")
     return int(any(part.lines()[-1]["end"] != "passed" for part in done))
 

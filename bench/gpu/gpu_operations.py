@@ -9,7 +9,7 @@ CHUNKS = ["6528x8192", "1856x28672", "4096x4096", "4096x14336"]
 PRODUCTS = [*CHUNKS, "4224x8192", "10240x8192", "4224x28672"]
 PACKED = ["4096x4096", "8192x8192", "8192x28672"]
 # The operations of each part, with their shapes.
-OPERATIONS: dict[str, tuple[list[str], list[str]]] = {
+OPERATIONS = {
     "products": (["product"], PRODUCTS),
     "accumulations": (["gram", "cross"], CHUNKS),
     "packed": (["packed"], PACKED),

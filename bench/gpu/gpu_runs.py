@@ -22,7 +22,7 @@ LISTED = 25
 LLAMA = {"vocab_size": 2048, "num_key_value_heads": 8, "max_position_embeddings": 2048}
 # Family and sizes of the checkpoints. A run needs one block at a time, so one of 80 tells the rest. The last block is
 # fitted to predictions, which takes longer, and runs leave it out.
-SIZES: dict[str, tuple[str, dict[str, int]]] = {
+SIZES = {
     "8B": ("llama", dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_hidden_layers=3)),
     "70B": ("llama", dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_hidden_layers=2)),
     "mixture": ("qwen3_moe", dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_experts=128,
@@ -35,7 +35,7 @@ TINY_FLAGS = ["--nsamples", "4", "--seqlen", "32", "--steps", "1", "--refit", "1
 # The parts that are a run: the checkpoint, layers, calibration windows, memory limits of GPU and host in GiB, and an
 # earlier part whose output should have the same bytes. Other chunks of rows or micro-batches may round otherwise.
 # At 75 GiB the activations of a 70B block stay on a GPU of 80 GiB, at 24 GiB they move to the host.
-RUNS: dict[str, dict[str, Any]] = {
+RUNS = {
     "8B block": dict(model="8B"),
     "8B cold": dict(model="8B", blocks=TWO_BLOCKS),
     "8B warm": dict(model="8B", blocks=TWO_BLOCKS, same_as="8B cold"),

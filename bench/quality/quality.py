@@ -23,7 +23,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -149,7 +148,7 @@ def near(cell: dict) -> str:
 
 
 # The figures of the tables with a column for each sparsity.
-FIGURES: dict[str, Callable[[dict], str]] = {
+FIGURES = {
     "perplexity of near texts": near,
     "perplexity of far texts, relative to the dense model's": lambda cell: f"{cell['ratio']:.2f}",
     "lost by tasks, %": lambda cell: "{:.1f} ± {:.1f}".format(*(100 * x for x in cell["lost"])),
@@ -163,7 +162,7 @@ def tables(cells: dict[str, dict]) -> str:
     """Make all tables of these cells, each after its name. A cell of an older study may lack the figure of a table."""
     # The cells of the sparsity with all rows come first, and tell the order of the rows.
     ordered = sorted(cells, key=lambda key: not key.endswith(DETAILED))
-    made: dict[str, dict[str, dict[str, str]]] = {}
+    made = {}
     for name, figure in FIGURES.items():
         made[name] = {}
         for row, sparsity in (key.split(" | ") for key in ordered):

@@ -46,7 +46,7 @@ Passage = tuple[str, ...]
 
 def write_tasks(folder: Path, tag: str, documents: Sequence[str]) -> None:
     """Write a YAML and a JSONL file for each task of these documents. The tag and the task make its name."""
-    found, seen = [], set[str]()
+    found, seen = [], set()
     for document in documents:
         found += passages(document, seen)
     # In the order of their hashes, a passage that another version of a package lacks moves no other.
@@ -108,7 +108,7 @@ def alike(word: str, other: str, uses: Counter[str]) -> bool:
 
 def passages(text: str, seen: set[str]) -> Iterator[Passage]:
     """Yield the passages of a text. A sentence in `seen` or without prose ends one. Adds the sentences to `seen`."""
-    passage: list[str] = []
+    passage = []
     for paragraph in re.split(r"\n[ \t]*\n", text):
         # A single letter with a full stop may be the initial of a name.
         for sentence in re.split(r"(?<=[a-z)][.?!]) (?=[A-Z])", " ".join(paragraph.split())):

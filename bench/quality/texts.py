@@ -130,9 +130,9 @@ def documents(source: Source, packages: Path, seen: set[str]) -> list[str]:
     Adds the runs of the documents to `seen`.
     """
     found = {document for raw in contents(source, packages) for document in source.read(raw)}
-    kept, size = list[str](), 0
+    kept, size = [], 0
     for document in sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest()):
-        new = list[str]()
+        new = []
         for paragraph in re.split(r"\n[ \t]*\n", document.replace("\r", "").strip("\n")):
             own = runs(paragraph)
             if paragraph.strip() and seen.isdisjoint(own):

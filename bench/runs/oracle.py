@@ -72,7 +72,7 @@ def result_of(folder: Path) -> dict[str, Any]:
     return {"tensors": tensors_digest(folder), "perplexity": [text["perplexity"] for text in report["evaluation"]]}
 
 
-def run(folder: Path, *flags: str, ranks: int = 1) -> dict[str, Any]:
+def run(folder: Path, flags: Sequence[str], ranks: int = 1) -> dict[str, Any]:
     """Make a run by the command line."""
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command += ["-m", "sparsefw.run", "--kernel", "torch", "--output", str(folder / "out"), *flags]
@@ -81,11 +81,6 @@ def run(folder: Path, *flags: str, ranks: int = 1) -> dict[str, Any]:
     if done.returncode:
         sys.exit(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr[-2000:]}")
     return result_of(folder / "out")
-
-
-def built_in(*flags: str, ranks: int = 1) -> Run:
-    """Return a run of the built-in model."""
-    return lambda folder: run(folder, *flags, ranks=ranks)
 
 
 def tiny(helper: str, *arguments: Any, flags: Sequence[str] = (), ranks: int = 1, **changes: Any) -> Run:
@@ -104,7 +99,7 @@ def tiny(helper: str, *arguments: Any, flags: Sequence[str] = (), ranks: int = 1
         lines = (json.dumps({"text": OTHER[i : i + 500]}) + "\n" for i in range(0, 9000, 500))
         (folder / "b.jsonl").write_text("".join(lines))
         texts = ["--dataset", "a.txt=2", "--dataset", "b.jsonl", "--eval", "a.txt"]
-        return run(folder, "--model", str(folder / "model"), *texts, *TINY, *flags, ranks=ranks)
+        return run(folder, ["--model", str(folder / "model"), *texts, *TINY, *flags], ranks)
 
     return do
 
@@ -120,7 +115,7 @@ def in_memory(folder: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(source)
     texts = [TEXT[i : i + 400] for i in range(0, 12000, 400)]
     (folder / "a.txt").write_text(TEXT)
-    options: dict[str, Any] = dict(nsamples=6, seqlen=32, eval_windows=4, kernel="torch")
+    options = dict(nsamples=6, seqlen=32, eval_windows=4, kernel="torch")
     tokenizer = AutoTokenizer.from_pretrained(source)
     sparsefw.prune(model, folder / "out", dataset=texts, evaluate=str(folder / "a.txt"), tokenizer=tokenizer, **options)
     model.save_pretrained(folder / "again")
@@ -140,8 +135,8 @@ def on_batches(folder: Path) -> dict[str, Any]:
 
 
 FAMILY = "families.save_model"
-RUNS: dict[str, Run] = {
-    **{name: built_in(*flags) for name, flags in BUILT_IN.items()},
+RUNS = {
+    **{name: partial(run, flags=flags) for name, flags in BUILT_IN.items()},
     "llama": tiny(FAMILY, "llama"),
     "mixture": tiny(FAMILY, "mixtral", flags=["--reconstruct", "1"]),
     "experts-bf16": tiny(FAMILY, "qwen2_moe", dtype=torch.bfloat16, flags=["--sparsity", "2:4"]),
@@ -151,7 +146,7 @@ RUNS: dict[str, Run] = {
     "mxfp4": tiny("quantized.save_mxfp4"),
     "in-memory": in_memory,
     "batches": on_batches,
-    "ranks": built_in(*SHORT, ranks=2),
+    "ranks": partial(run, flags=SHORT, ranks=2),
     "ranks-mixture": tiny(FAMILY, "qwen3_moe", ranks=2),
 }
 
@@ -161,7 +156,7 @@ def smollm2(folder: Path, model: str) -> dict[str, Any]:
     (folder / "a.txt").write_text(TEXT)
     blocks = ["--include", r"re:model\.layers\.[01]\.", "--nsamples", "8", "--seqlen", "256"]
     # Otherwise the processor would decide whether steps round their operands.
-    return run(folder, "--model", model, "--dataset", "a.txt", *blocks, "--precision", "ieee")
+    return run(folder, ["--model", model, "--dataset", "a.txt", *blocks, "--precision", "ieee"])
 
 
 def machine() -> dict[str, str]:

@@ -25,7 +25,7 @@ def test_part_on_a_gpu(name, folder, monkeypatch):
 
 
 def test_the_page_has_what_passed_and_the_end_of_what_failed(tmp_path, monkeypatch):
-    limits = {"machine": (60, gpu.machine), "no part": (60, None), "kernel tests": (0.01, gpu.kernel_tests)}
+    limits = {"machine": (60, gpu.describe), "no part": (60, None), "kernel tests": (0.01, gpu.kernel_tests)}
     monkeypatch.setattr(gpu, "parts", lambda: limits)
     arguments = [str(tmp_path), "--tiny", "--scratch", str(tmp_path / "scratch")]
     for name in ("PYTHONPATH", "HF_HUB_OFFLINE", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"):
