@@ -45,11 +45,12 @@ test-llmcompressor:
 versions:
 	tests/versions.sh
 
-# On this machine: every operation, and whole solves.
+# On this machine: every operation, by the command and by pytest-benchmark, and whole solves.
 bench:
 	python -m bench
+	pytest --gpu bench/kernels/bench_*.py
 	python bench/runs/solve.py
 
-# Every operation once, at tiny shapes: a wrong result is an error.
+# Every operation once, at tiny sizes, without timing: a wrong result is an error.
 bench-once:
-	python -m bench --shape 48x96 --shape 40x132 --tokens 100 --seconds 0.01 --providers ours,torch,library
+	pytest -q -n $(WORKERS) bench/kernels/bench_*.py --benchmark-disable
