@@ -23,6 +23,7 @@ import argparse
 import csv
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -228,6 +229,7 @@ def run(
             rows = [*rows, dict(provider="triton", wrong=line)]
             failed |= wrong is not None
         print(report.table(rows, saved["machine"]), flush=True)
+    print(f"\n{report.summary(saved['rows'])}")
     plot([saved])
     return int(failed)
 
@@ -261,6 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # `| head` ends the command without a word.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
 Row = dict[str, Any]
@@ -109,11 +108,23 @@ def remark(row: Row, machine: Row) -> str:
     return "; ".join(reasons)
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """Write a line for each case: ours, and the speedup over the fastest rival."""
+    cells, rivals = [], {}
+    for row in rows:
+        if row["seconds"] and row["provider"] not in ("ours", "base"):
+            rivals.setdefault(case(row), []).append((row["seconds"], row["provider"]))
+    for row in rows:
+        if row["seconds"] and row["provider"] == "ours":
+            _, rival = min(rivals.get(case(row), [(0, "-")]))
+            numbers = f"{1e3 * row['seconds']:,.3f}", write(row["share"], ".0%"), write(row["speedup"], ".2f")
+            cells.append([case(row), rival, *numbers])
+    return markdown(["case", "fastest rival", "median ms", "of roof", "speedup"], cells, texts=2)
+
+
 def section(run: Run) -> list[str]:
-    """Write the machine, a summary, what to look at first, and a table for each case."""
+    """Write the machine, what to look at first, a summary, and a table for each case."""
     rows, machine = run["rows"], run["machine"]
-    speedups = [row["speedup"] for row in rows if row["provider"] == "ours" and row["speedup"]]
-    faster = sum(speedup >= EVEN for speedup in speedups)
     remarks = [f"- {case(row)}, {row['provider']}: {why}" for row in rows if (why := remark(row, machine))]
     parts = {}
     for row in rows:
@@ -122,9 +133,8 @@ def section(run: Run) -> list[str]:
         f"## {machine.get('device')}",
         f"`{run['command']}`",
         heading(run),
-        f"Faster than every other provider in {faster} cases, slower in {len(speedups) - faster}; "
-        f"geometric mean of speedups {geometric_mean(speedups) if speedups else float('nan'):.2f}.",
         *["Look at these first:", "\n".join(sorted(remarks, key=lambda text: ": slower" in text))] * bool(remarks),
+        summary(rows),
         *(f"### {name}\n\n{table(part, machine)}" for name, part in parts.items()),
     ]
 
