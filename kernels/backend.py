@@ -96,8 +96,11 @@ class Backend:
         return self.operations.product(E, G, precision=self.precision, out=out)
 
     def product_transposed(self, E: Tensor, C: Tensor) -> Tensor:
-        """Compute E C^T, (rows, d) fp32, for any square matrix C."""
-        return self.operations.product_transposed(E, C, precision=self.precision)
+        """Compute E C^T, (rows, d) fp32, for any square matrix C.
+
+        The Triton kernels read rows of their right operand in place of columns, so they compute E C^T from C.
+        """
+        return self.product(E, C.T if self.operations is cpu else C)
 
     def exact_operand(self, G: Tensor, dtype: torch.dtype) -> Tensor | Terms:
         """Convert G (d, d) fp32 to the right operand of `exact_product`, for weights of `dtype`.

@@ -16,7 +16,7 @@ from .accumulate import cost as cost_of_sum
 from .definitions import round_operand
 from .device import dot, grouped_tile
 from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform, vectorized
-from .operation import ALL, BULK, HOPPER, NVIDIA, Arguments, Cost, Size, launch, metadata, operation
+from .operation import BULK, NVIDIA, Arguments, Cost, Size, launch, metadata, operation
 from .product import TRITON_DTYPES, library
 
 
@@ -92,9 +92,6 @@ def _cross_kernel(
     reference, cost, example, writes=("B",), tolerance=None,
     library=lambda B, D, X, precision: library(D, X, precision=precision, out=B, transposed=True),
     launches=(
-        launch(ALL),
-        launch(HOPPER, 1536, 576),
-        launch(HOPPER, 8192, 28672, dtype=torch.float16),
         # Rows are not aligned for bulk copies.
         launch(BULK, 4100, 4100),
         launch(NVIDIA, dtype=torch.float32, precision="tf32"),

@@ -19,7 +19,7 @@ from .accumulate import cost as cost_of_sum
 from .definitions import round_operand
 from .device import dot, triangle_tile
 from .launch import FLOATS, check, check_fp32_precision, check_matrix, on_device, platform, triangle_tiles, vectorized
-from .operation import ALL, BULK, HOPPER, NVIDIA, Arguments, Cost, Size, launch, metadata, operation
+from .operation import BULK, NVIDIA, Arguments, Cost, Size, launch, metadata, operation
 from .product import TRITON_DTYPES, library
 
 
@@ -96,10 +96,7 @@ def _gram_kernel(
     reference, cost, example, writes=("G",), result=lambda _, G: (G.tril(),), tolerance=None,
     library=lambda G, X, precision: library(X, X, precision=precision, out=G, transposed=True),
     launches=(
-        launch(ALL),
-        launch(HOPPER, d=576),
-        launch(BULK, d=14336),
-        launch(HOPPER, d=28672, dtype=torch.float16),
+        launch(BULK, d=14336, dtype=torch.float16),
         # Rows are not aligned for bulk copies.
         launch(BULK, d=4100),
         launch(NVIDIA, dtype=torch.float32, precision="tf32"),

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -96,26 +96,18 @@ def _gram(size: Size) -> Tensor:
     return X.T @ X
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A launch that is compiled: its size, the setting of its example, and its targets."""
+class Launch(NamedTuple):
+    """A launch that is compiled: its targets, its size, and the setting of its example."""
 
     targets: Sequence[str]
     size: Size
     setting: Arguments
 
-    @property
-    def name(self) -> str:
-        """Name the launch by its size and setting."""
-        size = self.size
-        words = [f"{size.rows}x{size.d}", str(size.dtype).removeprefix("torch.")]
-        return " ".join([*words, *(f"{key}={value}" for key, value in self.setting.items())])
-
 
 def launch(
     targets: Sequence[str], rows: int = 4096, d: int = 4096, *, dtype: torch.dtype = torch.bfloat16, **setting: Any
 ) -> Launch:
-    """Make a `Launch` on the meta device."""
+    """Make a `Launch`."""
     return Launch(targets, Size(rows, d, dtype=dtype), setting)
 
 
@@ -134,7 +126,7 @@ class Operation:
         tolerance: largest allowed error of a result against float64, relative to the largest value; None: by the
             precision of products.
         library: the same in one or two calls of torch's library; None: there is no such call.
-        launches: launches that are compiled for real targets.
+        launches: launches that are compiled besides every setting at standard sizes, see bench/compiled.py.
     """
 
     run: Callable[..., Any]
@@ -180,7 +172,7 @@ def operation(
     result: Callable[[Arguments, Any], tuple[Tensor, ...]] | None = None,
     tolerance: float | None = 1e-5,
     library: Callable[..., Any] | None = None,
-    launches: Sequence[Launch] = (launch(ALL), launch(HOPPER, d=28672)),
+    launches: Sequence[Launch] = (),
 ) -> Callable[[Launcher], Launcher]:
     """Put the decorated launcher into OPERATIONS, and return it unchanged. Arguments as in `Operation`."""
 

@@ -229,7 +229,6 @@ def configuration(size: int, batch: int = 0) -> dict[str, int]:
 @operation(
     reference_unpacked, cost_unpacked, lambda size: _example(size) | dict(cols=size.d), tolerance=0.0,
     launches=(
-        launch(ALL, d=8192),
         launch(ALL, dtype=torch.float32),
         # Words of 8 columns.
         launch(HOPPER, d=4104),
@@ -268,9 +267,6 @@ def unpack(
     reference, cost, example, settings={f"batch {n}": dict(batch=n) for n in (1, 4, 16)}, tolerance=1e-2,
     library=library,
     launches=(
-        launch(ALL, d=8192),
-        launch(ALL, d=8192, batch=16),
-        launch(HOPPER, d=28672, dtype=torch.float16, batch=16),
         launch(ALL, batch=8, starts=True),
         launch(ALL, dtype=torch.float32),
         launch(ALL, dtype=torch.float32, batch=16),

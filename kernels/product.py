@@ -248,18 +248,11 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
     reference, cost, example, settings={p: dict(precision=p) for p in PRECISIONS}, writes=("out",), tolerance=None,
     library=library,
     launches=(
-        *(launch(targets, n, n, add=add) for targets, n in ((ALL, 4096), (HOPPER, 576)) for add in (False, True)),
-        *(
-            launch(targets, n, n, dtype=FP32, precision=precision)
-            for targets, n in ((ALL, 4096), (HOPPER, 576))
-            for precision in ("tf32", "tf32x3")
-        ),
-        launch(NVIDIA, dtype=FP32, precision="ieee"),
-        # Operands of a bf16 weight and an fp32 Gram matrix.
-        launch(HOPPER, d=14336, precision="tf32"),
-        launch(HOPPER, d=14336, precision="tf32x3"),
+        launch(ALL, add=True),
+        launch(HOPPER, 576, 576, add=True),
+        # Rows may have targets, which are fp32.
+        *(launch(ALL, dtype=FP32, precision=precision) for precision in PRECISIONS),
         # A solve does not have these operands, but any caller may.
-        launch(ALL, dtype=FP32),
         launch(ALL, dtype=FP32, right=FP32),
         launch(NVIDIA, 576, 576, dtype=FP32, right=FP32),
         # Rows are not aligned for bulk copies.
@@ -268,7 +261,7 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
     ),
 )  # fmt: skip
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
-    """Compute E G, accumulated in fp32.
+    """Compute E G, accumulated in fp32. If G is not symmetric, the result is E G^T, see the kernels.
 
     Args:
         E: (rows, d), fp32 / bf16 / fp16, any strides.
@@ -293,18 +286,3 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
         if out.numel():
             _launch(E, G, out, add, options)
     return out
-
-
-@operation(
-    lambda E, C, precision: reference(E, C.T, precision=precision),
-    lambda E, C, precision: cost(E, C, precision),
-    lambda size: dict(E=size.weight(), C=size.normal(size.d, size.d, dtype=torch.bfloat16), precision="bf16"),
-    tolerance=None, launches=(),
-)  # fmt: skip
-def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
-    """Compute E C^T, accumulated in fp32, for any square matrix C.
-
-    The kernels of `product` read row n of the right operand for column n of the output. So they compute E C^T, which is
-    E C if C is symmetric.
-    """
-    return product(E, C, precision=precision)

@@ -20,6 +20,7 @@ from helpers.kernel_inputs import (
 
 from sparsefw.kernels import product as product_module
 from sparsefw.kernels import triton_ops
+from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.definitions import PRECISIONS, round_operand
 from sparsefw.kernels.launch import platform
 from sparsefw.kernels.product import product
@@ -82,10 +83,9 @@ def test_bf16_precision_rounds_to_nearest(backend):
 def test_transposed(backend, precision):
     """The matrix is not symmetric, operands have any strides: E C would be another product."""
     E, C = normal(37, 131), normal(131, 131, seed=3)
-    truth = E.double() @ C.double().T
-    plain = naive.product_transposed(E, C, precision=precision)
+    plain, truth = naive.product(E, C.T, precision=precision), naive.product(E.double(), C.T.double())
     for matrix in (C, strided(C), C.T.contiguous().T):
-        got = backend.product_transposed(strided(E), matrix, precision=precision)
+        got = Backend(backend, precision).product_transposed(strided(E), matrix)
         assert_near(got, plain, truth, precision=precision)
 
 
