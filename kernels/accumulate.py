@@ -122,9 +122,9 @@ def accumulate(S: Tensor, D: Tensor, X: Tensor, *, triangle: bool) -> None:
     m, n, k = (config[f"BLOCK_{axis}"] for axis in "MNK")
     tiles = tile_count(rows, d, triangle, m, n)
     _accumulate_kernel[(min(tiles, programs),)](
-        S=TensorDescriptor.from_tensor(S, [m, n // 4]),
-        D=TensorDescriptor.from_tensor(D, [k, m]),
-        X=TensorDescriptor.from_tensor(X, [k, n]),
-        tokens=tokens, rows=rows, d=d, tiles=tiles,
+        TensorDescriptor.from_tensor(S, [m, n // 4]),
+        TensorDescriptor.from_tensor(D, [k, m]),
+        TensorDescriptor.from_tensor(X, [k, n]),
+        tokens, rows, d, tiles,
         TRIANGLE=triangle, DTYPE=TRITON_DTYPES[X.dtype], enable_fp_fusion=True, **config,
     )  # fmt: skip

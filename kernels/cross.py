@@ -127,9 +127,7 @@ def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee"
         config = configuration(rows, d, X.element_size(), vectorized(D) and vectorized(X))
         grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"]),)
         _cross_kernel[grid](
-            B=B, D=D, X=X, tokens=tokens, rows=rows, d=d,
-            stride_br=B.stride(0), stride_bd=B.stride(1), stride_dt=D.stride(0), stride_dr=D.stride(1),
-            stride_xt=X.stride(0), stride_xd=X.stride(1),
+            B, D, X, tokens, rows, d, *B.stride(), *D.stride(), *X.stride(),
             DTYPE=TRITON_DTYPES[X.dtype], PRECISION=precision, enable_fp_fusion=True, **config,
         )  # fmt: skip
     return B

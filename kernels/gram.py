@@ -127,8 +127,7 @@ def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
             return G
         config = configuration(d, X.element_size(), vectorized(X))
         _gram_kernel[(triangle_tiles(d, config["BLOCK_M"], config["BLOCK_N"]),)](
-            G=G, X=X, tokens=tokens, d=d,
-            stride_gr=G.stride(0), stride_gd=G.stride(1), stride_xt=X.stride(0), stride_xd=X.stride(1),
+            G, X, tokens, d, *G.stride(), *X.stride(),
             DTYPE=TRITON_DTYPES[X.dtype], PRECISION=precision, enable_fp_fusion=True, **config,
         )  # fmt: skip
     return G

@@ -175,7 +175,7 @@ def operation(
         return tuple(arguments[name] for name in writes) or (returned,)
 
     def register(run: Launcher) -> Launcher:
-        given = dict(result=result, writes=writes) | options
+        given: Arguments = dict(result=result, writes=writes) | options
         OPERATIONS[run.__name__] = Operation(run, reference, cost, example, **given)
         return run
 

@@ -230,17 +230,14 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"])
     if described and config["BLOCK_N"] > 64:
         _descriptor_kernel[(min(tiles, multiprocessors(E.device)),)](
-            E=TensorDescriptor.from_tensor(E, [config["BLOCK_M"], config["BLOCK_K"]]),
-            G=TensorDescriptor.from_tensor(G, [config["BLOCK_N"], config["BLOCK_K"]]),
-            U=out, rows=rows, d=d, stride_ur=out.stride(0), stride_ud=out.stride(1),
-            ADD=add, enable_fp_fusion=True, **options, **config,
+            TensorDescriptor.from_tensor(E, [config["BLOCK_M"], config["BLOCK_K"]]),
+            TensorDescriptor.from_tensor(G, [config["BLOCK_N"], config["BLOCK_K"]]),
+            out, rows, d, *out.stride(), ADD=add, enable_fp_fusion=True, **options, **config,
         )  # fmt: skip
         return
     _product_kernel[(tiles,)](
-        E=E, G=G, U=out, rows=rows, d=d,
-        stride_er=E.stride(0), stride_ed=E.stride(1), stride_gr=G.stride(0), stride_gd=G.stride(1),
-        stride_ur=out.stride(0), stride_ud=out.stride(1), ADD=add,
-        enable_fp_fusion=True, **options, **config,
+        E, G, out, rows, d, *E.stride(), *G.stride(), *out.stride(),
+        ADD=add, enable_fp_fusion=True, **options, **config,
     )  # fmt: skip
 
 

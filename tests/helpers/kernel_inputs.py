@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from sparsefw.kernels.definitions import RowState
-from sparsefw.kernels.operation import converted as copied
+from sparsefw.kernels.operation import converted
 from sparsefw.kernels.operation import in_float64 as in_float64
 
+copied = converted
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One entry, odd sizes, and more than one tile in every direction.
