@@ -20,8 +20,6 @@ from helpers.kernel_inputs import (
 
 from sparsefw.kernels import accumulate as accumulate_module
 from sparsefw.kernels import cpu, triton_ops
-from sparsefw.kernels import cross as cross_module
-from sparsefw.kernels import gram as gram_module
 from sparsefw.kernels import mirror as mirror_module
 from sparsefw.kernels.launch import platform
 from sparsefw.kernels.product import DESCRIPTORS
@@ -82,8 +80,7 @@ def test_strided_operands(backend):
 def test_every_tile_is_written(monkeypatch, block_m, block_n):
     """Also of several groups of row tiles, of which the last is short."""
     config = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64, GROUP_M=2)
-    for module in (gram_module, cross_module):
-        monkeypatch.setattr(module, "configuration", lambda *_: config)
+    monkeypatch.setattr(accumulate_module, "configuration", lambda *_: config)
     monkeypatch.setattr(mirror_module, "configuration", lambda: dict(BLOCK=32))
     for rows, d in ((2 * block_m + 10, 90), (17, 2 * block_m + 10)):
         B, D, X = inputs(20, rows, d)
@@ -129,8 +126,7 @@ def only_bulk_copies(request, monkeypatch):
     options = dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=64, GROUP_M=2, num_warps=4, num_stages=2)
     monkeypatch.setattr(accumulate_module, "ENOUGH", 1)
     monkeypatch.setattr(accumulate_module, "TILES", ((1, options),))
-    monkeypatch.setattr(gram_module, "_gram_kernel", None)
-    monkeypatch.setattr(cross_module, "_cross_kernel", None)
+    monkeypatch.setattr(accumulate_module, "_pointer_kernel", None)
 
 
 @needs_bulk_copies
@@ -170,7 +166,7 @@ def test_bulk_copies(own_tiles, only_bulk_copies, dtype):
 )
 def test_other_operands_take_the_other_kernels(X, monkeypatch):
     monkeypatch.setattr(accumulate_module, "ENOUGH", 1)
-    monkeypatch.setattr(accumulate_module, "_accumulate_kernel", None)
+    monkeypatch.setattr(accumulate_module, "_bulk_kernel", None)
     d = X.shape[1]
     G, B = torch.zeros(d, d, device=DEVICE), torch.zeros(d, d, device=DEVICE)
     truth = X.double().T @ X.double()
