@@ -170,8 +170,7 @@ class Backend:
         check_nan: bool = True,
     ) -> Tensor:
         """Choose the vertex that keeps the k best scores of every row or group, (rows, d) bool; see `lmo.py`."""
-        options = dict(group=group, fixed=fixed, positive=positive, check_nan=check_nan)
-        return self.operations.lmo(score, k, **options)
+        return self.operations.lmo(score, k, group=group, fixed=fixed, positive=positive, check_nan=check_nan)
 
     def round_mask(self, M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
         """Choose the binary mask of the k highest M of every row or group, (rows, d) bool; see `rounding.py`."""
