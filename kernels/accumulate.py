@@ -131,11 +131,9 @@ def _bulk_kernel(
             acc = dot(a.T, b, acc, DTYPE, "ieee")
         # A tile passes through shared memory on its way to global memory. It goes in quarters, since the operands of
         # the next tile fill the rest of shared memory.
-        first, second, third, fourth = quarters(acc, BLOCK_M, BLOCK_N)
-        _add(S, first_m, first_n, first)
-        _add(S, first_m, first_n + BLOCK_N // 4, second)
-        _add(S, first_m, first_n + BLOCK_N // 2, third)
-        _add(S, first_m, first_n + BLOCK_N // 2 + BLOCK_N // 4, fourth)
+        parts = quarters(acc, BLOCK_M, BLOCK_N)
+        for n in tl.static_range(4):
+            _add(S, first_m, first_n + n * (BLOCK_N // 4), parts[n])
 
 
 @triton.jit(launch_metadata=metadata(cost))

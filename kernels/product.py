@@ -192,13 +192,11 @@ def _descriptor_kernel(
             acc = dot(e, g.T, acc, DTYPE, PRECISION)
         # A tile passes through shared memory on its way to global memory. It goes in quarters, since the operands of
         # the next tile fill the rest of shared memory.
+        parts = quarters(acc, BLOCK_M, BLOCK_N)
         offs_m = first_m + tl.arange(0, BLOCK_M)
-        first, second, third, fourth = quarters(acc, BLOCK_M, BLOCK_N)
-        offs_n = first_n + tl.arange(0, BLOCK_N // 4)
-        _store(U, first, offs_m, offs_n, rows, d, stride_ur, stride_ud, ADD)
-        _store(U, second, offs_m, offs_n + BLOCK_N // 4, rows, d, stride_ur, stride_ud, ADD)
-        _store(U, third, offs_m, offs_n + BLOCK_N // 2, rows, d, stride_ur, stride_ud, ADD)
-        _store(U, fourth, offs_m, offs_n + BLOCK_N // 2 + BLOCK_N // 4, rows, d, stride_ur, stride_ud, ADD)
+        for n in tl.static_range(4):
+            offs_n = first_n + n * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            _store(U, parts[n], offs_m, offs_n, rows, d, stride_ur, stride_ud, ADD)
 
 
 def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict[str, object]:
