@@ -106,10 +106,16 @@ def _popcount(x):
 
 
 @triton.jit
-def _weight(base, place, byte, BIT: tl.constexpr):
-    """Load the weight of bit BIT of every byte; also return the positions of the next weights."""
-    bit = (byte >> BIT) & 1
-    return tl.load(base + place, mask=bit != 0, other=0.0), place + bit
+def _weights(base, place, byte):
+    """Load the weights of the 8 bits of every byte. `place` is the position of the first one."""
+    weights = ()
+    for bit in tl.static_range(8):
+        kept = (byte >> bit) & 1
+        weight = tl.load(base + place, mask=kept != 0, other=0.0)
+        # Triton does not know (*weights, weight).
+        weights = weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
+        place += kept
+    return weights
 
 
 @triton.jit
@@ -144,17 +150,10 @@ def _tile(
     at = before[:, :, None] + _popcount(word & ((1 << start) - 1))
     byte = word >> start
     base = base[:, None, None]
-    w0, at = _weight(base, at, byte, 0)
-    w1, at = _weight(base, at, byte, 1)
-    w2, at = _weight(base, at, byte, 2)
-    w3, at = _weight(base, at, byte, 3)
-    w4, at = _weight(base, at, byte, 4)
-    w5, at = _weight(base, at, byte, 5)
-    w6, at = _weight(base, at, byte, 6)
-    w7, at = _weight(base, at, byte, 7)
+    w = _weights(base, at, byte)
     # `tl.join` alternates the entries of two tensors along a new last axis, and each entry stays in its thread.
-    even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
-    odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
+    even = tl.join(tl.join(w[0], w[4]), tl.join(w[2], w[6]))
+    odd = tl.join(tl.join(w[1], w[5]), tl.join(w[3], w[7]))
     return tl.reshape(tl.join(even, odd), (BLOCK_R, BLOCK_D)), place + tl.sum(count, axis=1)
 
 
