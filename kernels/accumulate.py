@@ -61,7 +61,7 @@ def tile_count(rows: int, d: int, triangle: bool, block_m: int, block_n: int) ->
 def suits(S: Tensor, D: Tensor, X: Tensor, triangle: bool) -> bool:
     """Tell whether bulk copies can load D and X and add to S, and S has enough tiles to fill a GPU."""
     able = platform() in DESCRIPTORS and X.dtype in TRANSPOSABLE and all(map(describable, (S, D, X)))
-    return able and tile_count(S.shape[0], S.shape[1], triangle, 128, 128) >= ENOUGH
+    return able and tile_count(len(S), S.shape[1], triangle, 128, 128) >= ENOUGH
 
 
 def bulk_configuration(rows: int, d: int, triangle: bool, programs: int) -> dict[str, int]:

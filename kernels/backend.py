@@ -115,11 +115,12 @@ class Backend:
         if isinstance(G, Tensor):
             return self.operations.product(E, G, precision=self.exact_precision)
         left = split(E)
-        pairs = [(left.high, G.low), (left.low, G.high), (left.high, G.high)]
-        out = torch.empty(E.shape, dtype=torch.float32, device=E.device)
+        out: Tensor | None = None
         # The small products are added first, since a small sum has small rounding errors.
-        for number, (e, g) in enumerate((e, g) for e, g in pairs if e is not None and g is not None):
-            self.operations.product(e, g, precision="bf16", out=out, add=number > 0)
+        for e, g in ((left.high, G.low), (left.low, G.high), (left.high, G.high)):
+            if e is not None and g is not None:
+                out = self.operations.product(e, g, precision="bf16", out=out, add=out is not None)
+        assert out is not None
         return out
 
     def errors(self, E: Tensor, G: Tensor | Terms) -> Tensor:
