@@ -87,18 +87,18 @@ def configuration(rows: int, d: int, triangle: bool, size: int, vectors: bool) -
     if target == "interpreter":
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8)
     BLOCK_K, stages = 128 // size, dict(hip=2, sm_80=3, sm_90=4)[target]
+    # Larger tiles spill in the epilogue, where registers hold a tile of S and the sums.
+    BLOCK, num_warps = 128, 8
     if tile_count(rows, d, triangle, 128, 128) < ENOUGH or not vectors:
         # Large tiles are too few to fill a GPU, or they would spill, since each entry is loaded by an instruction of
         # its own. In that case small tiles spill on sm_80 as well, unless 8 warps share the addresses.
-        num_warps = 4 if vectors else 8
-        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=num_warps, num_stages=stages)
-    if target == "sm_80" and size == 4:
+        BLOCK, num_warps = 64, 4 if vectors else 8
+    elif target == "hip":
+        BLOCK_K, num_warps = BLOCK_K // 2, 4
+    elif target == "sm_80" and size == 4:
         # Steps of 128 bytes need 245 registers on sm_80, and spill on sm_120. Steps of half the size need 158 and 150.
         BLOCK_K, stages = BLOCK_K // 2, stages + 1
-    # Larger tiles spill in the epilogue, where registers hold a tile of S and the sums.
-    if target == "hip":
-        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K // 2, GROUP_M=8, num_warps=4, num_stages=stages)
-    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=8, num_stages=stages)
+    return dict(BLOCK_M=BLOCK, BLOCK_N=BLOCK, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=num_warps, num_stages=stages)
 
 
 @triton.jit
