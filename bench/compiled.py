@@ -5,8 +5,8 @@ compiles the same code as for a GPU: the configuration for the shape, and the sp
 the table has the registers of a thread, bytes of stack and of shared memory, instructions that load or store spilled
 registers, and tensor-core and bulk-copy instructions.
 
-The launches are those in the files of `kernels/`. Besides, every setting of an operation is compiled at the size of a
-large layer, for which expected.py computes an expected time. `instructions` of a thread are pairs, see the function.
+Every setting of an operation is compiled at SIZES; other launches are in the files of `kernels/`. At the last size
+expected.py computes an expected time. `instructions` of a thread are pairs, see the function.
 
 A row has a fingerprint of the compiler's inputs. The row of a launch that has not changed is taken from the committed
 table, if the same version of Triton has made it. Compiling all launches takes minutes. Too much shared memory, a stack
@@ -36,7 +36,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from sparsefw.kernels import triton_ops  # noqa: F401, since it imports all operations
-from sparsefw.kernels.operation import OPERATIONS, Launch, Operation, Size
+from sparsefw.kernels.operation import ALL, HOPPER, OPERATIONS, Launch, Operation, Size
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,6 +47,8 @@ TARGETS = {
 }
 # Targets with an expected time, and its size: a matrix of Llama-3-70B.
 EXPECTED, SIZE = ("sm_80", "sm_89", "sm_90"), Size(8192, 8192, tokens=8192)
+# Targets and sizes for which every setting is compiled.
+SIZES = ((ALL, Size(4096, 4096)), (HOPPER, Size(576, 576)), (HOPPER, Size(4096, 28672)), (EXPECTED, SIZE))
 # Shared memory that one program may ask for, KiB. A GPU of sm_80 has 163, but those of sm_86, sm_89 and sm_120 run the
 # same tiles.
 SHARED = {"sm_80": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
@@ -71,11 +73,14 @@ def stub_driver(target: GPUTarget) -> SimpleNamespace:
 
 
 def launches() -> dict[str, tuple[Operation, Launch]]:
-    """List all launches by their name: those of the operations, and each setting at SIZE."""
+    """List all launches by their name: each setting at SIZES, and the launches in the operation's file."""
     every = {}
-    for each in filter(lambda each: each.launches, OPERATIONS.values()):
-        large = (Launch(EXPECTED, SIZE, setting) for setting in each.settings.values())
-        every |= {f"{each.name} {found.name}": (each, found) for found in (*each.launches, *large)}
+    for each in OPERATIONS.values():
+        usual = [Launch(*sized, setting) for sized in SIZES for setting in each.settings.values()]
+        for launch in (*usual, *each.launches):
+            size, setting = launch.size, (f"{key}={value}" for key, value in launch.setting.items())
+            words = [each.name, f"{size.rows}x{size.d}", str(size.dtype).removeprefix("torch."), *setting]
+            every[" ".join(words)] = each, launch
     return every
 
 

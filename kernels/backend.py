@@ -96,8 +96,11 @@ class Backend:
         return self.operations.product(E, G, precision=self.precision, out=out)
 
     def product_transposed(self, E: Tensor, C: Tensor) -> Tensor:
-        """Compute E C^T, (rows, d) fp32, for any square matrix C."""
-        return self.operations.product_transposed(E, C, precision=self.precision)
+        """Compute E C^T, (rows, d) fp32, for any square matrix C.
+
+        The Triton kernels read rows of their right operand in place of columns, so they compute E C^T from C.
+        """
+        return self.product(E, C.T if self.operations is cpu else C)
 
     def exact_operand(self, G: Tensor, dtype: torch.dtype) -> Tensor | Terms:
         """Convert G (d, d) fp32 to the right operand of `exact_product`, for weights of `dtype`.
@@ -112,11 +115,12 @@ class Backend:
         if isinstance(G, Tensor):
             return self.operations.product(E, G, precision=self.exact_precision)
         left = split(E)
-        pairs = [(left.high, G.low), (left.low, G.high), (left.high, G.high)]
-        out = torch.empty(E.shape, dtype=torch.float32, device=E.device)
+        out: Tensor | None = None
         # The small products are added first, since a small sum has small rounding errors.
-        for number, (e, g) in enumerate((e, g) for e, g in pairs if e is not None and g is not None):
-            self.operations.product(e, g, precision="bf16", out=out, add=number > 0)
+        for e, g in ((left.high, G.low), (left.low, G.high), (left.high, G.high)):
+            if e is not None and g is not None:
+                out = self.operations.product(e, g, precision="bf16", out=out, add=out is not None)
+        assert out is not None
         return out
 
     def errors(self, E: Tensor, G: Tensor | Terms) -> Tensor:
@@ -167,8 +171,7 @@ class Backend:
         check_nan: bool = True,
     ) -> Tensor:
         """Choose the vertex that keeps the k best scores of every row or group, (rows, d) bool; see `lmo.py`."""
-        options = dict(group=group, fixed=fixed, positive=positive, check_nan=check_nan)
-        return self.operations.lmo(score, k, **options)
+        return self.operations.lmo(score, k, group=group, fixed=fixed, positive=positive, check_nan=check_nan)
 
     def round_mask(self, M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) -> Tensor:
         """Choose the binary mask of the k highest M of every row or group, (rows, d) bool; see `rounding.py`."""

@@ -73,6 +73,6 @@ def mirror_lower(G: Tensor) -> Tensor:
     config = configuration()
     with on_device(G):
         _mirror_kernel[(triangle_tiles(d, config["BLOCK"], config["BLOCK"]),)](
-            G=G, d=d, stride_gr=G.stride(0), stride_gd=G.stride(1), enable_fp_fusion=True, **config
+            G, d, *G.stride(), enable_fp_fusion=True, **config
         )
     return G

@@ -7,12 +7,13 @@ Import `triton_ops`, which imports every operation.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from .definitions import RowState
 
 # Targets for which launches are compiled.
 ALL, NVIDIA = ("sm_80", "sm_90", "sm_100", "gfx942"), ("sm_80", "sm_90", "sm_100")
@@ -86,36 +87,23 @@ class Size:
         return self.matrix(seed=seed) > 0.25
 
     def gram(self) -> Tensor:
-        """Make the Gram matrix (d, d) fp32 of random inputs; the caller does not change it."""
-        return _gram(self)
+        """Make the Gram matrix (d, d) fp32 of random inputs."""
+        X = self.normal(self.tokens, self.d, seed=7)
+        return X.T @ X
 
 
-@cache
-def _gram(size: Size) -> Tensor:
-    X = size.normal(size.tokens, size.d, seed=7)
-    return X.T @ X
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A launch that is compiled: its size, the setting of its example, and its targets."""
+class Launch(NamedTuple):
+    """A launch that is compiled: its targets, its size, and the setting of its example."""
 
     targets: Sequence[str]
     size: Size
     setting: Arguments
 
-    @property
-    def name(self) -> str:
-        """Name the launch by its size and setting."""
-        size = self.size
-        words = [f"{size.rows}x{size.d}", str(size.dtype).removeprefix("torch.")]
-        return " ".join([*words, *(f"{key}={value}" for key, value in self.setting.items())])
-
 
 def launch(
     targets: Sequence[str], rows: int = 4096, d: int = 4096, *, dtype: torch.dtype = torch.bfloat16, **setting: Any
 ) -> Launch:
-    """Make a `Launch` on the meta device."""
+    """Make a `Launch`."""
     return Launch(targets, Size(rows, d, dtype=dtype), setting)
 
 
@@ -128,25 +116,25 @@ class Operation:
         reference: the same function in plain torch, formula by formula. In float64 it computes the truth.
         cost: the least work of a call, from some of its arguments; on the meta device, too.
         example: arguments of a call, for a size and a setting.
+        result: tensors by which two calls are compared, from the arguments after a call and the returned value.
         settings: settings of the example that are worth a benchmark, by a label.
         writes: names of the arguments that a call changes.
-        result: tensors by which two calls are compared, from the arguments after a call and the returned value.
         tolerance: largest allowed error of a result against float64, relative to the largest value; None: by the
             precision of products.
         library: the same in one or two calls of torch's library; None: there is no such call.
-        launches: launches that are compiled for real targets.
+        launches: launches that are compiled besides every setting at standard sizes, see bench/compiled.py.
     """
 
     run: Callable[..., Any]
     reference: Callable[..., Any]
     cost: Callable[..., Cost]
     example: Callable[..., Arguments]
-    settings: Mapping[str, Arguments]
-    writes: Sequence[str]
     result: Callable[[Arguments, Any], tuple[Tensor, ...]]
-    tolerance: float | None
-    library: Callable[..., Any] | None
-    launches: Sequence[Launch]
+    settings: Mapping[str, Arguments] = field(default_factory=lambda: {"": {}})
+    writes: Sequence[str] = ()
+    tolerance: float | None = 1e-5
+    library: Callable[..., Any] | None = None
+    launches: Sequence[Launch] = ()
 
     @property
     def name(self) -> str:
@@ -164,7 +152,7 @@ class Operation:
 
     def fresh(self, arguments: Arguments) -> Arguments:
         """Copy the arguments that a call changes."""
-        return arguments | {name: converted(arguments[name]) for name in self.writes}
+        return arguments | converted({name: arguments[name] for name in self.writes})
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -175,50 +163,50 @@ def operation(
     cost: Callable[..., Cost],
     example: Callable[..., Arguments],
     *,
-    settings: Mapping[str, Arguments] | None = None,
     writes: Sequence[str] = (),
-    result: Callable[[Arguments, Any], tuple[Tensor, ...]] | None = None,
-    tolerance: float | None = 1e-5,
-    library: Callable[..., Any] | None = None,
-    launches: Sequence[Launch] = (launch(ALL), launch(HOPPER, d=28672)),
+    **options: Any,
 ) -> Callable[[Launcher], Launcher]:
-    """Put the decorated launcher into OPERATIONS, and return it unchanged. Arguments as in `Operation`."""
+    """Put the decorated launcher into OPERATIONS, and return it unchanged.
 
-    def returned_or_written(arguments: Arguments, returned: Any) -> tuple[Tensor, ...]:
-        if returned is None:
-            return tuple(arguments[name] for name in writes)
-        return returned if isinstance(returned, tuple) else (returned,)
+    Arguments are as in `Operation`. By default `result` selects what a call writes, or else what it returns.
+    """
+
+    def result(arguments: Arguments, returned: Any) -> tuple[Tensor, ...]:
+        return tuple(arguments[name] for name in writes) or (returned,)
 
     def register(run: Launcher) -> Launcher:
-        OPERATIONS[run.__name__] = Operation(
-            run, reference, cost, example, settings or {"": {}}, writes, result or returned_or_written, tolerance,
-            library, launches,
-        )  # fmt: skip
+        given: Arguments = dict(result=result, writes=writes) | options
+        OPERATIONS[run.__name__] = Operation(run, reference, cost, example, **given)
         return run
 
     return register
 
 
 def converted(value: Any, convert: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
-    """Copy a tensor, or a dataclass of tensors, by `convert`; return any other value."""
+    """Copy a tensor, or the tensors of a dict or of a state, by `convert`; return any other value."""
     if isinstance(value, Tensor):
         return convert(value)
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
-    return replace(value, **{field.name: converted(getattr(value, field.name), convert) for field in fields(value)})
+    if isinstance(value, RowState):
+        return RowState(**converted(vars(value), convert))
+    return {name: converted(x, convert) for name, x in value.items()} if isinstance(value, dict) else value
 
 
-def call_cost(cost: Callable[..., Cost], arguments: Mapping[str, Any]) -> Cost:
+def in_float64(arguments: Any) -> Any:
+    """Copy arguments, with float64 in place of other floating tensors: in it a reference computes the truth."""
+    return converted(arguments, lambda x: x.double() if x.is_floating_point() else x.clone())
+
+
+def call_cost(cost: Callable[..., Cost], arguments: Arguments) -> Cost:
     """Call `cost` with those arguments that it names. Upper case counts as lower case, as for a kernel's arguments.
 
-    Fields of a dataclass count as arguments. A tensor descriptor stands for its tensor.
+    Fields of a state count as arguments. A tensor descriptor stands for its tensor.
     """
     known: Arguments = {}
     for name, value in arguments.items():
-        named = vars(value) if is_dataclass(value) and not hasattr(value, "base") else {name: value}
-        known |= {key.lower(): getattr(x, "base", x) for key, x in named.items()}
-    names = [name for name in inspect.signature(cost).parameters if name.lower() in known]
-    return cost(**{name: known[name.lower()] for name in names})
+        values = vars(value) if isinstance(value, RowState) else {name: getattr(value, "base", value)}
+        known |= {key.lower(): x for key, x in values.items()}
+    names = inspect.signature(cost).parameters
+    return cost(**{name: known[name.lower()] for name in names if name.lower() in known})
 
 
 def metadata(cost: Callable[..., Cost]) -> Callable[..., Arguments]:

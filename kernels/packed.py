@@ -31,10 +31,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu.packed import MOST, kept_bits, unpacked_product
+from .cpu.packed import MOST, check_packed, expanded, last_row, unpacked_product
 from .device import cast, dot
 from .launch import FLOATS, check, check_matrix, on_device, platform, warps
 from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
+from .product import TRITON_DTYPES
 
 # Lock for the launches of `unpack`, which transformers calls in several threads when it loads a checkpoint. Launches in
 # several threads may fail: Triton 3.6 to 3.9 gives other threads a kernel's launcher before its module is loaded, and
@@ -48,14 +49,13 @@ SPLIT = 4
 def reference_unpacked(
     values: Tensor, mask: Tensor, starts: Tensor | None = None, *, cols: int, first: int = 0, last: int | None = None
 ) -> Tensor:
-    """Compute `unpack` in plain torch. The values follow one another, with or without `starts`."""
-    W = values.new_zeros(len(mask), cols).masked_scatter_(kept_bits(mask, cols), values)
-    return W[first:last]
+    """Compute `unpack` in plain torch."""
+    return expanded(values, mask, cols)[first:last]
 
 
 def reference(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None = None) -> Tensor:
     """Compute `packed_product` in plain torch."""
-    return F.linear(x, reference_unpacked(values, mask, cols=x.shape[1]).to(x.dtype))
+    return F.linear(x, expanded(values, mask, x.shape[1]).to(x.dtype))
 
 
 def cost_unpacked(values: Tensor, mask: Tensor, cols: int, first: int = 0, last: int | None = None) -> Cost:
@@ -89,12 +89,12 @@ def example(size: Size, *, batch: int = 1, starts: bool = False) -> Arguments:
 
 
 # Expand a matrix once for many calls of `library`, so that their times are those of the product alone.
-_dense = lru_cache(maxsize=1)(reference_unpacked)
+_dense = lru_cache(maxsize=1)(expanded)
 
 
 def library(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None = None) -> Tensor:
     """Multiply by the matrix with its zeros."""
-    return F.linear(x, _dense(values, mask, starts, cols=x.shape[1]))
+    return F.linear(x, _dense(values, mask, x.shape[1]))
 
 
 @triton.jit
@@ -106,10 +106,16 @@ def _popcount(x):
 
 
 @triton.jit
-def _weight(base, place, byte, BIT: tl.constexpr):
-    """Load the weight of bit BIT of every byte; also return the positions of the next weights."""
-    bit = (byte >> BIT) & 1
-    return tl.load(base + place, mask=bit != 0, other=0.0), place + bit
+def _weights(base, place, byte):
+    """Load the weights of the 8 bits of every byte. `place` is the position of the first one."""
+    weights = ()
+    for bit in tl.static_range(8):
+        kept = (byte >> bit) & 1
+        weight = tl.load(base + place, mask=kept != 0, other=0.0)
+        # Triton does not know (*weights, weight).
+        weights = weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
+        place += kept
+    return weights
 
 
 @triton.jit
@@ -144,17 +150,10 @@ def _tile(
     at = before[:, :, None] + _popcount(word & ((1 << start) - 1))
     byte = word >> start
     base = base[:, None, None]
-    w0, at = _weight(base, at, byte, 0)
-    w1, at = _weight(base, at, byte, 1)
-    w2, at = _weight(base, at, byte, 2)
-    w3, at = _weight(base, at, byte, 3)
-    w4, at = _weight(base, at, byte, 4)
-    w5, at = _weight(base, at, byte, 5)
-    w6, at = _weight(base, at, byte, 6)
-    w7, at = _weight(base, at, byte, 7)
+    w = _weights(base, at, byte)
     # `tl.join` alternates the entries of two tensors along a new last axis, and each entry stays in its thread.
-    even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
-    odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
+    even = tl.join(tl.join(w[0], w[4]), tl.join(w[2], w[6]))
+    odd = tl.join(tl.join(w[1], w[5]), tl.join(w[3], w[7]))
     return tl.reshape(tl.join(even, odd), (BLOCK_R, BLOCK_D)), place + tl.sum(count, axis=1)
 
 
@@ -199,17 +198,11 @@ def _arguments(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -
     Raises:
         ValueError, TypeError: the tensors do not make up a packed matrix.
     """
-    rows = check_matrix("mask", mask, (torch.uint8,))[0]
-    check("mask", mask, (rows, triton.cdiv(cols, 8)), (torch.uint8,), values)
-    if starts is None:
-        check_matrix("values", values, FLOATS)
-        check("values", values, (rows, values.shape[1]), FLOATS, mask)
-    else:
-        check("values", values, (values.numel(),), FLOATS, mask)
-        check("starts", starts, (rows + 1,), (torch.int64,), values)
-    for name, tensor in dict(values=values, mask=mask, starts=starts).items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected contiguous entries, got strides {tensor.stride()}")
+    check("values", values, values.shape, FLOATS, values)
+    check("mask", mask, mask.shape, (torch.uint8,), values)
+    if starts is not None:
+        check("starts", starts, starts.shape, (torch.int64,), values)
+    check_packed(values, mask, starts, cols)
     whole_words = mask.shape[1] % 4 == 0 and mask.data_ptr() % 4 == 0
     words = mask.view(torch.int32) if whole_words else mask
     k = values.shape[1] if starts is None else 0
@@ -229,7 +222,6 @@ def configuration(size: int, batch: int = 0) -> dict[str, int]:
 @operation(
     reference_unpacked, cost_unpacked, lambda size: _example(size) | dict(cols=size.d), tolerance=0.0,
     launches=(
-        launch(ALL, d=8192),
         launch(ALL, dtype=torch.float32),
         # Words of 8 columns.
         launch(HOPPER, d=4104),
@@ -251,9 +243,7 @@ def unpack(
         ValueError, TypeError: an argument does not fit this description.
     """
     matrix = _arguments(values, mask, starts, cols)
-    last = len(mask) if last is None else last
-    if not 0 <= first <= last <= len(mask):
-        raise ValueError(f"first, last: expected 0 <= first <= last <= {len(mask)}, got {first} and {last}")
+    last = last_row(mask, first, last)
     out = values.new_empty(last - first, cols)
     if out.numel():
         config = configuration(values.element_size())
@@ -268,9 +258,6 @@ def unpack(
     reference, cost, example, settings={f"batch {n}": dict(batch=n) for n in (1, 4, 16)}, tolerance=1e-2,
     library=library,
     launches=(
-        launch(ALL, d=8192),
-        launch(ALL, d=8192, batch=16),
-        launch(HOPPER, d=28672, dtype=torch.float16, batch=16),
         launch(ALL, batch=8, starts=True),
         launch(ALL, dtype=torch.float32),
         launch(ALL, dtype=torch.float32, batch=16),
@@ -282,8 +269,7 @@ def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | Non
     """Compute x W^T, (batch, rows) in the dtype of x; sums are in fp32.
 
     Args:
-        x: (batch, cols) fp32 / bf16 / fp16, contiguous. If x and the values differ in dtype, both are converted to
-            fp32.
+        x: (batch, cols) fp32 / bf16 / fp16. If x and the values differ in dtype, both are converted to fp32.
         values, mask, starts: the packed matrix W, as for `unpack`.
 
     Raises:
@@ -292,18 +278,16 @@ def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | Non
     batch, cols = check_matrix("x", x, FLOATS)
     matrix = _arguments(values, mask, starts, cols)
     check("x", x, (batch, cols), FLOATS, values)
-    if not x.is_contiguous():
-        raise ValueError(f"x: expected contiguous entries, got strides {x.stride()}")
     if batch > MOST:
         return unpacked_product(x, values, mask, starts, unpack)
     y = x.new_empty(batch, len(mask))
     if y.numel():
         low = x.dtype == values.dtype != torch.float32
         config = configuration(2 if low else 4, batch)
-        dtype = tl.float32 if not low else tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
         with on_device(x):
             _product_kernel[(triton.cdiv(len(mask), config["BLOCK_R"]),)](
-                X=x, Y=y, batch=batch, rows=len(mask), DTYPE=dtype, BLOCK_B=MOST, SPLIT=SPLIT,
+                X=x.contiguous(), Y=y, batch=batch, rows=len(mask),
+                DTYPE=TRITON_DTYPES[x.dtype if low else torch.float32], BLOCK_B=MOST, SPLIT=SPLIT,
                 enable_fp_fusion=True, **matrix, **config,
             )  # fmt: skip
     return y

@@ -192,13 +192,11 @@ def _descriptor_kernel(
             acc = dot(e, g.T, acc, DTYPE, PRECISION)
         # A tile passes through shared memory on its way to global memory. It goes in quarters, since the operands of
         # the next tile fill the rest of shared memory.
+        parts = quarters(acc, BLOCK_M, BLOCK_N)
         offs_m = first_m + tl.arange(0, BLOCK_M)
-        first, second, third, fourth = quarters(acc, BLOCK_M, BLOCK_N)
-        offs_n = first_n + tl.arange(0, BLOCK_N // 4)
-        _store(U, first, offs_m, offs_n, rows, d, stride_ur, stride_ud, ADD)
-        _store(U, second, offs_m, offs_n + BLOCK_N // 4, rows, d, stride_ur, stride_ud, ADD)
-        _store(U, third, offs_m, offs_n + BLOCK_N // 2, rows, d, stride_ur, stride_ud, ADD)
-        _store(U, fourth, offs_m, offs_n + BLOCK_N // 2 + BLOCK_N // 4, rows, d, stride_ur, stride_ud, ADD)
+        for n in tl.static_range(4):
+            offs_n = first_n + n * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            _store(U, parts[n], offs_m, offs_n, rows, d, stride_ur, stride_ud, ADD)
 
 
 def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict[str, object]:
@@ -230,17 +228,14 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"])
     if described and config["BLOCK_N"] > 64:
         _descriptor_kernel[(min(tiles, multiprocessors(E.device)),)](
-            E=TensorDescriptor.from_tensor(E, [config["BLOCK_M"], config["BLOCK_K"]]),
-            G=TensorDescriptor.from_tensor(G, [config["BLOCK_N"], config["BLOCK_K"]]),
-            U=out, rows=rows, d=d, stride_ur=out.stride(0), stride_ud=out.stride(1),
-            ADD=add, enable_fp_fusion=True, **options, **config,
+            TensorDescriptor.from_tensor(E, [config["BLOCK_M"], config["BLOCK_K"]]),
+            TensorDescriptor.from_tensor(G, [config["BLOCK_N"], config["BLOCK_K"]]),
+            out, rows, d, *out.stride(), ADD=add, enable_fp_fusion=True, **options, **config,
         )  # fmt: skip
         return
     _product_kernel[(tiles,)](
-        E=E, G=G, U=out, rows=rows, d=d,
-        stride_er=E.stride(0), stride_ed=E.stride(1), stride_gr=G.stride(0), stride_gd=G.stride(1),
-        stride_ur=out.stride(0), stride_ud=out.stride(1), ADD=add,
-        enable_fp_fusion=True, **options, **config,
+        E, G, out, rows, d, *E.stride(), *G.stride(), *out.stride(),
+        ADD=add, enable_fp_fusion=True, **options, **config,
     )  # fmt: skip
 
 
@@ -248,18 +243,11 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
     reference, cost, example, settings={p: dict(precision=p) for p in PRECISIONS}, writes=("out",), tolerance=None,
     library=library,
     launches=(
-        *(launch(targets, n, n, add=add) for targets, n in ((ALL, 4096), (HOPPER, 576)) for add in (False, True)),
-        *(
-            launch(targets, n, n, dtype=FP32, precision=precision)
-            for targets, n in ((ALL, 4096), (HOPPER, 576))
-            for precision in ("tf32", "tf32x3")
-        ),
-        launch(NVIDIA, dtype=FP32, precision="ieee"),
-        # Operands of a bf16 weight and an fp32 Gram matrix.
-        launch(HOPPER, d=14336, precision="tf32"),
-        launch(HOPPER, d=14336, precision="tf32x3"),
+        launch(ALL, add=True),
+        launch(HOPPER, 576, 576, add=True),
+        # Rows may have targets, which are fp32.
+        *(launch(ALL, dtype=FP32, precision=precision) for precision in PRECISIONS),
         # A solve does not have these operands, but any caller may.
-        launch(ALL, dtype=FP32),
         launch(ALL, dtype=FP32, right=FP32),
         launch(NVIDIA, 576, 576, dtype=FP32, right=FP32),
         # Rows are not aligned for bulk copies.
@@ -268,7 +256,7 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
     ),
 )  # fmt: skip
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
-    """Compute E G, accumulated in fp32.
+    """Compute E G, accumulated in fp32. If G is not symmetric, the result is E G^T, see the kernels.
 
     Args:
         E: (rows, d), fp32 / bf16 / fp16, any strides.
@@ -293,18 +281,3 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
         if out.numel():
             _launch(E, G, out, add, options)
     return out
-
-
-@operation(
-    lambda E, C, precision: reference(E, C.T, precision=precision),
-    lambda E, C, precision: cost(E, C, precision),
-    lambda size: dict(E=size.weight(), C=size.normal(size.d, size.d, dtype=torch.bfloat16), precision="bf16"),
-    tolerance=None, launches=(),
-)  # fmt: skip
-def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
-    """Compute E C^T, accumulated in fp32, for any square matrix C.
-
-    The kernels of `product` read row n of the right operand for column n of the output. So they compute E C^T, which is
-    E C if C is symmetric.
-    """
-    return product(E, C, precision=precision)

@@ -12,7 +12,7 @@ from .gram import gram_accumulate
 from .lmo import lmo
 from .mirror import mirror_lower
 from .packed import packed_product, unpack
-from .product import product, product_transposed
+from .product import product
 from .repeat import repeat
 from .step import row_step
 from .swaps import row_swaps

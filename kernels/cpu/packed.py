@@ -29,21 +29,30 @@ def _library_for(values: Tensor, cols: int) -> ctypes.CDLL | None:
     return library() if suits else None
 
 
-def _check(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -> None:
-    """Check shapes, dtypes and contiguity, since packed.cpp would read past the end of a wrong tensor.
+def check_packed(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -> None:
+    """Check shapes, dtypes and contiguity, since a kernel would read past the end of a wrong tensor.
 
     Raises:
         ValueError: the tensors do not make up a packed matrix.
     """
     rows, k = len(mask), values.shape[-1]
     expected = [
-        (mask, (rows, -(-cols // 8)), torch.uint8),
-        (values, (rows, k) if starts is None else (k,), values.dtype),
+        ("mask", mask, (rows, -(-cols // 8)), torch.uint8),
+        ("values", values, (rows, k) if starts is None else (k,), values.dtype),
     ]
-    expected += [] if starts is None else [(starts, (rows + 1,), torch.int64)]
-    for tensor, shape, dtype in expected:
+    expected += [] if starts is None else [("starts", starts, (rows + 1,), torch.int64)]
+    for name, tensor, shape, dtype in expected:
         if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(f"expected contiguous {shape} in {dtype}, got {tuple(tensor.shape)} in {tensor.dtype}")
+            got = f"{tuple(tensor.shape)} in {tensor.dtype}"
+            raise ValueError(f"{name}: expected contiguous {shape} in {dtype}, got {got}")
+
+
+def last_row(mask: Tensor, first: int, last: int | None) -> int:
+    """Return the row after the last one; raise ValueError unless rows from `first` to `last` are rows of the mask."""
+    last = len(mask) if last is None else last
+    if not 0 <= first <= last <= len(mask):
+        raise ValueError(f"first, last: expected 0 <= first <= last <= {len(mask)}, got {first} and {last}")
+    return last
 
 
 def _matrix(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -> list[int | None]:
@@ -53,10 +62,10 @@ def _matrix(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -> l
     return [half, *(t if t is None else t.data_ptr() for t in (values, mask, starts)), len(mask), cols, k]
 
 
-def kept_bits(mask: Tensor, cols: int) -> Tensor:
-    """Expand a mask (rows, ceil(cols / 8)) uint8 to (rows, cols) bool."""
+def expanded(values: Tensor, mask: Tensor, cols: int) -> Tensor:
+    """Expand a packed matrix in torch, (rows, cols). The values follow one another, with or without `starts`."""
     bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
-    return bits.flatten(1)[:, :cols].bool()
+    return values.new_zeros(len(mask), cols).masked_scatter_(bits.flatten(1)[:, :cols].bool(), values)
 
 
 def unpack(
@@ -74,17 +83,15 @@ def unpack(
     Raises:
         ValueError: an argument does not fit this description.
     """
-    _check(values, mask, starts, cols)
-    last = len(mask) if last is None else last
-    if not 0 <= first <= last <= len(mask):
-        raise ValueError(f"first, last: expected 0 <= first <= last <= {len(mask)}, got {first} and {last}")
+    check_packed(values, mask, starts, cols)
+    last = last_row(mask, first, last)
     if compiled := _library_for(values, cols):
         out = values.new_empty(last - first, cols)
         arguments = [*_matrix(values, mask, starts, cols), first, last, out.data_ptr()]
         compiled.packed_unpack(level(), torch.get_num_threads(), *arguments)
         return out
     part = values[first:last] if starts is None else values[starts[first] : starts[last]]
-    return values.new_zeros(last - first, cols).masked_scatter_(kept_bits(mask[first:last], cols), part)
+    return expanded(part, mask[first:last], cols)
 
 
 def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | None = None) -> Tensor:
@@ -98,7 +105,7 @@ def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | Non
         ValueError: an argument does not fit this description.
     """
     batch, cols = x.shape
-    _check(values, mask, starts, cols)
+    check_packed(values, mask, starts, cols)
     takes_x = 0 < batch <= MOST and x.dtype in _DTYPES and x.device == values.device and x.is_contiguous()
     if takes_x and (compiled := _library_for(values, cols)):
         y = x.new_empty(batch, len(mask))

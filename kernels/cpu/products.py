@@ -21,11 +21,6 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
     return torch.mm(round_operand(E, precision), round_operand(G, precision), out=out)
 
 
-def product_transposed(E: Tensor, C: Tensor, *, precision: str = "ieee") -> Tensor:
-    """Compute E C^T."""
-    return product(E, C.T, precision=precision)
-
-
 def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
     """Add X^T X to the lower triangle of G in place, in panels of rows."""
     X = round_operand(X, precision)

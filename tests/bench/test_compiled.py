@@ -71,14 +71,12 @@ def label(case: dict) -> str:
 
 
 def test_every_kernel_is_compiled_for_every_target(compiled):
-    for name, operation in OPERATIONS.items():
-        targets = {case["target"] for case in compiled if case["name"].split()[0] == name}
-        assert targets == (set(INSTRUCTION) if operation.launches else set()), name
-    every = [*compiler.launches()]
+    for name in OPERATIONS:
+        assert {case["target"] for case in compiled if case["name"].split()[0] == name} == set(INSTRUCTION), name
     # No two launches have one name.
-    assert len(every) == sum(len(op.launches) + len(op.settings) for op in OPERATIONS.values() if op.launches)
-    # It has no kernel of its own.
-    assert [name for name, operation in OPERATIONS.items() if not operation.launches] == ["product_transposed"]
+    given = sum(len(operation.launches) for operation in OPERATIONS.values())
+    settings = sum(len(operation.settings) for operation in OPERATIONS.values())
+    assert len(compiler.launches()) == given + len(compiler.SIZES) * settings
 
 
 def test_the_committed_table_is_true(compiled):
@@ -154,7 +152,9 @@ def test_products_use_the_tensor_cores(compiled):
     for case in products:
         operation, launch = compiler.launches()[case["name"]]
         unit = operation.cost_of(operation.example(launch.size, **launch.setting)).unit
-        assert case["tensor_cores"] == ([] if unit == "ieee" else [INSTRUCTION[case["target"]]]), label(case)
+        # AMD's matrix cores multiply fp32 without rounding, too.
+        none = unit == "ieee" and case["target"] != "gfx942"
+        assert case["tensor_cores"] == ([] if none else [INSTRUCTION[case["target"]]]), label(case)
 
 
 def test_large_products_are_read_by_bulk_copies(compiled):

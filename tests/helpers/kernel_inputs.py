@@ -1,14 +1,14 @@
 """Inputs and comparisons that the kernel tests share."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from sparsefw.kernels.definitions import RowState
+from sparsefw.kernels.operation import converted
+from sparsefw.kernels.operation import in_float64 as in_float64
 
+copied = converted
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One entry, odd sizes, and more than one tile in every direction.
@@ -78,18 +78,6 @@ def row_state(W: Tensor, diag: Tensor, *others: Tensor | int, **options: Tensor 
     """A state of these matrices M, R, U, V, E and budget k; what a step writes to its vectors shows."""
     eta, error = (torch.full((len(W),), torch.nan, dtype=others[0].dtype, device=W.device) for _ in range(2))
     return RowState(W, diag, *others, eta, error, **options)
-
-
-def copied(state: RowState | dict, convert: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
-    """A copy of a state or of arguments by name; `convert` makes each tensor."""
-    values = vars(state) if isinstance(state, RowState) else state
-    copies = {name: convert(x) if isinstance(x, Tensor) else x for name, x in values.items()}
-    return RowState(**copies) if isinstance(state, RowState) else copies
-
-
-def in_float64(state: RowState | dict) -> Any:
-    """`copied`, with float64 in place of other floating tensors: in it naive.py computes the truth."""
-    return copied(state, lambda x: x.double() if x.is_floating_point() else x.clone())
 
 
 def assert_near(

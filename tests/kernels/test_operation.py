@@ -1,7 +1,6 @@
 """Every operation is its reference, and has one cost: of a call, of a call without data, and of a launch."""
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +9,10 @@ from helpers.kernel_inputs import DEVICE, PRODUCT_ERROR, SUM_ERROR
 from triton.runtime.interpreter import InterpretedFunction
 
 from sparsefw.kernels import accumulate, launch, triton_ops
-from sparsefw.kernels.operation import OPERATIONS, Size, converted
+from sparsefw.kernels.operation import OPERATIONS, Size, converted, in_float64
 
 assert triton_ops  # It fills OPERATIONS.
 CASES = [(name, label) for name, operation in OPERATIONS.items() for label in operation.settings]
-in_float64 = partial(converted, convert=lambda x: x.double() if x.is_floating_point() else x.clone())
 
 
 @pytest.fixture
@@ -39,14 +37,14 @@ def test_an_operation_is_its_reference_at_its_cost(name, label, dtype, launched)
     setting = operation.settings[label]
     arguments = operation.example(size, **setting)
     cost = operation.cost_of(arguments)
-    wide = {key: in_float64(value) for key, value in arguments.items()}
+    wide = in_float64(arguments)
     truth = operation.result(wide, operation.reference(**wide))
     tolerance = operation.tolerance
     if tolerance is None:
         # The interpreter, or a library, may read operands with more bits.
         tolerance = SUM_ERROR + PRODUCT_ERROR[cost.unit]
     for function in filter(None, (operation.run, operation.library)):
-        given = {key: converted(value) for key, value in arguments.items()}
+        given = converted(arguments)
         results = operation.result(given, function(**given))
         for got, exact in zip(results, truth, strict=True):
             assert (got.double() - exact).abs().max() <= tolerance * exact.abs().max()
