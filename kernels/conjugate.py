@@ -19,14 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .definitions import CONVERGED
-from .device import cast, columns, load
+from .device import columns, load, store
 from .launch import (
     BOOL,
     FP32,
     check_matrix,
     check_rows,
     interpreter_tile,
-    on_device,
+    launch_rows,
     platform,
     row_strides,
     warps,
@@ -109,8 +109,8 @@ def _move(Z, R, column, valid, p, u, a):
     z = load(Z, column, valid)
     r = load(R, column, valid)
     r -= a[:, None] * u
-    tl.store(Z + column[None, :], z + a[:, None] * p, mask=valid)
-    tl.store(R + column[None, :], r, mask=valid)
+    store(Z, column, z + a[:, None] * p, valid)
+    store(R, column, r, valid)
     return r
 
 
@@ -157,7 +157,7 @@ def _conjugate_kernel(
             rz = tl.sum(r * z, axis=1)
             if not FIRST:
                 z += _ratio(rz, before)[:, None] * p
-            tl.store(P + column[None, :], cast(z, P.dtype.element_ty), mask=valid)
+            store(P, column, z, valid)
     else:
         if not FIRST:
             # Pass A: the step size.
@@ -194,7 +194,7 @@ def _conjugate_kernel(
                 if not FIRST:
                     p = load(P, column, valid).to(tl.float32)
                     z += _ratio(rz, before)[:, None] * p
-                tl.store(P + column[None, :], cast(z, P.dtype.element_ty), mask=valid)
+                store(P, column, z, valid)
 
     if not LAST:
         tl.store(RZ + row, rz, mask=valid_r)
@@ -249,10 +249,9 @@ def conjugate_step(
     if Z.numel() == 0:
         return
     config = configuration(rows, d)
-    with on_device(Z):
-        _conjugate_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            Z=Z, R=R, P=P, U=U, RZ=rz, ENOUGH=enough, INVERSE=inverse, MASK=mask, converged=CONVERGED,
-            rows=rows, d=d, **row_strides(z=Z, r=R, p=P, u=U, m=mask),
-            FIRST=first, LAST=last, ONE_CHUNK=config["BLOCK_D"] >= d, enable_fp_fusion=True,
-            **config,
-        )  # fmt: skip
+    launch_rows(
+        _conjugate_kernel, Z, config,
+        Z=Z, R=R, P=P, U=U, RZ=rz, ENOUGH=enough, INVERSE=inverse, MASK=mask, converged=CONVERGED,
+        d=d, **row_strides(z=Z, r=R, p=P, u=U, m=mask),
+        FIRST=first, LAST=last, ONE_CHUNK=config["BLOCK_D"] >= d,
+    )  # fmt: skip

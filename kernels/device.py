@@ -99,6 +99,12 @@ def load(X, column, valid):
 
 
 @triton.jit
+def store(X, column, x, valid):
+    """Store x in valid columns of the tile's rows, rounded to the dtype of X."""
+    tl.store(X + column[None, :], cast(x, X.dtype.element_ty), mask=valid)
+
+
+@triton.jit
 def columns(
     start, d, valid_r, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr = 0, PADDED: tl.constexpr = 0, TOGETHER: tl.constexpr = 4,

@@ -1,6 +1,7 @@
 """Host functions that several launchers call: checks of arguments, the current device, the target of compilation."""
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -104,6 +105,14 @@ def check_fp32_precision(precision: str) -> None:
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's GPU the current GPU in a `with` block, since Triton launches on the current GPU."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def launch_rows(kernel: Any, like: Tensor, config: dict[str, int], **arguments: object) -> None:
+    """Launch a kernel that works on BLOCK_R rows of a matrix like `like` in a program."""
+    with on_device(like):
+        kernel[(triton.cdiv(len(like), config["BLOCK_R"]),)](
+            **arguments, **config, rows=len(like), enable_fp_fusion=True
+        )
 
 
 def check_rows(shape: tuple[int, ...], like: Tensor, dtypes: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:

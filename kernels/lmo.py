@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .definitions import check_budget
 from .device import columns
-from .launch import check, check_matrix, interpreter_tile, on_device, platform, row_strides, warps
+from .launch import BOOL, FP32, check, check_matrix, interpreter_tile, launch_rows, platform, row_strides, warps
 from .operation import ALL, Arguments, Cost, Size, launch, metadata, operation
 from .topk import NAN_KEY, key_range, kth_key, load_budget, load_keys, lowest_key, take, take_of_groups
 
@@ -44,7 +44,7 @@ def reference(
     # Adding +0 makes +0 of -0.
     order = (units + 0.0).sort(dim=1, descending=True, stable=True).indices
     rank = order.argsort(dim=1)
-    V = rank < (k.to(rank.device)[:, None] if isinstance(k, Tensor) else k)
+    V = rank < (k[:, None] if isinstance(k, Tensor) else k)
     if positive:
         V &= units > 0
     V = V.view(score.shape)
@@ -152,7 +152,7 @@ def check_selection(rows: int, d: int, k: int | Tensor, group: int, fixed: Tenso
     if isinstance(k, Tensor):
         check("k", k, (rows,), INTEGERS, like)
     if fixed is not None:
-        check("fixed", fixed, (rows, d), (torch.bool,), like)
+        check("fixed", fixed, (rows, d), BOOL, like)
 
 
 @operation(
@@ -187,22 +187,22 @@ def lmo(
         ValueError, TypeError: an argument does not fit this description, or `check_nan` is set and a score is NaN, in
             which case `out` has been written.
     """
-    rows, d = check_matrix("score", score, (torch.float32,))
+    rows, d = check_matrix("score", score, FP32)
     check_selection(rows, d, k, group, fixed, score)
     if out is None:
         out = torch.empty(rows, d, dtype=torch.bool, device=score.device)
-    check("out", out, (rows, d), (torch.bool,), score)
+    check("out", out, (rows, d), BOOL, score)
     if out.numel() == 0:
         return out
     nan = torch.empty(rows, dtype=torch.bool, device=score.device)
     config = configuration(rows, d, group)
-    with on_device(score):
-        _lmo_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            SCORE=score, FIXED=fixed, V=out, NAN=nan, k=k, rows=rows,
-            **row_strides(sr=score, fr=fixed, vr=out),
-            stride_sd=score.stride(1), stride_fd=0 if fixed is None else fixed.stride(1), stride_vd=out.stride(1),
-            POSITIVE=positive, **selection_options(d, k, group, config), enable_fp_fusion=True, **config,
-        )  # fmt: skip
+    launch_rows(
+        _lmo_kernel, score, config,
+        SCORE=score, FIXED=fixed, V=out, NAN=nan, k=k,
+        **row_strides(sr=score, fr=fixed, vr=out),
+        stride_sd=score.stride(1), stride_fd=0 if fixed is None else fixed.stride(1), stride_vd=out.stride(1),
+        POSITIVE=positive, **selection_options(d, k, group, config),
+    )  # fmt: skip
     if check_nan and bool(nan.any()):
         raise ValueError("score: contains NaN")
     return out

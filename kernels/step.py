@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .definitions import RowState, widened
-from .device import cast, columns, load
+from .device import columns, load, store
 from .launch import (
     BOOL,
     FLOATS,
@@ -42,7 +42,7 @@ from .launch import (
     check_matrix,
     check_rows,
     interpreter_tile,
-    on_device,
+    launch_rows,
     platform,
     row_strides,
     warps,
@@ -165,12 +165,6 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
 
 
 @triton.jit
-def _move(x, target, eta):
-    """Compute x + eta (target - x)."""
-    return x + eta * (target - x)
-
-
-@triton.jit
 def _line_terms(w, q, m, r, u, v, theta):
     """Compute the term of each entry in the sums lin and quad."""
     D = v - m
@@ -184,12 +178,6 @@ def _line_search(lin, quad):
     """Find the step size eta in [0, 1] that minimizes lin eta + quad eta^2. If quad <= 0, this is 0 or 1."""
     inner = tl.minimum(tl.maximum(-lin / (2 * tl.where(quad > 0, quad, 1.0)), 0.0), 1.0)
     return tl.where(quad > 0, inner, tl.where(lin + quad < 0, 1.0, 0.0))
-
-
-@triton.jit
-def _vertex_score(w, q, m, r, theta):
-    """Compute the negative gradient."""
-    return 2 * w * r - theta * q * (1 - 2 * m)
 
 
 @triton.jit
@@ -212,11 +200,12 @@ def _diagonal(DIAG, w, column, valid_d):
 @triton.jit
 def _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d):
     """Update one chunk of M and R, and store it; return the next score and the error of each entry."""
-    m = _move(m, v, step[:, None])
-    r = _move(r, u, step[:, None])
-    tl.store(M + column[None, :], m, mask=valid)
-    tl.store(R + column[None, :], r, mask=valid)
-    score = _vertex_score(w, _diagonal(DIAG, w, column, valid_d), m, r, next_theta)
+    m += step[:, None] * (v - m)
+    r += step[:, None] * (u - r)
+    store(M, column, m, valid)
+    store(R, column, r, valid)
+    q = _diagonal(DIAG, w, column, valid_d)
+    score = 2 * w * r - next_theta * q * (1 - 2 * m)
     if FIXED is not None:
         is_fixed = load(FIXED, column, valid).to(tl.int1)
         score = tl.where(is_fixed, float("inf"), score)
@@ -225,11 +214,11 @@ def _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, 
 
 @triton.jit
 def _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid):
-    tl.store(V + column[None, :], chosen, mask=valid)
+    store(V, column, chosen, valid)
     e = tl.where(chosen, 0.0, w)
     if TARGET_GAP is not None:
         e += load(TARGET_GAP, column, valid)
-    tl.store(E + column[None, :], cast(e, E.dtype.element_ty), mask=valid)
+    store(E, column, e, valid)
 
 
 @triton.jit
@@ -341,7 +330,7 @@ def _step_kernel(
                 chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
                 _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
             else:
-                tl.store(U + column[None, :], keys.to(tl.float32, bitcast=True), mask=valid)
+                store(U, column, keys.to(tl.float32, bitcast=True), valid)
         _store_step(ETA, ERROR, row, valid_r, step, errors)
 
         if not GROUP:
@@ -412,12 +401,11 @@ def row_step(
         state.error.zero_()
         return
     config = configuration(rows, d, state.group)
-    with on_device(W):
-        _step_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            W=W, DIAG=state.diag, M=state.M, R=state.R, U=state.U, V=state.V, E=state.E, FIXED=fixed,
-            TARGET_GAP=target_gap, THRESHOLD=threshold, ETA=state.eta, ERROR=state.error, k=k,
-            **{"eta": 0.0, **numbers}, rows=rows,
-            **row_strides(w=W, m=state.M, r=state.R, u=state.U, v=state.V, e=state.E, f=fixed, t=target_gap),
-            STORED=stored, LINE_SEARCH=eta is None, **selection_options(d, k, state.group, config),
-            enable_fp_fusion=True, **config,
-        )  # fmt: skip
+    launch_rows(
+        _step_kernel, W, config,
+        W=W, DIAG=state.diag, M=state.M, R=state.R, U=state.U, V=state.V, E=state.E, FIXED=fixed,
+        TARGET_GAP=target_gap, THRESHOLD=threshold, ETA=state.eta, ERROR=state.error, k=k,
+        **{"eta": 0.0, **numbers},
+        **row_strides(w=W, m=state.M, r=state.R, u=state.U, v=state.V, e=state.E, f=fixed, t=target_gap),
+        STORED=stored, LINE_SEARCH=eta is None, **selection_options(d, k, state.group, config),
+    )  # fmt: skip

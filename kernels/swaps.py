@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .definitions import LEAST_GAIN, widened
-from .device import columns, load
+from .device import columns, load, store
 from .launch import (
     BOOL,
     FLOATS,
@@ -25,7 +25,7 @@ from .launch import (
     check_matrix,
     check_rows,
     interpreter_tile,
-    on_device,
+    launch_rows,
     platform,
     row_strides,
     warps,
@@ -221,7 +221,7 @@ def _swaps_kernel(
             r -= w_p[:, None] * load(g_p, column, moved)
             # If a row has fewer entries than the program has threads, several threads load the same entry. One of them
             # stores it, perhaps before the others load it. So r must not be used after this line.
-            tl.store(R + column[None, :], r, mask=moved)
+            store(R, column, r, moved)
         tl.store(v_rows + i, tl.zeros((BLOCK_R,), tl.int1), mask=active)
         tl.store(v_rows + p, tl.full((BLOCK_R,), 1, tl.int1), mask=active)
         tl.debug_barrier()
@@ -264,11 +264,10 @@ def row_swaps(
         raise ValueError(f"limit: expected at least 0, got {limit}")
     if W.numel() == 0:
         return
-    config = configuration(rows, d, group)
-    with on_device(W):
-        _swaps_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            W=W, G=G, DIAG=G.diagonal().contiguous(), R=R, V=V, FIXED=fixed, limit=limit, least_gain=LEAST_GAIN,
-            rows=rows, d=d, padded_d=padded_d(d, group),
-            **row_strides(w=W, g=G, r=R, v=V, f=fixed),
-            GROUP=group, PADDED=triton.next_power_of_2(group) if group else 0, enable_fp_fusion=True, **config,
-        )  # fmt: skip
+    launch_rows(
+        _swaps_kernel, W, configuration(rows, d, group),
+        W=W, G=G, DIAG=G.diagonal().contiguous(), R=R, V=V, FIXED=fixed, limit=limit, least_gain=LEAST_GAIN,
+        d=d, padded_d=padded_d(d, group),
+        **row_strides(w=W, g=G, r=R, v=V, f=fixed),
+        GROUP=group, PADDED=triton.next_power_of_2(group) if group else 0,
+    )  # fmt: skip

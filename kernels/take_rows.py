@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import columns, load
-from .launch import BOOL, FLOATS, INTERPRET, check_matrix, check_rows, interpreter_tile, on_device, row_strides, warps
+from .launch import BOOL, FLOATS, INTERPRET, check_matrix, check_rows, interpreter_tile, launch_rows, row_strides, warps
 from .operation import ALL, Arguments, Cost, Size, launch, metadata, operation
 
 
@@ -67,14 +67,9 @@ def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
     Raises:
         ValueError, TypeError: an argument does not fit this description.
     """
-    rows, d = check_matrix("X", X, (*FLOATS, torch.bool))
+    rows, d = check_matrix("X", X, (*FLOATS, *BOOL))
     check_rows((rows, d), X, (X.dtype,), X=X, Y=Y)
     check_rows((rows,), X, BOOL, taken=taken)
     if X.numel() == 0:
         return
-    config = configuration(rows, d)
-    with on_device(X):
-        _take_rows_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            X=X, Y=Y, TAKEN=taken, rows=rows, d=d, **row_strides(x=X, y=Y),
-            enable_fp_fusion=True, **config,
-        )  # fmt: skip
+    launch_rows(_take_rows_kernel, X, configuration(rows, d), X=X, Y=Y, TAKEN=taken, d=d, **row_strides(x=X, y=Y))
