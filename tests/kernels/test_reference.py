@@ -48,21 +48,6 @@ def test_lmo_keeps_fixed_entries_and_gives_ties_to_the_lower_index(group):
     assert naive.lmo(score[:, 2:4], 1).tolist() == [[True, False]]
 
 
-@pytest.mark.parametrize("group", [0, 4])
-def test_rounding_takes_the_highest_entries_in_order(group):
-    """All rows of two groups, or of one, with three values of M and two of the saliency."""
-    every = [torch.tensor([*itertools.product(values, repeat=4)]) for values in ((0.0, 0.5, 1.0), (0.0, 3.0))]
-    M, saliency = (x.to(DEVICE) for x in (every[0].repeat_interleave(16, 0), every[1].repeat(81, 1)))
-    for k in range(5):
-        expected = torch.zeros_like(M, dtype=torch.bool)
-        for row, (m, s) in enumerate(zip(M.tolist(), saliency.tolist(), strict=True)):
-            best = sorted(range(4), key=lambda j: (-m[j], -s[j], j))
-            expected[row, best[:k]] = True
-        shape = (-1, 2 * group or 4)
-        got = naive.round_mask(M.view(shape), saliency.view(shape), k, group=group)
-        assert torch.equal(got, expected.view(shape))
-
-
 @pytest.mark.parametrize("gap", [None, 0.3])
 @pytest.mark.parametrize("theta", [0.0, 0.4, 1.0])
 def test_a_step_ends_at_the_minimum_of_the_penalized_error(theta, gap):

@@ -136,32 +136,11 @@ def test_a_nan_shows_in_the_error_of_its_row(row_backend):
     assert state.error.isnan().tolist() == [False, True, False]
 
 
-def test_reruns_slices_and_other_rows_change_no_bit(row_backend):
-    def slices(x, rows=slice(None)):
-        return x if x.ndim == 1 and len(x) == 131 else x[rows]
-
-    whole, again = solver_state(37, 131, 50), solver_state(37, 131, 50)
-    wide = copied(whole, lambda x: torch.cat((x, x), 1)[:, 131:] if x.ndim == 2 else x.clone())
-    part = copied(copied(whole, lambda x: slices(x, slice(0, 5))))
-    for state in (whole, again, wide, part):
-        row_backend.row_step(state, theta=0.3, next_theta=0.4)
-    for name in ("M", "R", "V", "E", "eta", "error"):
-        x = getattr(whole, name)
-        assert all(torch.equal(x, getattr(state, name)) for state in (again, wide))
-        assert torch.equal(x[:5], getattr(part, name))
-
-
 def test_one_row_a_program(monkeypatch):
     """Compiled kernels have such tiles, and no mask of rows; the interpreter takes many rows at once."""
     monkeypatch.setattr(step_module, "configuration", lambda *_: dict(BLOCK_R=1, BLOCK_D=256, SEARCH_D=256))
     check_step(triton_ops, solver_state(5, 131, 50), theta=0.2, next_theta=0.4)
     check_step(triton_ops, solver_state(5, 132, 2, 4), theta=0.2, next_theta=0.4)
-
-
-def test_no_rows(row_backend):
-    state = solver_state(0, 131, 50)
-    row_backend.row_step(state)
-    assert state.eta.shape == state.error.shape == (0,)
 
 
 def state_of_scores(score: torch.Tensor, k, threshold: torch.Tensor):
