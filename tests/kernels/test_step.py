@@ -36,44 +36,21 @@ def solver_state(rows: int, d: int, k, group: int = 0, dtype: torch.dtype = torc
     return state
 
 
-def rounding_of_step(state, theta=0.0):
-    """The change of each row's step size, to first order, by one fp32 rounding of every term of its two sums."""
-    exact = in_float64(state)
-    W, M, R, U, V = exact.W, exact.M.clone(), exact.R.clone(), exact.U, exact.V.double()
-    q, D = W * W * exact.diag, V - M
-    naive.row_step(exact, theta=theta)
-    lin = (D * (-2 * W * R + theta * q * (1 - 2 * M))).abs().sum(1)
-    quad, terms = (W * D * (R - U) - theta * q * D * D).sum(1), (W * D * (R - U)).abs() + theta * q * D * D
-    # 0 / 0 where the vertex equals M: there is nothing to round.
-    return 2.0**-24 * ((lin + 2 * exact.eta * terms.sum(1)) / (2 * quad).abs()).nan_to_num(posinf=torch.inf)
-
-
-def check_step(backend, state, **numbers):
+def check_step(backend, state, *, eta=None, theta=0.0, next_theta=0.0):
     """Compare floats with naive in float64, and the vertex with the LMO of the state that the step left."""
-    plain, start, truth = copied(state), copied(state), in_float64(state)
-    naive.row_step(truth, **numbers)
-    naive.row_step(plain, **numbers)
-    backend.row_step(state, **numbers)
-    # The change of M and R by a step that is longer by its rounding.
-    beside = dict.fromkeys(("M", "R"), 0.0)
-    if numbers.get("eta") is None:
-        # Sums nearly cancel, more in some rows than in others, so plain fp32's worst row says little about other rows.
-        allowed = 4 * rounding_of_step(start, numbers.get("theta", 0.0))
-        assert ((state.eta - truth.eta).abs() <= allowed).all()
-        assert ((plain.eta - truth.eta).abs() <= allowed).all()
-        longer = ((state.eta - truth.eta).abs() / truth.eta.clamp(min=1e-9))[:, None]
-        beside = {name: longer * (getattr(truth, name) - getattr(start, name).double()).abs() for name in beside}
-    else:
-        assert_near(state.eta, plain.eta, truth.eta)
-    for name in ("M", "R"):
-        assert_near(getattr(state, name), getattr(plain, name), getattr(truth, name), beside[name])
-    assert_near(state.error, plain.error, truth.error)
-    next_theta = numbers.get("next_theta", 0.0)
-    W, M = state.W.double(), state.M.double()
-    score = 2 * W * state.R.double() - next_theta * W * W * state.diag.double() * (1 - 2 * M)
+    start, truth = copied(state), in_float64(state)
+    naive.row_step(truth, eta=eta, theta=theta, next_theta=next_theta)
+    backend.row_step(state, eta=eta, theta=theta, next_theta=next_theta)
+    # The terms of the line search nearly cancel, so rounding changes the step size, and everything after it.
+    assert ((state.eta - truth.eta).abs() <= 2.0**-18).all()
+    plain, exact = copied(start), in_float64(start)
+    for other in (plain, exact):
+        naive.row_step(other, eta=state.eta, next_theta=next_theta)
+    for name in ("M", "R", "error"):
+        assert_near(getattr(state, name), getattr(plain, name), getattr(exact, name))
     # Scores that differ by less than their rounding may swap, so the float64 choice is compared by its worst score.
-    choice = dict(group=state.group, fixed=state.fixed, positive=next_theta < 1)
-    V = naive.lmo(score.float(), state.k, **choice)
+    score = step_module.scores(in_float64(state), next_theta).float()
+    V = naive.lmo(score, state.k, group=state.group, fixed=state.fixed, positive=next_theta < 1)
     assert (state.V != V).sum() <= 2 + V.numel() // 10000
     assert torch.equal(V.sum(1), state.V.sum(1))
     gap = torch.zeros_like(start.M) if state.target_gap is None else state.target_gap
