@@ -57,17 +57,22 @@ def check_step(backend, state, *, eta=None, theta=0.0, next_theta=0.0):
     assert torch.equal(state.E, (gap + start.W.masked_fill(state.V, 0)).to(state.E.dtype))
 
 
+FULL = dict(theta=1.0, next_theta=1.0)
+
+
 @pytest.mark.parametrize(
-    ("eta", "theta", "next_theta"),
-    first_is_fast([(None, 0.4, 0.6), (0.25, 0.4, 0.6), (None, 0.0, 0.0), (None, 1.0, 1.0)]),
+    ("state", "numbers"),
+    [
+        ((37, 262, 100), dict(theta=0.4, next_theta=0.6)),
+        *first_is_fast(
+            [((37, 262, 100), numbers) for numbers in (dict(eta=0.25, theta=0.4, next_theta=0.6), {}, FULL)]
+        ),
+        *[(shape, dict(next_theta=1.0)) for shape in ((1, 1, 0), (1, 1, 1), (5, 131, 0), (5, 131, 131))],
+        *[((20, 6 * m, n, m), numbers) for n, m in ((1, 3), (16, 32)) for numbers in ({}, FULL)],
+    ],
 )
-def test_rows(row_backend, eta, theta, next_theta):
-    check_step(row_backend, solver_state(37, 262, 100), eta=eta, theta=theta, next_theta=next_theta)
-
-
-@pytest.mark.parametrize(("rows", "d", "k"), [(1, 1, 0), (1, 1, 1), (5, 131, 0), (5, 131, 131)])
-def test_odd_shapes(row_backend, rows, d, k):
-    check_step(row_backend, solver_state(rows, d, k), next_theta=1.0)
+def test_rows_and_groups(row_backend, state, numbers):
+    check_step(row_backend, solver_state(*state), **numbers)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,12 +96,6 @@ def test_fixed_entries_are_kept(row_backend, group):
     state = solver_state(37, 132, k, group, fixed=fixed)
     check_step(row_backend, state, next_theta=0.5)
     assert (state.V | ~fixed).all()
-
-
-@pytest.mark.parametrize("theta", [0.0, 1.0])
-@pytest.mark.parametrize(("n", "m"), [(1, 3), (16, 32)])
-def test_groups(row_backend, n, m, theta):
-    check_step(row_backend, solver_state(20, 6 * m, n, m), theta=theta, next_theta=theta)
 
 
 def test_only_positive_scores_are_taken_before_the_penalty_is_full(row_backend):
