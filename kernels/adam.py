@@ -103,7 +103,7 @@ def adam_step(
     decay_m, decay_v = DECAYS
     with on_device(W):
         _adam_kernel[(triton.cdiv(len(index), BLOCK),)](
-            W=W, GRADIENT=gradient, INDEX=index, WEIGHT=weight, M=m, V=v, kept=len(index), share_m=1 - decay_m,
+            W, gradient, index, weight, m, v, kept=len(index), share_m=1 - decay_m,
             share_v=1 - decay_v, rate=rate / (1 - decay_m**step), root=(1 - decay_v**step) ** -0.5,
             epsilon=ADAM_EPSILON, enable_fp_fusion=True, BLOCK=BLOCK, num_warps=warps(4),
         )  # fmt: skip

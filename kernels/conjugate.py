@@ -250,8 +250,7 @@ def conjugate_step(
         return
     config = configuration(rows, d)
     launch_rows(
-        _conjugate_kernel, Z, config,
-        Z=Z, R=R, P=P, U=U, RZ=rz, ENOUGH=enough, INVERSE=inverse, MASK=mask, converged=CONVERGED,
+        _conjugate_kernel, config, Z, R, P, U, rz, enough, inverse, mask, CONVERGED,
         d=d, **row_strides(z=Z, r=R, p=P, u=U, m=mask),
         FIRST=first, LAST=last, ONE_CHUNK=config["BLOCK_D"] >= d,
     )  # fmt: skip

@@ -79,7 +79,7 @@ def check(name: str, tensor: object, shape: tuple[int, ...], dtypes: tuple[torch
         raise TypeError(f"{name}: expected {' or '.join(str(t) for t in dtypes)}, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {tensor.device}")
-    if tensor.device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if tensor.device.type == "cpu" and not INTERPRET:
         raise ValueError(
             f"{name}: the Triton kernels need a GPU, got {tensor.device}; use --kernel torch, or set "
             "TRITON_INTERPRET=1 before Python starts"
@@ -107,11 +107,11 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
-def launch_rows(kernel: Any, like: Tensor, config: dict[str, int], **arguments: object) -> None:
-    """Launch a kernel that works on BLOCK_R rows of a matrix like `like` in a program."""
-    with on_device(like):
-        kernel[(triton.cdiv(len(like), config["BLOCK_R"]),)](
-            **arguments, **config, rows=len(like), enable_fp_fusion=True
+def launch_rows(kernel: Any, config: dict[str, int], X: Tensor, *others: object, **options: object) -> None:
+    """Launch a kernel whose first argument is X; a program works on BLOCK_R rows of X."""
+    with on_device(X):
+        kernel[(triton.cdiv(len(X), config["BLOCK_R"]),)](
+            X, *others, rows=len(X), enable_fp_fusion=True, **options, **config
         )
 
 

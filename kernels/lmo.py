@@ -197,8 +197,7 @@ def lmo(
     nan = torch.empty(rows, dtype=torch.bool, device=score.device)
     config = configuration(rows, d, group)
     launch_rows(
-        _lmo_kernel, score, config,
-        SCORE=score, FIXED=fixed, V=out, NAN=nan, k=k,
+        _lmo_kernel, config, score, fixed, out, nan, k,
         **row_strides(sr=score, fr=fixed, vr=out),
         stride_sd=score.stride(1), stride_fd=0 if fixed is None else fixed.stride(1), stride_vd=out.stride(1),
         POSITIVE=positive, **selection_options(d, k, group, config),

@@ -402,10 +402,9 @@ def row_step(
         return
     config = configuration(rows, d, state.group)
     launch_rows(
-        _step_kernel, W, config,
-        W=W, DIAG=state.diag, M=state.M, R=state.R, U=state.U, V=state.V, E=state.E, FIXED=fixed,
-        TARGET_GAP=target_gap, THRESHOLD=threshold, ETA=state.eta, ERROR=state.error, k=k,
-        **{"eta": 0.0, **numbers},
+        _step_kernel, config,
+        W, state.diag, state.M, state.R, state.U, state.V, state.E,
+        fixed, target_gap, threshold, state.eta, state.error, k, **{"eta": 0.0, **numbers},
         **row_strides(w=W, m=state.M, r=state.R, u=state.U, v=state.V, e=state.E, f=fixed, t=target_gap),
         STORED=stored, LINE_SEARCH=eta is None, **selection_options(d, k, state.group, config),
     )  # fmt: skip

@@ -265,8 +265,7 @@ def row_swaps(
     if W.numel() == 0:
         return
     launch_rows(
-        _swaps_kernel, W, configuration(rows, d, group),
-        W=W, G=G, DIAG=G.diagonal().contiguous(), R=R, V=V, FIXED=fixed, limit=limit, least_gain=LEAST_GAIN,
+        _swaps_kernel, configuration(rows, d, group), W, G, G.diagonal().contiguous(), R, V, fixed, limit, LEAST_GAIN,
         d=d, padded_d=padded_d(d, group),
         **row_strides(w=W, g=G, r=R, v=V, f=fixed),
         GROUP=group, PADDED=triton.next_power_of_2(group) if group else 0,

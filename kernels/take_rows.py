@@ -72,4 +72,4 @@ def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
     check_rows((rows,), X, BOOL, taken=taken)
     if X.numel() == 0:
         return
-    launch_rows(_take_rows_kernel, X, configuration(rows, d), X=X, Y=Y, TAKEN=taken, d=d, **row_strides(x=X, y=Y))
+    launch_rows(_take_rows_kernel, configuration(rows, d), X, Y, taken, d=d, **row_strides(x=X, y=Y))
