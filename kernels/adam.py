@@ -19,8 +19,8 @@ from torch import Tensor
 from .cpu import steps
 from .definitions import ADAM_EPSILON, DECAYS
 from .device import cast
-from .launch import FLOATS, check, on_device, platform, warps
-from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
+from .launch import FLOATS, check_rows, on_device, platform, warps
+from .operation import ALL, Arguments, Cost, Size, launch, metadata, operation
 
 
 def reference(
@@ -72,10 +72,7 @@ def _adam_kernel(
 @operation(
     reference, cost, example, writes=("W", "weight", "m", "v"), library=steps.adam_step,
     result=lambda arguments, _: tuple(arguments[name] for name in ("weight", "m", "v")),
-    launches=(
-        launch(ALL), launch(HOPPER, dtype=torch.float16), launch(HOPPER, dtype=torch.float32),
-        launch(ALL, index=torch.int64),
-    ),
+    launches=(launch(ALL, dtype=torch.float32, index=torch.int64),),
 )  # fmt: skip
 def adam_step(
     W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor, m: Tensor, v: Tensor, *, rate: float, step: int
@@ -96,21 +93,17 @@ def adam_step(
         ValueError, TypeError: an argument does not fit this description.
     """
     wide = torch.promote_types(W.dtype, torch.float32)
-    check("W", W, (W.numel(),), (*FLOATS, torch.float64), W)
-    check("gradient", gradient, W.shape, (W.dtype,), W)
-    check("index", index, (len(index),), (torch.int32, torch.int64), W)
-    for name, tensor in dict(weight=weight, m=m, v=v).items():
-        check(name, tensor, index.shape, (wide,), W)
-    for name, tensor in dict(W=W, gradient=gradient, index=index, weight=weight, m=m, v=v).items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected contiguous entries, got strides {tensor.stride()}")
+    check_rows((W.numel(),), W, (*FLOATS, torch.float64), W=W)
+    check_rows(W.shape, W, (W.dtype,), gradient=gradient)
+    check_rows((len(index),), W, (torch.int32, torch.int64), index=index)
+    check_rows(index.shape, W, (wide,), weight=weight, m=m, v=v)
     if not len(index):
         return
     BLOCK = min(triton.next_power_of_2(len(index)), 1 << 18) if platform() == "interpreter" else 1024
     decay_m, decay_v = DECAYS
     with on_device(W):
         _adam_kernel[(triton.cdiv(len(index), BLOCK),)](
-            W=W, GRADIENT=gradient, INDEX=index, WEIGHT=weight, M=m, V=v, kept=len(index), share_m=1 - decay_m,
+            W, gradient, index, weight, m, v, kept=len(index), share_m=1 - decay_m,
             share_v=1 - decay_v, rate=rate / (1 - decay_m**step), root=(1 - decay_v**step) ** -0.5,
             epsilon=ADAM_EPSILON, enable_fp_fusion=True, BLOCK=BLOCK, num_warps=warps(4),
         )  # fmt: skip

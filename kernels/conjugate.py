@@ -19,17 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .definitions import CONVERGED
-from .device import cast, columns
+from .device import columns, load, store
 from .launch import (
     BOOL,
     FP32,
     check_matrix,
     check_rows,
-    check_vector,
     interpreter_tile,
-    on_device,
+    launch_rows,
     platform,
-    row_stride,
+    row_strides,
     warps,
 )
 from .operation import ALL, HOPPER, NVIDIA, Arguments, Cost, Size, launch, metadata, operation
@@ -76,10 +75,10 @@ def cost(Z: Tensor, P: Tensor, mask: Tensor | None = None, first: bool = False, 
     return Cost(6 * parts * Z.numel(), Z.numel() * (Z.itemsize * (1 if first else 5) + parts * P.itemsize + read))
 
 
-def example(size: Size, *, masked: bool = True, **place: bool) -> Arguments:
+def example(size: Size, **place: bool) -> Arguments:
     """Make the middle of a descent, or with `first` or `last` its first or last call. P is in `size.dtype`."""
     Z, R, P, G = size.matrix(), size.matrix(seed=1), size.weight(seed=2), size.gram()
-    mask, inverse = size.mask(seed=3) if masked else None, 1 / G.diagonal()
+    mask, inverse = size.mask(seed=3), 1 / G.diagonal()
     rz = (R.square() * inverse).sum(1)
     return dict(Z=Z, R=R, P=P, U=P.float() @ G, rz=rz, enough=CONVERGED * rz, inverse=inverse, mask=mask, **place)
 
@@ -107,11 +106,11 @@ def _ratio(numerator, denominator):
 @triton.jit
 def _move(Z, R, column, valid, p, u, a):
     """Update one chunk, Z += a p and R -= a u; return the new R."""
-    z = tl.load(Z + column[None, :], mask=valid, other=0.0)
-    r = tl.load(R + column[None, :], mask=valid, other=0.0)
+    z = load(Z, column, valid)
+    r = load(R, column, valid)
     r -= a[:, None] * u
-    tl.store(Z + column[None, :], z + a[:, None] * p, mask=valid)
-    tl.store(R + column[None, :], r, mask=valid)
+    store(Z, column, z + a[:, None] * p, valid)
+    store(R, column, r, valid)
     return r
 
 
@@ -119,7 +118,7 @@ def _move(Z, R, column, valid, p, u, a):
 def _preconditioned(INVERSE, MASK, r, column, valid, valid_d):
     """Return the masked r, and its product with the preconditioner."""
     if MASK is not None:
-        r = tl.where(tl.load(MASK + column[None, :], mask=valid, other=0).to(tl.int1), r, 0.0)
+        r = tl.where(load(MASK, column, valid).to(tl.int1), r, 0.0)
     return r, r * tl.load(INVERSE + column, mask=valid_d, other=0.0)[None, :]
 
 
@@ -145,13 +144,12 @@ def _conjugate_kernel(
         enough = tl.load(ENOUGH + row, mask=valid_r, other=0.0)
 
     if ONE_CHUNK:
-        column, valid_d = columns(0, d, 0, 0, BLOCK_D)
-        valid = valid_r[:, None] & valid_d[None, :]
+        column, valid_d, valid = columns(0, d, valid_r, BLOCK_D)
         if FIRST:
-            r = tl.load(R + column[None, :], mask=valid, other=0.0)
+            r = load(R, column, valid)
         else:
-            p = tl.load(P + column[None, :], mask=valid, other=0.0).to(tl.float32)
-            u = tl.load(U + column[None, :], mask=valid, other=0.0)
+            p = load(P, column, valid).to(tl.float32)
+            u = load(U, column, valid)
             a = tl.where(before <= enough, 0.0, _ratio(before, tl.sum(p * u, axis=1)))
             r = _move(Z, R, column, valid, p, u, a)
         if not LAST:
@@ -159,28 +157,26 @@ def _conjugate_kernel(
             rz = tl.sum(r * z, axis=1)
             if not FIRST:
                 z += _ratio(rz, before)[:, None] * p
-            tl.store(P + column[None, :], cast(z, P.dtype.element_ty), mask=valid)
+            store(P, column, z, valid)
     else:
         if not FIRST:
             # Pass A: the step size.
             products = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
             for start in range(0, d, BLOCK_D):
-                column, valid_d = columns(start, d, 0, 0, BLOCK_D)
-                valid = valid_r[:, None] & valid_d[None, :]
-                p = tl.load(P + column[None, :], mask=valid, other=0.0).to(tl.float32)
-                products += p * tl.load(U + column[None, :], mask=valid, other=0.0)
+                column, valid_d, valid = columns(start, d, valid_r, BLOCK_D)
+                p = load(P, column, valid).to(tl.float32)
+                products += p * load(U, column, valid)
             a = tl.where(before <= enough, 0.0, _ratio(before, tl.sum(products, axis=1)))
 
         # Pass B: the move, and <r, z> of the next direction.
         products_rz = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for back in range(0, d, BLOCK_D):
-            column, valid_d = columns((d - 1) // BLOCK_D * BLOCK_D - back, d, 0, 0, BLOCK_D)
-            valid = valid_r[:, None] & valid_d[None, :]
+            column, valid_d, valid = columns((d - 1) // BLOCK_D * BLOCK_D - back, d, valid_r, BLOCK_D)
             if FIRST:
-                r = tl.load(R + column[None, :], mask=valid, other=0.0)
+                r = load(R, column, valid)
             else:
-                p = tl.load(P + column[None, :], mask=valid, other=0.0).to(tl.float32)
-                u = tl.load(U + column[None, :], mask=valid, other=0.0)
+                p = load(P, column, valid).to(tl.float32)
+                u = load(U, column, valid)
                 r = _move(Z, R, column, valid, p, u, a)
             if not LAST:
                 r, z = _preconditioned(INVERSE, MASK, r, column, valid, valid_d)
@@ -192,14 +188,13 @@ def _conjugate_kernel(
             tl.debug_barrier()
             # Pass C: the direction.
             for start in range(0, d, BLOCK_D):
-                column, valid_d = columns(start, d, 0, 0, BLOCK_D)
-                valid = valid_r[:, None] & valid_d[None, :]
-                r = tl.load(R + column[None, :], mask=valid, other=0.0)
+                column, valid_d, valid = columns(start, d, valid_r, BLOCK_D)
+                r = load(R, column, valid)
                 r, z = _preconditioned(INVERSE, MASK, r, column, valid, valid_d)
                 if not FIRST:
-                    p = tl.load(P + column[None, :], mask=valid, other=0.0).to(tl.float32)
+                    p = load(P, column, valid).to(tl.float32)
                     z += _ratio(rz, before)[:, None] * p
-                tl.store(P + column[None, :], cast(z, P.dtype.element_ty), mask=valid)
+                store(P, column, z, valid)
 
     if not LAST:
         tl.store(RZ + row, rz, mask=valid_r)
@@ -211,11 +206,9 @@ def _conjugate_kernel(
 @operation(
     reference, cost, example, writes=("Z", "R", "P", "rz", "enough"), tolerance=2.0**-8,
     launches=(
-        launch(NVIDIA, d=576), launch(NVIDIA, d=1536), launch(HOPPER, d=8192), launch(ALL), launch(ALL, d=28672),
-        *(launch(HOPPER, d=d, first=True) for d in (4096, 28672)),
-        *(launch(HOPPER, d=d, last=True) for d in (4096, 28672)),
-        *(launch(HOPPER, d=d, dtype=torch.float32) for d in (4096, 28672)),
-        launch(HOPPER, masked=False),
+        launch(NVIDIA, d=1536), launch(ALL, d=14336), launch(HOPPER, d=14336, dtype=torch.float32),
+        *(launch(HOPPER, d=d, first=True) for d in (4096, 14336)),
+        *(launch(HOPPER, d=d, last=True) for d in (4096, 14336)),
     ),
 )  # fmt: skip
 def conjugate_step(
@@ -251,15 +244,13 @@ def conjugate_step(
     check_rows((rows, d), Z, FP32, Z=Z, R=R, U=U)
     check_rows((rows, d), Z, (torch.float32, torch.bfloat16), P=P)
     check_rows((rows, d), Z, BOOL, mask=mask)
-    for name, vector, length in (("rz", rz, rows), ("enough", enough, rows), ("inverse", inverse, d)):
-        check_vector(name, vector, length, Z)
+    check_rows((rows,), Z, FP32, rz=rz, enough=enough)
+    check_rows((d,), Z, FP32, inverse=inverse)
     if Z.numel() == 0:
         return
     config = configuration(rows, d)
-    with on_device(Z):
-        _conjugate_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            Z=Z, R=R, P=P, U=U, RZ=rz, ENOUGH=enough, INVERSE=inverse, MASK=mask, converged=CONVERGED,
-            rows=rows, d=d, stride_z=Z.stride(0), stride_r=R.stride(0), stride_p=P.stride(0), stride_u=U.stride(0),
-            stride_m=row_stride(mask), FIRST=first, LAST=last, ONE_CHUNK=config["BLOCK_D"] >= d, enable_fp_fusion=True,
-            **config,
-        )  # fmt: skip
+    launch_rows(
+        _conjugate_kernel, config, Z, R, P, U, rz, enough, inverse, mask, CONVERGED,
+        d=d, **row_strides(z=Z, r=R, p=P, u=U, m=mask),
+        FIRST=first, LAST=last, ONE_CHUNK=config["BLOCK_D"] >= d,
+    )  # fmt: skip

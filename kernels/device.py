@@ -1,4 +1,4 @@
-"""Device functions that several kernels call: rounding, dot product, order of tiles, columns of a chunk.
+"""Device functions that several kernels call: rounding, dot product, order of tiles, chunks of rows.
 
 Kernels only load bfloat16, store it, and multiply it in `dot`. They convert it to fp32 before any other arithmetic,
 since the interpreter would compute with its bit patterns.
@@ -93,8 +93,23 @@ def triangle_tile(tile, d, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N
 
 
 @triton.jit
-def columns(start, d, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr = 4):
-    """Compute the columns of one chunk, and which of them exist.
+def load(X, column, valid):
+    """Load valid columns of the tile's rows, and 0 for others. X points at the first column of each row."""
+    return tl.load(X + column[None, :], mask=valid, other=0)
+
+
+@triton.jit
+def store(X, column, x, valid):
+    """Store x in valid columns of the tile's rows, rounded to the dtype of X."""
+    tl.store(X + column[None, :], cast(x, X.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def columns(
+    start, d, valid_r, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr = 0, PADDED: tl.constexpr = 0, TOGETHER: tl.constexpr = 4,
+):  # fmt: skip
+    """Compute the columns of one chunk, which of them exist, and which entries (BLOCK_R, BLOCK_D) are of valid rows.
 
     Each group of GROUP columns is padded to PADDED columns, a power of two, so that a chunk reshapes into whole groups.
     A thread has at most TOGETHER adjacent columns.
@@ -105,8 +120,8 @@ def columns(start, d, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.con
     index = start + tl.max_contiguous(tl.arange(0, BLOCK_D), TOGETHER)
     if GROUP == PADDED:
         column = index
-        valid = index < d
+        exists = index < d
     else:
         column = index // PADDED * GROUP + index % PADDED
-        valid = (index % PADDED < GROUP) & (column < d)
-    return column, valid
+        exists = (index % PADDED < GROUP) & (column < d)
+    return column, exists, valid_r[:, None] & exists[None, :]

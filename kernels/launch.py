@@ -1,6 +1,7 @@
 """Host functions that several launchers call: checks of arguments, the current device, the target of compilation."""
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -78,7 +79,7 @@ def check(name: str, tensor: object, shape: tuple[int, ...], dtypes: tuple[torch
         raise TypeError(f"{name}: expected {' or '.join(str(t) for t in dtypes)}, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {tensor.device}")
-    if tensor.device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if tensor.device.type == "cpu" and not INTERPRET:
         raise ValueError(
             f"{name}: the Triton kernels need a GPU, got {tensor.device}; use --kernel torch, or set "
             "TRITON_INTERPRET=1 before Python starts"
@@ -106,25 +107,26 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
-def check_rows(
-    shape: tuple[int, int], like: Tensor, dtypes: tuple[torch.dtype, ...], **matrices: Tensor | None
-) -> None:
-    """Raise unless every matrix that is not None has this shape, one of these dtypes, and contiguous rows."""
-    for name, matrix in matrices.items():
-        if matrix is not None:
-            check(name, matrix, shape, dtypes, like)
-            if matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
-                raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
+def launch_rows(kernel: Any, config: dict[str, int], X: Tensor, *others: object, **options: object) -> None:
+    """Launch a kernel whose first argument is X; a program works on BLOCK_R rows of X."""
+    with on_device(X):
+        kernel[(triton.cdiv(len(X), config["BLOCK_R"]),)](
+            X, *others, rows=len(X), enable_fp_fusion=True, **options, **config
+        )
 
 
-def check_vector(name: str, vector: object, length: int, like: Tensor) -> None:
-    """Raise unless `vector` is a tensor of this length, on the device of `like`, with contiguous fp32 entries."""
-    check(name, vector, (length,), (torch.float32,), like)
-    assert isinstance(vector, Tensor)
-    if not vector.is_contiguous():
-        raise ValueError(f"{name}: expected contiguous entries, got strides {vector.stride()}")
+def check_rows(shape: tuple[int, ...], like: Tensor, dtypes: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
+    """Raise unless every tensor that is not None has this shape, one of these dtypes, and contiguous rows.
+
+    A vector is one row.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check(name, tensor, shape, dtypes, like)
+            if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+                raise ValueError(f"{name}: expected contiguous rows, got strides {tensor.stride()}")
 
 
-def row_stride(matrix: Tensor | None) -> int:
-    """Return the row stride of a matrix; 0 for None."""
-    return 0 if matrix is None else matrix.stride(0)
+def row_strides(**matrices: Tensor | None) -> dict[str, int]:
+    """Return the arguments `stride_...` of a kernel: the row stride of each matrix, and 0 for None."""
+    return {f"stride_{name}": 0 if matrix is None else matrix.stride(0) for name, matrix in matrices.items()}

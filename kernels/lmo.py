@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .definitions import check_budget
 from .device import columns
-from .launch import check, check_matrix, interpreter_tile, on_device, platform, row_stride, warps
-from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
+from .launch import BOOL, FP32, check, check_matrix, interpreter_tile, launch_rows, platform, row_strides, warps
+from .operation import ALL, Arguments, Cost, Size, launch, metadata, operation
 from .topk import NAN_KEY, key_range, kth_key, load_budget, load_keys, lowest_key, take, take_of_groups
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
@@ -44,7 +44,7 @@ def reference(
     # Adding +0 makes +0 of -0.
     order = (units + 0.0).sort(dim=1, descending=True, stable=True).indices
     rank = order.argsort(dim=1)
-    V = rank < (k.to(rank.device)[:, None] if isinstance(k, Tensor) else k)
+    V = rank < (k[:, None] if isinstance(k, Tensor) else k)
     if positive:
         V &= units > 0
     V = V.view(score.shape)
@@ -90,8 +90,11 @@ def padded_d(d: int, group: int) -> int:
 
 
 def selection_options(d: int, k: int | Tensor, group: int, config: dict[str, int]) -> dict[str, object]:
-    """Return the compile-time arguments of a selection, except the tile sizes."""
+    """Return the arguments that describe a selection to a kernel, except for tensors and tile sizes."""
     return dict(
+        d=d,
+        padded_d=padded_d(d, group),
+        stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
         PER_ROW=isinstance(k, Tensor),
         GROUP=group,
         PADDED=triton.next_power_of_2(group) if group else 0,
@@ -111,44 +114,33 @@ def _lmo_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid_r = row < rows
     row = row.to(tl.int64)
-    score = SCORE + row[:, None] * stride_sr
-    fixed = None
+    SCORE += row[:, None] * stride_sr
     if FIXED is not None:
-        fixed = FIXED + row[:, None] * stride_fr
-    vertex = V + row[:, None] * stride_vr
-    lowest = lowest_key(POSITIVE)
+        FIXED += row[:, None] * stride_fr
+    V += row[:, None] * stride_vr
+    scores = SCORE, FIXED, d, valid_r, stride_sd, stride_fd, lowest_key(POSITIVE)
 
     if GROUP:
         nan = tl.zeros((BLOCK_R,), tl.int1)
         for start in range(0, padded_d, BLOCK_D):
-            keys = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, GROUP, PADDED, BLOCK_D)
+            keys = load_keys(scores, start, BLOCK_D, GROUP, PADDED)
             nan = nan | (tl.max(keys, axis=1) == NAN_KEY)
             chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
-            column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D, 16)
-            valid = valid_r[:, None] & valid_d[None, :]
-            tl.store(vertex + column[None, :].to(tl.int64) * stride_vd, chosen, mask=valid)
+            column, _, valid = columns(start, d, valid_r, BLOCK_D, GROUP, PADDED, 16)
+            tl.store(V + column[None, :].to(tl.int64) * stride_vd, chosen, mask=valid)
     else:
         budget = load_budget(k, row, valid_r, stride_k, PER_ROW, BLOCK_R)
-        first_keys = load_keys(score, fixed, 0, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
-        threshold, n, top, n_top, budget, high = key_range(
-            first_keys, budget, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D
-        )
+        first_keys = load_keys(scores, 0, SEARCH_D)
+        ends, budget, high = key_range(budget, first_keys, scores, WHOLE)
         nan = high == NAN_KEY
-        threshold, ties_kept, tied = kth_key(
-            threshold, n, top, n_top, first_keys, budget, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
-            WHOLE, SEARCH_D,
-        )  # fmt: skip
+        threshold, ties_kept, tied = kth_key(ends, budget, first_keys, scores, WHOLE)
         passed = tl.zeros((BLOCK_R,), tl.int32)
         for start in range(0, d, BLOCK_D):
-            if ONE_CHUNK:
-                keys = first_keys
-            else:
-                # The keys are loaded again, since registers cannot hold all of them and the running count of ties.
-                keys = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, BLOCK_D)
+            # Keys are loaded again, since registers cannot hold those of a long row and the running count of ties.
+            keys = first_keys if ONE_CHUNK else load_keys(scores, start, BLOCK_D)
             chosen, passed = take(keys, threshold, ties_kept, tied, passed)
-            column, valid_d = columns(start, d, 0, 0, BLOCK_D)
-            valid = valid_r[:, None] & valid_d[None, :]
-            tl.store(vertex + column[None, :].to(tl.int64) * stride_vd, chosen, mask=valid)
+            column, _, valid = columns(start, d, valid_r, BLOCK_D)
+            tl.store(V + column[None, :].to(tl.int64) * stride_vd, chosen, mask=valid)
     tl.store(NAN + row, nan, mask=valid_r)
 
 
@@ -160,18 +152,14 @@ def check_selection(rows: int, d: int, k: int | Tensor, group: int, fixed: Tenso
     if isinstance(k, Tensor):
         check("k", k, (rows,), INTEGERS, like)
     if fixed is not None:
-        check("fixed", fixed, (rows, d), (torch.bool,), like)
+        check("fixed", fixed, (rows, d), BOOL, like)
 
 
 @operation(
     reference, cost, example, settings={"": {}, "2:4": dict(group=4)}, library=library,
     # Ties do not change the sum of the kept scores, and any other choice changes it by more than the tolerance.
     result=lambda arguments, V: ((arguments["score"].double() * V).sum(1),), tolerance=1e-12,
-    launches=(
-        *(launch(HOPPER, d=d, fixed=True) for d in (576, 8192)),
-        *(launch(ALL, d=d, fixed=True) for d in (4096, 14336, 28672, 65536)),
-        *(launch(ALL, group=group) for group in (4, 32)),
-    ),
+    launches=(*(launch(ALL, d=d, fixed=True) for d in (14336, 28672, 65536)), launch(ALL, group=32)),
 )  # fmt: skip
 def lmo(
     score: Tensor,
@@ -199,23 +187,21 @@ def lmo(
         ValueError, TypeError: an argument does not fit this description, or `check_nan` is set and a score is NaN, in
             which case `out` has been written.
     """
-    rows, d = check_matrix("score", score, (torch.float32,))
+    rows, d = check_matrix("score", score, FP32)
     check_selection(rows, d, k, group, fixed, score)
     if out is None:
         out = torch.empty(rows, d, dtype=torch.bool, device=score.device)
-    check("out", out, (rows, d), (torch.bool,), score)
+    check("out", out, (rows, d), BOOL, score)
     if out.numel() == 0:
         return out
     nan = torch.empty(rows, dtype=torch.bool, device=score.device)
     config = configuration(rows, d, group)
-    with on_device(score):
-        _lmo_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            SCORE=score, FIXED=fixed, V=out, NAN=nan, k=k, rows=rows, d=d, padded_d=padded_d(d, group),
-            stride_sr=score.stride(0), stride_sd=score.stride(1),
-            stride_fr=row_stride(fixed), stride_fd=0 if fixed is None else fixed.stride(1),
-            stride_vr=out.stride(0), stride_vd=out.stride(1), stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
-            POSITIVE=positive, **selection_options(d, k, group, config), enable_fp_fusion=True, **config,
-        )  # fmt: skip
+    launch_rows(
+        _lmo_kernel, config, score, fixed, out, nan, k,
+        **row_strides(sr=score, fr=fixed, vr=out),
+        stride_sd=score.stride(1), stride_fd=0 if fixed is None else fixed.stride(1), stride_vd=out.stride(1),
+        POSITIVE=positive, **selection_options(d, k, group, config),
+    )  # fmt: skip
     if check_nan and bool(nan.any()):
         raise ValueError("score: contains NaN")
     return out

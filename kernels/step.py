@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .definitions import RowState, widened
-from .device import cast, columns
+from .device import columns, load, store
 from .launch import (
     BOOL,
     FLOATS,
@@ -41,11 +41,10 @@ from .launch import (
     check,
     check_matrix,
     check_rows,
-    check_vector,
     interpreter_tile,
-    on_device,
+    launch_rows,
     platform,
-    row_stride,
+    row_strides,
     warps,
 )
 from .lmo import check_selection, padded_d, selection_options
@@ -109,27 +108,27 @@ def example(
 ) -> Arguments:
     """Make the first step of a solve, from a random mask. On a GPU theta, next_theta and eta are tensors.
 
-    W and E are in `size.dtype`; with `target` W is in fp32. With `open_loop` eta is given, there is no threshold, and a
-    row without groups has a budget of its own.
+    W and E are in `size.dtype`; with `target` W is in fp32. With `open_loop` eta is given, there is no threshold, and
+    each row has a budget of its own.
     """
     W, G = size.matrix(dtype=torch.float32 if target else size.dtype), size.gram()
     k: Any = group // 2 or int(0.4 * size.d)
     eta, error = torch.zeros(2, size.rows, device=size.device)
-    if open_loop and not group:
+    if open_loop:
         k = torch.full_like(eta, k, dtype=torch.int32)
-    mask = best_vertex(size.matrix(seed=1), k, group=group, check_nan=False)
-    gap = 0.1 * size.matrix(seed=2) if target else None
-    R = removed(W, mask, gap).float() @ G
-    # V, E and U are set below.
-    state = RowState(W, G.diagonal().contiguous(), mask.float(), R, R, mask, W, k, eta, error, group)
-    state.fixed, state.target_gap = mask & size.mask(seed=3) if fixed else None, gap
-    numbers: Arguments = dict(theta=0.5, next_theta=0.6) | (dict(eta=0.3) if open_loop else {})
-    score = scores(state, numbers["theta"])
-    state.V = best_vertex(score, k, group=group, fixed=state.fixed, positive=True, check_nan=False)
-    state.E = removed(W, state.V, gap).to(size.dtype)
-    state.U = state.E.float() @ G
-    if not open_loop:
-        state.threshold = score.masked_fill(~state.V, torch.inf).amin(1)
+    V = best_vertex(size.matrix(seed=1), k, group=group, check_nan=False)
+    fixed_entries, gap = V & size.mask(seed=3) if fixed else None, 0.1 * size.matrix(seed=2) if target else None
+    R, E = removed(W, V, gap).float() @ G, W.to(size.dtype)
+    diag = G.diagonal().contiguous()
+    state = RowState(W, diag, V.float(), R, R, V, E, k, eta, error, group, fixed_entries, gap)
+    numbers: Arguments = dict(theta=0.5, next_theta=0.6)
+    # A step of length 0 chooses V and E.
+    reference(state, eta=0.0, next_theta=numbers["theta"])
+    state.U = E.float() @ G
+    if open_loop:
+        numbers["eta"] = 0.3
+    else:
+        state.threshold = scores(state, numbers["theta"]).masked_fill(~V, torch.inf).amin(1)
     if size.device != "cpu":
         numbers = {name: torch.tensor(x, device=size.device) for name, x in numbers.items()}
     return dict(state=state, **numbers)
@@ -166,12 +165,6 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
 
 
 @triton.jit
-def _move(x, target, eta):
-    """Compute x + eta (target - x)."""
-    return x + eta * (target - x)
-
-
-@triton.jit
 def _line_terms(w, q, m, r, u, v, theta):
     """Compute the term of each entry in the sums lin and quad."""
     D = v - m
@@ -188,19 +181,13 @@ def _line_search(lin, quad):
 
 
 @triton.jit
-def _vertex_score(w, q, m, r, theta):
-    """Compute the negative gradient."""
-    return 2 * w * r - theta * q * (1 - 2 * m)
-
-
-@triton.jit
 def _load_state(W, M, R, U, V, column, valid):
     """Load one chunk of w, m, r, u, v in fp32. The pointers point at the first column of the tile's rows."""
-    w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
-    m = tl.load(M + column[None, :], mask=valid, other=0.0)
-    r = tl.load(R + column[None, :], mask=valid, other=0.0)
-    u = tl.load(U + column[None, :], mask=valid, other=0.0)
-    v = tl.load(V + column[None, :], mask=valid, other=0).to(tl.float32)
+    w = load(W, column, valid).to(tl.float32)
+    m = load(M, column, valid)
+    r = load(R, column, valid)
+    u = load(U, column, valid)
+    v = load(V, column, valid).to(tl.float32)
     return w, m, r, u, v
 
 
@@ -213,24 +200,25 @@ def _diagonal(DIAG, w, column, valid_d):
 @triton.jit
 def _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d):
     """Update one chunk of M and R, and store it; return the next score and the error of each entry."""
-    m = _move(m, v, step[:, None])
-    r = _move(r, u, step[:, None])
-    tl.store(M + column[None, :], m, mask=valid)
-    tl.store(R + column[None, :], r, mask=valid)
-    score = _vertex_score(w, _diagonal(DIAG, w, column, valid_d), m, r, next_theta)
+    m += step[:, None] * (v - m)
+    r += step[:, None] * (u - r)
+    store(M, column, m, valid)
+    store(R, column, r, valid)
+    q = _diagonal(DIAG, w, column, valid_d)
+    score = 2 * w * r - next_theta * q * (1 - 2 * m)
     if FIXED is not None:
-        is_fixed = tl.load(FIXED + column[None, :], mask=valid, other=0).to(tl.int1)
+        is_fixed = load(FIXED, column, valid).to(tl.int1)
         score = tl.where(is_fixed, float("inf"), score)
     return score, w * (1 - m) * r
 
 
 @triton.jit
 def _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid):
-    tl.store(V + column[None, :], chosen, mask=valid)
+    store(V, column, chosen, valid)
     e = tl.where(chosen, 0.0, w)
     if TARGET_GAP is not None:
-        e += tl.load(TARGET_GAP + column[None, :], mask=valid, other=0.0)
-    tl.store(E + column[None, :], cast(e, E.dtype.element_ty), mask=valid)
+        e += load(TARGET_GAP, column, valid)
+    store(E, column, e, valid)
 
 
 @triton.jit
@@ -241,23 +229,17 @@ def _store_step(ETA, ERROR, row, valid_r, step, errors):
 
 
 @triton.jit
-def _find_threshold(
-    THRESHOLD, row, valid_r, lowest, keys, budget, U, d, WHOLE: tl.constexpr, SEARCH_D: tl.constexpr
-):  # fmt: skip
+def _find_threshold(THRESHOLD, row, valid_r, lowest, budget, keys, scores, WHOLE: tl.constexpr):
     """Find the threshold of each row by `kth_key`. The search starts from THRESHOLD, and replaces it.
 
     If THRESHOLD is None, the search starts from the range of the keys.
     """
     if THRESHOLD is None:
-        threshold, n, top, n_top, budget, _ = key_range(keys, budget, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D)
+        ends, budget, _ = key_range(budget, keys, scores, WHOLE)
     else:
         start = order_key(tl.load(THRESHOLD + row, mask=valid_r, other=0.0))
-        threshold, n, top, n_top = bracket(
-            start, lowest + 1, budget, keys, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D
-        )
-    threshold, ties_kept, tied = kth_key(
-        threshold, n, top, n_top, keys, budget, U, None, d, valid_r, 1, 0, None, WHOLE, SEARCH_D
-    )
+        ends = bracket(start, lowest + 1, budget, keys, scores, WHOLE)
+    threshold, ties_kept, tied = kth_key(ends, budget, keys, scores, WHOLE)
     if THRESHOLD is not None:
         tl.store(THRESHOLD + row, key_score(threshold), mask=valid_r)
     return threshold, ties_kept, tied
@@ -295,10 +277,11 @@ def _step_kernel(
     if not LINE_SEARCH:
         step += eta
     lowest = lowest_key(next_theta < 1)
+    # The keys of a row longer than a chunk replace U.
+    stored_keys = U, None, d, valid_r, 1, 0, None
 
     if ONE_CHUNK:
-        column, valid_d = columns(0, d, GROUP, PADDED, BLOCK_D)
-        valid = valid_r[:, None] & valid_d[None, :]
+        column, valid_d, valid = columns(0, d, valid_r, BLOCK_D, GROUP, PADDED)
         w, m, r, u, v = _load_state(W, M, R, U, V, column, valid)
         if LINE_SEARCH:
             lin, quad = _line_terms(w, _diagonal(DIAG, w, column, valid_d), m, r, u, v, theta)
@@ -314,13 +297,12 @@ def _step_kernel(
             chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
         else:
             threshold, ties_kept, tied = _find_threshold(
-                THRESHOLD, row, valid_r, lowest, keys, budget, U, d, WHOLE=True, SEARCH_D=BLOCK_D
+                THRESHOLD, row, valid_r, lowest, budget, keys, stored_keys, WHOLE=True
             )
             chosen, passed = take(keys, threshold, ties_kept, tied, tl.zeros((BLOCK_R,), tl.int32))
             # `padded_d` equals d here, but the compiler does not know it. So it computes the masks again, and does not
             # keep them in registers during the search.
-            column, valid_d = columns(0, padded_d, 0, 0, BLOCK_D)
-            valid = valid_r[:, None] & valid_d[None, :]
+            column, _, valid = columns(0, padded_d, valid_r, BLOCK_D)
         _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
     else:
         # Pass A: the step size.
@@ -328,8 +310,7 @@ def _step_kernel(
             lin = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
             quad = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
             for start in range(0, padded_d, BLOCK_D):
-                column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
-                valid = valid_r[:, None] & valid_d[None, :]
+                column, valid_d, valid = columns(start, d, valid_r, BLOCK_D, GROUP, PADDED)
                 w, m, r, u, v = _load_state(W, M, R, U, V, column, valid)
                 lin_d, quad_d = _line_terms(w, _diagonal(DIAG, w, column, valid_d), m, r, u, v, theta)
                 lin += lin_d
@@ -339,8 +320,8 @@ def _step_kernel(
         # Pass B: the update and the next scores.
         errors = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for back in range(0, padded_d, BLOCK_D):
-            column, valid_d = columns((padded_d - 1) // BLOCK_D * BLOCK_D - back, d, GROUP, PADDED, BLOCK_D)
-            valid = valid_r[:, None] & valid_d[None, :]
+            start = (padded_d - 1) // BLOCK_D * BLOCK_D - back
+            column, valid_d, valid = columns(start, d, valid_r, BLOCK_D, GROUP, PADDED)
             w, m, r, u, v = _load_state(W, M, R, U, V, column, valid)
             score, error_d = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)
             errors += error_d
@@ -349,25 +330,24 @@ def _step_kernel(
                 chosen = take_of_groups(keys, k, GROUP, PADDED, BLOCK_R, BLOCK_D)
                 _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
             else:
-                tl.store(U + column[None, :], keys.to(tl.float32, bitcast=True), mask=valid)
+                store(U, column, keys.to(tl.float32, bitcast=True), valid)
         _store_step(ETA, ERROR, row, valid_r, step, errors)
 
         if not GROUP:
             # Pass C reads keys that another thread may have stored in pass B, and Triton adds no barrier.
             tl.debug_barrier()
             # Pass C: the k-th key.
-            first_keys = load_keys(U, None, 0, d, valid_r, 1, 0, None, 0, 0, SEARCH_D)
+            first_keys = load_keys(stored_keys, 0, SEARCH_D)
             threshold, ties_kept, tied = _find_threshold(
-                THRESHOLD, row, valid_r, lowest, first_keys, budget, U, d, WHOLE, SEARCH_D
+                THRESHOLD, row, valid_r, lowest, budget, first_keys, stored_keys, WHOLE
             )
             # Pass D: the vertex.
             passed = tl.zeros((BLOCK_R,), tl.int32)
             for start in range(0, d, BLOCK_D):
-                column, valid_d = columns(start, d, 0, 0, BLOCK_D)
-                valid = valid_r[:, None] & valid_d[None, :]
-                keys = load_keys(U, None, start, d, valid_r, 1, 0, None, 0, 0, BLOCK_D)
+                column, _, valid = columns(start, d, valid_r, BLOCK_D)
+                keys = load_keys(stored_keys, start, BLOCK_D)
                 chosen, passed = take(keys, threshold, ties_kept, tied, passed)
-                w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
+                w = load(W, column, valid).to(tl.float32)
                 _store_vertex(V, E, TARGET_GAP, w, chosen, column, valid)
 
 
@@ -375,14 +355,9 @@ def _step_kernel(
     reference, cost, example, settings={"": {}, "2:4": dict(group=4), "target": dict(target=True)}, writes=("state",),
     result=result, tolerance=1e-4,
     launches=(
-        *(launch(HOPPER, d=d, fixed=True) for d in (576, 8192)),
         *(launch(ALL, d=d, fixed=True) for d in (4096, 14336, 28672, 65536)),
-        *(launch(HOPPER, group=group, fixed=True) for group in (4, 32)),
-        *(launch(ALL, d=14336, group=group, fixed=True) for group in (4, 32)),
-        *(launch(HOPPER, d=d, target=True) for d in (4096, 28672)),
-        launch(HOPPER, d=4095, group=5, fixed=True),
-        launch(ALL, d=320, group=5, fixed=True, open_loop=True),
-        launch(HOPPER, open_loop=True),
+        *(launch(ALL, d=d, group=32, fixed=True) for d in (4096, 14336)),
+        launch(ALL, d=4095, group=5, fixed=True), launch(HOPPER, open_loop=True),
     ),
 )  # fmt: skip
 def row_step(
@@ -412,10 +387,8 @@ def row_step(
     check_rows((rows, d), W, FP32, M=state.M, R=state.R, U=state.U, target_gap=target_gap)
     check_rows((rows, d), W, BOOL, V=state.V, fixed=fixed)
     check_selection(rows, d, k, state.group, fixed, W)
-    check_vector("diag", state.diag, d, W)
-    for name, vector in (("eta", state.eta), ("error", state.error), ("threshold", threshold)):
-        if vector is not None:
-            check_vector(name, vector, rows, W)
+    check_rows((d,), W, FP32, diag=state.diag)
+    check_rows((rows,), W, FP32, eta=state.eta, error=state.error, threshold=threshold)
     numbers = dict(theta=theta, next_theta=next_theta) | ({} if eta is None else dict(eta=eta))
     stored = any(isinstance(number, Tensor) for number in numbers.values())
     for name, number in numbers.items():
@@ -428,14 +401,10 @@ def row_step(
         state.error.zero_()
         return
     config = configuration(rows, d, state.group)
-    with on_device(W):
-        _step_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            W=W, DIAG=state.diag, M=state.M, R=state.R, U=state.U, V=state.V, E=state.E, FIXED=fixed,
-            TARGET_GAP=target_gap, THRESHOLD=threshold, ETA=state.eta, ERROR=state.error, k=k,
-            **{"eta": 0.0, **numbers}, rows=rows, d=d, padded_d=padded_d(d, state.group),
-            stride_w=W.stride(0), stride_m=state.M.stride(0), stride_r=state.R.stride(0), stride_u=state.U.stride(0),
-            stride_v=state.V.stride(0), stride_e=state.E.stride(0), stride_f=row_stride(fixed),
-            stride_t=row_stride(target_gap), stride_k=k.stride(0) if isinstance(k, Tensor) else 0,
-            STORED=stored, LINE_SEARCH=eta is None, **selection_options(d, k, state.group, config),
-            enable_fp_fusion=True, **config,
-        )  # fmt: skip
+    launch_rows(
+        _step_kernel, config,
+        W, state.diag, state.M, state.R, state.U, state.V, state.E,
+        fixed, target_gap, threshold, state.eta, state.error, k, **{"eta": 0.0, **numbers},
+        **row_strides(w=W, m=state.M, r=state.R, u=state.U, v=state.V, e=state.E, f=fixed, t=target_gap),
+        STORED=stored, LINE_SEARCH=eta is None, **selection_options(d, k, state.group, config),
+    )  # fmt: skip

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .definitions import LEAST_GAIN, widened
-from .device import columns
+from .device import columns, load, store
 from .launch import (
     BOOL,
     FLOATS,
@@ -25,14 +25,14 @@ from .launch import (
     check_matrix,
     check_rows,
     interpreter_tile,
-    on_device,
+    launch_rows,
     platform,
-    row_stride,
+    row_strides,
     warps,
 )
 from .lmo import check_selection, padded_d
 from .lmo import reference as best_vertex
-from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
+from .operation import ALL, Arguments, Cost, Size, launch, metadata, operation
 
 
 def reference(
@@ -90,14 +90,14 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
 @triton.jit
 def _changes(W, DIAG, R, V, FIXED, column, valid, valid_d):
     """Load w, and compute the change of the error if one entry is removed (a) or kept (b); inf where impossible."""
-    w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
-    r = tl.load(R + column[None, :], mask=valid, other=0.0)
-    v = tl.load(V + column[None, :], mask=valid, other=0).to(tl.int1)
+    w = load(W, column, valid).to(tl.float32)
+    r = load(R, column, valid)
+    v = load(V, column, valid).to(tl.int1)
     q = w * w * tl.load(DIAG + column, mask=valid_d, other=0.0)[None, :]
     lin = 2 * w * r
     removable = v
     if FIXED is not None:
-        removable = v & (tl.load(FIXED + column[None, :], mask=valid, other=0) == 0)
+        removable = v & (load(FIXED, column, valid) == 0)
     a = tl.where(removable & valid, q + lin, float("inf"))
     b = tl.where(v | (valid == 0), float("inf"), q - lin)
     return w, a, b
@@ -160,10 +160,9 @@ def _swaps_kernel(
 
     removed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(0, d, BLOCK_D):
-        column, valid_d = columns(start, d, 0, 0, BLOCK_D)
-        valid = valid_r[:, None] & valid_d[None, :]
-        w = tl.load(W + column[None, :], mask=valid, other=0.0).to(tl.float32)
-        v = tl.load(V + column[None, :], mask=valid, other=0).to(tl.int1)
+        column, valid_d, valid = columns(start, d, valid_r, BLOCK_D)
+        w = load(W, column, valid).to(tl.float32)
+        v = load(V, column, valid).to(tl.int1)
         removed += tl.where(v, 0.0, w * w * tl.load(DIAG + column, mask=valid_d, other=0.0)[None, :])
     threshold = -least_gain * tl.sum(removed, axis=1)
 
@@ -179,8 +178,7 @@ def _swaps_kernel(
         if GROUP:
             SHAPE: tl.constexpr = (BLOCK_R, BLOCK_D // PADDED, PADDED)
             for start in range(0, padded_d, BLOCK_D):
-                column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D)
-                valid = valid_r[:, None] & valid_d[None, :]
+                column, valid_d, valid = columns(start, d, valid_r, BLOCK_D, GROUP, PADDED)
                 w, a, b = _changes(W, DIAG, R, V, FIXED, column, valid, valid_d)
                 pair, first, second = _partners(w_rows, G, a, b, w, column, valid, stride_g, SHAPE)
                 change, i, p = _best_of_groups(pair, first, second, change, i, p)
@@ -190,8 +188,7 @@ def _swaps_kernel(
             # The lowest a and the lowest b.
             best_a, best_b = inf, inf
             for start in range(0, d, BLOCK_D):
-                column, valid_d = columns(start, d, 0, 0, BLOCK_D)
-                valid = valid_r[:, None] & valid_d[None, :]
+                column, valid_d, valid = columns(start, d, valid_r, BLOCK_D)
                 w, a, b = _changes(W, DIAG, R, V, FIXED, column, valid, valid_d)
                 best_a, i = _best(a, start, best_a, i)
                 best_b, p_b = _best(b, start, best_b, p_b)
@@ -200,12 +197,11 @@ def _swaps_kernel(
             w_p = 2 * tl.load(w_rows + p_b, mask=valid_r, other=0.0).to(tl.float32)
             g_i, g_p = G + i.to(tl.int64)[:, None] * stride_g, G + p_b.to(tl.int64)[:, None] * stride_g
             for start in range(0, d, BLOCK_D):
-                column, valid_d = columns(start, d, 0, 0, BLOCK_D)
-                valid = valid_r[:, None] & valid_d[None, :]
+                column, valid_d, valid = columns(start, d, valid_r, BLOCK_D)
                 w, a, b = _changes(W, DIAG, R, V, FIXED, column, valid, valid_d)
-                pairs = w_i[:, None] * w * tl.load(g_i + column[None, :], mask=valid, other=0.0)
+                pairs = w_i[:, None] * w * load(g_i, column, valid)
                 change, p = _best(b - pairs, start, change, p)
-                pairs = w_p[:, None] * w * tl.load(g_p + column[None, :], mask=valid, other=0.0)
+                pairs = w_p[:, None] * w * load(g_p, column, valid)
                 change_b, i_b = _best(a - pairs, start, change_b, i_b)
             change += best_a
             change_b += best_b
@@ -219,14 +215,13 @@ def _swaps_kernel(
         # A thread may read entries of R and V that another thread stores, and Triton adds no barrier between passes.
         tl.debug_barrier()
         for start in range(0, d, BLOCK_D):
-            column, valid_d = columns(start, d, 0, 0, BLOCK_D)
-            moved = active[:, None] & valid_d[None, :]
-            r = tl.load(R + column[None, :], mask=moved, other=0.0)
-            r += w_i[:, None] * tl.load(g_i + column[None, :], mask=moved, other=0.0)
-            r -= w_p[:, None] * tl.load(g_p + column[None, :], mask=moved, other=0.0)
+            column, _, moved = columns(start, d, active, BLOCK_D)
+            r = load(R, column, moved)
+            r += w_i[:, None] * load(g_i, column, moved)
+            r -= w_p[:, None] * load(g_p, column, moved)
             # If a row has fewer entries than the program has threads, several threads load the same entry. One of them
             # stores it, perhaps before the others load it. So r must not be used after this line.
-            tl.store(R + column[None, :], r, mask=moved)
+            store(R, column, r, moved)
         tl.store(v_rows + i, tl.zeros((BLOCK_R,), tl.int1), mask=active)
         tl.store(v_rows + p, tl.full((BLOCK_R,), 1, tl.int1), mask=active)
         tl.debug_barrier()
@@ -239,10 +234,7 @@ def _swaps_kernel(
     # The error of all masks hardly depends on the order of swaps that are equal up to rounding.
     result=lambda arguments, _: ((arguments["W"] * ~arguments["V"] * arguments["R"]).sum(),),
     launches=(
-        launch(HOPPER, d=576, fixed=True),
-        *(launch(ALL, d=d, fixed=True) for d in (4096, 28672)),
-        launch(ALL, group=4, fixed=True),
-        *(launch(ALL, d=d, group=group) for d, group in ((14336, 32), (4095, 5))),
+        *(launch(ALL, group=group, fixed=True) for group in (0, 4, 32)), launch(ALL, d=4095, group=5, fixed=True),
     ),
 )  # fmt: skip
 def row_swaps(
@@ -272,11 +264,9 @@ def row_swaps(
         raise ValueError(f"limit: expected at least 0, got {limit}")
     if W.numel() == 0:
         return
-    config = configuration(rows, d, group)
-    with on_device(W):
-        _swaps_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            W=W, G=G, DIAG=G.diagonal().contiguous(), R=R, V=V, FIXED=fixed, limit=limit, least_gain=LEAST_GAIN,
-            rows=rows, d=d, padded_d=padded_d(d, group), stride_w=W.stride(0), stride_g=G.stride(0),
-            stride_r=R.stride(0), stride_v=V.stride(0), stride_f=row_stride(fixed),
-            GROUP=group, PADDED=triton.next_power_of_2(group) if group else 0, enable_fp_fusion=True, **config,
-        )  # fmt: skip
+    launch_rows(
+        _swaps_kernel, configuration(rows, d, group), W, G, G.diagonal().contiguous(), R, V, fixed, limit, LEAST_GAIN,
+        d=d, padded_d=padded_d(d, group),
+        **row_strides(w=W, g=G, r=R, v=V, f=fixed),
+        GROUP=group, PADDED=triton.next_power_of_2(group) if group else 0,
+    )  # fmt: skip

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import columns
-from .launch import FLOATS, INTERPRET, check, check_matrix, check_rows, interpreter_tile, on_device, warps
-from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
+from .device import columns, load
+from .launch import BOOL, FLOATS, INTERPRET, check_matrix, check_rows, interpreter_tile, launch_rows, row_strides, warps
+from .operation import ALL, Arguments, Cost, Size, launch, metadata, operation
 
 
 def reference(X: Tensor, Y: Tensor, taken: Tensor) -> None:
@@ -48,20 +48,14 @@ def _take_rows_kernel(X, Y, TAKEN, rows, d, stride_x, stride_y, BLOCK_R: tl.cons
     taken = tl.load(TAKEN + row, mask=row < rows, other=0).to(tl.int1)
     row = row.to(tl.int64)[:, None]
     for start in range(0, d, BLOCK_D):
-        column, valid_d = columns(start, d, 0, 0, BLOCK_D)
-        column = column[None, :]
         # Rows that are not taken are neither loaded nor stored.
-        moved = taken[:, None] & valid_d[None, :]
-        tl.store(X + row * stride_x + column, tl.load(Y + row * stride_y + column, mask=moved), mask=moved)
+        column, _, moved = columns(start, d, taken, BLOCK_D)
+        tl.store(X + row * stride_x + column[None, :], load(Y + row * stride_y, column, moved), mask=moved)
 
 
 @operation(
     reference, cost, example, writes=("X",), tolerance=0.0,
-    launches=[
-        launch(targets, d=d, dtype=dtype)
-        for d, targets in ((576, HOPPER), (4096, ALL), (28672, HOPPER))
-        for dtype in (torch.float32, torch.bool)
-    ],
+    launches=(launch(ALL, dtype=torch.float32), launch(ALL, dtype=torch.bool)),
 )  # fmt: skip
 def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
     """Set X[taken] = Y[taken] in place.
@@ -73,16 +67,9 @@ def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
     Raises:
         ValueError, TypeError: an argument does not fit this description.
     """
-    rows, d = check_matrix("X", X, (*FLOATS, torch.bool))
+    rows, d = check_matrix("X", X, (*FLOATS, *BOOL))
     check_rows((rows, d), X, (X.dtype,), X=X, Y=Y)
-    check("taken", taken, (rows,), (torch.bool,), X)
-    if not taken.is_contiguous():
-        raise ValueError(f"taken: expected contiguous entries, got strides {taken.stride()}")
+    check_rows((rows,), X, BOOL, taken=taken)
     if X.numel() == 0:
         return
-    config = configuration(rows, d)
-    with on_device(X):
-        _take_rows_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            X=X, Y=Y, TAKEN=taken, rows=rows, d=d, stride_x=X.stride(0), stride_y=Y.stride(0),
-            enable_fp_fusion=True, **config,
-        )  # fmt: skip
+    launch_rows(_take_rows_kernel, configuration(rows, d), X, Y, taken, d=d, **row_strides(x=X, y=Y))

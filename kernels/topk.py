@@ -81,17 +81,17 @@ def candidate_key(x, fixed, valid, lowest):
 
 
 @triton.jit
-def load_keys(
-    score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Load one chunk as keys (BLOCK_R, BLOCK_D); `score` and `fixed` point at the first column of the tile's rows.
+def load_keys(scores, start, BLOCK_D: tl.constexpr, GROUP: tl.constexpr = 0, PADDED: tl.constexpr = 0):
+    """Load one chunk as keys (BLOCK_R, BLOCK_D).
 
-    If `lowest` is None, `score` holds keys, as the bits of floats, in place of scores.
+    Args:
+        scores: score, fixed, d, valid_r, stride_sd, stride_fd, lowest. `score` and `fixed` point at the first column of
+            the tile's rows. If `lowest` is None, `score` holds keys, as the bits of floats, in place of scores.
+        start: first column, counted with the padding of groups.
     """
+    score, fixed, d, valid_r, stride_sd, stride_fd, lowest = scores
     # A whole group is in one thread, since all its members are compared with each other.
-    column, valid_d = columns(start, d, GROUP, PADDED, BLOCK_D, 16 if GROUP else 4)
-    valid = valid_r[:, None] & valid_d[None, :]
+    column, _, valid = columns(start, d, valid_r, BLOCK_D, GROUP, PADDED, 16 if GROUP else 4)
     column = column[None, :].to(tl.int64)
     x = tl.load(score + column * stride_sd, mask=valid, other=0.0)
     if lowest is None:
@@ -115,77 +115,66 @@ def load_budget(k, row, valid_r, stride_k, PER_ROW: tl.constexpr, BLOCK_R: tl.co
 
 
 @triton.jit
-def count_reaching(
-    threshold, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
-    WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
-):  # fmt: skip
+def count_reaching(threshold, keys, scores, WHOLE: tl.constexpr):
     """Count the entries of each row with a key >= threshold.
 
-    `keys` has the first SEARCH_D columns. If these are not the WHOLE row, the other columns are loaded.
+    Args:
+        threshold: (BLOCK_R,) uint32.
+        keys: (BLOCK_R, SEARCH_D) uint32, the keys of the first columns.
+        scores: as in `load_keys`, which loads the other columns unless `keys` has WHOLE rows.
     """
     n = tl.sum((keys >= threshold[:, None]).to(tl.int32), axis=1)
     if not WHOLE:
-        for start in range(SEARCH_D, d, SEARCH_D):
-            others = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
-            n += tl.sum((others >= threshold[:, None]).to(tl.int32), axis=1)
+        d = scores[2]
+        for start in range(keys.shape[1], d, keys.shape[1]):
+            chunk = load_keys(scores, start, keys.shape[1])
+            n += tl.sum((chunk >= threshold[:, None]).to(tl.int32), axis=1)
     return n
 
 
 @triton.jit
-def highest_below(
-    bound, flip, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
-    WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
-):  # fmt: skip
+def highest_below(bound, flip, keys, scores, WHOLE: tl.constexpr):
     """Find the highest value of `key ^ flip` below `bound` in each row; other arguments as in `count_reaching`."""
     turned = keys ^ flip[:, None]
     best = tl.max(tl.where(turned < bound[:, None], turned, 0), axis=1)
     if not WHOLE:
-        for start in range(SEARCH_D, d, SEARCH_D):
-            others = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
-            turned = others ^ flip[:, None]
+        d = scores[2]
+        for start in range(keys.shape[1], d, keys.shape[1]):
+            chunk = load_keys(scores, start, keys.shape[1])
+            turned = chunk ^ flip[:, None]
             best = tl.maximum(best, tl.max(tl.where(turned < bound[:, None], turned, 0), axis=1))
     return best
 
 
 @triton.jit
-def key_range(
-    keys, k, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE: tl.constexpr, SEARCH_D: tl.constexpr
-):  # fmt: skip
-    """Return the bracket of all keys of a row, the budget, and the highest key; arguments as in `count_reaching`.
-
-    The bracket and the budget are the arguments `threshold`, `n`, `top`, `n_top` and `k` of `kth_key`.
-    """
+def key_range(k, keys, scores, WHOLE: tl.constexpr):
+    """Return the arguments `ends` and `k` of `kth_key` for all keys of a row, and the highest key."""
     n = tl.sum((keys > 0).to(tl.int32), axis=1)
     low = tl.min(tl.where(keys > 0, keys, NAN_KEY), axis=1)
     high = tl.max(keys, axis=1)
     if not WHOLE:
-        for start in range(SEARCH_D, d, SEARCH_D):
-            others = load_keys(score, fixed, start, d, valid_r, stride_sd, stride_fd, lowest, 0, 0, SEARCH_D)
-            n += tl.sum((others > 0).to(tl.int32), axis=1)
-            low = tl.minimum(low, tl.min(tl.where(others > 0, others, NAN_KEY), axis=1))
-            high = tl.maximum(high, tl.max(others, axis=1))
+        d = scores[2]
+        for start in range(keys.shape[1], d, keys.shape[1]):
+            chunk = load_keys(scores, start, keys.shape[1])
+            n += tl.sum((chunk > 0).to(tl.int32), axis=1)
+            low = tl.minimum(low, tl.min(tl.where(chunk > 0, chunk, NAN_KEY), axis=1))
+            high = tl.maximum(high, tl.max(chunk, axis=1))
     # A row with fewer than k entries keeps all of them.
-    return low, n, tl.minimum(high, NAN_KEY - 1) + 1, tl.zeros_like(n), tl.minimum(k, n), high
+    return (low, n, tl.minimum(high, NAN_KEY - 1) + 1, tl.zeros_like(n)), tl.minimum(k, n), high
 
 
 @triton.jit
-def bracket(
-    start, least, k, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
-    WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
-):  # fmt: skip
-    """Return a bracket for `kth_key` of which a guess is one end, after one count.
+def bracket(start, least, k, keys, scores, WHOLE: tl.constexpr):
+    """Return the argument `ends` of `kth_key`, after one count: a guess is one end.
 
     Args:
         start: (BLOCK_R,) uint32, the guess of the threshold; it may be any key.
         least: uint32, a key that every entry reaches.
         k: (BLOCK_R,) int32, number of entries to keep.
-        keys and the arguments after it: as in `count_reaching`.
-
-    Returns:
-        The arguments `threshold`, `n`, `top` and `n_top` of `kth_key`.
+        keys, scores, WHOLE: as in `count_reaching`.
     """
     reach = tl.minimum(tl.maximum(start, tl.maximum(least, LEAST_KEY)), INF_KEY)
-    m = count_reaching(reach, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
+    m = count_reaching(reach, keys, scores, WHOLE)
     rises = m >= k
     threshold = tl.where(rises, reach, tl.maximum(least, LEAST_KEY))
     top = tl.where(rises, INF_KEY + 1, reach).to(tl.uint32)
@@ -193,24 +182,23 @@ def bracket(
 
 
 @triton.jit
-def kth_key(
-    threshold, n, top, n_top, keys, k, score, fixed, d, valid_r, stride_sd, stride_fd, lowest,
-    WHOLE: tl.constexpr, SEARCH_D: tl.constexpr,
-):  # fmt: skip
+def kth_key(ends, k, keys, scores, WHOLE: tl.constexpr):
     """Find in each row the threshold above which all keys are kept, and how many keys equal to it are kept.
 
     Args:
-        threshold, n, top, n_top: (BLOCK_R,), the bracket: n >= k keys reach `threshold`, and n_top < k keys reach
-            `top`. n = 0 means that every entry reaches `threshold`, but their number is unknown. n_top = -1 means that
-            no key reaches `top`, and that the search has made no count there.
+        ends: (threshold, n, top, n_top), (BLOCK_R,) each, the bracket: n >= k keys reach `threshold`, and n_top < k
+            keys reach `top`. n = 0 means that every entry reaches `threshold`, but their number is unknown. n_top = -1
+            means that no key reaches `top`, and that the search has made no count there.
         k: (BLOCK_R,) int32, number of entries to keep. A row with fewer entries keeps all of them.
-        keys and the arguments after it: as in `count_reaching`.
+        keys, scores, WHOLE: as in `count_reaching`.
 
     Returns:
         threshold (BLOCK_R,) uint32: keys above the threshold are kept;
         ties_kept (BLOCK_R,) int32: of the keys equal to the threshold, this number is kept, from the lowest index on;
         tied: whether a row of the tile must remove keys equal to its threshold.
     """
+    threshold, n, top, n_top = ends
+    d = scores[2]
     # Weight of the end that did not move in the last pass. It is halved whenever this end does not move again.
     weight = tl.zeros_like(n).to(tl.float32) + 1.0
     rose = n_top < 0
@@ -238,16 +226,14 @@ def kth_key(
             # The lowest key that reaches the threshold is the highest of the flipped keys.
             flip = tl.where(drops, NAN_KEY, 0).to(tl.uint32)
             bound = tl.where(drops, (threshold ^ NAN_KEY) + 1, top)
-            nearest = flip ^ highest_below(
-                bound, flip, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D
-            )
+            nearest = flip ^ highest_below(bound, flip, keys, scores, WHOLE)
             # The key may be outside the bracket, if it is NaN, or if the row has fewer than k entries.
             nearest = tl.minimum(tl.maximum(nearest, threshold), top - 1)
             threshold = tl.where(drops, nearest, threshold)
             top = tl.where(adds, nearest + 1, top)
             reach = tl.where(drops, nearest + 1, tl.where(adds, nearest, reach))
         made += 1
-        m = count_reaching(reach, keys, score, fixed, d, valid_r, stride_sd, stride_fd, lowest, WHOLE, SEARCH_D)
+        m = count_reaching(reach, keys, scores, WHOLE)
         rises = m >= k
         weight = tl.where(rises == rose, 0.5 * weight, 1.0)
         rose = rises

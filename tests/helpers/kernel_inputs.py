@@ -74,6 +74,11 @@ def strided(X: Tensor) -> Tensor:
     return view.copy_(X)
 
 
+def of_wider(X: Tensor) -> Tensor:
+    """The same values as the right half of a matrix that is twice as wide."""
+    return torch.cat((X, X), 1)[:, X.shape[1] :]
+
+
 def row_state(W: Tensor, diag: Tensor, *others: Tensor | int, **options: Tensor | int | None) -> RowState:
     """A state of these matrices M, R, U, V, E and budget k; what a step writes to its vectors shows."""
     eta, error = (torch.full((len(W),), torch.nan, dtype=others[0].dtype, device=W.device) for _ in range(2))

@@ -100,11 +100,6 @@ def test_strided_scores(row_backend):
     assert torch.equal(out, naive.lmo(score, 60, fixed=fixed))
 
 
-@pytest.mark.parametrize("group", [0, 3])
-def test_no_rows(row_backend, group):
-    assert row_backend.lmo(torch.empty(0, 132, device=DEVICE), 2, group=group).shape == (0, 132)
-
-
 @pytest.mark.parametrize("options", [dict(k=60), dict(k=60, positive=True), dict(k=60, fixed=True), dict(k=1, group=3)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_nan_is_an_error(row_backend, options, sign):

@@ -1,14 +1,49 @@
-"""Copies of rows, rounding of masks, and steps of Adam, against the specification."""
+"""Operations on rows: what holds for all of them, copies of rows, rounding of masks, and steps of Adam."""
+
+import itertools
 
 import pytest
 import torch
 from helpers import naive
-from helpers.kernel_inputs import DEVICE, DTYPES, assert_near, normal, shapes, uniform
+from helpers.kernel_inputs import DEVICE, DTYPES, assert_near, normal, of_wider, shapes, uniform
+
+from sparsefw.kernels.operation import OPERATIONS, Size, converted
+
+WRITTEN = {
+    "lmo": ["returned"],
+    "row_step": ["M", "R", "V", "E", "eta", "error"],
+    "row_swaps": ["R", "V"],
+    "conjugate_step": ["Z", "R", "P", "rz"],
+    "take_rows": ["X"],
+}
 
 
-def of_wider(X):
-    """The same values as the right half of a matrix that is twice as wide."""
-    return torch.cat((X, X), 1)[:, X.shape[1] :]
+@pytest.mark.parametrize(("name", "label"), [(name, label) for name in WRITTEN for label in OPERATIONS[name].settings])
+def test_reruns_strides_and_other_rows_change_no_bit(row_backend, name, label):
+    operation, rows = OPERATIONS[name], 37
+    arguments = operation.example(Size(rows, 132, 300, torch.float32, DEVICE), **operation.settings[label])
+
+    def outputs(convert):
+        given = converted(arguments, convert)
+        given["returned"] = getattr(row_backend, name)(**given)
+        values = given | vars(given["state"]) if "state" in given else given
+        return [values[key] for key in WRITTEN[name]]
+
+    whole = outputs(torch.clone)
+    again, wide, part = map(outputs, (
+        torch.clone,
+        lambda x: of_wider(x) if x.ndim == 2 else x.clone(),
+        lambda x: x[:5].clone() if x.shape[:1] == (rows,) else x.clone(),
+    ))  # fmt: skip
+    assert all(map(torch.equal, whole, again))
+    assert all(map(torch.equal, whole, wide))
+    assert all(map(torch.equal, (x[:5] for x in whole), part))
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "adam_step"])
+def test_no_rows(row_backend, name):
+    returned = getattr(row_backend, name)(**OPERATIONS[name].example(Size(0, 132, 5, torch.float32, DEVICE)))
+    assert returned is None or returned.shape == (0, 132)
 
 
 @shapes
@@ -19,47 +54,25 @@ def test_rows_that_are_taken(row_backend, dtype, shape):
         # NaN moves with its row only.
         Y[0], X[-1] = torch.nan, torch.nan
     for share in (0.0, 0.4, 1.0):
-        taken, got, same = uniform(shape[0], seed=3) < share, of_wider(X), X.clone()
-        naive.take_rows(same, Y, taken)
+        taken, got = uniform(shape[0], seed=3) < share, of_wider(X)
         row_backend.take_rows(got, Y, taken)
-        expected = torch.where(taken[:, None], Y, X)
-        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(same, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(got, torch.where(taken[:, None], Y, X), rtol=0, atol=0, equal_nan=True)
 
 
-def relaxed(rows, d):
-    """Masks as a solve leaves them: some binary, some with ties at a fraction, some of all values."""
-    M = uniform(rows, d)
-    kind = torch.arange(rows, device=DEVICE)[:, None] % 4
-    M = torch.where(kind == 0, (M < 0.4).float(), M)
-    M = torch.where(kind == 1, (4 * M).round() / 4, M)
-    return torch.where(kind == 2, torch.full_like(M, 0.25), M).contiguous()
-
-
-def saliencies(rows, d):
-    # Few values, so that they tie, too.
-    return (3 * uniform(rows, d, seed=1)).round()
-
-
-@shapes
-def test_rounding(row_backend, shape):
-    M, saliency = relaxed(*shape), saliencies(*shape)
-    k = (shape[1] * uniform(shape[0], seed=2)).long()
-    k[0], k[-1] = 0, shape[1]
-    for budget in (int(0.4 * shape[1]), k):
-        expected = naive.round_mask(M, saliency, budget)
-        assert torch.equal(row_backend.round_mask(M, saliency, budget), expected)
-        assert (expected.sum(1) == budget).all()
-
-
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 5), (16, 32), (1, 1)])
-def test_rounding_of_groups(row_backend, n, m):
-    M, saliency = relaxed(37, 5 * m), saliencies(37, 5 * m)
-    before = M.clone(), saliency.clone()
-    expected = naive.round_mask(M, saliency, n, group=m)
-    assert torch.equal(row_backend.round_mask(M, saliency, n, group=m), expected)
-    assert torch.equal(M, before[0])
-    assert torch.equal(saliency, before[1])
+@pytest.mark.parametrize("group", [0, 4])
+def test_rounding_takes_the_highest_entries_in_order(row_backend, group):
+    """All rows of two groups, or of one, with three values of M and two of the saliency."""
+    every = [torch.tensor([*itertools.product(values, repeat=4)]) for values in ((0.0, 0.5, 1.0), (0.0, 3.0))]
+    M, saliency = every[0].repeat_interleave(16, 0), every[1].repeat(81, 1)
+    shape, given = (-1, 2 * group or 4), (M.to(DEVICE), saliency.to(DEVICE))
+    for k in range(5):
+        expected = torch.zeros_like(M, dtype=torch.bool)
+        for row, (m, s) in enumerate(zip(M.tolist(), saliency.tolist(), strict=True)):
+            best = sorted(range(4), key=lambda j: (-m[j], -s[j], j))
+            expected[row, best[:k]] = True
+        got = row_backend.round_mask(*(x.view(shape) for x in given), k, group=group)
+        assert torch.equal(got.cpu(), expected.view(shape))
+        assert all(torch.equal(x.cpu(), before) for x, before in zip(given, (M, saliency), strict=True))
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -71,23 +84,13 @@ def test_a_step_of_adam(backend, entries, index_dtype, monkeypatch):
     for dtype in DTYPES:
         W = normal(entries, dtype=dtype)
         index = torch.nonzero(uniform(entries, seed=1) < 0.9).flatten().to(index_dtype)
-        weight, m, v = W[index.long()].float(), *torch.zeros(2, len(index), device=DEVICE)
-        truth = [x.double() for x in (W, weight, m, v)]
-        plain = [x.clone() for x in (W, weight, m, v)]
+        kept = W[index.long()].float(), *torch.zeros(2, len(index), device=DEVICE)
+        plain, truth = ([x.to(wide or x.dtype, copy=True) for x in (W, *kept)] for wide in (None, torch.float64))
         expected = W.clone()
         for step, size in enumerate((1.0, 1e-3, 0.0, 1e-22, 10.0), 1):
             gradient = (size * normal(entries, seed=step)).to(dtype)
-            backend.adam_step(W, gradient, index, weight, m, v, rate=0.01, step=step)
-            naive.adam_step(plain[0], gradient, index, *plain[1:], rate=0.01, step=step)
-            naive.adam_step(truth[0], gradient, index, *truth[1:], rate=0.01, step=step)
-            list(map(assert_near, (weight, m, v), plain[1:], truth[1:]))
-            assert torch.equal(W, expected.index_copy_(0, index.long(), weight.to(dtype)))
-
-
-def test_no_rows(row_backend):
-    X = torch.empty(0, 8, device=DEVICE)
-    vector = torch.ones(8, device=DEVICE)
-    row_backend.take_rows(X, X, X[:, 0] > 0)
-    row_backend.adam_step(vector, vector, *[X[:, 0].int(), *3 * [X[:, 0]]], rate=0.1, step=1)
-    assert row_backend.round_mask(X, X, 3).shape == (0, 8)
-    assert (vector == 1).all()
+            backend.adam_step(W, gradient, index, *kept, rate=0.01, step=step)
+            for other in (plain, truth):
+                naive.adam_step(other[0], gradient, index, *other[1:], rate=0.01, step=step)
+            list(map(assert_near, kept, plain[1:], truth[1:]))
+            assert torch.equal(W, expected.index_copy_(0, index.long(), kept[0].to(dtype)))
