@@ -320,8 +320,8 @@ def _step_kernel(
         # Pass B: the update and the next scores.
         errors = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for back in range(0, padded_d, BLOCK_D):
-            start = (padded_d - 1) // BLOCK_D * BLOCK_D - back
-            column, valid_d, valid = columns(start, d, valid_r, BLOCK_D, GROUP, PADDED)
+            last = (padded_d - 1) // BLOCK_D * BLOCK_D
+            column, valid_d, valid = columns(last - back, d, valid_r, BLOCK_D, GROUP, PADDED)
             w, m, r, u, v = _load_state(W, M, R, U, V, column, valid)
             score, error_d = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)
             errors += error_d
