@@ -118,7 +118,7 @@ def example(
         k = torch.full_like(eta, k, dtype=torch.int32)
     V = best_vertex(size.matrix(seed=1), k, group=group, check_nan=False)
     fixed_entries, gap = V & size.mask(seed=3) if fixed else None, 0.1 * size.matrix(seed=2) if target else None
-    R, E = removed(W, V, gap).float() @ G, W.to(size.dtype)
+    R, E = removed(W, V, gap).float() @ G, torch.empty_like(W, dtype=size.dtype)
     diag = G.diagonal().contiguous()
     state = RowState(W, diag, V.float(), R, R, V, E, k, eta, error, group, fixed_entries, gap)
     numbers: Arguments = dict(theta=0.5, next_theta=0.6)
