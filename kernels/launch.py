@@ -79,7 +79,7 @@ def check(name: str, tensor: object, shape: tuple[int, ...], dtypes: tuple[torch
         raise TypeError(f"{name}: expected {' or '.join(str(t) for t in dtypes)}, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {tensor.device}")
-    if tensor.device.type == "cpu" and not INTERPRET:
+    if tensor.device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise ValueError(
             f"{name}: the Triton kernels need a GPU, got {tensor.device}; use --kernel torch, or set "
             "TRITON_INTERPRET=1 before Python starts"

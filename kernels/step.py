@@ -118,7 +118,7 @@ def example(
         k = torch.full_like(eta, k, dtype=torch.int32)
     V = best_vertex(size.matrix(seed=1), k, group=group, check_nan=False)
     fixed_entries, gap = V & size.mask(seed=3) if fixed else None, 0.1 * size.matrix(seed=2) if target else None
-    R, E = removed(W, V, gap).float() @ G, W.to(size.dtype)
+    R, E = removed(W, V, gap).float() @ G, torch.empty_like(W, dtype=size.dtype)
     diag = G.diagonal().contiguous()
     state = RowState(W, diag, V.float(), R, R, V, E, k, eta, error, group, fixed_entries, gap)
     numbers: Arguments = dict(theta=0.5, next_theta=0.6)
@@ -320,8 +320,8 @@ def _step_kernel(
         # Pass B: the update and the next scores.
         errors = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for back in range(0, padded_d, BLOCK_D):
-            start = (padded_d - 1) // BLOCK_D * BLOCK_D - back
-            column, valid_d, valid = columns(start, d, valid_r, BLOCK_D, GROUP, PADDED)
+            last = (padded_d - 1) // BLOCK_D * BLOCK_D
+            column, valid_d, valid = columns(last - back, d, valid_r, BLOCK_D, GROUP, PADDED)
             w, m, r, u, v = _load_state(W, M, R, U, V, column, valid)
             score, error_d = _advance(DIAG, M, R, FIXED, w, m, r, u, v, step, next_theta, column, valid, valid_d)
             errors += error_d

@@ -1,13 +1,17 @@
 """Inputs and comparisons that the kernel tests share."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from sparsefw.kernels import triton_ops
 from sparsefw.kernels.definitions import RowState
-from sparsefw.kernels.operation import converted
+from sparsefw.kernels.operation import OPERATIONS, Size, converted
 from sparsefw.kernels.operation import in_float64 as in_float64
 
+assert triton_ops  # It fills OPERATIONS.
 copied = converted
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,6 +81,12 @@ def strided(X: Tensor) -> Tensor:
 def of_wider(X: Tensor) -> Tensor:
     """The same values as the right half of a matrix that is twice as wide."""
     return torch.cat((X, X), 1)[:, X.shape[1] :]
+
+
+def example(name: str, rows: int, d: int, dtype: torch.dtype = torch.float32, **setting: Any) -> dict[str, Any]:
+    """Arguments of an operation, made on the CPU, since a pretended GPU has no generator."""
+    arguments = OPERATIONS[name].example(Size(rows, d, 300, dtype, "cpu"), **setting)
+    return converted(arguments, lambda x: x.to(DEVICE))
 
 
 def row_state(W: Tensor, diag: Tensor, *others: Tensor | int, **options: Tensor | int | None) -> RowState:

@@ -3,14 +3,12 @@
 import pytest
 import torch
 from helpers import naive
-from helpers.kernel_inputs import DEVICE, assert_near, copied, garbage, in_float64, shapes
-
-from sparsefw.kernels.operation import OPERATIONS, Size
+from helpers.kernel_inputs import assert_near, copied, example, garbage, in_float64, shapes
 
 
 def arguments(rows: int, d: int, dtype: torch.dtype = torch.float32) -> dict:
     """The middle of a descent, in which some rows have little or nothing left to gain."""
-    given = OPERATIONS["conjugate_step"].example(Size(rows, d, 300, dtype, DEVICE))
+    given = example("conjugate_step", rows, d, dtype)
     if rows > 4:
         given["P"][1:3], given["U"][1:3], given["rz"][2] = 0, 0, 0
         given["enough"][3] = 2 * given["rz"][3]

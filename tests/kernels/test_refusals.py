@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from helpers.kernel_inputs import DEVICE
+from helpers.kernel_inputs import DEVICE, example
 
 from sparsefw.kernels import triton_ops
 from sparsefw.kernels.backend import Backend
-from sparsefw.kernels.operation import OPERATIONS, Size
 
 # Weights of the examples are (3, 16).
 TURNED, VECTOR, EVERY_SECOND = torch.zeros(16, 3), torch.zeros(3), torch.zeros(6)[::2]
@@ -52,14 +51,14 @@ def on_device(x):
 
 @pytest.mark.parametrize(("name", "change"), CASES, ids=lambda x: x if isinstance(x, str) else [*x][-1])
 def test_arguments_are_refused_by_their_name(name, change):
-    operation, change = OPERATIONS[name], {key: on_device(x) for key, x in change.items()}
-    arguments = operation.example(Size(3, 16, 5, torch.float32, DEVICE))
+    change = {key: on_device(x) for key, x in change.items()}
+    arguments = example(name, 3, 16)
     if name == "row_step":
         vars(arguments["state"]).update(change)
     else:
         arguments |= change
     with pytest.raises((ValueError, TypeError), match=f"^{[*change][-1]}: "):
-        operation.run(**arguments)
+        getattr(triton_ops, name)(**arguments)
 
 
 def test_a_backend_has_a_precision():

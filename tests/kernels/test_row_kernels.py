@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from helpers import naive
-from helpers.kernel_inputs import DEVICE, DTYPES, assert_near, normal, of_wider, shapes, uniform
+from helpers.kernel_inputs import DEVICE, DTYPES, assert_near, example, normal, of_wider, shapes, uniform
 
-from sparsefw.kernels.operation import OPERATIONS, Size, converted
+from sparsefw.kernels.operation import OPERATIONS, converted
 
 WRITTEN = {
     "lmo": ["returned"],
@@ -20,8 +20,7 @@ WRITTEN = {
 
 @pytest.mark.parametrize(("name", "label"), [(name, label) for name in WRITTEN for label in OPERATIONS[name].settings])
 def test_reruns_strides_and_other_rows_change_no_bit(row_backend, name, label):
-    operation, rows = OPERATIONS[name], 37
-    arguments = operation.example(Size(rows, 132, 300, torch.float32, DEVICE), **operation.settings[label])
+    arguments, rows = example(name, 37, 132, **OPERATIONS[name].settings[label]), 37
 
     def outputs(convert):
         given = converted(arguments, convert)
@@ -42,7 +41,7 @@ def test_reruns_strides_and_other_rows_change_no_bit(row_backend, name, label):
 
 @pytest.mark.parametrize("name", [*WRITTEN, "adam_step"])
 def test_no_rows(row_backend, name):
-    returned = getattr(row_backend, name)(**OPERATIONS[name].example(Size(0, 132, 5, torch.float32, DEVICE)))
+    returned = getattr(row_backend, name)(**example(name, 0, 132))
     assert returned is None or returned.shape == (0, 132)
 
 
