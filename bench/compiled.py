@@ -33,6 +33,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton
+from report import markdown
 from triton.backends.compiler import GPUTarget
 
 from sparsefw.kernels import triton_ops  # noqa: F401, since it imports all operations
@@ -157,7 +158,8 @@ def compile_launch(name: str, target: str, known: Mapping[str, dict]) -> dict:
     if kernel is None:
         # The fingerprint decides all but these.
         return known[found[-1]] | {"name": name, "target": target, "programs": programs}
-    code = kernel.asm["amdgcn"] if target == "gfx942" else kernel.asm["ptx"]
+    amd = kernel.asm.get("amdgcn")
+    code = amd or kernel.asm["ptx"]
     return dict(
         name=name,
         fingerprint=found[-1],
@@ -168,7 +170,7 @@ def compile_launch(name: str, target: str, known: Mapping[str, dict]) -> dict:
         shared=kernel.metadata.shared,
         tensor_cores=[name for name in TENSOR_CORES if name in code],
         bulk_copies=BULK_COPY in code,
-        **(_amd_usage(code) if target == "gfx942" else _nvidia_usage(kernel.asm["cubin"])),
+        **(_amd_usage(amd) if amd else _nvidia_usage(kernel.asm["cubin"])),
         target=target,
     )
 
@@ -220,6 +222,11 @@ def read_known(path: Path) -> dict[str, dict]:
     return {row["fingerprint"]: row for row in content["rows"]} if content["triton"] == triton.__version__ else {}
 
 
+def committed() -> dict[tuple[str, str], dict]:
+    """Read the rows of the committed table by name and target."""
+    return {(row["name"], row["target"]): row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
+
+
 def problems(row: dict) -> list[str]:
     """Name the values of a row that are above their limit."""
     limits = {"shared": SHARED[row["target"]] << 10, "stack": 0, "spills": 0}
@@ -243,13 +250,12 @@ def run_tests(named: set[str]) -> int:
 
 def table(rows: list[dict]) -> str:
     """Make the table in Markdown. A value that differs from the committed one follows the committed one."""
-    committed = {(row["name"], row["target"]): row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
     names = ["name", "target", *(name for name in rows[0] if name not in ("name", "target", "fingerprint"))]
-    lines = [names, ["---"] * len(names)]
+    known, lines = committed(), []
     for row in rows:
-        pairs = [(row[name], committed.get((row["name"], row["target"]), row)[name]) for name in names]
+        pairs = [(row[name], known.get((row["name"], row["target"]), row)[name]) for name in names]
         lines.append([f"{new}" if new == old else f"{old} -> {new}" for new, old in pairs])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(names, lines, texts=3)
 
 
 def main(argv: list[str] | None = None) -> None:
