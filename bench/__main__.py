@@ -39,13 +39,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import machine
 import report
 import torch
-from base import Worker
+from base import Worker, start
+from host import REPO
 from measure import PROVIDERS, TINY, Case, functions, measure, size_of
 from timing import GPU, Stopwatch
 
 from sparsefw.kernels.operation import OPERATIONS, Operation, Size
 
-HERE = Path(__file__).resolve().parent
 # Projections of Llama-3.1-8B and of Llama-3-70B.
 LLAMA = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
 LLAMA += [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
@@ -122,10 +122,10 @@ def shapes_of(model: str) -> list[tuple[int, int]]:
     Raises:
         ValueError: there is no such config.
     """
-    path = HERE / "configs" / f"{model}.json"
-    path = path if path.exists() else Path(model)
+    configs = {path.stem: path for path in (REPO / "bench/configs").glob("*.json")}
+    path = configs.get(model, Path(model))
     if not path.is_file():
-        names = ", ".join(sorted(path.stem for path in (HERE / "configs").glob("*.json")))
+        names = ", ".join(sorted(configs))
         raise ValueError(f"--model: no file {model!r}, and none of {names}")
     from sparsefw.estimate.plan import describe
 
@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     there_are = ", ".join(filter(None, dict.fromkeys(known)))
                     raise ValueError(f"unknown {', '.join(sorted(unknown))}; there are {there_are}")
             shapes = arguments.shape or (shapes_of(arguments.model) if arguments.model else SHAPES)
-            worker = opened.enter_context(Worker(arguments.base, arguments.threads)) if arguments.base else None
+            worker = opened.enter_context(start(arguments.base, arguments.threads)) if arguments.base else None
         except ValueError as error:
             flags.error(str(error))
         if arguments.list:
