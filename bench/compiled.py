@@ -33,6 +33,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton
+from host import REPO
 from report import markdown
 from triton.backends.compiler import GPUTarget
 
@@ -60,7 +61,6 @@ BULK_COPY = "cp.async.bulk.tensor"
 ALU = re.compile(r"(@!?U?P\w+ )?(I(ADD|MNMX|SETP|ABS)|VI|P?LOP|SHF|F?SEL|PRMT|LEA|F(SETP|MNMX)|POPC|SGXT|MOV)")
 RARE = 64
 
-REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "bench/results/compiled.json"
 
 
@@ -216,9 +216,9 @@ def _amd_usage(code: str) -> dict:
     return {key: int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for key, name in names.items()} | {"instructions": []}
 
 
-def read_known(path: Path) -> dict[str, dict]:
-    """Read the rows of a file by their fingerprint; empty if another version of Triton has made them."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+def read_known() -> dict[str, dict]:
+    """Read the committed rows by their fingerprint; empty if another version of Triton has made them."""
+    content = json.loads(RESULTS.read_text(encoding="utf-8"))
     return {row["fingerprint"]: row for row in content["rows"]} if content["triton"] == triton.__version__ else {}
 
 
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(status)
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
-    known = read_known(RESULTS)
+    known = read_known()
     rows = [compile_launch(name, target, known) for name, (_, each) in chosen.items() for target in each.targets]
     if arguments.json:
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)

@@ -57,8 +57,9 @@ OPERATIONS = {
     "accumulations": (["gram", "cross"], CHUNKS),
     "packed": (["packed"], ["4096x4096", "8192x8192", "8192x28672"]),
 }
-# The first command in seconds, on a CPU.
-TINY_FLAGS = ["--nsamples", "4", "--seqlen", "32", "--steps", "2", "--reconstruct", "0", "--eval-windows", "1"]
+# A run in seconds, on a CPU.
+TINY_FLAGS = ["--nsamples", "4", "--seqlen", "32", "--steps", "1", "--refit", "1", "--rounds", "0"]
+TINY_FLAGS += ["--eval-windows", "1"]
 
 
 @dataclass(frozen=True)

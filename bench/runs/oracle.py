@@ -13,14 +13,13 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -93,8 +92,7 @@ def tiny(helper: str, *arguments: Any, flags: Sequence[str] = (), ranks: int = 1
     """
 
     def do(folder: Path) -> dict[str, Any]:
-        module, _, function = helper.partition(".")
-        getattr(import_module(f"helpers.{module}"), function)(folder / "model", *arguments, **changes)
+        resolve_name(f"helpers.{helper}")(folder / "model", *arguments, **changes)
         (folder / "a.txt").write_text(TEXT)
         lines = (json.dumps({"text": OTHER[i : i + 500]}) + "\n" for i in range(0, 9000, 500))
         (folder / "b.jsonl").write_text("".join(lines))
@@ -161,9 +159,9 @@ def smollm2(folder: Path, model: str) -> dict[str, Any]:
 
 def machine() -> dict[str, str]:
     """Name the machine and the versions on which digests depend."""
-    names = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
-    cpu = next(names, platform.machine())
-    return {"cpu": cpu.partition(":")[2].strip(), "torch": torch.__version__, "transformers": transformers.__version__}
+    from host import cpu
+
+    return {"cpu": cpu(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def main() -> int:

@@ -9,15 +9,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
-# The package of this checkout, and the modules of bench/.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The package of this checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from report import markdown
-from timing import DEVICE, GPU, Stopwatch, race
 from torch import Tensor
 
+from bench.report import markdown
+from bench.timing import DEVICE, GPU, Stopwatch, race
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.operation import Size
