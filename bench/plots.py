@@ -16,11 +16,11 @@ LOOK = ["seaborn-v0_8-colorblind", {"font.size": 8, "axes.spines.top": False, "a
 
 def mark(axes: Any, x: float, y: float, provider: str, number: int) -> None:
     """Draw a point: hollow for a rival, with the number of the case for ours."""
-    if provider == "ours":
-        axes.plot(x, y, STYLES[provider], label=provider, markersize=9, zorder=3)
+    ours = provider == "ours"
+    form = dict(markersize=9, zorder=3) if ours else dict(markersize=5, fillstyle="none")
+    axes.plot(x, y, STYLES[provider], label=provider, **form)
+    if ours:
         axes.text(x, y, number, color="white", fontsize=5.5, weight="bold", ha="center", va="center_baseline")
-    else:
-        axes.plot(x, y, STYLES[provider], label=provider, markersize=5, fillstyle="none")
 
 
 def draw_roofs(axes: Any, roofs: dict[str, float]) -> None:

@@ -33,6 +33,7 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from host import REPO, commit, cpu
+from report import plain
 from smollm2 import build_checkpoint
 from tasks import CHANCE, write_tasks
 from texts import HALVES, REFERENCE, SOURCES, write_texts
@@ -181,9 +182,8 @@ def tables(cells: dict[str, dict]) -> str:
 def markdown(rows: dict[str, dict[str, str]]) -> str:
     """Make a table in Markdown of texts by row and column."""
     heads = sorted({head for texts in rows.values() for head in texts})
-    lines = [["", *heads], ["---"] * (len(heads) + 1)]
-    lines += [[row, *(texts.get(head, "") for head in heads)] for row, texts in rows.items() if any(texts.values())]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [[row, *(texts.get(head, "") for head in heads)] for row, texts in rows.items() if any(texts.values())]
+    return plain([["", *heads], *lines])
 
 
 def study(arguments: argparse.Namespace, results: dict[str, dict]) -> None:
