@@ -241,7 +241,7 @@ def run_tests(named: set[str]) -> int:
         The exit status of pytest.
     """
     files = [p for p in (REPO / "tests/kernels").glob("test_*.py") if named & {*re.findall(r"\w+", p.read_text())}]
-    for tiles in ((), ("--tiles=sm_80",), ("--tiles=sm_90",)):
+    for tiles in ([], ["--tiles=sm_80"], ["--tiles=sm_90"]):
         command = [sys.executable, "-m", "pytest", "-q", *tiles, *sorted(files)]
         if status := subprocess.run(command, cwd=REPO).returncode:
             return status

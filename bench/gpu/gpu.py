@@ -239,8 +239,9 @@ def main(argv: list[str] | None = None) -> int:
         # Set before a part imports torch and triton. Tiny sizes are those without a GPU.
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     known = parts()
+    every = {name: Part(name, folder, scratch, arguments.tiny) for name in known}
     if arguments.run:
-        known[arguments.run][1](Part(arguments.run, folder, scratch, arguments.tiny))
+        known[arguments.run][1](every[arguments.run])
         return 0
     import torch
 
@@ -248,7 +249,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("torch finds no GPU here; --tiny tries everything out without one")
     if unknown := [name for name in arguments.parts if name not in known]:
         parser.error(f"{', '.join(unknown)}: no such part; there are {', '.join(known)}")
-    every = {name: Part(name, folder, scratch, arguments.tiny) for name in known}
     done = [every[name] for name in arguments.parts or FIRST]
     for part in done:
         for suffix in (".jsonl", ".json"):

@@ -51,7 +51,7 @@ def products(steps: int, W: Tensor, G: Tensor) -> None:
 
 
 @torch.no_grad()
-def main(steps: int) -> None:
+def main(steps: int = 30) -> None:
     """Check that all ways end at one error, time them, and print a table."""
     cells = []
     for rows, d in LAYERS:
@@ -70,4 +70,4 @@ def main(steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int((sys.argv[1:] or ["30"])[0]))
+    main(*map(int, sys.argv[1:]))
