@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import compiled as compiler
 import pytest
@@ -14,8 +13,6 @@ from sparsefw.kernels.operation import OPERATIONS
 
 pytestmark = pytest.mark.slow
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-COMMITTED = BENCH / "results" / "compiled.json"
 INSTRUCTION = {
     "sm_80": "mma.sync",
     "sm_89": "mma.sync",
@@ -29,7 +26,7 @@ INSTRUCTION = {
 RUNS = f"""
 import pathlib
 import sys
-sys.path[:0] = [{str(BENCH)!r}, {str(BENCH.parent)!r}]
+sys.path[:0] = [{str(compiler.REPO / "bench")!r}, {str(compiler.REPO)!r}]
 import compiled
 compiled.main(["--json", "all.json"])
 compiled.RESULTS = pathlib.Path("known.json")
@@ -48,7 +45,7 @@ def runs(tmp_path_factory) -> tuple[list[dict], list[dict], str]:
     committed table need not be compiled.
     """
     folder = tmp_path_factory.mktemp("triton")
-    known = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    known = json.loads(compiler.RESULTS.read_text(encoding="utf-8"))
     for row in known["rows"]:
         row |= {"fingerprint": "0", "registers": 0}
     (folder / "known.json").write_text(json.dumps(known))
@@ -66,10 +63,6 @@ def compiled(runs) -> list[dict]:
     return runs[0]
 
 
-def label(case: dict) -> str:
-    return f"{case['name']} on {case['target']}: {case}"
-
-
 def test_every_kernel_is_compiled_for_every_target(compiled):
     for name in OPERATIONS:
         assert {case["target"] for case in compiled if case["name"].split()[0] == name} == set(INSTRUCTION), name
@@ -80,7 +73,7 @@ def test_every_kernel_is_compiled_for_every_target(compiled):
 
 
 def test_the_committed_table_is_true(compiled):
-    committed = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    committed = json.loads(compiler.RESULTS.read_text(encoding="utf-8"))
     # The fingerprint changes with a line's number, too.
     rows, compiled = ([row | {"fingerprint": ""} for row in each] for each in (committed["rows"], compiled))
     if committed["triton"] != triton.__version__:
@@ -140,7 +133,7 @@ def test_rows_stay_in_the_registers_they_are_loaded_to(compiled):
     rows = [case for case in compiled if case["name"].split()[0] in ("lmo", "row_step", "conjugate_step")]
     assert len(rows) > 50
     for case in rows:
-        assert case["shared"] <= 256, label(case)
+        assert case["shared"] <= 256, case
 
 
 PRODUCTS = {"product", "gram_accumulate", "cross_accumulate"}
@@ -154,7 +147,7 @@ def test_products_use_the_tensor_cores(compiled):
         unit = operation.cost_of(operation.example(launch.size, **launch.setting)).unit
         # AMD's matrix cores multiply fp32 without rounding, too.
         none = unit == "ieee" and case["target"] != "gfx942"
-        assert case["tensor_cores"] == ([] if none else [INSTRUCTION[case["target"]]]), label(case)
+        assert case["tensor_cores"] == ([] if none else [INSTRUCTION[case["target"]]]), case
 
 
 def test_large_products_are_read_by_bulk_copies(compiled):
@@ -166,5 +159,5 @@ def test_large_products_are_read_by_bulk_copies(compiled):
             large = case["target"] in ("sm_90", "sm_100") and "float16" in dtype and aligned
         else:
             large = kernel == "product" and "BLOCK_N=256" in case["config"]
-        assert case["bulk_copies"] == large, label(case)
+        assert case["bulk_copies"] == large, case
     assert {case["name"].split()[0] for case in compiled if case["bulk_copies"]} == PRODUCTS
