@@ -67,9 +67,8 @@ def test_every_kernel_is_compiled_for_every_target(compiled):
     for name in OPERATIONS:
         assert {case["target"] for case in compiled if case["name"].split()[0] == name} == set(INSTRUCTION), name
     # No two launches have one name.
-    given = sum(len(operation.launches) for operation in OPERATIONS.values())
-    settings = sum(len(operation.settings) for operation in OPERATIONS.values())
-    assert len(compiler.launches()) == given + len(compiler.SIZES) * settings
+    numbers = (len(x.launches) + len(compiler.SIZES) * len(x.settings) for x in OPERATIONS.values())
+    assert len(compiler.launches()) == sum(numbers)
 
 
 def test_the_committed_table_is_true(compiled):
@@ -117,13 +116,8 @@ def test_a_kernel_is_selected_by_its_file_or_operation():
 def test_instructions_are_counted_by_loop():
     lines = ["MOV R1, c[0x0][0x28] ", "FADD R2, R2, R3 ", "@P0 IMAD R4, R4, R5, R6 ", "@P0 BRA 0x10 "]
     # What a branch skips does not count, if it is long, as here.
-    lines += [
-        "@!P1 BRA 0x800 ",
-        *["LOP3.LUT R1, R2, R3 "] * 123,
-        "@P2 ISETP.NE.AND P0, PT, R1, RZ, PT ",
-        "NOP",
-        "EXIT ",
-    ]
+    lines += ["@!P1 BRA 0x800 ", *["LOP3.LUT R1, R2, R3 "] * 123]
+    lines += ["@P2 ISETP.NE.AND P0, PT, R1, RZ, PT ", "NOP", "EXIT "]
     sass = "\n".join(f"        /*{16 * n:04x}*/    {line};" for n, line in enumerate(lines))
     assert compiler.instructions(sass) == [[4, 2], [3, 0]]
 
