@@ -39,13 +39,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import machine
 import report
 import torch
-from base import Worker
+from base import Worker, start
+from host import REPO
 from measure import PROVIDERS, TINY, Case, functions, measure, size_of
 from timing import GPU, Stopwatch
 
 from sparsefw.kernels.operation import OPERATIONS, Operation, Size
 
-HERE = Path(__file__).resolve().parent
 # Projections of Llama-3.1-8B and of Llama-3-70B.
 LLAMA = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
 LLAMA += [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
@@ -90,12 +90,12 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", type=positive, default=TOKENS, help="inputs of a Gram or cross matrix (default: %(default)s)")
     add("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and inputs (default: %(default)s)")
     add("--setting", action="append", help="label of a setting; may be repeated (default: all with a roof here)")
-    add("--providers", default=",".join(PROVIDERS), help="(default: %(default)s)")
+    add("--providers", type=lambda text: text.split(","), default=",".join(PROVIDERS), help="(default: %(default)s)")
     add("--threads", type=positive, default=1, help="threads of a CPU (default: %(default)s)")
     add("--seconds", type=float, default=5.0, help="limit of the timing of a table (default: %(default)s)")
     add("--base", metavar="COMMIT", help="time our kernels at this commit, too, in turns with the others")
-    for name, written in (("json", "JSON"), ("csv", "CSV"), ("plot", "a plot")):
-        add(f"--{name}", type=report.output, metavar="FILE", help=f"write the results as {written}")
+    for name, read in dict(json=report.output, csv=report.output, plot=report.plotter).items():
+        add(f"--{name}", type=read, metavar="FILE", help="write the results there")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     return made
 
@@ -122,10 +122,10 @@ def shapes_of(model: str) -> list[tuple[int, int]]:
     Raises:
         ValueError: there is no such config.
     """
-    path = HERE / "configs" / f"{model}.json"
-    path = path if path.exists() else Path(model)
+    configs = {path.stem: path for path in (REPO / "bench/configs").glob("*.json")}
+    path = configs.get(model, Path(model))
     if not path.is_file():
-        names = ", ".join(sorted(path.stem for path in (HERE / "configs").glob("*.json")))
+        names = ", ".join(sorted(configs))
         raise ValueError(f"--model: no file {model!r}, and none of {names}")
     from sparsefw.estimate.plan import describe
 
@@ -205,7 +205,7 @@ def run(
     worker: Worker | None,
 ) -> int:
     """Measure, print and write; returns 1 if a kernel of ours has failed, or a result is wrong."""
-    failed, plot = False, report.plotter(arguments.plot)
+    failed = False
     roofs = machine.roofs(min(1.0, arguments.seconds))
     saved = dict(machine=machine.describe(), command=arguments.command, roofs=roofs, rows=[])
     print(report.heading(saved))
@@ -214,7 +214,7 @@ def run(
         try:
             case = Case(operation, setting, size)
             print(f"\n{report.title(case.label | vars(case.cost), roofs)}\n", flush=True)
-            rows = measure(case, arguments.providers.split(","), roofs, arguments.seconds, worker)
+            rows = measure(case, arguments.providers, roofs, arguments.seconds, worker)
         except torch.OutOfMemoryError as error:
             print(str(error).splitlines()[0])
             continue
@@ -230,7 +230,8 @@ def run(
             failed |= wrong is not None
         print(report.table(rows, saved["machine"]), flush=True)
     print(f"\n{report.summary(saved['rows'])}")
-    plot([saved])
+    if arguments.plot:
+        arguments.plot([saved])
     return int(failed)
 
 
@@ -242,18 +243,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser()
     arguments = flags.parse_args(argv)
     arguments.command = shlex.join(["python", "-m", "bench", *argv])
-    asked = arguments.providers.split(","), arguments.setting or []
     torch.set_num_threads(arguments.threads)
     with ExitStack() as opened, torch.no_grad():
         try:
             operations = named(arguments.operations)
             labels = [label for operation in operations for label in operation.settings]
-            for words, known in zip(asked, (PROVIDERS, labels), strict=True):
+            for words, known in ((arguments.providers, PROVIDERS), (arguments.setting or [], labels)):
                 if unknown := {*words} - {*known}:
                     there_are = ", ".join(filter(None, dict.fromkeys(known)))
                     raise ValueError(f"unknown {', '.join(sorted(unknown))}; there are {there_are}")
             shapes = arguments.shape or (shapes_of(arguments.model) if arguments.model else SHAPES)
-            worker = opened.enter_context(Worker(arguments.base, arguments.threads)) if arguments.base else None
+            worker = opened.enter_context(start(arguments.base, arguments.threads)) if arguments.base else None
         except ValueError as error:
             flags.error(str(error))
         if arguments.list:

@@ -4,10 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 BENCH = Path(__file__).resolve().parent
 REPO = BENCH.parent
@@ -39,28 +40,11 @@ def check_out(commit: str, tree: Path) -> None:
         subprocess.run(build, cwd=tree, capture_output=True, check=True)
 
 
-class Worker:
-    """Times operations of a commit inside of a `with` block."""
+class Worker(NamedTuple):
+    """Times operations of a commit by its process."""
 
-    def __init__(self, commit: str, threads: int = 1) -> None:
-        self.commit, self.threads = commit, threads
-
-    def __enter__(self) -> "Worker":
-        with ExitStack() as opened:
-            opened.callback(git, "worktree", "prune")
-            tree = Path(opened.enter_context(TemporaryDirectory()), "base")
-            check_out(self.commit, tree)
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            # In a session of its own no interrupt reaches it.
-            command = [sys.executable, "-c", CODE, "--worker", "--threads", str(self.threads)]
-            self.process = subprocess.Popen(command, cwd=tree, start_new_session=True, **pipes)
-            opened.callback(self.process.communicate)
-            opened.callback(self.process.kill)
-            self.opened = opened.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.opened.close()
+    commit: str
+    process: subprocess.Popen
 
     def time(self, **request: Any) -> float:
         """Time a call of an operation; returns seconds.
@@ -77,3 +61,23 @@ class Worker:
         if "error" in answer:
             raise RuntimeError(f"{self.commit}: {answer['error']}")
         return answer["seconds"]
+
+
+@contextmanager
+def start(commit: str, threads: int = 1) -> Iterator[Worker]:
+    """Start the process of a commit; it ends with the `with` block.
+
+    Raises:
+        ValueError: there is no such commit, or it has no registry of operations.
+    """
+    with ExitStack() as opened:
+        opened.callback(git, "worktree", "prune")
+        tree = Path(opened.enter_context(TemporaryDirectory()), "base")
+        check_out(commit, tree)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # In a session of its own no interrupt reaches it.
+        command = [sys.executable, "-c", CODE, "--worker", "--threads", str(threads)]
+        process = subprocess.Popen(command, cwd=tree, start_new_session=True, **pipes)
+        opened.callback(process.communicate)
+        opened.callback(process.kill)
+        yield Worker(commit, process)

@@ -33,6 +33,8 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton
+from host import REPO
+from report import markdown
 from triton.backends.compiler import GPUTarget
 
 from sparsefw.kernels import triton_ops  # noqa: F401, since it imports all operations
@@ -59,7 +61,6 @@ BULK_COPY = "cp.async.bulk.tensor"
 ALU = re.compile(r"(@!?U?P\w+ )?(I(ADD|MNMX|SETP|ABS)|VI|P?LOP|SHF|F?SEL|PRMT|LEA|F(SETP|MNMX)|POPC|SGXT|MOV)")
 RARE = 64
 
-REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "bench/results/compiled.json"
 
 
@@ -157,7 +158,8 @@ def compile_launch(name: str, target: str, known: Mapping[str, dict]) -> dict:
     if kernel is None:
         # The fingerprint decides all but these.
         return known[found[-1]] | {"name": name, "target": target, "programs": programs}
-    code = kernel.asm["amdgcn"] if target == "gfx942" else kernel.asm["ptx"]
+    amd = kernel.asm.get("amdgcn")
+    code = amd or kernel.asm["ptx"]
     return dict(
         name=name,
         fingerprint=found[-1],
@@ -168,7 +170,7 @@ def compile_launch(name: str, target: str, known: Mapping[str, dict]) -> dict:
         shared=kernel.metadata.shared,
         tensor_cores=[name for name in TENSOR_CORES if name in code],
         bulk_copies=BULK_COPY in code,
-        **(_amd_usage(code) if target == "gfx942" else _nvidia_usage(kernel.asm["cubin"])),
+        **(_amd_usage(amd) if amd else _nvidia_usage(kernel.asm["cubin"])),
         target=target,
     )
 
@@ -214,10 +216,15 @@ def _amd_usage(code: str) -> dict:
     return {key: int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for key, name in names.items()} | {"instructions": []}
 
 
-def read_known(path: Path) -> dict[str, dict]:
-    """Read the rows of a file by their fingerprint; empty if another version of Triton has made them."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+def read_known() -> dict[str, dict]:
+    """Read the committed rows by their fingerprint; empty if another version of Triton has made them."""
+    content = json.loads(RESULTS.read_text(encoding="utf-8"))
     return {row["fingerprint"]: row for row in content["rows"]} if content["triton"] == triton.__version__ else {}
+
+
+def committed() -> dict[tuple[str, str], dict]:
+    """Read the rows of the committed table by name and target."""
+    return {(row["name"], row["target"]): row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
 
 
 def problems(row: dict) -> list[str]:
@@ -234,7 +241,7 @@ def run_tests(named: set[str]) -> int:
         The exit status of pytest.
     """
     files = [p for p in (REPO / "tests/kernels").glob("test_*.py") if named & {*re.findall(r"\w+", p.read_text())}]
-    for tiles in ((), ("--tiles=sm_80",), ("--tiles=sm_90",)):
+    for tiles in ([], ["--tiles=sm_80"], ["--tiles=sm_90"]):
         command = [sys.executable, "-m", "pytest", "-q", *tiles, *sorted(files)]
         if status := subprocess.run(command, cwd=REPO).returncode:
             return status
@@ -243,13 +250,12 @@ def run_tests(named: set[str]) -> int:
 
 def table(rows: list[dict]) -> str:
     """Make the table in Markdown. A value that differs from the committed one follows the committed one."""
-    committed = {(row["name"], row["target"]): row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
     names = ["name", "target", *(name for name in rows[0] if name not in ("name", "target", "fingerprint"))]
-    lines = [names, ["---"] * len(names)]
+    known, lines = committed(), []
     for row in rows:
-        pairs = [(row[name], committed.get((row["name"], row["target"]), row)[name]) for name in names]
+        pairs = [(row[name], known.get((row["name"], row["target"]), row)[name]) for name in names]
         lines.append([f"{new}" if new == old else f"{old} -> {new}" for new, old in pairs])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(names, lines, texts=3)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -267,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(status)
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
-    known = read_known(RESULTS)
+    known = read_known()
     rows = [compile_launch(name, target, known) for name, (_, each) in chosen.items() for target in each.targets]
     if arguments.json:
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)

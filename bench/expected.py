@@ -21,7 +21,7 @@ import json
 import re
 from math import ceil
 
-from compiled import EXPECTED, RESULTS, SIZE, Operation, launches
+from compiled import EXPECTED, RESULTS, SIZE, Operation, committed, launches
 from report import markdown
 
 from sparsefw.kernels.launch import triangle_tiles
@@ -122,7 +122,7 @@ def expected(target: str, operation: Operation, setting: str, row: dict) -> dict
 
 def shares() -> dict[str, dict]:
     """Compute the content of expected.json."""
-    rows = {(row["name"], row["target"]): row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
+    rows = committed()
     found = {"assumptions": GPUS | {"all": ASSUMED}} | {target: {} for target in EXPECTED}
     for name, (operation, launch) in launches().items():
         if launch.size == SIZE:
@@ -133,17 +133,16 @@ def shares() -> dict[str, dict]:
     return found
 
 
-def main() -> None:
-    """Write the file, and print its table."""
-    found = shares()
-    FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    rows = []
+def table() -> str:
+    """Make the table of the shares."""
+    found, rows = shares(), []
     for name, settings in found[EXPECTED[0]].items():
         for setting in settings:
             cells = (found[target][name][setting] for target in EXPECTED)
             rows.append([name, setting, *(f"{cell['share']:.2f} {cell['limit']}" for cell in cells)])
-    print(markdown(["expected", "setting", *(GPUS[target]["gpu"] for target in EXPECTED)], rows, texts=5))
+    return markdown(["expected", "setting", *(GPUS[target]["gpu"] for target in EXPECTED)], rows, texts=5)
 
 
 if __name__ == "__main__":
-    main()
+    FILE.write_text(json.dumps(shares(), indent=1) + "\n", encoding="utf-8")
+    print(table())

@@ -1,33 +1,17 @@
 """Describe this machine, and measure its roofs: how fast it copies, and how fast its library multiplies."""
 
 import platform
-import re
 import statistics
-import subprocess
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from host import commit, cpu, output
 from timing import DEVICE, GPU, Stopwatch, race
 
-REPO = Path(__file__).resolve().parents[1]
 # Bytes that are copied, and rows of the square matrices that are multiplied.
 COPIED, SIDE = (1 << 30, 8192) if GPU else (256 << 20, 2048)
-
-
-def _output(*command: str) -> str | None:
-    with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout.strip() or None
-    return None
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", path.read_text("utf-8")) if path.exists() else None
-    return found[1] if found else platform.processor()
 
 
 def describe() -> dict[str, Any]:
@@ -35,16 +19,16 @@ def describe() -> dict[str, Any]:
     # It reads an environment variable, which `timing` sets.
     import triton
 
-    query = partial(_output, "nvidia-smi", "--format=csv,noheader", "--id=0")
+    query = partial(output, "nvidia-smi", "--format=csv,noheader", "--id=0")
     return dict(
-        device=torch.cuda.get_device_name() if GPU else _cpu(),
+        device=torch.cuda.get_device_name() if GPU else cpu(),
         threads=torch.get_num_threads(),
         driver=query("--query-gpu=driver_version") if GPU else None,
         clocks=query("--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem") if GPU else None,
         python=platform.python_version(),
         torch=torch.__version__,
         triton=triton.__version__,
-        commit=_output("git", "describe", "--always", "--dirty"),
+        commit=commit(),
         capability="sm_{}{}".format(*torch.cuda.get_device_capability()) if GPU else None,
     )
 

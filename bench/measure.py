@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from sparsefw.kernels import cpu, triton_ops
-from sparsefw.kernels.operation import Arguments, Operation, Size, converted
+from sparsefw.kernels.operation import Arguments, Operation, Size, in_float64
 
 assert triton_ops  # It fills OPERATIONS.
 PROVIDERS = ("ours", "torch", "compile", "library")
@@ -79,8 +79,7 @@ class Case:
     @cached_property
     def exact(self) -> tuple[Tensor, ...]:
         """The result in float64."""
-        double = partial(converted, convert=lambda x: x.double() if x.is_floating_point() else x.clone())
-        arguments = {name: double(x) for name, x in self.arguments.items()}
+        arguments = in_float64(self.arguments)
         return self.operation.result(arguments, self.operation.reference(**arguments))
 
     def check(self, run: Callable[..., Any]) -> tuple[float | None, str | None]:
@@ -105,10 +104,9 @@ class Case:
     @property
     def label(self) -> dict[str, Any]:
         """The part of a row that tells the case."""
-        rows, d, tokens = self.size.rows, self.size.d, self.size.tokens
-        dtype = str(self.size.dtype).removeprefix("torch.")
-        name = self.operation.name
-        return dict(operation=name, setting=self.setting, rows=rows, d=d, tokens=tokens, dtype=dtype)
+        size = vars(self.size) | {"dtype": str(self.size.dtype).removeprefix("torch.")}
+        del size["device"]
+        return {"operation": self.operation.name, "setting": self.setting, **size}
 
 
 def measure(

@@ -10,19 +10,17 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"python -m bench: error: a plot needs matplotlib: {error}") from None
 
 # Markers, in colours that the colour-blind tell apart.
-STYLES = {"ours": "C0o", "torch": "C1s", "compile": "C2^", "library": "C3D", "base": "C4x"}
-COLOURS = pyplot.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "black"])
-LOOK = {"font.size": 8, "axes.prop_cycle": COLOURS}
-LOOK |= dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
+STYLES = {"ours": "C0o", "torch": "C2s", "compile": "C1^", "library": "C3D", "base": "kx"}
+LOOK = ["seaborn-v0_8-colorblind", {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}]
 
 
 def mark(axes: Any, x: float, y: float, provider: str, number: int) -> None:
     """Draw a point: hollow for a rival, with the number of the case for ours."""
-    if provider == "ours":
-        axes.plot(x, y, STYLES[provider], label=provider, markersize=9, zorder=3)
+    ours = provider == "ours"
+    form = dict(markersize=9, zorder=3) if ours else dict(markersize=5, fillstyle="none")
+    axes.plot(x, y, STYLES[provider], label=provider, **form)
+    if ours:
         axes.text(x, y, number, color="white", fontsize=5.5, weight="bold", ha="center", va="center_baseline")
-    else:
-        axes.plot(x, y, STYLES[provider], label=provider, markersize=5, fillstyle="none")
 
 
 def draw_roofs(axes: Any, roofs: dict[str, float]) -> None:
@@ -47,8 +45,7 @@ def draw(run: dict[str, Any], left: Any, right: Any) -> None:
             cases.setdefault(name, []).append(row)
     best = {name: row["share"] for name, rows in cases.items() for row in rows if row["provider"] == "ours"}
     names = sorted(best, key=lambda name: -best[name])
-    numbers = range(1, len(names) + 1)
-    for number, name in zip(numbers, names, strict=True):
+    for number, name in enumerate(names, 1):
         right.barh(number, 100 * best[name], color="#BBD9EA", height=0.7)
         for row in cases[name]:
             mark(right, 100 * row["share"], number, row["provider"], number)
@@ -57,7 +54,7 @@ def draw(run: dict[str, Any], left: Any, right: Any) -> None:
     draw_roofs(left, run["roofs"])
     left.set_title(run["machine"].get("device", ""), loc="left", fontsize=8)
     right.axvline(100, color="0.6", zorder=1)
-    right.set_yticks(numbers, names)
+    right.set_yticks(range(1, len(names) + 1), names)
     right.set(xscale="log", xlabel="share of the roof in %", ylim=(len(names) + 0.6, 0.4))
     right.xaxis.set_major_formatter("{x:g}")
 
@@ -66,7 +63,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot each run in a row of two panels."""
     cases = max(sum(row["provider"] == "ours" for row in run["rows"]) for run in runs)
     size = 8, max(3.5, 1 + 0.19 * cases) * len(runs)
-    with pyplot.rc_context(LOOK):
+    with pyplot.style.context(LOOK):
         figure, grid = pyplot.subplots(len(runs), 2, figsize=size, squeeze=False, layout="constrained")
         for run, panels in zip(runs, grid, strict=True):
             draw(run, *panels)

@@ -8,7 +8,7 @@ another provider is faster. Times of several runs, and of a base, are compared a
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,12 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1)
     rows.insert(1, ["-" * width if n < texts else "-" * (width - 1) + ":" for n, width in enumerate(widths)])
     padded = ([f"{cell:{'<>'[n >= texts]}{widths[n]}}" for n, cell in enumerate(row)] for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+
+
+def plain(rows: Sequence[Sequence[str]]) -> str:
+    """Write a table without aligned columns, for long texts. The first row is the head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def case(row: Row) -> str:
@@ -175,20 +181,18 @@ def output(text: str) -> Path:
     return Path(text)
 
 
-def plotter(path: Path | None) -> Callable[[Sequence[Run]], None]:
-    """Make a function that plots runs to a file, or does nothing. Before anything is measured, it needs matplotlib."""
-    if not path:
-        return lambda runs: None
+def plotter(text: str) -> partial[None]:
+    """Read the name of a plot's file; returns a function that plots runs to it, and needs matplotlib already."""
     from plots import plot
 
-    return partial(plot, path=path)
+    return partial(plot, path=output(text))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report, and plot the runs."""
     parser = argparse.ArgumentParser("python -m bench report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a run, by `python -m bench --json FILE`")
-    parser.add_argument("--plot", type=output, help="plot the runs to this file, by matplotlib")
+    parser.add_argument("--plot", type=plotter, metavar="FILE", help="plot the runs to this file, by matplotlib")
     arguments = parser.parse_args(argv)
     runs = {}
     for path in arguments.files:
@@ -197,5 +201,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             parser.error(f"{path}: {error}")
     print("\n\n".join([part for run in runs.values() for part in section(run)] + comparison(runs)))
-    plotter(arguments.plot)([*runs.values()])
+    if arguments.plot:
+        arguments.plot([*runs.values()])
     return 0

@@ -32,11 +32,11 @@ import transformers
 from classes.examine import NOT_RUN, OUTCOMES, TRACEBACK, WORKS, examine
 from classes.table import page
 from classes.tiny_model import Case, cases
+from host import REPO
 
 # Children take the modules that are imported here from their parent. Importing takes longer than examining a class.
 import sparsefw.driver.run
 
-REPO = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = REPO / "bench" / "results" / "sweep.json", REPO / "docs" / "models.md"
 # Name in the folder of a class.
 ROW = "row.json"

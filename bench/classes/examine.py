@@ -21,8 +21,7 @@ import sparsefw.verify
 from classes.tiny_model import Case, build, byte_tokenizer, load, perplexity, random_text
 from sparsefw.report.content import Report, read_report
 
-WORKS, REFUSED, TRACEBACK, WRONG, NOT_RUN = "works", "refused", "traceback", "wrong", "not run"
-OUTCOMES = (WORKS, REFUSED, TRACEBACK, WRONG, NOT_RUN)
+OUTCOMES = WORKS, REFUSED, TRACEBACK, WRONG, NOT_RUN = "works", "refused", "traceback", "wrong", "not run"
 
 # Names in the folder of a class.
 SOURCE, OUTPUT, CALIBRATION, EVALUATION = "source", "output", "calibration.txt", "evaluation.txt"

@@ -3,6 +3,8 @@
 from collections import Counter
 from typing import Any
 
+from report import plain
+
 from classes.examine import NOT_RUN, OUTCOMES, REFUSED, TOLERANCE, TRACEBACK, WORKS, WRONG
 from classes.tiny_config import LAYERS
 
@@ -50,12 +52,7 @@ def page(results: dict[str, Any]) -> str:
         pruned = f"{100 * row['fraction']:.1f} %" if works else ""
         classes.append([row["model_type"], row["class"], row["outcome"], pruned, dense if works else _escaped(row)])
     head = HEAD.format(layers=LAYERS, tolerance=TOLERANCE, versions=versions)
-    return f"{head}\n{_table(summary)}\n{CLASSES}\n{_table(classes)}"
-
-
-def _table(rows: list[list[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return f"{head}\n{plain(summary)}\n{CLASSES}\n{plain(classes)}"
 
 
 def _escaped(row: dict[str, Any]) -> str:

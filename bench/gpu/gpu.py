@@ -20,7 +20,8 @@ and the others when they are named, each within four minutes:
 
 FOLDER/results.md is the page to send: how each part ended, and the last lines of its output. It is written after every
 part. Each part is a process with a time limit of its own, so neither a hang nor a fault of the GPU ends the others. Its
-results are lines of FOLDER/PART.jsonl, which are on the disk as soon as they are known. Its output is FOLDER/PART.txt.
+results are lines of FOLDER/PART.jsonl, or the rows of FOLDER/PART.json where it compares operations, which are on the
+disk as soon as they are known. Its output is FOLDER/PART.txt.
 With --tiny all sizes are tiny, and no GPU is needed.
 """
 
@@ -46,8 +47,18 @@ sys.path[:0] = PATHS
 
 # Lines of each part's output on the page.
 SHOWN = 40
-# The first command in seconds, on a CPU.
-TINY_FLAGS = ["--nsamples", "4", "--seqlen", "32", "--steps", "2", "--reconstruct", "0", "--eval-windows", "1"]
+# (rows, d): chunks of a 70B run, and layers of 8B; in PRODUCTS also chunks that fill the waves of 132 multiprocessors.
+CHUNKS = ["6528x8192", "1856x28672", "4096x4096", "4096x14336"]
+PRODUCTS = [*CHUNKS, "4224x8192", "10240x8192", "4224x28672"]
+# The operations of parts, with their shapes.
+OPERATIONS = {
+    "row kernels": (["row_step", "conjugate", "lmo", "adam"], CHUNKS),
+    "products": (["product"], PRODUCTS),
+    "accumulations": (["gram", "cross"], CHUNKS),
+    "packed": (["packed"], ["4096x4096", "8192x8192", "8192x28672"]),
+}
+# A run in seconds, on a CPU.
+TINY_FLAGS = ["--nsamples", "4", "--seqlen", "32", "--steps", "1", "--refit", "1", "--rounds", "0"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,8 @@ def describe(part: Part) -> None:
 def first_command(part: Part) -> None:
     """Run README's first command, and verify its output. On a GPU the run compiles a kernel before it begins."""
     output = part.scratch / "first"
-    python("-m", "sparsefw.run", "--output", output, "--overwrite", *TINY_FLAGS * part.tiny)
+    tiny = [*TINY_FLAGS, "--eval-windows", "1"] * part.tiny
+    python("-m", "sparsefw.run", "--output", output, "--overwrite", *tiny)
     python("-m", "sparsefw.verify", output)
 
 
@@ -126,9 +138,17 @@ def kernel_tests(part: Part) -> None:
     python("-m", "pytest", "-v", *options, tests)
 
 
+def compare(part: Part) -> None:
+    """Compare the operations of a part with their rivals. FOLDER/PART.json is for `python -m bench report`."""
+    names, shapes = OPERATIONS[part.name]
+    sizes = [word for shape in (["48x96"] if part.tiny else shapes) for word in ("--shape", shape)]
+    limits = ["--tokens", 100, "--seconds", 0.01] if part.tiny else ["--tokens", 16384, "--seconds", 0.5]
+    providers = ["--providers", "ours,torch,library"]
+    python("-m", "bench", *names, *sizes, *limits, *providers, "--json", part.path(".json"))
+
+
 def parts() -> dict[str, tuple[int, Callable[[Part], None]]]:
     """List all parts by name: the limit in seconds, and the function."""
-    import gpu_operations as operations
     import gpu_runs as runs
 
     return {
@@ -136,10 +156,10 @@ def parts() -> dict[str, tuple[int, Callable[[Part], None]]]:
         "first command": (110, first_command),
         "kernel tests": (230, kernel_tests),
         "8B block": (140, runs.prune),
-        "row kernels": (90, operations.compare),
-        "products": (150, operations.compare),
-        "accumulations": (100, operations.compare),
-        "packed": (60, operations.compare),
+        "row kernels": (90, compare),
+        "products": (150, compare),
+        "accumulations": (100, compare),
+        "packed": (60, compare),
         "8B cold": (120, runs.prune_cold),
         "8B warm": (100, runs.prune),
         "8B within 16 GiB": (120, runs.prune),
@@ -219,8 +239,9 @@ def main(argv: list[str] | None = None) -> int:
         # Set before a part imports torch and triton. Tiny sizes are those without a GPU.
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     known = parts()
+    every = {name: Part(name, folder, scratch, arguments.tiny) for name in known}
     if arguments.run:
-        known[arguments.run][1](Part(arguments.run, folder, scratch, arguments.tiny))
+        known[arguments.run][1](every[arguments.run])
         return 0
     import torch
 
@@ -228,10 +249,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("torch finds no GPU here; --tiny tries everything out without one")
     if unknown := [name for name in arguments.parts if name not in known]:
         parser.error(f"{', '.join(unknown)}: no such part; there are {', '.join(known)}")
-    every = {name: Part(name, folder, scratch, arguments.tiny) for name in known}
     done = [every[name] for name in arguments.parts or FIRST]
     for part in done:
-        part.path(".jsonl").unlink(missing_ok=True)
+        for suffix in (".jsonl", ".json"):
+            part.path(suffix).unlink(missing_ok=True)
         run_limited(part, known[part.name][0])
         # Parts of earlier calls are on the page, too.
         (folder / "results.md").write_text(page([each for each in every.values() if each.lines()]), "utf-8")

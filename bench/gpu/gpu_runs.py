@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import Part, python
+from gpu import TINY_FLAGS, Part, python
 from kill_runs import outputs
 
 GPU = torch.cuda.is_available()
@@ -28,10 +28,10 @@ SIZES = {
     "mixture": ("qwen3_moe", dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_experts=128,
         num_experts_per_tok=8, num_attention_heads=32, head_dim=128, num_hidden_layers=2)),
 }  # fmt: skip
-TINY = dict(hidden_size=32, intermediate_size=48, num_attention_heads=8)
-TINY_EXPERTS = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=8)
+# A model without experts ignores their sizes.
+TINY = dict(hidden_size=32, intermediate_size=48, num_attention_heads=8, head_dim=8)
+TINY |= dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
 ONE_BLOCK, TWO_BLOCKS = r"re:model\.layers\.0\.", r"re:model\.layers\.[01]\."
-TINY_FLAGS = ["--nsamples", "4", "--seqlen", "32", "--steps", "1", "--refit", "1", "--rounds", "0"]
 # The parts that are a run: the checkpoint, layers, calibration windows, memory limits of GPU and host in GiB, and an
 # earlier part whose output should have the same bytes. Other chunks of rows or micro-batches may round otherwise.
 # At 75 GiB the activations of a 70B block stay on a GPU of 80 GiB, at 24 GiB they move to the host.
@@ -57,7 +57,7 @@ def checkpoint(part: Part, name: str) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         family, sizes = SIZES[name]
         if part.tiny:
-            sizes = sizes | TINY | (TINY_EXPERTS if name == "mixture" else {})
+            sizes = sizes | TINY
         # A CPU may compute bf16 in another dtype from run to run.
         dtype = torch.float32 if part.tiny else torch.bfloat16
         generate(folder, family, "cuda" if GPU else "cpu", dtype, **LLAMA | sizes)

@@ -29,11 +29,15 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
+# The modules of bench/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from host import REPO, commit, cpu
+from report import plain
 from smollm2 import build_checkpoint
 from tasks import CHANCE, write_tasks
 from texts import HALVES, REFERENCE, SOURCES, write_texts
 
-REPO = Path(__file__).resolve().parents[2]
 RESULTS = REPO / "bench/results/quality.json"
 
 SPARSITIES = ("0.5", "0.6", "0.7", "2:4")
@@ -101,11 +105,9 @@ def measure(row: str, sparsity: str, folder: Path, pruning: list[str], evaluatio
         subprocess.run([sys.executable, *command], cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}, check=True)
         seconds[" ".join(command)] = round(time.perf_counter() - started, 1)
     report = json.loads((output / "report.json").read_text("utf-8"))
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    commit = subprocess.run(["git", "-C", REPO, "describe", "--always", "--dirty"], capture_output=True, text=True)
     made = {
-        "commit": commit.stdout.strip(),
-        "machine": {"cpu": processor[1] if processor else "", "device": report["device"], **report["versions"]},
+        "commit": commit(),
+        "machine": {"cpu": cpu(), "device": report["device"], **report["versions"]},
         "commands": seconds,
         "seconds": report["seconds"],
     }
@@ -180,9 +182,8 @@ def tables(cells: dict[str, dict]) -> str:
 def markdown(rows: dict[str, dict[str, str]]) -> str:
     """Make a table in Markdown of texts by row and column."""
     heads = sorted({head for texts in rows.values() for head in texts})
-    lines = [["", *heads], ["---"] * (len(heads) + 1)]
-    lines += [[row, *(texts.get(head, "") for head in heads)] for row, texts in rows.items() if any(texts.values())]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [[row, *(texts.get(head, "") for head in heads)] for row, texts in rows.items() if any(texts.values())]
+    return plain([["", *heads], *lines])
 
 
 def study(arguments: argparse.Namespace, results: dict[str, dict]) -> None:

@@ -61,8 +61,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     expected, output = outputs(folder / "undisturbed"), folder / "killed"
     while kills < arguments.kills or not output.exists():
-        if output.exists():
-            shutil.rmtree(output)
+        shutil.rmtree(output, ignore_errors=True)
         run = start(output, ranks, flags)
         try:
             # A moment may be a little after the end.

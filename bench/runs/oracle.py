@@ -13,14 +13,13 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -83,18 +82,19 @@ def run(folder: Path, flags: Sequence[str], ranks: int = 1) -> dict[str, Any]:
     return result_of(folder / "out")
 
 
-def tiny(helper: str, *arguments: Any, flags: Sequence[str] = (), ranks: int = 1, **changes: Any) -> Run:
+def tiny(
+    *arguments: Any, helper: str = "families.save_model", flags: Sequence[str] = (), ranks: int = 1, **changes: Any
+) -> Run:
     """Return a run on a tiny random checkpoint, calibrated on a mixture of two texts.
 
     Args:
         helper: the function that writes the checkpoint: a module of tests/helpers, and its name there.
-        arguments, changes: its arguments after the folder.
+        arguments, changes: arguments of it after the folder.
         flags, ranks: of the run.
     """
 
     def do(folder: Path) -> dict[str, Any]:
-        module, _, function = helper.partition(".")
-        getattr(import_module(f"helpers.{module}"), function)(folder / "model", *arguments, **changes)
+        resolve_name(f"helpers.{helper}")(folder / "model", *arguments, **changes)
         (folder / "a.txt").write_text(TEXT)
         lines = (json.dumps({"text": OTHER[i : i + 500]}) + "\n" for i in range(0, 9000, 500))
         (folder / "b.jsonl").write_text("".join(lines))
@@ -134,20 +134,19 @@ def on_batches(folder: Path) -> dict[str, Any]:
     return result_of(folder / "out")
 
 
-FAMILY = "families.save_model"
 RUNS = {
     **{name: partial(run, flags=flags) for name, flags in BUILT_IN.items()},
-    "llama": tiny(FAMILY, "llama"),
-    "mixture": tiny(FAMILY, "mixtral", flags=["--reconstruct", "1"]),
-    "experts-bf16": tiny(FAMILY, "qwen2_moe", dtype=torch.bfloat16, flags=["--sparsity", "2:4"]),
-    "handed-on": tiny(FAMILY, "gemma3n_text"),
-    "parallel": tiny(FAMILY, "gptj"),
-    "fp8": tiny("quantized.save_fp8", "deepseek_v3"),
-    "mxfp4": tiny("quantized.save_mxfp4"),
+    "llama": tiny("llama"),
+    "mixture": tiny("mixtral", flags=["--reconstruct", "1"]),
+    "experts-bf16": tiny("qwen2_moe", dtype=torch.bfloat16, flags=["--sparsity", "2:4"]),
+    "handed-on": tiny("gemma3n_text"),
+    "parallel": tiny("gptj"),
+    "fp8": tiny("deepseek_v3", helper="quantized.save_fp8"),
+    "mxfp4": tiny(helper="quantized.save_mxfp4"),
     "in-memory": in_memory,
     "batches": on_batches,
     "ranks": partial(run, flags=SHORT, ranks=2),
-    "ranks-mixture": tiny(FAMILY, "qwen3_moe", ranks=2),
+    "ranks-mixture": tiny("qwen3_moe", ranks=2),
 }
 
 
@@ -161,9 +160,9 @@ def smollm2(folder: Path, model: str) -> dict[str, Any]:
 
 def machine() -> dict[str, str]:
     """Name the machine and the versions on which digests depend."""
-    names = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
-    cpu = next(names, platform.machine())
-    return {"cpu": cpu.partition(":")[2].strip(), "torch": torch.__version__, "transformers": transformers.__version__}
+    from host import cpu
+
+    return {"cpu": cpu(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Time a whole solve at 60 %, by shape, and its matrix products alone: `python bench/runs/solve.py [STEPS]`.
 
-On a GPU: by torch, by Triton with a CUDA graph, and with every step launched by itself. Without a GPU the shapes are
+On a GPU: by torch, and by Triton with a CUDA graph. Without a GPU the shapes are
 those of SmolLM2-135M's layers only, and the kernels are torch's.
 """
 
@@ -8,17 +8,15 @@ import statistics
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
-# The package of this checkout, and the modules of bench/.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The package of this checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from report import markdown
-from timing import DEVICE, GPU, Stopwatch, race
 from torch import Tensor
 
+from bench.report import markdown
+from bench.timing import DEVICE, GPU, Stopwatch, race
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.operation import Size
@@ -28,8 +26,7 @@ from sparsefw.solver.layer import prune_layers
 PRECISION = "bf16" if GPU else "ieee"
 LAYERS = [(4096, 4096), (4096, 14336), (8192, 8192)] * GPU + [(1536, 576), (576, 1536)]
 CONFIG = partial(PruneConfig, sparsity="0.6", refit=0, swaps=0, damp=0.0, precision=PRECISION)
-STEP_BY_STEP = SimpleNamespace(**vars(triton_ops) | {"repeat": cpu.repeat})
-KERNELS = {"torch": cpu, "triton": triton_ops, "step by step": STEP_BY_STEP} if GPU else {"torch": cpu}
+KERNELS = {"torch": cpu} | ({"triton": triton_ops} if GPU else {})
 # Seconds of timing of a shape.
 LIMIT = 20
 
@@ -54,7 +51,7 @@ def products(steps: int, W: Tensor, G: Tensor) -> None:
 
 
 @torch.no_grad()
-def main(steps: int) -> None:
+def main(steps: int = 30) -> None:
     """Check that all ways end at one error, time them, and print a table."""
     cells = []
     for rows, d in LAYERS:
@@ -73,4 +70,4 @@ def main(steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int((sys.argv[1:] or ["30"])[0]))
+    main(*map(int, sys.argv[1:]))

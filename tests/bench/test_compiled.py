@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import compiled as compiler
 import pytest
@@ -14,8 +13,6 @@ from sparsefw.kernels.operation import OPERATIONS
 
 pytestmark = pytest.mark.slow
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-COMMITTED = BENCH / "results" / "compiled.json"
 INSTRUCTION = {
     "sm_80": "mma.sync",
     "sm_89": "mma.sync",
@@ -29,7 +26,7 @@ INSTRUCTION = {
 RUNS = f"""
 import pathlib
 import sys
-sys.path[:0] = [{str(BENCH)!r}, {str(BENCH.parent)!r}]
+sys.path[:0] = [{str(compiler.REPO / "bench")!r}, {str(compiler.REPO)!r}]
 import compiled
 compiled.main(["--json", "all.json"])
 compiled.RESULTS = pathlib.Path("known.json")
@@ -48,7 +45,7 @@ def runs(tmp_path_factory) -> tuple[list[dict], list[dict], str]:
     committed table need not be compiled.
     """
     folder = tmp_path_factory.mktemp("triton")
-    known = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    known = json.loads(compiler.RESULTS.read_text(encoding="utf-8"))
     for row in known["rows"]:
         row |= {"fingerprint": "0", "registers": 0}
     (folder / "known.json").write_text(json.dumps(known))
@@ -66,21 +63,16 @@ def compiled(runs) -> list[dict]:
     return runs[0]
 
 
-def label(case: dict) -> str:
-    return f"{case['name']} on {case['target']}: {case}"
-
-
 def test_every_kernel_is_compiled_for_every_target(compiled):
     for name in OPERATIONS:
         assert {case["target"] for case in compiled if case["name"].split()[0] == name} == set(INSTRUCTION), name
     # No two launches have one name.
-    given = sum(len(operation.launches) for operation in OPERATIONS.values())
-    settings = sum(len(operation.settings) for operation in OPERATIONS.values())
-    assert len(compiler.launches()) == given + len(compiler.SIZES) * settings
+    numbers = (len(x.launches) + len(compiler.SIZES) * len(x.settings) for x in OPERATIONS.values())
+    assert len(compiler.launches()) == sum(numbers)
 
 
 def test_the_committed_table_is_true(compiled):
-    committed = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    committed = json.loads(compiler.RESULTS.read_text(encoding="utf-8"))
     # The fingerprint changes with a line's number, too.
     rows, compiled = ([row | {"fingerprint": ""} for row in each] for each in (committed["rows"], compiled))
     if committed["triton"] != triton.__version__:
@@ -124,13 +116,8 @@ def test_a_kernel_is_selected_by_its_file_or_operation():
 def test_instructions_are_counted_by_loop():
     lines = ["MOV R1, c[0x0][0x28] ", "FADD R2, R2, R3 ", "@P0 IMAD R4, R4, R5, R6 ", "@P0 BRA 0x10 "]
     # What a branch skips does not count, if it is long, as here.
-    lines += [
-        "@!P1 BRA 0x800 ",
-        *["LOP3.LUT R1, R2, R3 "] * 123,
-        "@P2 ISETP.NE.AND P0, PT, R1, RZ, PT ",
-        "NOP",
-        "EXIT ",
-    ]
+    lines += ["@!P1 BRA 0x800 ", *["LOP3.LUT R1, R2, R3 "] * 123]
+    lines += ["@P2 ISETP.NE.AND P0, PT, R1, RZ, PT ", "NOP", "EXIT "]
     sass = "\n".join(f"        /*{16 * n:04x}*/    {line};" for n, line in enumerate(lines))
     assert compiler.instructions(sass) == [[4, 2], [3, 0]]
 
@@ -140,7 +127,7 @@ def test_rows_stay_in_the_registers_they_are_loaded_to(compiled):
     rows = [case for case in compiled if case["name"].split()[0] in ("lmo", "row_step", "conjugate_step")]
     assert len(rows) > 50
     for case in rows:
-        assert case["shared"] <= 256, label(case)
+        assert case["shared"] <= 256, case
 
 
 PRODUCTS = {"product", "gram_accumulate", "cross_accumulate"}
@@ -154,7 +141,7 @@ def test_products_use_the_tensor_cores(compiled):
         unit = operation.cost_of(operation.example(launch.size, **launch.setting)).unit
         # AMD's matrix cores multiply fp32 without rounding, too.
         none = unit == "ieee" and case["target"] != "gfx942"
-        assert case["tensor_cores"] == ([] if none else [INSTRUCTION[case["target"]]]), label(case)
+        assert case["tensor_cores"] == ([] if none else [INSTRUCTION[case["target"]]]), case
 
 
 def test_large_products_are_read_by_bulk_copies(compiled):
@@ -166,5 +153,5 @@ def test_large_products_are_read_by_bulk_copies(compiled):
             large = case["target"] in ("sm_90", "sm_100") and "float16" in dtype and aligned
         else:
             large = kernel == "product" and "BLOCK_N=256" in case["config"]
-        assert case["bulk_copies"] == large, label(case)
+        assert case["bulk_copies"] == large, case
     assert {case["name"].split()[0] for case in compiled if case["bulk_copies"]} == PRODUCTS

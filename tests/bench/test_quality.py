@@ -2,12 +2,9 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import quality
-
-REPO = Path(quality.__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
@@ -29,9 +26,9 @@ def test_a_cell_of_the_quality_study(tmp_path, capsys):
 
 def test_the_page_has_the_figures_of_the_results(capsys):
     for name in ("near-texts", "far-texts"):
-        quality.main(["--table", "--results", str(REPO / f"bench/results/{name}.json")])
+        quality.main(["--table", "--results", str(quality.REPO / f"bench/results/{name}.json")])
     printed = capsys.readouterr().out.splitlines()
-    page = (REPO / "docs/results.md").read_text().replace("**", "")
+    page = (quality.REPO / "docs/results.md").read_text().replace("**", "")
     rows = [line for line in page.splitlines() if re.match(r"\| .*\d\.\d", line)]
     assert len(rows) > 50
     assert [row for row in rows if row not in printed] == []

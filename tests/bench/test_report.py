@@ -143,14 +143,14 @@ def git(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("source", "compiled"), [("", "copied"), ("changed", "built")])
 def test_another_commit_is_timed_by_its_own_code(source, compiled, git, tmp_path):
     (tmp_path / "kernels/cpu/x.cpp").write_text(source)
-    with suppress(KeyboardInterrupt), base.Worker("HEAD") as worker:
+    with suppress(KeyboardInterrupt), base.start("HEAD") as worker:
         assert worker.time(operation="lmo") == 7
         assert Path(f"/proc/{worker.process.pid}/cwd/kernels/cpu/_x.so").read_text() == compiled
         for name, line in (("other", "HEAD: unknown"), *[("exit", "its process has ended")] * 2):
             with pytest.raises(RuntimeError, match=line):
                 worker.time(operation=name)
         raise KeyboardInterrupt
-    with pytest.raises(ValueError, match="-x is no commit, or older"), base.Worker("-x"):
+    with pytest.raises(ValueError, match="-x is no commit, or older"), base.start("-x"):
         pass
     assert len(git("worktree", "list").splitlines()) == 1
     assert worker.process.returncode is not None

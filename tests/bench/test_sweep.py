@@ -13,14 +13,14 @@ import sparsefw.run
 CASES = {case.model_type: case for case in cases()}
 
 # Each is here for a property that no model of tests/model has.
-KINDS = {
-    "jamba": "state spaces, attention and experts",
-    "lfm2": "convolutions",
-    "bert": "a class that sees later tokens",
-    "minimax": "buffers in its blocks that look like matrices",
-    "sarvam_moe": "one tensor of the checkpoint for queries, keys and values",
-    "llama4_text": "experts in one product",
-}
+KINDS = [
+    "jamba",  # state spaces, attention and experts
+    "lfm2",  # convolutions
+    "bert",  # a class that sees later tokens
+    "minimax",  # buffers in its blocks that look like matrices
+    "sarvam_moe",  # one tensor of the checkpoint for queries, keys and values
+    "llama4_text",  # experts in one product
+]
 
 
 @pytest.mark.slow
@@ -51,34 +51,38 @@ def test_class_does_not_work(model_type, outcome, reason, tmp_path):
     assert row["reason"].startswith(reason)
 
 
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    """The folder of a class that works."""
+    folder = tmp_path_factory.mktemp("right")
+    assert examine.examine(CASES["stablelm"], folder)["outcome"] == WORKS
+    return folder
+
+
 @pytest.mark.slow
-def test_mistakes_of_a_run_are_found(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("layer", "change", "reason"),
+    [
+        ("q_proj.weight", lambda weight: weight + 1e-9 * (weight == 0), "verify: "),
+        ("q_proj.weight", lambda weight: weight * 1.5, "pruned perplexity"),
+        ("layernorm", lambda weight: weight + 1e-7, "not reported as pruned"),
+        ("q_proj.weight", None, "missing_keys"),
+    ],
+)
+def test_mistakes_of_a_run_are_found(layer, change, reason, right, monkeypatch, tmp_path):
     """Tensors of a right output are changed."""
-    right = tmp_path / "right"
-    right.mkdir()
-    assert examine.examine(CASES["stablelm"], right)["outcome"] == WORKS
-    for n, (layer, change, reason) in enumerate(
-        [
-            ("q_proj.weight", lambda weight: weight + 1e-9 * (weight == 0), "verify: "),
-            ("q_proj.weight", lambda weight: weight * 1.5, "pruned perplexity"),
-            ("layernorm", lambda weight: weight + 1e-7, "not reported as pruned"),
-            ("q_proj.weight", None, "missing_keys"),
-        ]
-    ):
-        folder = tmp_path / str(n)
-        folder.mkdir()
 
-        def main(arguments, folder=folder, layer=layer, change=change):
-            shutil.copytree(right / examine.OUTPUT, folder / examine.OUTPUT)
-            for path in (folder / examine.OUTPUT).glob("*.safetensors"):
-                tensors = load_file(path)
-                for name in [name for name in tensors if layer in name]:
-                    weight = tensors.pop(name)
-                    tensors |= {name: change(weight)} if change else {}
-                save_file(tensors, path, metadata={"format": "pt"})
-            return 0
+    def main(arguments):
+        shutil.copytree(right / examine.OUTPUT, tmp_path / examine.OUTPUT)
+        for path in (tmp_path / examine.OUTPUT).glob("*.safetensors"):
+            tensors = load_file(path)
+            for name in [name for name in tensors if layer in name]:
+                weight = tensors.pop(name)
+                tensors |= {name: change(weight)} if change else {}
+            save_file(tensors, path, metadata={"format": "pt"})
+        return 0
 
-        monkeypatch.setattr(sparsefw.run, "main", main)
-        row = examine.examine(CASES["stablelm"], folder)
-        assert row["outcome"] == WRONG
-        assert reason in row["reason"]
+    monkeypatch.setattr(sparsefw.run, "main", main)
+    row = examine.examine(CASES["stablelm"], tmp_path)
+    assert row["outcome"] == WRONG
+    assert reason in row["reason"]
