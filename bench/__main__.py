@@ -206,7 +206,7 @@ def run(
 ) -> int:
     """Measure, print and write; returns 1 if a kernel of ours has failed, or a result is wrong."""
     failed = False
-    roofs = machine.roofs(min(1.0, arguments.seconds))
+    roofs = machine.roofs(min(2.0, arguments.seconds))
     saved = dict(machine=machine.describe(), command=arguments.command, roofs=roofs, rows=[])
     print(report.heading(saved))
     sizes = [size_of(rows, d, arguments.tokens, DTYPES[arguments.dtype]) for rows, d in shapes]
