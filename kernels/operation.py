@@ -143,8 +143,8 @@ class Operation:
 
     @property
     def does(self) -> str:
-        """What it does, in a line."""
-        return (inspect.getdoc(self.run) or "").splitlines()[0].rstrip(".")
+        """What it does, in a sentence."""
+        return (inspect.getdoc(self.run) or "").splitlines()[0].partition(". ")[0].rstrip(".")
 
     def cost_of(self, arguments: Arguments) -> Cost:
         """Compute the least work of a call with these arguments."""

@@ -230,7 +230,7 @@ def configuration(size: int, batch: int = 0) -> dict[str, int]:
 def unpack(
     values: Tensor, mask: Tensor, starts: Tensor | None = None, *, cols: int, first: int = 0, last: int | None = None
 ) -> Tensor:
-    """Expand rows of a packed matrix, (last - first, cols) in the dtype of the values.
+    """Expand rows of a packed matrix. The result is (last - first, cols) in the dtype of the values.
 
     Args:
         values: (rows, k), or (n,) with `starts`; fp32 / bf16 / fp16. All tensors are contiguous.

@@ -2,13 +2,17 @@
 
 import importlib
 import importlib.util
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
 
+import expected
 import pytest
+import report
 import torch
 
+from bench.__main__ import catalogue
 from sparsefw.cli import run_parser
 from sparsefw.errors import flag_of
 from sparsefw.inputs import Inputs
@@ -80,6 +84,13 @@ def test_the_table_of_flags_is_current():
             default = getattr(settings, field.name)
             (default,) = default if isinstance(default, tuple) else (default,)
             assert told[1] == (f"{default:g}" if isinstance(default, float) else str(default)), field.name
+
+
+def test_tables_of_operations_are_current():
+    page = text_of(REPO / "docs/operations.md")
+    runs = [json.loads((REPO / f"bench/results/{name}.json").read_text("utf-8")) for name in ("cpu", "packed")]
+    for table in (catalogue(), expected.table(), *(report.summary(run["rows"]) for run in runs)):
+        assert f"\n{table}\n" in page
 
 
 # Text in the README's examples, and the text that a test puts in its place.
