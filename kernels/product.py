@@ -68,8 +68,8 @@ def example(size: Size, *, precision: str = "bf16", right: torch.dtype | None = 
 _converted = lru_cache(maxsize=2)(Tensor.to)
 
 
-def library(E: Tensor, G: Tensor, *, precision: str, out: Tensor, add: bool = True, transposed: bool = False) -> Tensor:
-    """Compute E G, or E^T G if `transposed`, by the product of torch's library, which is cuBLAS on a GPU.
+def library(E: Tensor, G: Tensor, *, precision: str, out: Tensor, transposed: bool = False, **_: bool) -> Tensor:
+    """Write E G, or E^T G if `transposed`, to `out` by the product of torch's library, which is cuBLAS on a GPU.
 
     E is converted to the dtype of G. On a CPU both are converted to fp32, since its library would round a product of
     16-bit operands. At "tf32x3" the library multiplies in fp32.
@@ -80,7 +80,7 @@ def library(E: Tensor, G: Tensor, *, precision: str, out: Tensor, add: bool = Tr
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
-        return torch.addmm(out, E.T if transposed else E, G, beta=int(add), out=out, **options)
+        return torch.mm(E.T if transposed else E, G, out=out, **options)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
