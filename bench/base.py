@@ -14,7 +14,7 @@ BENCH = Path(__file__).resolve().parent
 REPO = BENCH.parent
 # It starts in the other checkout, whose package it imports before bench/ may change Python's path.
 CODE = f"import runpy, sparsefw; runpy.run_path({str(BENCH)!r}, run_name='__main__')"
-# What is compiled, and how.
+# Sources of the compiled part, and the file that says how it is built.
 SOURCES = ("setup.py", "kernels/cpu/*.cpp", "kernels/cpu/*.h")
 
 

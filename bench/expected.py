@@ -29,9 +29,10 @@ from sparsefw.kernels.operation import Cost
 
 FILE = RESULTS.with_name("expected.json")
 
-# Of data sheets: multiprocessors, clock in GHz, memory in GB/s, products in Tflop/s, KiB of shared memory and threads
-# of a multiprocessor. `cache`, bytes of L2 in a clock, is 5120 in NVIDIA's paper on the A100; the same is assumed for
-# the H100, and half of it for the RTX 4090. `library` is assumed: the share of its peak that cuBLAS reaches.
+# Data sheets give these: multiprocessors, clock in GHz, memory in GB/s, products in Tflop/s, and KiB of shared memory
+# and threads of a multiprocessor. `cache`, bytes of L2 in a clock, is 5120 in NVIDIA's paper on the A100; the same is
+# assumed for the H100, and half of it for the RTX 4090. `library` is assumed: the share of its peak that cuBLAS
+# reaches.
 COLUMNS = ("gpu", "count", "clock", "memory", "bf16", "tf32", "ieee", "shared", "threads", "cache", "library")
 GPUS = {
     target: dict(zip(COLUMNS, values, strict=True))

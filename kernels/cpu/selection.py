@@ -72,9 +72,11 @@ def select(score: Tensor, k: int | Tensor, *, group: int, fixed: Tensor | None, 
     """Choose the vertex as `lmo` does, but without checks; write it to `out`, and return it."""
     rows, d = score.shape
     compiled, best = library(), level()
-    suits = score.device.type == "cpu" and score.dtype == torch.float32 and (group <= 32 if group else d <= LONGEST)
-    # C++ would write past the end of a smaller matrix.
+    fits = d <= LONGEST if not group else group <= 32 and d % group == 0
+    suits = fits and score.device.type == "cpu" and score.dtype == torch.float32
+    # C++ would read and write past the end of smaller tensors, and torch refuses them.
     suits &= all(x.shape == score.shape and x.dtype == torch.bool for x in (out, fixed) if x is not None)
+    suits &= isinstance(k, int) or k.shape == (rows,)
     if suits and compiled and best is not None:
         V = out if out.stride(1) == 1 else torch.empty(out.shape, dtype=torch.bool)
         matrices = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in (score, fixed, V)]
