@@ -124,6 +124,7 @@ class Output:
         overwrite: whether an older checkpoint may be replaced.
         restart: whether to discard the finished blocks of an unfinished run.
         gpu_memory, host_memory: memory limits in GiB; None: the free memory, less a tenth.
+        hours: hours of a recovery; None: no limit.
         packed: folder for a packed copy; None: no copy.
 
     Raises:
@@ -137,6 +138,10 @@ class Output:
     )
     gpu_memory: float | None = _memory_flag("GPU")
     host_memory: float | None = _memory_flag("host")
+    hours: float | None = flag(
+        "end the recovery after this many hours with the best weights so far; without --recover it takes as many "
+        "tokens as fit into them (default: no limit)", None, metavar="H", least=0, most=10**6,
+    )  # fmt: skip
     packed: Path | None = flag("folder for a packed copy, whose zeros take no space", None, metavar="DIR")
 
     def __post_init__(self) -> None:

@@ -8,8 +8,6 @@ better results.
 import sys
 from dataclasses import fields
 
-from safetensors import SafetensorError
-
 from sparsefw.cli import Parser, add_flag, folder, given, launched, load_libraries, refuse_ranks, say
 from sparsefw.inputs import Inputs, Output
 
@@ -27,21 +25,17 @@ def main(argv: list[str] | None = None) -> int:
             if f.name in INPUTS:
                 add_flag(parser, f, "the run's, plus 1" if f.name == "seed" else "the run's")
         for f in fields(Output):
-            if f.name in ("overwrite", "restart", "gpu_memory", "host_memory"):
+            if f.name in ("overwrite", "restart", "gpu_memory", "host_memory", "hours"):
                 add_flag(parser, f)
         arguments = parser.parse_args(argv)
         refuse_ranks("recover")
         inputs, output = given(arguments, Inputs), Output(**given(arguments, Output))
         load_libraries()
         from sparsefw import memory
-        from sparsefw.extras.recovery import recover
+        from sparsefw.extras.recover_output import recover_output
 
         memory.share_freed()
-        try:
-            recover(arguments.pruned, output, inputs, say)
-        except (KeyboardInterrupt, OSError, SafetensorError) as error:
-            error.add_note("a recovery makes its steps again")
-            raise
+        recover_output(arguments.pruned, output, inputs, say)
     return outcome.status
 
 

@@ -5,7 +5,8 @@
     identity.json       identity of the run: arguments, model, data, versions; and its choices
     records/00001.json  record of a finished shard with digests, written once the shard's files are on disk
     new/                the new output, until it is complete
-    kept/               shards that are not part of the output, and needed until the run is finished
+    kept/               shards that are not part of the output, and shards that will replace some of it
+    recovery/           what the recovery of the whole model needs to go on
     old/                an older output, while the new one takes its place
 """
 
@@ -69,7 +70,8 @@ class Writer:
 
     Args:
         output: folder for the checkpoint.
-        shards: number of shards, each written by a call of `write`.
+        shards: number of shards, each written by a call of `write`. A further shard, with a number of `shards` + n,
+            replaces shard n when the output is finished.
         identity: JSON values that must be the same for a run to resume, by names for messages.
         source: folder of the checkpoint that is read, whose other files are copied. None: the model is in memory, and
             its shards are not part of the output.
@@ -80,6 +82,7 @@ class Writer:
     Attributes:
         output: folder for the checkpoint, with links resolved.
         folder: folder of the checkpoint until `finish`. A file that is put here is not copied from the source.
+        recovery: folder for the state of a recovery. Its files stay while the run is unfinished.
         records: records of the finished shards by number; of other ranks only those from before this writer.
     """
 
@@ -99,7 +102,7 @@ class Writer:
         self._identity: dict[str, Any] = json.loads(json.dumps(identity or {}))
         self._source, self._overwrite, self._restart, self._ranks = source, overwrite, restart, ranks
         self._partial = self.output.with_name(f".{self.output.name}.partial")
-        self.folder, self._old = self._partial / "new", self._partial / "old"
+        self.folder, self._old, self.recovery = (self._partial / name for name in ("new", "old", "recovery"))
         self._identity_file = self._partial / "identity.json"
         self._lock = filelock.FileLock(self._partial / "lock", timeout=0)
         self.records: dict[int, Record] = {}
@@ -139,12 +142,14 @@ class Writer:
         known = {self._partial / name for record in self.records.values() for name in record.digests}
         known |= {*map(self._record, self.records)}
         for path in self._partial.glob("*/*"):
+            if before and path.parent == self.recovery:
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path not in known:
                 path.unlink()
         if not before:
-            for name in ("new", "kept", "records"):
+            for name in ("new", "kept", "records", "recovery"):
                 (self._partial / name).mkdir(exist_ok=True)
             self.choose({})
 
@@ -214,9 +219,18 @@ class Writer:
 
     def path(self, n: int, method: str | None = None) -> Path:
         """Return the path of shard n (from 0) until `finish`; with a method, that of its shard of a compared method."""
-        if method is None and self._source is not None:
+        if method is None and self._source is not None and n < self.shards:
             return self.folder / f"model-{n + 1:05d}-of-{self.shards:05d}.safetensors"
         return self._partial / "kept" / f"{method or 'model'}-{n + 1:05d}.safetensors"
+
+    def latest(self, n: int) -> Path:
+        """Return the path of the shard that replaces shard n, or else of shard n."""
+        replacing = self.path(n + self.shards)
+        # If the shard is in its place already, a kill came between.
+        return replacing if n + self.shards in self.records and replacing.exists() else self.path(n)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._partial).as_posix()
 
     def writes(self, n: int) -> bool:
         """Tell whether this rank writes shard n."""
@@ -247,10 +261,14 @@ class Writer:
             durably(path, partial(save_file, on_host, metadata={"format": "pt"}))
             size += sum(tensor.nbytes for tensor in on_host.values())
             # The system still has the file in memory.
-            digests[path.relative_to(self._partial).as_posix()] = file_digest(path)
+            digests[self._name(path)] = file_digest(path)
         record = Record(size, digests, note)
         durably(self._record(n), json.dumps(asdict(record)))
         self.records[n] = record
+
+    def discard(self) -> None:
+        """Drop all finished shards, so that no run goes on from them."""
+        self._record(0).unlink()
 
     def finish(self, describe: Callable[[Path], None] | None = None) -> None:
         """Complete the output, write SHA256SUMS, and move the output into place.
@@ -263,12 +281,18 @@ class Writer:
         """
         self.records = {n: r for records in self._ranks.gather(self.records) for n, r in records.items()}
         if self._ranks.first:
+            for n in range(self.shards):
+                self.latest(n).replace(self.path(n))
+            # In order, since the digest of a shard that replaces another one comes later.
+            written = {
+                self.path(n % self.shards): record.digests[self._name(self.path(n))]
+                for n, record in sorted(self.records.items())
+            }
             if self._source is not None:
                 self._write_index()
                 copy_companions(self._source, self.folder)
             if describe:
                 describe(self.folder)
-            written = {self._partial / name: d for r in self.records.values() for name, d in r.digests.items()}
             lines = []
             for name in sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file()):
                 path = self.folder / name

@@ -26,8 +26,9 @@ SEPARATOR = "\n\n"
 # Tokens of the shortest window in which a token can be predicted.
 MIN_SEQLEN = 2
 
-# Calibration windows are drawn from the first `nsamples * seqlen` times this many tokens of a text.
-TOKENS_READ = 16
+# Calibration windows are drawn from a pool: `nsamples * seqlen` times this many consecutive tokens of a text. A pool is
+# read in parts of up to PART tokens.
+TOKENS_READ, PART = 16, 2**16
 
 # A calibration window is made of up to PIECES pieces of a text, each from another place and of at least MIN_PIECE
 # tokens. Text from one place is much alike, so the same number of tokens from more places says more about a layer's
@@ -133,47 +134,148 @@ def windows_of(ids: Tensor, source: str) -> Windows:
     return _windows(ids, source)
 
 
-def calibration_windows(
-    tokenizer: Tokenizer, dataset: str | Iterable[Any], *, nsamples: int, seqlen: int, seed: int
-) -> Windows:
-    """Draw disjoint windows at random.
+@dataclass(eq=False)
+class WindowStream:
+    """Windows of texts, without end: first the calibration windows of a run, then others of the same texts.
 
-    Documents are tokenized one by one and concatenated until there are `TOKENS_READ` times as many tokens as the
-    windows need, or until the text ends. The tokens after a random offset are cut into pieces, see `PIECES`. Pieces
-    drawn at random make the windows.
+    Documents of a text are tokenized one by one and concatenated until there is a pool of tokens, see `TOKENS_READ`, or
+    until the text ends. The tokens after a random offset are cut into pieces, see `PIECES`. The pieces, in a random
+    order, make windows. When they are used up, the next tokens of the text make the next pool. So no token is in two
+    windows until the text ends. Then the text is read again, with other offsets and orders. If it cannot be read again,
+    as an iterator cannot, its last tokens are used again, as many as a pool has.
 
-    Args:
-        tokenizer: the model's tokenizer.
-        dataset: the text, see `read_text`.
-        nsamples: number of windows.
-        seqlen: tokens of a window.
-        seed: seed of the draw. The windows depend only on it and on the text.
+    A mixture has groups of `nsamples` windows. Each has windows of all texts by their shares, in a random order.
 
-    Raises:
-        InputError: the text cannot be read, or is too short.
+    The windows do not depend on how many are taken at a time. Memory holds a pool (int32), a group of a mixture, and
+    the windows that are taken. Texts are opened when the first window is taken or skipped. An InputError is raised then
+    or later: a text cannot be read or is too short, or its share is less than a window.
+
+    Attributes:
+        tokenizer: the model's tokenizer; not used if `dataset` are windows.
+        dataset: a text, see `read_text`; or the weight of each text of a mixture, by its name; or windows, which repeat
+            in other orders.
+        nsamples, seqlen: number of windows of a run, and tokens of a window.
+        seed: seed of all draws.
+        write: has the model write the text SELF, whose windows repeat, too; None: there is no such text.
+        say: called with a line when a text has ended for the first time and more is asked for.
+        taken: number of windows that were taken or skipped.
+        source, own: of a stream of one text, as for Windows; set with the first window.
     """
-    source, documents = read_text(dataset, "train", tokenizer)
-    ids = _leading_tokens(tokenizer, _separated(documents), TOKENS_READ * nsamples * seqlen)
-    return _windows(_drawn(ids, source, nsamples, seqlen, seed), source)
+
+    tokenizer: Any
+    dataset: str | Iterable[Any] | Windows
+    nsamples: int
+    seqlen: int
+    seed: int
+    write: Generate = None
+    say: Callable[[str], None] = lambda _: None
+    taken: int = 0
+    source: str = ""
+    own: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset, Mapping) and len(self.dataset) == 1:
+            (self.dataset,) = self.dataset
+        self._texts = [self]
+        # Each window with the stream of its text.
+        self._stream = self._mixed(self.dataset) if isinstance(self.dataset, Mapping) else self._of_text()
+
+    def take(self, n: int) -> Windows:
+        """Return the next n windows, at least one."""
+        texts, rows = zip(*itertools.islice(self._stream, n), strict=True)
+        self.taken += n
+        mixed = " + ".join(f"{text.source} ({texts.count(text)})" for text in self._texts)
+        windows = _windows(torch.stack(rows), self.source or mixed)
+        return replace(windows, own="".join(text.own for text in self._texts))
+
+    def skip(self, n: int) -> None:
+        """Pass over the next n windows. Texts are read, but no window is kept."""
+        self.taken += sum(1 for _ in itertools.islice(self._stream, n))
+
+    def _mixed(self, shares: Mapping[str, float]) -> "Iterator[tuple[WindowStream, Tensor]]":
+        numbers = dict(zip(shares, counts(self.nsamples, list(shares.values())), strict=True))
+        for name, n in numbers.items():
+            if not n:
+                share = f"{option('dataset', name)}: its share, {shares[name]:g}, is none of {self.nsamples} windows"
+                raise InputError(f"{share}; give a larger share, or more windows")
+        self._texts = [replace(self, dataset=name, nsamples=n) for name, n in numbers.items()]
+        # The text that the model writes is last: it takes longest, and another text may turn out to be missing.
+        in_turn = sorted(self._texts, key=lambda text: text.dataset == SELF)
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            drawn = [window for text in in_turn for window in itertools.islice(text._stream, text.nsamples)]
+            drawn.sort(key=lambda window: self._texts.index(window[0]))
+            # In a random order: some windows are held out, and the others take turns. Each such part needs some of
+            # every text.
+            yield from map(drawn.__getitem__, torch.randperm(self.nsamples, generator=generator))
+
+    def _of_text(self) -> "Iterator[tuple[WindowStream, Tensor]]":
+        generator, text = torch.Generator().manual_seed(self.seed), self.dataset
+        if self.write and text == SELF:
+            text = self.write(self.tokenizer, self.seqlen, self.nsamples)
+        repeats = isinstance(text, Windows)
+        for row in self._repeated(text, generator) if repeats else self._drawn(text, generator):
+            yield self, row
+
+    def _repeated(self, windows: Windows, generator: torch.Generator) -> Iterator[Tensor]:
+        self.source, self.own = windows.source, windows.own
+        yield from windows.ids
+        self.say(f"{self.source}: there are {windows.n} windows, which repeat in other orders")
+        while True:
+            yield from map(windows.ids.__getitem__, torch.randperm(windows.n, generator=generator))
+
+    def _drawn(self, text: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        # Each pool is written over the one before.
+        pool, size = array("i"), TOKENS_READ * self.nsamples * self.seqlen
+        for number in itertools.count():
+            self.source, documents = read_text(text, "train", self.tokenizer)
+            tokens, total = _tokens(self.tokenizer, _separated(documents)), 0
+            while (filled := _fill(pool, tokens, size)) >= self.seqlen or not total:
+                _check_length(len(pool), self.source, self.nsamples, self.seqlen)
+                total += filled
+                # If too little is new, the whole pool is used again.
+                end = filled if filled >= self.seqlen else size
+                yield from _cut(_as_tensor(pool)[:end], self.nsamples, self.seqlen, generator)
+            if not number:
+                self.say(f"{self.source}: ends after {total:,} tokens, and is read again")
 
 
-def _drawn(ids: Tensor, source: str, nsamples: int, seqlen: int, seed: int) -> Tensor:
-    """Cut windows from tokens and draw some of them, see `calibration_windows`: (nsamples, seqlen) int64."""
-    needed, piece = nsamples * seqlen, seqlen // max(1, min(PIECES, seqlen // MIN_PIECE))
-    if len(ids) < needed:
-        fits = [("nsamples", len(ids) // seqlen), ("seqlen", len(ids) // nsamples)]
+def calibration_windows(
+    tokenizer: Tokenizer, dataset: str | Iterable[Any], write: Generate = None, *, nsamples: int, seqlen: int, seed: int
+) -> Windows:
+    """Draw the calibration windows of a run: the first `nsamples` of a WindowStream, which has the same arguments."""
+    return WindowStream(tokenizer, dataset, nsamples, seqlen, seed, write).take(nsamples)
+
+
+def _cut(ids: Tensor, nsamples: int, seqlen: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Cut pieces from tokens, and windows from the pieces in a random order: `nsamples` or more, if there are so many.
+
+    Yields:
+        (seqlen,) int64.
+    """
+    piece, spare = (
+        seqlen // max(1, min(PIECES, seqlen // MIN_PIECE)),
+        max(len(ids) - nsamples * seqlen, len(ids) % seqlen),
+    )
+    offset = int(torch.randint(min(piece - 1, spare) + 1, (1,), generator=generator))
+    ids = ids[offset:]
+    pieces = len(ids) // piece
+    # What no piece has stays at the end. The last window may need it, if a window is no whole number of pieces.
+    order = torch.cat([torch.randperm(pieces, generator=generator), torch.tensor([pieces])])
+    for start in range(0, len(ids) - seqlen + 1, seqlen):
+        places = torch.arange(start, start + seqlen)
+        yield ids[order[places // piece] * piece + places % piece].long()
+
+
+def _check_length(tokens: int, source: str, nsamples: int, seqlen: int) -> None:
+    """Raise InputError if a text has too few tokens for the windows of a run."""
+    if tokens < nsamples * seqlen:
+        fits = [("nsamples", tokens // seqlen), ("seqlen", tokens // nsamples)]
         at_most = " or ".join(option(name, most) for name, most in fits if most)
         raise InputError(
-            f"{source}: {len(ids)} tokens, but {nsamples} windows of {seqlen} need {needed}; use a longer text"
+            f"{source}: {tokens} tokens, but {nsamples} windows of {seqlen} need {nsamples * seqlen}; use a longer text"
             + (f", or at most {at_most}" if at_most else "")
         )
-    generator = torch.Generator().manual_seed(seed)
-    offset = int(torch.randint(min(piece - 1, len(ids) - needed) + 1, (1,), generator=generator))
-    pieces = ids[offset:].unfold(0, piece, piece)
-    drawn = pieces[torch.randperm(len(pieces), generator=generator)[: math.ceil(needed / piece)]]
-    # If a window is no whole number of pieces, it may begin inside a piece, and the last one may need the rest of the
-    # text.
-    return torch.cat([drawn.flatten(), ids[offset + pieces.numel() :]])[:needed].long().view(nsamples, seqlen)
 
 
 def windows_of_records(records: Iterable[Any], source: str, *, nsamples: int, seqlen: int | None, seed: int) -> Tensor:
@@ -196,7 +298,7 @@ def windows_of_records(records: Iterable[Any], source: str, *, nsamples: int, se
     Raises:
         InputError: a record holds no tokens, or the records hold too few.
     """
-    rows, ids = list[Tensor](), array("i")
+    rows, ids, generator = list[Tensor](), array("i"), torch.Generator().manual_seed(seed)
     for number, record in enumerate(records, 1):
         with errors_in_one_line(f"{source}: record {number}: expected tokens"):
             for row in _rows(record):
@@ -206,8 +308,9 @@ def windows_of_records(records: Iterable[Any], source: str, *, nsamples: int, se
             break
     seqlen = seqlen or max(MIN_SEQLEN, *map(len, rows))
     if any(len(row) != seqlen for row in rows):
-        return _drawn(_as_tensor(ids), source, nsamples, seqlen, seed)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        _check_length(len(ids), source, nsamples, seqlen)
+        return torch.stack(list(itertools.islice(_cut(_as_tensor(ids), nsamples, seqlen, generator), nsamples)))
+    order = torch.randperm(len(rows), generator=generator)
     return torch.stack(rows)[order[:nsamples].sort().values]
 
 
@@ -241,51 +344,14 @@ def evaluation_windows(
     """
     source, documents = read_text(dataset, "test", tokenizer)
     joined = itertools.chain.from_iterable(_separated(documents))
-    ids = _leading_tokens(tokenizer, [joined], None if limit is None else limit * seqlen)
+    tokens = _tokens(tokenizer, [joined])
+    ids = _as_tensor(array("i", itertools.islice(tokens, None if limit is None else limit * seqlen)))
     if len(ids) < seqlen:
         raise InputError(
             f"{source}: {len(ids)} tokens, fewer than one window of {seqlen}; use a longer text or shorter "
             f"windows ({option('seqlen')})"
         )
     return _windows(ids.unfold(0, seqlen, seqlen).long(), source)
-
-
-def mixed_windows(
-    tokenizer: Tokenizer, shares: Mapping[str, float], write: Generate = None, *, nsamples: int, seqlen: int, seed: int
-) -> Windows:
-    """Draw windows of several texts by `calibration_windows`, and mix them in a random order.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        shares: weight of each text, by its name (see `read_text`). A text gets windows in proportion to its weight.
-        write: has the model write the text SELF; None: there is no such text.
-        nsamples: number of windows of all texts together.
-        seqlen, seed: as for `calibration_windows`.
-
-    Raises:
-        InputError: a text cannot be read or is too short, or its share is less than a window.
-    """
-
-    def drawn(name: str, n: int) -> Windows:
-        if write and name == SELF:
-            return write(tokenizer, seqlen, n)
-        return calibration_windows(tokenizer, name, nsamples=n, seqlen=seqlen, seed=seed)
-
-    if len(shares) == 1:
-        return drawn(next(iter(shares)), nsamples)
-    # In a random order: some windows are held out, and the others take turns. Each such part needs some of every text.
-    order = torch.randperm(nsamples, generator=torch.Generator().manual_seed(seed))
-    numbers = dict(zip(shares, counts(nsamples, list(shares.values())), strict=True))
-    for name, n in numbers.items():
-        if not n:
-            share_of = f"{option('dataset', name)}: its share, {shares[name]:g}"
-            raise InputError(f"{share_of}, is none of {nsamples} windows; give a larger share, or more windows")
-    # The text that the model writes is last: it takes longest, and another text may turn out to be missing.
-    by_name = {name: drawn(name, numbers[name]) for name in sorted(shares, key=lambda name: name == SELF)}
-    parts = [by_name[name] for name in shares]
-    ids = torch.cat([part.ids for part in parts])[order]
-    mixed = _windows(ids, " + ".join(f"{part.source} ({part.n})" for part in parts))
-    return replace(mixed, own="".join(part.own for part in parts))
 
 
 def counts(n: int, shares: Sequence[float]) -> list[int]:
@@ -317,14 +383,18 @@ def _separated(documents: Iterable[Iterable[str]]) -> Iterator[Iterable[str]]:
         yield itertools.chain([SEPARATOR], document) if n else document
 
 
-def _leading_tokens(tokenizer: Tokenizer, documents: Iterable[Iterable[str]], wanted: int | None) -> Tensor:
-    """Return the first `wanted` tokens of documents, int32; None: all tokens."""
-    ids = array("i", start_tokens(tokenizer))
-    for tokens in tokens_of(tokenizer, documents):
-        ids.extend(tokens)
-        if wanted is not None and len(ids) >= wanted:
-            break
-    return _as_tensor(ids)[:wanted]
+def _tokens(tokenizer: Tokenizer, documents: Iterable[Iterable[str]]) -> Iterator[int]:
+    """Tokenize documents, which are only read as far as tokens are asked for."""
+    return itertools.chain(start_tokens(tokenizer), itertools.chain.from_iterable(tokens_of(tokenizer, documents)))
+
+
+def _fill(ids: "array[int]", tokens: Iterator[int], size: int) -> int:
+    """Write the next tokens over `ids` from its start, up to `size` of them; returns their number."""
+    filled = 0
+    while part := array("i", itertools.islice(tokens, min(PART, size - filled))):
+        ids[filled : filled + len(part)] = part
+        filled += len(part)
+    return filled
 
 
 def _as_tensor(ids: "array[int]") -> Tensor:

@@ -89,7 +89,7 @@ def run_in_memory(
 
         def finish(writer: Writer, describe: Describe) -> None:
             for n, i in enumerate(opened.unique_blocks):
-                opened.change(i, read_shard(writer.path(n)))
+                opened.change(i, read_shard(writer.latest(n)))
             opened.set_back()
             if saves and job.ranks.first:
                 write(writer.folder)
@@ -108,12 +108,14 @@ def _settled(
     """Make the run of a job: on the texts that the job names, or on batches."""
     calibration: Samples
     evaluation: Sequence[Samples]
-    generated = 0
+    generated, stream = 0, None
     if batches is None:
         if job.inputs.evaluate and not opened.logits_itemsize:
             raise InputError(f"evaluate: {type(opened.model).__name__} returns no logits, which perplexity needs")
         whole = shape_of_text(opened)
-        job, calibration, evaluation, seqlen, generated = read_texts(job, opened, whole)
+        job, texts = read_texts(job, opened, whole)
+        calibration, evaluation, seqlen = texts.calibration, texts.evaluation, texts.seqlen
+        generated, stream = texts.generated, texts.stream
     else:
         calibration, evaluated = batches
         evaluation = [evaluated] if evaluated else []
@@ -135,6 +137,7 @@ def _settled(
         calibration,
         evaluation,
         seqlen,
+        stream=stream,
         notes=opened.notes,
         fingerprint=_fingerprint(tensors),
         source=source,

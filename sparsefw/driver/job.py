@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsefw import memory
 from sparsefw.data.batches import Batches
-from sparsefw.data.windows import Windows
+from sparsefw.data.windows import Windows, WindowStream
 from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.estimate.placement import memory_limits
 from sparsefw.estimate.shapes import BlockShape, ModelShape
@@ -85,6 +85,8 @@ class Run:
         seqlen: tokens in a window; with batches, the largest number of hidden-state vectors of a batch.
         notes: lines about the model for the log and the report.
         fingerprint: digest of the model. A resumed run must have a model with the same digest.
+        stream: the windows that follow the calibration windows; None: the calibration uses batches, or there are
+            several ranks.
         files: sizes and times of the checkpoint's files, which a resumed run compares; empty for a model in memory, and
             on all ranks but the first.
         source: folder with the model's config, tokenizer and model card; None: the model has no folder.
@@ -92,7 +94,7 @@ class Run:
             `placement` to `rounded`.
         placement, needs: the placement, and the memory that the run is expected to take with this placement.
         disk: bytes that the run takes on the disk.
-        rounded: whether steps of a reconstruction round the operands of their products.
+        rounded: whether steps of reconstructions and of a recovery round the operands of their products.
         split_failures: why blocks cannot run in parts, as trials have shown so far, see `stages.survey`.
     """
 
@@ -106,6 +108,7 @@ class Run:
     seqlen: int
     notes: list[str]
     fingerprint: str
+    stream: WindowStream | None = None
     files: dict[str, Any] = field(default_factory=dict)
     source: Path | None = None
     limits: dict[str, int] = field(default_factory=dict)

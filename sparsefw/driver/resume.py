@@ -17,6 +17,9 @@ from sparsefw.report import content
 # Inputs that a resumed run may name differently, since their contents are compared.
 BY_CONTENT = {"model", "dataset", "evaluate"}
 
+# The recovery begins when all blocks are pruned. A resumed run may ask for another one, or for none.
+RECOVER = "recover"
+
 # Names of the two choices of arithmetic, which a resumed run takes over from the unfinished run.
 IN_FP32 = "whether it computes in fp32"
 ROUNDED = "whether steps of a reconstruction round the operands of their products"
@@ -43,12 +46,14 @@ def computes_in_fp32(job: Job, dtype: torch.dtype, device: torch.device) -> bool
 
 
 def rounds_products(job: Job, model: BlockModel, dtype: torch.dtype, width: int) -> bool:
-    """Tell whether the steps of a reconstruction round the operands of their products.
+    """Tell whether the steps of reconstructions and of a recovery round the operands of their products.
 
     They do not if the user asks for exact products. A resumed run does as the unfinished run. Else
     `arithmetic.rounds_products` decides.
     """
-    if not job.config.reconstruct or job.config.given.get("precision") in ("ieee", "tf32x3"):
+    if job.config.given.get("precision") in ("ieee", "tf32x3"):
+        return False
+    if not job.config.reconstruct and job.config.recover == 0:
         return False
     found = arithmetic.rounds_products(torch.float32 if model.in_fp32 else dtype, model.device, width)
     return job.begun.get("identity", {}).get(ROUNDED, found)
@@ -60,7 +65,7 @@ def identity(run: Run) -> dict[str, Any]:
     for name in ("include", "ignore"):
         # The order of the patterns makes no difference.
         values[name] = sorted(values[name])
-    flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT}
+    flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT | {RECOVER}}
     texts = {f"the evaluation text {samples.source}": samples.hash for samples in run.evaluation}
     read = {"the model": run.fingerprint, "the calibration text": run.calibration.hash} | texts
     work = {IN_FP32: run.model.in_fp32, ROUNDED: run.rounded, "the number of ranks": run.ranks.count}

@@ -18,6 +18,7 @@ from sparsefw.data.windows import Windows
 from sparsefw.driver.finished import Outcome
 from sparsefw.driver.job import Job, Run, limits_of, workload_of
 from sparsefw.driver.prune import prune_model
+from sparsefw.driver.recovery import pruned_report, recover, settle_recovery
 from sparsefw.driver.resume import computes_in_fp32, identity, resumed, rounds_products
 from sparsefw.driver.texts import read_texts
 from sparsefw.errors import counted, fitted
@@ -48,22 +49,23 @@ def run_job(job: Job) -> content.Report:
     in_fp32 = job.ranks.on_first(lambda: computes_in_fp32(job, source.dtype, device))
     with StreamedModel(source, device, in_fp32=in_fp32) as model:
         whole = shape_of(source, in_fp32)
-        job, calibration, evaluation, seqlen, generated = read_texts(job, model, whole)
+        job, texts = read_texts(job, model, whole)
         run = Run(
             job,
             model,
             job.inputs.model,
             source.dtype,
             whole,
-            calibration,
-            evaluation,
-            seqlen,
+            texts.calibration,
+            texts.evaluation,
+            texts.seqlen,
+            stream=texts.stream,
             notes=model.notes + note_of_others(source.folder),
             fingerprint=fingerprint(source),
             files=stamps(source) if job.ranks.first else {},
             source=job.folder,
         )
-        return carry_out(settled(run, generated), Writer.finish)
+        return carry_out(settled(run, texts.generated), Writer.finish)
 
 
 def settled(run: Run, generated: int = 0, saved: int = 0, fixed: dict[str, int] | None = None) -> Run:
@@ -80,17 +82,18 @@ def settled(run: Run, generated: int = 0, saved: int = 0, fixed: dict[str, int] 
     """
     job, model, whole = run.job, run.model, run.shape
     rounded = run.ranks.on_first(lambda: rounds_products(job, model, run.dtype, whole.hidden))
-    notes = [*run.notes, arithmetic.note_of_rounding(model.device)] if rounded else run.notes
     shape, limits = pruned_shape(whole, job.config), limits_of(job, model.device)
     windows = [samples.n for samples in (run.calibration, *run.evaluation)]
     workload = workload_of(job, windows, run.seqlen, model.device)
     chosen = (fixed or {}) | job.begun.get("chosen", {})
     placement, _ = place(shape, workload, limits, job.output.folder.resolve().parent, fixed=chosen)
     needs = memory_needs(shape, replace(workload, generated=generated), placement)
-    disk = sum(disk_space(shape, workload, placement).values()) + saved
-    run = replace(
-        run, shape=shape, limits=limits, placement=placement, needs=needs, disk=disk, rounded=rounded, notes=notes
-    )
+    run = replace(run, shape=shape, limits=limits, placement=placement, needs=needs, rounded=rounded)
+    run = settle_recovery(run, workload)
+    disk = sum(disk_space(shape, replace(workload, config=run.config), placement).values()) + saved
+    makes_steps = run.config.reconstruct or run.config.recover != 0
+    notes = [*run.notes, arithmetic.note_of_rounding(model.device)] if rounded and makes_steps else run.notes
+    run = replace(run, disk=disk, notes=notes)
     _say_what_is_pruned(run, whole)
     if job.config.reconstruct:
         run.say(reconstruction_line(reconstruction_steps(shape, workload, placement)))
@@ -122,31 +125,44 @@ def carry_out(run: Run, finish: Callable[[Writer, Describe], None]) -> content.R
     ) as writer:
         writer.choose({"batch": run.placement.batch, "solver": run.placement.solver})
         if writer.finished:
-            run.say(f"resuming an unfinished run: {len(writer.finished)} of {writer.shards} shards are finished")
+            finished = min(len(writer.finished), writer.shards)
+            run.say(f"resuming an unfinished run: {finished} of {writer.shards} shards are finished")
         if ranks.first and isinstance(calibration, Windows) and calibration.own:
             # Written now, so that a resumed run has the same text.
             durably(writer.folder / OWN_TEXT, calibration.own)
         # The disk already has the finished blocks, as pruned by every method.
         writer.check_space(run.disk - writer.written)
-        run.say(log.layer_header())
-        while True:
-            limited = memory.gpu_limited(run.limits.get("gpu"), job.output.gpu_memory is not None)
-            with log.progress_of(len(model.blocks), job.progress) as on_block, limited:
-                try:
-                    outcome = prune_model(run, writer, on_block)
-                    break
-                except RuntimeError as error:
-                    if not _can_continue_with_fewer_windows(run, error):
-                        raise
-            # Not inside the `except` clause, where the error's traceback keeps the block's tensors in memory.
-            run = _with_half_the_windows(run, writer)
-        # Times differ among ranks, so all of them return the report of rank 0.
-        report = ranks.broadcast_object(_report(run, outcome))
+        report = pruned_report(writer)
+        if report is None:
+            run, outcome = _prune(run, writer)
+            # Times differ among ranks, so all of them return the report of rank 0.
+            report = ranks.broadcast_object(_report(run, outcome))
+        if run.config.recover != 0:
+            report = recover(run, writer, report)
         if ranks.first:
             durably(writer.folder / "report.json", report.to_json())
         pages = job.write_pages
         finish(writer, partial(pages, report, writer.output, run.source, run.say) if pages else None)
     return report
+
+
+def _prune(run: Run, writer: Writer) -> tuple[Run, Outcome]:
+    """Prune all blocks, with smaller micro-batches if the GPU's memory turns out to be too small.
+
+    Returns:
+        The run with the micro-batches that fit, and its measurements.
+    """
+    run.say(log.layer_header())
+    while True:
+        limited = memory.gpu_limited(run.limits.get("gpu"), run.job.output.gpu_memory is not None)
+        with log.progress_of(len(run.model.blocks), run.job.progress) as on_block, limited:
+            try:
+                return run, prune_model(run, writer, on_block)
+            except RuntimeError as error:
+                if not _can_continue_with_fewer_windows(run, error):
+                    raise
+        # Not inside the `except` clause, where the error's traceback keeps the block's tensors in memory.
+        run = _with_half_the_windows(run, writer)
 
 
 def _can_continue_with_fewer_windows(run: Run, error: RuntimeError) -> bool:

@@ -1,6 +1,7 @@
 """The texts of a run: calibration and evaluation windows. One rank reads them, or the dense model generates them."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from sparsefw.checkpoint.writer import Writer
 from sparsefw.data import windows
 from sparsefw.data.text import OWN_TEXT, SELF
 from sparsefw.data.tokens import Tokenizer, load_tokenizer
-from sparsefw.data.windows import Generate, Windows
+from sparsefw.data.windows import Generate, Windows, WindowStream
 from sparsefw.driver import generation
 from sparsefw.driver.job import Job, limits_of, workload_of
 from sparsefw.errors import InputError, option
@@ -19,7 +20,26 @@ from sparsefw.estimate.workload import pruned_shape
 from sparsefw.model.block_model import BlockModel
 
 
-def read_texts(job: Job, model: BlockModel, whole: ModelShape) -> tuple[Job, Windows, list[Windows], int, int]:
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a run.
+
+    Attributes:
+        calibration: the calibration windows.
+        evaluation: the windows of each evaluation text.
+        seqlen: tokens in a window.
+        stream: the windows that follow the calibration windows; None: there are several ranks.
+        generated: number of windows that the model generates in one batch; 0: it generates no text.
+    """
+
+    calibration: Windows
+    evaluation: list[Windows]
+    seqlen: int
+    stream: WindowStream | None
+    generated: int
+
+
+def read_texts(job: Job, model: BlockModel, whole: ModelShape) -> tuple[Job, Texts]:
     """Read the texts of a run.
 
     Args:
@@ -28,9 +48,7 @@ def read_texts(job: Job, model: BlockModel, whole: ModelShape) -> tuple[Job, Win
         whole: the shape of the model, with all prunable layers.
 
     Returns:
-        The job with the defaults that depend on the calibration; the calibration windows; the windows of each
-        evaluation text; the tokens in a window; and the number of windows that the model generates in one batch, or 0
-        if it generates no text.
+        The job with the defaults that depend on the calibration, and the texts.
 
     Raises:
         InputError: a text cannot be read or is too short, or memory is too little.
@@ -40,8 +58,11 @@ def read_texts(job: Job, model: BlockModel, whole: ModelShape) -> tuple[Job, Win
     job = with_defaults(job, count, seqlen)
     shape = pruned_shape(whole, job.config)
     _check_memory(job, shape, seqlen, model)
+    if seqlen < job.inputs.seqlen:
+        job.say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {job.inputs.seqlen})")
     generate, batch = own_text(job, model, whole, seqlen)
-    return job, *windows_of_texts(job, seqlen, generate), seqlen, batch
+    calibration, evaluation, stream = job.ranks.on_first(lambda: _read(job, seqlen, generate))
+    return job, Texts(calibration, evaluation, seqlen, stream, batch)
 
 
 def with_defaults(job: Job, count: int, tokens: int) -> Job:
@@ -97,48 +118,48 @@ def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tup
     return generate, batch
 
 
-def windows_of_texts(job: Job, seqlen: int, generate: Generate) -> tuple[Windows, list[Windows]]:
-    """Read and tokenize the texts of a run on one rank, and send the tokens to all ranks.
+def stream_of(job: Job, tokenizer: Tokenizer | None, seqlen: int, generate: Generate) -> WindowStream:
+    """Make the stream of a job's calibration windows.
 
     Args:
-        job: the run.
+        job: the job.
+        tokenizer: the model's tokenizer; None: the calibration data are token ids.
         seqlen: tokens in a window.
         generate: lets the model generate calibration text; None: the run does not use such text.
 
-    Returns:
-        The calibration windows, and the windows of each evaluation text.
-
     Raises:
-        InputError: a text cannot be read or tokenized, or is too short.
+        InputError: the token ids are no windows of the model's length.
     """
-    if seqlen < job.inputs.seqlen:
-        job.say(f"seqlen: {seqlen} tokens, the model's maximum (asked for {job.inputs.seqlen})")
-    return job.ranks.on_first(lambda: _read(job, seqlen, generate))
-
-
-def _read(job: Job, seqlen: int, generate: Generate) -> tuple[Windows, list[Windows]]:
     inputs, dataset = job.inputs, job.dataset
+    texts: Any = inputs.shares if dataset is None else dataset
     if isinstance(dataset, Tensor):
-        calibration = windows.windows_of(dataset, inputs.dataset[0])
-        if calibration.seqlen > seqlen:
-            raise InputError(
-                f"{calibration.source}: windows of {calibration.seqlen} tokens, but the model takes at most {seqlen}"
-            )
-        if not inputs.evaluate:
-            # There is no text to tokenize.
-            return calibration, []
-    tokenizer = job.tokenizer
-    if tokenizer is None:
-        assert job.folder is not None
-        tokenizer = load_tokenizer(job.folder)
+        texts = given = windows.windows_of(dataset, inputs.dataset[0])
+        if given.seqlen > seqlen:
+            raise InputError(f"{given.source}: windows of {given.seqlen} tokens, but the model takes at most {seqlen}")
+        inputs, seqlen = replace(inputs, nsamples=given.n), given.seqlen
+    return WindowStream(tokenizer, texts, inputs.nsamples, seqlen, inputs.seed, generate, job.say)
+
+
+def tokenizer_of(job: Job) -> Tokenizer | None:
+    """Return the tokenizer that a job's texts need; None: there is no text, only token ids."""
+    if isinstance(job.dataset, Tensor) and not job.inputs.evaluate:
+        return None
+    if job.tokenizer is not None:
+        return job.tokenizer
+    assert job.folder is not None
+    return load_tokenizer(job.folder)
+
+
+def _read(job: Job, seqlen: int, generate: Generate) -> tuple[Windows, list[Windows], WindowStream | None]:
+    """Read and tokenize the texts of a run: the calibration windows, those of each evaluation text, and the stream."""
+    inputs, tokenizer = job.inputs, tokenizer_of(job)
+    stream = stream_of(job, tokenizer, seqlen, generate)
     # Evaluation texts are read first: an error in them should not come after a model has generated text, which is slow.
     evaluation = [
         windows.evaluation_windows(tokenizer, name, seqlen=seqlen, limit=inputs.eval_windows)
         for name in dict.fromkeys(inputs.evaluate)
+        if tokenizer
     ]
-    drawn = dict(nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
-    if dataset is None:
-        calibration = windows.mixed_windows(tokenizer, inputs.shares, generate, **drawn)
-    elif not isinstance(dataset, Tensor):
-        calibration = windows.calibration_windows(tokenizer, dataset, **drawn)
-    return calibration, evaluation
+    calibration = stream.take(stream.nsamples)
+    # Other ranks get what this function returns, and a stream cannot be sent.
+    return calibration, evaluation, stream if job.ranks.alone else None

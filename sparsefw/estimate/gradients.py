@@ -70,11 +70,13 @@ def reconstruction_bytes(
 
 
 def recovery_bytes(shape: ModelShape, pattern: Pattern, seqlen: int, gpu: bool) -> int:
-    """Count the bytes of a recovery, which fits all kept weights of a model together in steps of one window."""
+    """Count the bytes of a recovery, which fits all kept weights of a model together, window by window."""
     fitted = fit_bytes(shape.blocks, shape.itemsize, pattern, together=True)
     kept = sum(backward_bytes(block, shape, seqlen, seqlen) for block in shape.blocks)
     forward = max(forward_bytes(block, shape, seqlen, seqlen) for block in shape.kinds)
-    return shape.whole_bytes + fitted + kept + forward + _logits(shape, seqlen, gpu)
+    # Between steps, blocks of the dense model run, and the next one is read.
+    work = max(kept + _logits(shape, seqlen, gpu), 2 * shape.largest)
+    return shape.whole_bytes + fitted + forward + work
 
 
 def _scores(shape: ModelShape, seqlen: int, tokens: int) -> int:

@@ -39,6 +39,10 @@ BYTES_OF_WHOLE, BYTES_OF_SWEEP = 48, 20
 # BYTES_OF_BUDGETS: the saliencies of a whole matrix, and the choice of budgets.
 BYTES_OF_SALIENCY, BYTES_OF_BUDGETS = 4, 23
 
+# Bytes of the hidden states of a recovery's chunk: at least, and as a share of the whole model's. A recovery holds out
+# MOST_HELD_OUT windows at most, besides the chunk.
+LEAST_CHUNK, CHUNK_SHARE, MOST_HELD_OUT = 2**26, 1 / 8, 16
+
 # Bytes for each entry of the vocabulary to sample a token: logits, sorted likelihoods and their cumulative sums.
 BYTES_OF_SAMPLING = 40
 
@@ -116,9 +120,9 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
 
 
 def recovery_needs(shape: ModelShape, workload: Workload) -> MemoryNeeds:
-    """Count the peak bytes of a recovery: a step of the whole model, and the dense hidden states of all windows."""
-    nbytes = pinned_bytes if workload.gpu else int
-    host = workload.windows * sum(map(nbytes, shape.window_bytes(workload.seqlen)))
+    """Count the peak bytes of a recovery: a step of the whole model, and the hidden states of a chunk or a text."""
+    nbytes, windows = pinned_bytes if workload.gpu else int, chunk_windows(shape, workload.seqlen) + MOST_HELD_OUT
+    host = max(windows, *workload.evaluation, 0) * sum(map(nbytes, shape.window_bytes(workload.seqlen)))
     if workload.gpu:
         # Pinned memory for weights on their way to the GPU or back.
         host += 2 * pinned_bytes(shape.largest) + _outside_pinned(shape)
@@ -126,17 +130,27 @@ def recovery_needs(shape: ModelShape, workload: Workload) -> MemoryNeeds:
     return MemoryNeeds({"recover": _peak(shape, workload, step, host)})
 
 
+def chunk_windows(shape: ModelShape, seqlen: int) -> int:
+    """Choose how many windows of a recovery go through the dense model together.
+
+    The dense model is read once for each chunk, so a larger model has larger chunks.
+    """
+    most = max(LEAST_CHUNK, int(CHUNK_SHARE * shape.whole_bytes))
+    return max(1, most // sum(shape.window_bytes(seqlen)))
+
+
 def disk_space(shape: ModelShape, workload: Workload, placement: Placement) -> dict[str, int]:
     """Count bytes on the disk.
 
     Returns:
-        "output": the checkpoint. "kept": the blocks of compared methods, which stay until the end of the run.
+        "output": the checkpoint. "kept": the blocks of compared methods, and the pruned blocks before a recovery, which
+            stay until the end of the run.
         "activations": the activations of all ranks, if they are placed in a file.
     """
     inside = int(shape.written_ratio * sum(block.nbytes for block in shape.blocks))
     return {
         "output": inside + sum(shape.pieces),
-        "kept": (len(workload.config.methods) - 1) * inside,
+        "kept": (len(workload.config.methods) - 1 + (workload.config.recover != 0)) * inside,
         "activations": workload.ranks * _activation_bytes(shape, workload) if placement.place == "file" else 0,
     }
 

@@ -10,13 +10,14 @@ from typing import Any
 from sparsefw import memory
 from sparsefw.data.text import SELF
 from sparsefw.errors import InputError, counted, option
-from sparsefw.estimate.memory import GIB, MemoryNeeds, kept_widths, memory_needs, state_bytes
+from sparsefw.estimate.memory import GIB, MemoryNeeds, kept_widths, memory_needs, recovery_needs, state_bytes
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.workload import Workload
 from sparsefw.inputs import Inputs
 from sparsefw.model import Placement
 from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLACES, SOLVER
 from sparsefw.ranks import ALONE, Ranks
+from sparsefw.solver.config import RECOVER
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
 # Tokens in a micro-batch that keep a GPU busy. Fewer are chosen only after every other saving but reading ahead.
@@ -78,6 +79,25 @@ def place(
     if workload.config.reconstruct:
         remedy += f", or {option('reconstruct', 0)}"
     raise too_little(tried, limits, remedy, workload.ranks_here)
+
+
+def place_recovery(
+    shape: ModelShape, workload: Workload, limits: dict[str, int]
+) -> tuple[int, MemoryNeeds, InputError | None]:
+    """Choose the number of tokens of a recovery.
+
+    Returns:
+        The tokens, 0 if the config asks for none or the recovery does not fit the memory limits; the recovery's needs;
+        and why it does not fit, or None.
+    """
+    config = workload.config
+    if not shape.vocabulary or config.recover == 0:
+        return 0, MemoryNeeds({}), None
+    needs = recovery_needs(shape, workload)
+    tokens = RECOVER * workload.windows * workload.seqlen if config.recover is None else config.recover
+    if fits(needs, limits):
+        return tokens, needs, None
+    return 0, MemoryNeeds({}), too_little([needs], limits, f"shorter windows ({option('seqlen', workload.seqlen)})")
 
 
 def generation_batch(shape: ModelShape, workload: Workload, limits: dict[str, int], inputs: Inputs) -> int:

@@ -15,8 +15,8 @@ from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows, window_length
 from sparsefw.errors import InputError, counted, fitted, option
-from sparsefw.estimate.memory import GIB, disk_space, memory_needs, recovery_needs
-from sparsefw.estimate.placement import generation_batch, memory_limits, place, placement_words
+from sparsefw.estimate.memory import GIB, MemoryNeeds, disk_space, memory_needs
+from sparsefw.estimate.placement import generation_batch, memory_limits, place, place_recovery, placement_words
 from sparsefw.estimate.profile import shape_of_text, without_weights
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.steps import reconstruction_line, reconstruction_steps
@@ -120,7 +120,13 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
     placement, _ = place(shape, workload, limits, output.folder.resolve().parent)
     generated = generation_batch(shape, workload, limits, inputs)
     needs = memory_needs(shape, replace(workload, generated=generated), placement)
-    recovery = recovery_needs(shape, workload)
+    tokens, recovery, too_large = place_recovery(shape, workload, limits)
+    if too_large:
+        if config.recover:
+            raise InputError(f"{option('recover', config.recover)}: {too_large}")
+        notes.append(f"no recovery of the whole model: {too_large}")
+    workload = replace(workload, config=config.replace(recover=tokens))
+    needs = MemoryNeeds(needs.phases | recovery.phases)
     return {
         "model": {
             "name": inputs.model,
@@ -144,7 +150,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
         "placement": asdict(placement) | {"folder": str(placement.folder)},
         "disk": disk_space(shape, workload, placement),
         "reconstruction": reconstruction_steps(shape, workload, placement),
-        "recovery": {"gpu": recovery.gpu, "host": recovery.host} if shape.vocabulary else None,
+        "recovery": tokens,
         "notes": notes,
     }
 
@@ -189,6 +195,6 @@ def lines(content: dict[str, Any]) -> Iterator[str]:
     )
     if content["reconstruction"]:
         yield reconstruction_line(content["reconstruction"])
-    if after := content["recovery"]:
-        yield f"recovery of all blocks afterwards, GiB: GPU {after['gpu'] / GIB:.2f}, host {after['host'] / GIB:.2f}"
+    if content["recovery"]:
+        yield f"recovery of the whole model: {content['recovery']:,} tokens"
     yield from (f"note: {note}" for note in content["notes"])

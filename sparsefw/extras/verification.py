@@ -164,7 +164,7 @@ def _changes_kept_weights(report: Report) -> bool:
     method = METHODS[report.method]
     refits = method.frank_wolfe and report.argument("refit", int) > 0
     reconstructs = report.arguments.get("reconstruct", 0) != 0
-    return method.changes_weights or refits or reconstructs or bool(report.recoveries)
+    return method.changes_weights or refits or reconstructs or bool(report.all_recoveries)
 
 
 def _check_sums(check: Check, output: Path, digest: str | None) -> str:

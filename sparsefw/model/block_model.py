@@ -181,6 +181,21 @@ class BlockModel:
             restore(self._open.pop(i))
 
     @contextmanager
+    def set_aside(self, i: int) -> Iterator[None]:
+        """Close block i inside the `with` block; afterwards it has the tensors that it has now."""
+        slots = self._open.pop(i, [])
+        present = [slot.tensors[slot.name] for slot in slots]
+        restore(slots)
+        try:
+            yield
+        finally:
+            self.close(i)
+            for slot, tensor in zip(slots, present, strict=True):
+                slot.tensors[slot.name] = tensor
+            if slots:
+                self._open[i] = slots
+
+    @contextmanager
     def outside_loaded(self, checked: bool = True) -> Iterator[None]:
         """Load the weights outside of the blocks to the device inside the `with` block.
 

@@ -38,12 +38,11 @@ def template_of(model: BlockModel, i: int, args: tuple[Any, ...], kwargs: dict[s
     """
     hidden, *others = args
     if (known := model.templates.find(model.block_types[i], hidden)) is None:
-        block = model.open_alone(i)
-        # The block gets copies of objects: only its real run later may change the objects themselves.
-        others, kwargs = rebuilt((others, kwargs), lambda x: x)
-        with explained(type(model.model).__name__, model.names[i], model.input_kind):
+        with model.set_aside(i), explained(type(model.model).__name__, model.names[i], model.input_kind):
+            block = model.open_alone(i)
+            # The block gets copies of objects: only its real run later may change the objects themselves.
+            others, kwargs = rebuilt((others, kwargs), lambda x: x)
             output = block(hidden, *others, **kwargs)
-        model.close(i)
         known = model.templates.add(model.block_types[i], output, hidden, model.names[i], type(model.model).__name__)
     return known
 

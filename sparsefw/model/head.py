@@ -149,10 +149,15 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
         hidden: the last block's output, (batch, seqlen, d) in most models.
         others: other tensors of blocks that the forward reads after the last block, see `HiddenStates.after_last`.
     """
+    return logits_of_batch(model, token_batch(ids), hidden, others)
+
+
+def logits_of_batch(model: BlockModel, batch: Batch, hidden: Tensor, others: dict[int, Tensor] | None = None) -> Any:
+    """Logits of a batch, as `logits`."""
     with model.outside_loaded():
         if model.flow.by_window:
-            return logits_after_blocks(model, token_batch(ids), hidden)
-        return getattr(run_after_blocks(model, token_batch(ids), hidden, others or {}), "logits", None)
+            return logits_after_blocks(model, batch, hidden)
+        return getattr(run_after_blocks(model, batch, hidden, others or {}), "logits", None)
 
 
 def tokens_of_pass(n: int, every: int) -> slice:

@@ -27,8 +27,8 @@ T = TypeVar("T", bound=Argument)
 # The last bits of a result depend on the versions of these libraries, of Python and of this package.
 LIBRARIES = ("torch", "triton", "transformers", "datasets", "safetensors")
 
-# Results are named by method. Results of the dense model have this name.
-DENSE = "dense"
+# Results are named by method. Results of the dense model, and of the recovered one, have these names.
+DENSE, RECOVERED = "dense", "recovered"
 
 # The two losses of a reconstruction. Each compares the pruned and the dense model: by hidden states or by predictions.
 HIDDEN, PREDICTIONS = "hidden states", "predictions"
@@ -114,7 +114,8 @@ class EvaluationText(TextWindows):
     """The windows of an evaluation text, with the results.
 
     Attributes:
-        perplexity: by name, the perplexity of the dense model ("dense") and of each method.
+        perplexity: by name, the perplexity of the dense model ("dense"), of each method, and after the run's recovery
+            ("recovered").
     """
 
     perplexity: dict[str, float]
@@ -175,7 +176,7 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class Recovery:
-    """A recovery: all kept weights of the pruned model were fitted together, see `sparsefw recover`.
+    """A recovery: all kept weights of the pruned model were fitted together, see `driver.distill`.
 
     Attributes:
         model: the dense model.
@@ -213,7 +214,8 @@ class Report:
         notes: lines for the user about the source.
         ranks: the processes of a run on several processes; empty for one process.
         in_memory: whether the caller passed a model in memory; else the model came from the checkpoint in `model`.
-        recoveries: the recoveries after the run, in order.
+        recovery: the run's own recovery; None: it had none, or it gained nothing.
+        recoveries: later recoveries, by `sparsefw recover`, in order.
         given: by name, the arguments that the user gave; None: an older version wrote the report without this field.
     """
 
@@ -232,6 +234,7 @@ class Report:
     notes: list[str]
     ranks: list[RankRecord] = field(default_factory=list)
     in_memory: bool = False
+    recovery: Recovery | None = None
     recoveries: list[Recovery] = field(default_factory=list)
     given: dict[str, Argument] | None = None
 
@@ -262,6 +265,11 @@ class Report:
     def methods(self) -> list[str]:
         """All methods. The weights of the last one were written."""
         return [*self.compared, self.method]
+
+    @property
+    def all_recoveries(self) -> list[Recovery]:
+        """The run's own recovery and later ones, in order."""
+        return [*([self.recovery] if self.recovery else []), *self.recoveries]
 
     def layers_of(self, method: str) -> list[LayerResult]:
         """Return the results of one method."""

@@ -21,7 +21,16 @@ from sparsefw.errors import counted
 from sparsefw.estimate.placement import placement_words
 from sparsefw.memory import peak_memory
 from sparsefw.model import Placement
-from sparsefw.report.content import DENSE, HIDDEN, BlockRecord, RankRecord, Reconstruction, Report, amount
+from sparsefw.report.content import (
+    DENSE,
+    HIDDEN,
+    RECOVERED,
+    BlockRecord,
+    RankRecord,
+    Reconstruction,
+    Report,
+    amount,
+)
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.layer import LayerResult
@@ -167,14 +176,15 @@ def result_notes(report: Report) -> Iterator[str]:
 
 
 def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
-    """Yield the dense model and every method, each with its perplexities and its mean errors in %.
+    """Yield the dense model, every method and the recovered model, with their perplexities and their mean errors in %.
 
-    The errors are those of the mask and those of the written weights.
+    The errors are those of the mask and those of the weights after a solve.
     """
-    for name in ([DENSE] if report.evaluation else []) + report.methods:
+    recovered = [RECOVERED] if any(RECOVERED in text.perplexity for text in report.evaluation) else []
+    for name in ([DENSE] if report.evaluation else []) + report.methods + recovered:
         layers = report.layers_of(name)
         errors = ([layer.relative_mask for layer in layers], [layer.relative_error for layer in layers])
-        # The dense model has no errors.
+        # Neither the dense nor the recovered model has errors.
         cells = [percent(fmean(of_layers)) if of_layers else "" for of_layers in errors]
         yield name, [f"{text.perplexity[name]:.3f}" for text in report.evaluation] + cells
 
@@ -206,12 +216,12 @@ def reconstruction_line(report: Report) -> str:
 
 def recovery_lines(report: Report) -> Iterator[str]:
     """Write the gain of each recovery."""
-    for one in report.recoveries:
+    for one in report.all_recoveries:
         yield (
             f"recovered on {amount(one.data.source, one.data.windows, one.data.seqlen)} of {one.data.source}: "
             f"divergence of predictions on held-out windows {one.before:.4g} to {one.after:.4g}"
         )
-    if report.recoveries and not reconstruction_line(report):
+    if report.all_recoveries and not reconstruction_line(report):
         yield "errors of layers are those before it was recovered"
 
 

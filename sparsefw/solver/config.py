@@ -81,6 +81,8 @@ DAMP_BEFORE_RECONSTRUCTION = 1.6
 # With MANY_WINDOWS windows or more, a reconstruction makes PASSES_OF_MANY passes: one pass over all windows has as many
 # steps as two passes over half of them.
 MANY_WINDOWS, PASSES_OF_MANY = 128, 1
+# Tokens of a recovery, as a multiple of the calibration tokens. It takes at most the time of the run before it.
+RECOVER = 2
 # Minimum number of windows on a rank for a reconstruction: one window to fit weights to, and one held out.
 MIN_WINDOWS = 2
 
@@ -182,6 +184,12 @@ class PruneConfig:
         "rank; 0 with --refit 0, with another --method or --preset, and with a single window on a rank)",
         metavar="PASSES", least=0, most=10**4,
     )  # fmt: skip
+    recover: int = flag(
+        "accuracy recovery after the last block: fit all kept weights of the model together to the dense model's "
+        "predictions of this many tokens; 0: no recovery (default: twice the calibration tokens if the whole model "
+        "fits into memory, else 0; 0 with --refit 0, and with another --method or --preset)",
+        metavar="TOKENS", least=0, most=10**12,
+    )  # fmt: skip
     kernel: str = flag(
         "triton: Triton kernels, which without a GPU run in the interpreter, exact and slow; torch: plain torch "
         "(default: triton if CUDA is available, else torch)",
@@ -212,9 +220,12 @@ class PruneConfig:
         values = DEFAULTS[self.preset, bool(refit)]
         defaults: dict[str, Any] = dict(zip(_NAMES, values, strict=True))
         defaults["warm_start"] = "wanda"
-        if not METHODS[self.method].frank_wolfe:
+        frank_wolfe = METHODS[self.method].frank_wolfe
+        if not frank_wolfe:
             defaults["reconstruct"] = 0
-        elif self.preset == "sparsefw" and refit and (self.reconstruct is DEPENDS or self.reconstruct):
+        if not (frank_wolfe and self.preset == "sparsefw" and refit):
+            defaults["recover"] = 0
+        elif self.reconstruct is DEPENDS or self.reconstruct:
             defaults |= BEFORE_RECONSTRUCTION
         return defaults
 

@@ -9,6 +9,10 @@ step, of the kept weights of the parameter that holds w; d is the width of the l
 rate (1 + cos(pi t / steps)) / 2. If all weights of a row move together, the row's output changes by the share rate(t).
 So one rate suits weights of any scale and models of any width. Removed weights do not move, and stay exactly 0.
 
+A step may take the gradients g_1 .. g_n of several windows, one after another, without a sum of them in memory: in m
+the sum of the gradients takes the place of g, and in v the sum of their squares that of g^2. If gradients differ much
+between windows, this is Adam on the mean gradient.
+
 Weights in half precision move in fp32. After every step they are rounded to the parameter's dtype.
 """
 
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.kernels.backend import TORCH, Backend
+from sparsefw.kernels.definitions import DECAYS
 
 
 class KeptWeights:
@@ -68,7 +73,13 @@ class KeptWeights:
             gradients.append(_in_memory(parameter.grad, parameter))
         return gradients
 
-    def step(self, backward: Callable[[], None] = lambda: None, trial: bool = False) -> None:
+    def step(
+        self,
+        backward: Callable[[], None] = lambda: None,
+        trial: bool = False,
+        rate: float | None = None,
+        more: bool = False,
+    ) -> None:
         """Move the weights against the gradients, and drop the gradients.
 
         Args:
@@ -76,14 +87,16 @@ class KeptWeights:
                 gradients are in memory together. A parameter moves after `backward` if it shares its memory, has a
                 gradient already, or gets its gradient in slices (see `SliceGradients`).
             trial: only call `backward`, to see whether it raises an error. Nothing moves, and no step is counted.
+            rate: the rate of this step; None: the rate falls to 0 along half a period of a cosine.
+            more: whether more windows of the same step follow. Then the gradients only join m and v.
         """
-        # The rate falls to 0 along half a period of a cosine.
-        rate = self._rate * (1 + math.cos(math.pi * self._done / self._steps)) / 2
-        self._done += not trial
-        moves = {
-            id(x.parameter): x.forget if trial else partial(x.step, rate, self._done, self._backend)
-            for x in self._variables
-        }
+        if rate is None:
+            rate = self._rate * falling(self._done / self._steps)
+        self._done += not (trial or more)
+        moves: dict[int, Callable[[], None]] = {}
+        for x in self._variables:
+            step = partial(x.step, rate, self._done, self._backend)
+            moves[id(x.parameter)] = x.forget if trial else x.add if more else step
         # torch refuses to compute gradients with a changed tensor, and marks all tensors that share its memory.
         # So only parameters with memory of their own move inside `backward`.
         awaited = [x for x in self.parameters if x.grad is None and x.untyped_storage().nbytes() == x.nbytes]
@@ -108,6 +121,19 @@ class KeptWeights:
         for variable in self._variables:
             variable.put_back()
 
+    def state(self, some: slice) -> list[dict[str, Tensor]]:
+        """Return the optimizer's state of some of the parameters: the kept weights in fp32, m and v."""
+        return [dict(weight=x.weight, m=x.m, v=x.v) for x in self._variables[some]]
+
+    @torch.no_grad()
+    def restore(self, some: slice, state: Iterable[dict[str, Tensor]], done: int) -> None:
+        """Go on from a state of some of the parameters after `done` steps."""
+        self._done = done
+        for x, kept in zip(self._variables[some], state, strict=True):
+            for name, own in dict(weight=x.weight, m=x.m, v=x.v).items():
+                own.copy_(kept[name])
+            x.put(x.weight)
+
     def close(self) -> None:
         """Drop the state. The parameters require no gradients any more."""
         self.forget()
@@ -126,20 +152,33 @@ class _Variable:
         self._index = kept.to(index_dtype(parameter.numel()))
         before = self._flat.index_select(0, self._index)
         self._before = before if undo else None
-        self._weight = before.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-        self._m, self._v = torch.zeros_like(self._weight), torch.zeros_like(self._weight)
-        self._scale = self._weight.square().mean().sqrt().item() / math.sqrt(views[0].shape[1]) if len(kept) else 0.0
+        self.weight = before.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+        self.m, self.v = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
+        self._scale = self.weight.square().mean().sqrt().item() / math.sqrt(views[0].shape[1]) if len(kept) else 0.0
 
     @torch.no_grad()
     def step(self, rate: float, step: int, backend: Backend) -> None:
         """Move the kept weights against their gradient, and drop the gradient. A missing gradient counts as zeros."""
+        state = self.weight, self.m, self.v
+        backend.adam_step(self._flat, self._gradient(), self._index, *state, rate=rate * self._scale, step=step)
+        self.forget()
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Add the gradient to m and v before the step of `step`, which decays them, and drop the gradient."""
+        if self.parameter.grad is not None:
+            kept = self._gradient().index_select(0, self._index).to(self.m.dtype)
+            of_m, of_v = ((1 - decay) / decay for decay in DECAYS)
+            self.m.add_(kept, alpha=of_m)
+            self.v.addcmul_(kept, kept, value=of_v)
+        self.forget()
+
+    def _gradient(self) -> Tensor:
+        """Return the gradient of all entries, in the order in which they lie in memory."""
         gradient = self.parameter.grad
         if gradient is None:
             gradient = torch.zeros_like(self.parameter)
-        gradient = _in_memory(gradient, self.parameter).reshape(-1)
-        state = self._weight, self._m, self._v
-        backend.adam_step(self._flat, gradient, self._index, *state, rate=rate * self._scale, step=step)
-        self.forget()
+        return _in_memory(gradient, self.parameter).reshape(-1)
 
     def forget(self) -> None:
         """Drop the gradient."""
@@ -149,7 +188,16 @@ class _Variable:
     def put_back(self) -> None:
         """Restore the parameter from before the first step."""
         assert self._before is not None
-        self._flat.index_copy_(0, self._index.long(), self._before)
+        self.put(self._before)
+
+    def put(self, kept: Tensor) -> None:
+        """Set the kept weights of the parameter."""
+        self._flat.index_copy_(0, self._index.long(), kept.to(self._flat.dtype))
+
+
+def falling(share: float) -> float:
+    """Fall from 1 to 0 along half a period of a cosine, while `share` grows from 0 to 1."""
+    return (1 + math.cos(math.pi * share)) / 2
 
 
 def bytes_of_state(weights: int, kept: int, itemsize: int, undo: bool = True) -> int:

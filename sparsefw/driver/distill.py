@@ -1,0 +1,329 @@
+"""Recover a pruned model: fit all kept weights together, so that it predicts what the dense model does.
+
+The whole pruned model is in memory. A chunk of windows goes through the dense model, block by block, and steps are made
+on the windows of this chunk; then the next chunk follows. So memory does not grow with the number of windows.
+
+The loss is the divergence of the two models' predictions (`model.head`). The backward goes through the whole pruned
+model, and weights move as in a reconstruction (`solver.kept_weights`), in steps of several windows. Some windows are
+held out. If the loss on them does not fall, the pruned model stays as it was.
+
+Memory holds one model, the optimizer's state, the gradient of one matrix, the activations of one window, one dense
+block, and the hidden states of a chunk (`estimate.memory.recovery_needs`). A window takes 6 flops per weight and token;
+the forward of the dense model takes 2.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparsefw import arithmetic
+from sparsefw.data.batches import Batch
+from sparsefw.driver.reconstruct import pruned_matrices
+from sparsefw.driver.saves import Plan, Progress, begun
+from sparsefw.errors import InputError, counted
+from sparsefw.estimate.memory import MOST_HELD_OUT
+from sparsefw.kernels.backend import Backend
+from sparsefw.memory import trim_memory
+from sparsefw.model import HiddenStates
+from sparsefw.model.activations import Store
+from sparsefw.model.block_model import BlockModel
+from sparsefw.model.forward import embed_batches
+from sparsefw.model.gradients import SliceGradients, deterministic, refused
+from sparsefw.model.head import add_divergence, logits_of_batch
+from sparsefw.model.stubs import explained
+from sparsefw.solver.kept_weights import KeptWeights, falling
+from sparsefw.solver.layer import LayerResult
+
+# The rate of the first step, see `solver.kept_weights`. All blocks move, so it is lower than in a reconstruction.
+RATE = 0.03
+
+# The rate rises over the first WARM_UP steps. A step has up to MOST_TOKENS tokens, but no more than leave LEAST_STEPS
+# steps.
+WARM_UP, MOST_TOKENS, LEAST_STEPS = 10, 8192, 256
+
+# One window in HELD_OUT is held out.
+HELD_OUT = 16
+
+# Number of log lines about the steps.
+LINES = 10
+
+
+class Supply(Protocol):
+    """Windows, or batches of a caller, one after another without end.
+
+    Attributes:
+        hash: SHA-256 of the first windows that were taken, in hex.
+    """
+
+    hash: str
+
+    def take(self, n: int) -> list[Batch]:
+        """Return the next n windows, each as a batch of its own."""
+
+    def skip(self, n: int) -> None:
+        """Pass over the next n windows."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A recovery that is to be made.
+
+    Attributes:
+        model: the dense model. During the recovery its blocks have the pruned weights.
+        pruned: returns the tensors of a pruned block by its number, see `BlockModel.block_tensors`.
+        layers: the results of the pruned layers.
+        supply: the windows.
+        windows: number of windows to take; None: as many as fit into `hours`.
+        seqlen: tokens in a window.
+        chunk: number of windows whose dense hidden states are in memory together.
+        backend: the operations of the steps.
+        rounded: whether products round their operands.
+        ahead: whether the next dense block is read ahead.
+        folder: folder for the state, from which the recovery goes on after a kill.
+        hours: hours for the steps; None: no limit.
+        say: called with every line of the log.
+    """
+
+    model: BlockModel
+    pruned: Callable[[int], Mapping[str, Tensor]]
+    layers: Sequence[LayerResult]
+    supply: Supply
+    windows: int | None
+    seqlen: int
+    chunk: int
+    backend: Backend
+    rounded: bool
+    ahead: bool
+    folder: Path
+    hours: float | None
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The outcome of a recovery: divergence of predictions on held-out windows, mean over tokens, and the work.
+
+    Attributes:
+        before, after: the divergence before and after; `after` is not below `before` if nothing is gained.
+        windows, steps: number of windows, with the held-out ones, and of steps.
+    """
+
+    before: float
+    after: float
+    windows: int
+    steps: int
+
+
+@contextmanager
+def recovering(task: Recovery) -> Iterator[Recovered]:
+    """Recover a model. Inside the `with` block its blocks are open and have the new weights, rounded.
+
+    If the loss on held-out windows does not fall, they have the pruned weights.
+
+    Raises:
+        InputError: predictions are NaN or Inf, both models predict the same, or a step fails.
+    """
+    held_out = task.supply.take(max(1, min(MOST_HELD_OUT, (task.windows or 10**9) // HELD_OUT)))
+    rounded = arithmetic.rounded_products() if task.rounded else nullcontext()
+    with ExitStack() as opened:
+        with rounded, deterministic(refuse=False):
+            states = _dense_outputs(task, held_out)
+            opened.callback(states.close)
+            opened.enter_context(_whole(task))
+            found = _fit(task, held_out, states)
+        yield found
+
+
+@contextmanager
+def _whole(task: Recovery) -> Iterator[None]:
+    """Open all blocks with the pruned weights, and load the weights outside of the blocks."""
+    model = task.model
+    with ExitStack() as opened, model.outside_loaded(checked=False):
+        for i in model.unique_blocks:
+            opened.callback(model.close, i)
+            model.open_alone(i, task.pruned(i))
+        yield
+
+
+@torch.no_grad()
+def _dense_outputs(task: Recovery, batches: Sequence[Batch]) -> HiddenStates:
+    """Run windows through the blocks of the dense model, and return their hidden states on the host.
+
+    The head is the same in both models, so it is applied later.
+    """
+    model = task.model
+    states = embed_batches(model, batches, Store(model.device, "host"))
+    for i, name in enumerate(model.names):
+        with model.set_aside(model.names.index(name)):
+            model.open(i, task.ahead)
+            states.advance(i)
+            model.close(i)
+    return states
+
+
+def _fit(task: Recovery, held_out: Sequence[Batch], held_states: HiddenStates) -> Recovered:
+    """Make the steps, and leave the best weights in the model."""
+    model = task.model
+    matrices = [
+        pruned_matrices(model, i, (x for x in task.layers if x.name.startswith(f"{model.names[i]}.")))
+        for i in model.unique_blocks
+    ]
+    weights = KeptWeights([x for of_block in matrices for x in of_block], 1, RATE, task.backend, undo=False)
+
+    @torch.no_grad()
+    def loss() -> float:
+        each = [_step(model, held_states, j, batch) for j, batch in enumerate(held_out)]
+        return torch.stack(each).mean().item()
+
+    began = time.perf_counter()
+    varies = _operation_that_varies(partial(_step, model, held_states, 0, held_out[0], weights, trial=True))
+    if varies:
+        task.say(f"another run may give other bits: {varies}")
+    of_trial = time.perf_counter() - began
+    with deterministic(refuse=not varies):
+        before = loss()
+        if not math.isfinite(before):
+            raise InputError("the pruned model: its predictions are NaN or Inf; prune again")
+        of_loss = time.perf_counter() - began - of_trial
+        plan = _plan(task, len(held_out), of_trial + of_loss / len(held_out))
+        progress = Progress(task.folder, plan, weights, [len(of_block) for of_block in matrices], of_loss, task.say)
+        task.say(_first_line(plan, progress, task.seqlen, len(held_out), before))
+        try:
+            if before:
+                _make_steps(task, plan, progress, weights, loss)
+        except KeyboardInterrupt:
+            task.say("interrupted: the recovery ends here; interrupt again to stop without its result")
+        if progress.done < plan.steps:
+            progress.take_best(loss())
+        weights.close()
+        for i in model.unique_blocks:
+            model.round(i)
+        after = loss()
+    if not after < before:
+        for i in model.unique_blocks:
+            model.open_alone(i, task.pruned(i))
+    return Recovered(before, after, len(held_out) + progress.done * plan.of_step, progress.done)
+
+
+def _plan(task: Recovery, held_out: int, seconds: float) -> Plan:
+    """Plan the steps: as many as the windows make, or as many as fit into the hours if a window takes `seconds`."""
+    known = begun(task.folder)
+    if task.windows is None and known and known.plan.hours == task.hours:
+        return known.plan
+    windows = task.windows
+    if windows is None:
+        assert task.hours is not None
+        windows = int(3600 * task.hours / seconds)
+    of_step = windows_of_step(windows, task.seqlen)
+    return Plan(max(1, (windows - held_out) // of_step), of_step, task.hours)
+
+
+def windows_of_step(windows: int, seqlen: int) -> int:
+    """Choose the number of windows in a step."""
+    return max(1, min(MOST_TOKENS // seqlen, windows // LEAST_STEPS))
+
+
+def _first_line(plan: Plan, progress: Progress, seqlen: int, held_out: int, before: float) -> str:
+    made = f"; {progress.done} are made already" if progress.done else ""
+    return (
+        f"recovery: {counted(plan.steps, 'step')} of {plan.of_step * seqlen} tokens{made}; divergence on "
+        f"{counted(held_out, 'held-out window')}: {before:.4g}"
+    )
+
+
+def _make_steps(
+    task: Recovery, plan: Plan, progress: Progress, weights: KeptWeights, loss: Callable[[], float]
+) -> None:
+    """Make the steps that are left, until the hours are over."""
+    model, losses, limit = task.model, list[Tensor](), math.inf if plan.hours is None else 3600 * plan.hours
+    task.supply.skip(progress.done * plan.of_step)
+    left = (plan.steps - progress.done) * plan.of_step
+    for n, (states, j, batch) in enumerate(_learned(task, left), 1):
+        last = n % plan.of_step == 0
+        # The rate falls with the steps or with the time, whichever is further.
+        share = max(progress.done / plan.steps, progress.seconds / limit)
+        rate = RATE * falling(min(1.0, share)) * min(1.0, (progress.done + 1) / WARM_UP)
+        losses.append(_step(model, states, j, batch, weights, rate=rate, more=not last))
+        if not last:
+            continue
+        progress.done += 1
+        if progress.done % -(-plan.steps // LINES) == 0:
+            mean = torch.stack(losses).mean().item()
+            losses.clear()
+            seconds = progress.seconds / progress.done * (plan.steps - progress.done)
+            time_left = f", {tqdm.format_interval(seconds)} left" if progress.done < plan.steps else ""
+            task.say(f"step {progress.done} of {plan.steps}{time_left}: divergence {mean:.4g}")
+        if progress.seconds > limit:
+            task.say(f"{plan.hours:g} hours are over: the recovery ends after {counted(progress.done, 'step')}")
+            return
+        if progress.is_due and progress.done < plan.steps:
+            progress.save(loss)
+
+
+def _learned(task: Recovery, count: int) -> Iterator[tuple[HiddenStates, int, Batch]]:
+    """Yield windows chunk by chunk: the dense hidden states of the chunk, the number in it, and the window."""
+    for first in range(0, count, task.chunk):
+        batches = task.supply.take(min(task.chunk, count - first))
+        states = _dense_outputs(task, batches)
+        for j, batch in enumerate(batches):
+            yield states, j, batch
+        states.close()
+        trim_memory()
+
+
+def _operation_that_varies(trial: Callable[[], object]) -> str:
+    """Name an operation of a step that may give other bits in another run; empty if there is no such operation.
+
+    This needs a trial, because a real step that fails cannot be repeated: it moves weights during the backward.
+    """
+    try:
+        with deterministic():
+            trial()
+    except (InputError, RuntimeError) as error:
+        if operation := refused(error):
+            return operation
+        raise
+    return ""
+
+
+def _step(
+    model: BlockModel, states: HiddenStates, j: int, batch: Batch, weights: KeptWeights | None = None, **of_step: Any
+) -> Tensor:
+    """Compute the divergence of predictions in a window, mean over tokens, () fp32, and move weights to lower it.
+
+    Args:
+        model: the model, whose blocks have the pruned weights.
+        states, j: the window's hidden states after the last block of the dense model.
+        batch: the window.
+        weights: optimizer of the weights to move; None: no weight moves.
+        of_step: arguments of `KeptWeights.step`.
+    """
+    total, batch = torch.zeros((), device=model.device), batch.to(model.device, model.in_fp32)
+    context = type(model.model).__name__, "a step through the whole model", model.input_kind
+    seen = states.unpadded(len(model.blocks) - 1, j)
+
+    def of_tokens(predictions: Tensor) -> Tensor:
+        """Reshape predictions to (1, tokens, vocabulary), without those of padding."""
+        if seen is not None and seen.shape == predictions.shape[:-1]:
+            predictions = predictions[seen]
+        return predictions.reshape(1, -1, predictions.shape[-1])
+
+    with torch.no_grad():
+        p = of_tokens(logits_of_batch(model, batch, states.hidden[j], states.after_last(j)))
+    slices = SliceGradients(weights.parameters if weights else ())
+    with explained(*context), torch.set_grad_enabled(weights is not None), slices:
+        q = of_tokens(model.model(*batch.args, **batch.kwargs).logits)
+    add_divergence(total, p, q.detach(), replace=weights is not None)
+    if weights:
+        with explained(*context):
+            weights.step(partial(torch.autograd.backward, q, p, inputs=slices.leaves), **of_step)
+    return total / q.shape[1]

@@ -1,0 +1,197 @@
+"""The recovery at the end of a run: settle how many tokens it takes, carry it out, and add it to the report.
+
+The run's blocks are finished then. The recovered blocks replace them when the output is finished. What a resumed run
+needs is in the writer's folder `recovery`: the report of the pruned model, and the states of `distill`.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from sparsefw import memory
+from sparsefw.checkpoint.files import durably
+from sparsefw.checkpoint.tensors import read_shard
+from sparsefw.checkpoint.writer import Writer
+from sparsefw.data.batches import Batch, Batches
+from sparsefw.data.windows import WindowStream
+from sparsefw.driver.distill import Recovery, recovering
+from sparsefw.driver.job import Run
+from sparsefw.errors import InputError, option
+from sparsefw.estimate.memory import MemoryNeeds, chunk_windows
+from sparsefw.estimate.placement import place_recovery
+from sparsefw.estimate.workload import Workload
+from sparsefw.memory import peak_memory, trim_memory
+from sparsefw.model import perplexity
+from sparsefw.model.forward import embed_batches
+from sparsefw.report import content
+
+# Files in the writer's folder `recovery`: the report of the pruned model, and that of the recovered one.
+PRUNED, FINISHED = "pruned.json", "report.json"
+
+
+@dataclass
+class TextSupply:
+    """The windows of a stream, one by one.
+
+    Attributes:
+        stream: the windows.
+        hash: SHA-256 of the first windows that were taken, which are held out; "" before.
+    """
+
+    stream: WindowStream | None
+    hash: str = ""
+
+    def take(self, n: int) -> list[Batch]:
+        """Return the next n windows."""
+        assert self.stream is not None
+        windows = self.stream.take(n)
+        self.hash = self.hash or windows.hash
+        return [*windows.split(1)]
+
+    def skip(self, n: int) -> None:
+        """Pass over the next n windows."""
+        assert self.stream is not None
+        self.stream.skip(n)
+
+
+class BatchSupply:
+    """The batches of a caller, again and again, without those that were taken first, which are held out."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._left, self.hash = batches.batches, batches.hash
+        self._next: Iterator[Batch] | None = None
+
+    def take(self, n: int) -> list[Batch]:
+        """Return the next n batches."""
+        if self._next is None:
+            held_out, self._left = self._left[-n:], self._left[:-n]
+            self._next = self._again()
+            return held_out
+        return [next(self._next) for _ in range(n)]
+
+    def skip(self, n: int) -> None:
+        """Pass over the next n batches."""
+        self.take(n)
+
+    def _again(self) -> Iterator[Batch]:
+        while True:
+            yield from self._left
+
+
+def settle_recovery(run: Run, workload: Workload) -> Run:
+    """Settle the tokens of a run's recovery, 0 for none, and add its memory. Log why a default recovery is left out.
+
+    Raises:
+        InputError: the user asks for a recovery that is not possible.
+    """
+    config, hours = run.config, run.job.output.hours
+    if config.recover == 0:
+        if hours is not None:
+            raise InputError(f"{option('hours', hours)}: ends a recovery, but there is none; give {option('recover')}")
+        return run
+    tokens, needs, error = place_recovery(run.shape, workload, run.limits)
+    if why := _impossible(run):
+        tokens, needs, error = 0, MemoryNeeds({}), InputError(why)
+    if error and (config.recover or hours is not None):
+        asked = option("recover", config.recover) if config.recover else option("hours", hours)
+        raise InputError(f"{asked}: {error}")
+    if error:
+        run.say(f"note: no recovery of the whole model: {error}")
+    if config.recover is None and hours is None:
+        run = replace(run, job=replace(run.job, config=config.replace(recover=tokens)))
+    # Otherwise the user has given the tokens, or the recovery takes as many as fit into the hours.
+    return replace(run, needs=MemoryNeeds(run.needs.phases | needs.phases))
+
+
+def _impossible(run: Run) -> str:
+    """Tell why a model cannot be recovered, apart from memory; empty if it can."""
+    if not run.ranks.alone:
+        return f"{run.ranks.count} ranks prune; sparsefw recover does it afterwards, in one process"
+    if run.model.runs is not run.model.model or not run.model.logits_itemsize:
+        return f"{type(run.model.model).__name__} predicts no tokens"
+    if isinstance(run.calibration, Batches) and run.calibration.n < 2:
+        return "it needs two batches, one of them held out"
+    return ""
+
+
+def pruned_report(writer: Writer) -> content.Report | None:
+    """Read the report of a pruned model whose recovery was interrupted, or has ended; None: the run still prunes."""
+    for name in (FINISHED, PRUNED):
+        if (writer.recovery / name).exists():
+            return content.read_report(writer.recovery / name)
+    return None
+
+
+def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
+    """Recover the model that a run has pruned, write its blocks, and return the report with the recovery.
+
+    Args:
+        run: the run.
+        writer: has the finished blocks.
+        report: the report of the pruned model.
+
+    Raises:
+        InputError: as `distill.recovering`.
+    """
+    if (writer.recovery / FINISHED).exists():
+        return report
+    durably(writer.recovery / PRUNED, report.to_json())
+    trim_memory()
+    task, model, started = _task(run, writer, report), run.model, time.perf_counter()
+    limited = memory.gpu_limited(run.limits.get("gpu"), run.job.output.gpu_memory is not None)
+    with limited, torch.no_grad(), recovering(task) as found:
+        gained = found.after < found.before
+        run.say(f"divergence on held-out windows: {found.before:.4g} to {found.after:.4g}")
+        if gained:
+            for n, i in enumerate(model.unique_blocks):
+                tensors = model.block_tensors(i)
+                if model.device.type == "cuda":
+                    # Copies to the host are asynchronous.
+                    torch.cuda.current_stream(model.device).synchronize()
+                writer.write(writer.shards + n, tensors)
+            evaluation = [_evaluated(run, n, text) for n, text in enumerate(report.evaluation)]
+            data = replace(report.data, hash=task.supply.hash, windows=found.windows)
+            own = content.Recovery(run.name, run.job.inputs.dataset, data, found.before, found.after, found.steps)
+            report = replace(report, recovery=own, evaluation=evaluation)
+        else:
+            run.say("nothing is gained, so the pruned weights stay; more tokens may help")
+    peak = {what: max(n, report.peak_memory[what]) for what, n in peak_memory().items()}
+    seconds = report.seconds | {"recover": time.perf_counter() - started}
+    arguments = report.arguments | {"recover": run.config.recover, "hours": run.job.output.hours}
+    report = replace(report, peak_memory=peak, seconds=seconds, arguments=arguments, given=run.job.given)
+    durably(writer.recovery / FINISHED, report.to_json())
+    return report
+
+
+def _task(run: Run, writer: Writer, report: content.Report) -> Recovery:
+    calibration, tokens = run.calibration, run.config.recover
+    supply = BatchSupply(calibration) if isinstance(calibration, Batches) else TextSupply(run.stream)
+    windows = None if tokens is None else max(2, -(-tokens // run.seqlen))
+    return Recovery(
+        model=run.model,
+        pruned=lambda i: read_shard(writer.path(run.model.unique_blocks.index(i))),
+        layers=report.layers_of(report.method),
+        supply=supply,
+        windows=windows,
+        seqlen=run.seqlen,
+        chunk=chunk_windows(run.shape, run.seqlen),
+        backend=run.config.backend,
+        rounded=run.rounded,
+        ahead=run.placement.ahead,
+        folder=writer.recovery,
+        hours=run.job.output.hours,
+        say=run.say,
+    )
+
+
+def _evaluated(run: Run, number: int, text: content.EvaluationText) -> content.EvaluationText:
+    """Add the perplexity of the recovered model, whose blocks are open, to the results of an evaluation text."""
+    samples, model = run.evaluation[number], run.model
+    states = embed_batches(model, samples.split(run.placement.batch), run.placement.store(model.device))
+    for i in range(len(model.blocks)):
+        states.advance(i)
+    perplexities = text.perplexity | {content.RECOVERED: perplexity(states, samples)}
+    states.close()
+    return replace(text, perplexity=perplexities)

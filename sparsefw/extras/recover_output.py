@@ -1,0 +1,151 @@
+"""Recover an output that is there: `sparsefw recover PRUNED OUTPUT`.
+
+The pruned blocks are copied into the output's folder, as if a run had just finished them. Then follows the recovery at
+the end of a run (`driver.recovery`), with other windows than the run's.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsefw import arithmetic, memory
+from sparsefw.checkpoint.files import SUMS, check_output, durably, file_digest
+from sparsefw.checkpoint.source import Checkpoint, fingerprint, inspect, stamps
+from sparsefw.checkpoint.tensors import dequantized, read_tensors
+from sparsefw.checkpoint.writer import Writer
+from sparsefw.data.text import OWN_TEXT
+from sparsefw.data.windows import Windows, window_length
+from sparsefw.driver.job import Job, Run, limits_of, workload_of
+from sparsefw.driver.recovery import recover, settle_recovery
+from sparsefw.driver.resume import resumed
+from sparsefw.driver.texts import own_text, stream_of, tokenizer_of
+from sparsefw.errors import InputError, option
+from sparsefw.estimate.profile import shape_of
+from sparsefw.estimate.workload import pruned_shape
+from sparsefw.extras.page import write_pages
+from sparsefw.extras.page.command import VARIABLES
+from sparsefw.extras.verification import find_source
+from sparsefw.inputs import Inputs, Output
+from sparsefw.model import StreamedModel
+from sparsefw.probe import say_kernel
+from sparsefw.report.content import Recovery, Report, report_of
+from sparsefw.solver.config import PruneConfig
+
+
+def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[str], None]) -> Recovery:
+    """Fit all kept weights of a pruned checkpoint together, and write it with its report.
+
+    Args:
+        pruned: folder of a checkpoint that `sparsefw run` wrote.
+        output: where to write, and the memory limits.
+        given: fields of Inputs that the user set; "model" names the dense model. Other fields are those of the run,
+            except the seed, which is 1 above that of the run or of its last recovery.
+        say: called with every line of the log.
+
+    Raises:
+        InputError: `pruned` has no report of a run, the two checkpoints are of different models, a memory limit is too
+            low, or the loss on held-out windows does not fall.
+    """
+    report, source, job = _job(pruned, output, given, say)
+    say_kernel(job.config, say)
+    assert job.folder is not None
+    dense, device = inspect(job.folder), memory.this_device()
+    in_fp32 = arithmetic.computes_in_fp32(dense.dtype, device)
+    with StreamedModel(dense, device, in_fp32=in_fp32) as model:
+        _check_models(job.folder, model, source)
+        run = _run(job, model, dense)
+        values = {name: value for name, value in asdict(job.inputs).items() if name != "model"}
+        values |= {"the dense model": run.fingerprint, "what was pruned": stamps(source)}
+        shards = len(model.unique_blocks) + len(model.pieces)
+        overwrite, restart = output.overwrite, output.restart
+        with Writer(output.folder, shards, values, source=pruned, overwrite=overwrite, restart=restart) as writer:
+            writer.check_space(2 * sum(x.stored_nbytes for x in source.tensors.values()) - writer.written)
+            for n, names in enumerate([*map(model.tensors_of, model.unique_blocks), *model.pieces]):
+                if n not in writer.records:
+                    read = read_tensors({name: source.tensors[name] for name in names})
+                    writer.write(n, {name: dequantized(x) for name, x in read.items()})
+            found = recover(run, writer, replace(report, recovery=None))
+            own = found.recovery
+            if own is None:
+                writer.discard()
+                raise InputError(f"{pruned}: nothing is gained; give more windows ({option('nsamples')})")
+            # The perplexities in the report were measured before the weights changed.
+            recoveries = [*report.recoveries, replace(own, data=replace(own.data, seed=job.inputs.seed))]
+            report = replace(report, recoveries=recoveries, evaluation=[])
+            durably(writer.folder / "report.json", report.to_json())
+            if run.stream and run.stream.own:
+                durably(writer.folder / OWN_TEXT, run.stream.own)
+            writer.finish(partial(write_pages, report, writer.output, pruned, say))
+    say(f"checkpoint: {output.folder}")
+    say(f"SHA-256 of {output.folder / SUMS}: {file_digest(output.folder / SUMS)}")
+    return own
+
+
+def _run(job: Job, model: StreamedModel, dense: Checkpoint) -> Run:
+    """Make the run whose recovery follows, with its windows and its memory limits."""
+    seqlen = window_length(job.inputs.model, job.inputs.seqlen, model.max_seqlen)
+    shape = pruned_shape(shape_of(dense, model.in_fp32), job.config)
+    generate, _ = own_text(job, model, shape, seqlen)
+    stream = stream_of(job, tokenizer_of(job), seqlen, generate)
+    # The recovery takes all windows from the stream.
+    none = Windows(torch.empty(0, seqlen, dtype=torch.int64), "", "")
+    rounded = arithmetic.rounds_products(torch.float32 if model.in_fp32 else dense.dtype, model.device, shape.hidden)
+    names = job.inputs.model, dense.dtype, shape
+    run = Run(job, model, *names, none, [], seqlen, [], fingerprint(dense), stream=stream, rounded=rounded)
+    run = replace(run, limits=limits_of(job, model.device))
+    return settle_recovery(run, workload_of(job, [job.inputs.nsamples], seqlen, model.device))
+
+
+def _job(
+    pruned: Path, output: Output, given: dict[str, Any], say: Callable[[str], None]
+) -> tuple[Report, Checkpoint, Job]:
+    """Read a pruned checkpoint and its report, and make the job of its recovery."""
+    report, source = report_of(pruned), inspect(pruned)
+    if source.quantization:
+        raise InputError(f"{pruned}: packed; sparsefw unpack makes it dense again")
+    model = given.get("model", None if report.in_memory else report.argument("model", str))
+    try:
+        folder, missing = find_source(report, pruned, model, "model")
+    except InputError as error:
+        if "model" not in given and option("model") not in str(error):
+            error.add_note(f"give the dense model with {option('model')}")
+        raise
+    if folder is None:
+        raise InputError(missing)
+    kinds = dict(model=str, dataset=tuple, nsamples=int, seqlen=int)
+    of_run: dict[str, Any] = {name: report.argument(name, kind) for name, kind in kinds.items()}
+    # A new seed draws new windows: the weights are already fitted to the windows of earlier seeds.
+    seed = (report.recoveries[-1].data.seed if report.recoveries else report.argument("seed", int)) + 1
+    inputs = Inputs(**of_run | {"seed": seed, "evaluate": ()} | given)
+    if any(text in VARIABLES for text in inputs.shares):
+        raise InputError(f"{pruned}: calibrated on data without a name; give a text with {option('dataset')}")
+    if inputs.nsamples < 2:
+        raise InputError(f"{option('nsamples', inputs.nsamples)}: give two windows or more, since one is held out")
+    for read in (folder, pruned):
+        check_output(output.folder, read, output.overwrite, inputs.paths)
+    include, ignore = (report.argument(name, tuple) for name in ("include", "ignore"))
+    config = PruneConfig(
+        report.argument("sparsity", str),
+        include=include,
+        ignore=ignore,
+        recover=inputs.nsamples * inputs.seqlen,
+    ).on(memory.this_device())
+    return report, source, resumed(Job(inputs, config, output, folder=folder, say=say))
+
+
+def _check_models(folder: Path, model: StreamedModel, source: Checkpoint) -> None:
+    """Refuse checkpoints of two different models, and models that do not predict tokens."""
+    if model.runs is not model.model or not model.logits_itemsize:
+        raise InputError(f"{folder}: unsupported model: {type(model.model).__name__} predicts no tokens of a text")
+    shapes = ({name: x.shape for name, x in infos.items()} for infos in (model.infos, source.tensors))
+    alike = len({tuple(sorted(of.items())) for of in shapes}) == 1
+    for piece in model.pieces if alike else ():
+        # Tensors outside of the blocks are never pruned, so they must be equal.
+        written = read_tensors({name: source.tensors[name] for name in piece})
+        alike &= all(torch.equal(x, dequantized(written[name])) for name, x in model.other_tensors(piece).items())
+    if not alike:
+        raise InputError(f"{folder}: not the model that was pruned; give the dense model with {option('model')}")
