@@ -330,7 +330,7 @@ class Writer:
             error.add_note(f"{self.output} is complete")
         elif error and finished:
             goes_on = "" if self._restart else f": the same {invocation()} goes on from there"
-            error.add_note(f"{finished} of {self.shards} shards are finished{goes_on}")
+            error.add_note(f"{min(finished, self.shards)} of {self.shards} shards are finished{goes_on}")
 
     def _leave(self) -> int:
         """Keep the finished shards of an unfinished run, delete all else, and return the number of the shards."""

@@ -30,7 +30,6 @@ from sparsefw.data.batches import Batch
 from sparsefw.driver.reconstruct import pruned_matrices
 from sparsefw.driver.saves import Plan, Progress, begun
 from sparsefw.errors import InputError, counted
-from sparsefw.estimate.memory import MOST_HELD_OUT
 from sparsefw.kernels.backend import Backend
 from sparsefw.memory import trim_memory
 from sparsefw.model import HiddenStates
@@ -83,6 +82,7 @@ class Recovery:
         layers: the results of the pruned layers.
         supply: the windows.
         windows: number of windows to take; None: as many as fit into `hours`.
+        held_out: most windows that are held out.
         seqlen: tokens in a window.
         chunk: number of windows whose dense hidden states are in memory together.
         backend: the operations of the steps.
@@ -98,6 +98,7 @@ class Recovery:
     layers: Sequence[LayerResult]
     supply: Supply
     windows: int | None
+    held_out: int
     seqlen: int
     chunk: int
     backend: Backend
@@ -132,7 +133,7 @@ def recovering(task: Recovery) -> Iterator[Recovered]:
     Raises:
         InputError: predictions are NaN or Inf, both models predict the same, or a step fails.
     """
-    held_out = task.supply.take(max(1, min(MOST_HELD_OUT, (task.windows or 10**9) // HELD_OUT)))
+    held_out = task.supply.take(max(1, min(task.held_out, (task.windows or 10**9) // HELD_OUT)))
     rounded = arithmetic.rounded_products() if task.rounded else nullcontext()
     with ExitStack() as opened:
         with rounded, deterministic(refuse=False):

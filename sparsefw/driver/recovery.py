@@ -6,7 +6,7 @@ needs is in the writer's folder `recovery`: the report of the pruned model, and 
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -16,10 +16,10 @@ from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import Batch, Batches
 from sparsefw.data.windows import WindowStream
-from sparsefw.driver.distill import Recovery, recovering
+from sparsefw.driver.distill import Recovery, Supply, recovering
 from sparsefw.driver.job import Run
 from sparsefw.errors import InputError, option
-from sparsefw.estimate.memory import MemoryNeeds, chunk_windows
+from sparsefw.estimate.memory import MOST_HELD_OUT, MemoryNeeds, chunk_windows
 from sparsefw.estimate.placement import place_recovery
 from sparsefw.estimate.workload import Workload
 from sparsefw.memory import peak_memory, trim_memory
@@ -30,30 +30,46 @@ from sparsefw.report import content
 # Files in the writer's folder `recovery`: the report of the pruned model, and that of the recovered one.
 PRUNED, FINISHED = "pruned.json", "report.json"
 
+# The most windows in a row that are held out. Among windows that repeat, at most a quarter are.
+MOST_REPEATED = 1000
 
-@dataclass
+
 class TextSupply:
-    """The windows of a stream, one by one.
+    """The windows of a stream, one by one. Where they repeat, those that were taken first are left out.
+
+    Args:
+        stream: the windows.
 
     Attributes:
-        stream: the windows.
-        hash: SHA-256 of the first windows that were taken, which are held out; "" before.
+        hash: SHA-256 of the windows that were taken first, which are held out; "" before.
     """
 
-    stream: WindowStream | None
-    hash: str = ""
+    def __init__(self, stream: WindowStream) -> None:
+        self._stream, self._held_out, self.hash = stream, set[bytes](), ""
 
     def take(self, n: int) -> list[Batch]:
-        """Return the next n windows."""
-        assert self.stream is not None
-        windows = self.stream.take(n)
-        self.hash = self.hash or windows.hash
-        return [*windows.split(1)]
+        """Return the next n windows.
+
+        Raises:
+            InputError: the text cannot be read, or has no other windows than those that are held out.
+        """
+        if not self.hash:
+            windows = self._stream.take(n)
+            self.hash, self._held_out = windows.hash, {row.numpy().tobytes() for row in windows.ids}
+            return [*windows.split(1)]
+        return [self._next() for _ in range(n)]
 
     def skip(self, n: int) -> None:
         """Pass over the next n windows."""
-        assert self.stream is not None
-        self.stream.skip(n)
+        for _ in range(n):
+            self._next()
+
+    def _next(self) -> Batch:
+        for _ in range(MOST_REPEATED):
+            windows = self._stream.take(1)
+            if windows.ids.numpy().tobytes() not in self._held_out:
+                return next(windows.split(1))
+        raise InputError(f"{self._stream.source}: all windows are like those that are held out; give more text")
 
 
 class BatchSupply:
@@ -111,8 +127,8 @@ def _impossible(run: Run) -> str:
         return f"{run.ranks.count} ranks prune; sparsefw recover does it afterwards, in one process"
     if run.model.runs is not run.model.model or not run.model.logits_itemsize:
         return f"{type(run.model.model).__name__} predicts no tokens"
-    if isinstance(run.calibration, Batches) and run.calibration.n < 2:
-        return "it needs two batches, one of them held out"
+    if run.job.inputs.nsamples < 2:
+        return "it needs two windows or batches, one of them held out"
     return ""
 
 
@@ -167,7 +183,11 @@ def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
 
 def _task(run: Run, writer: Writer, report: content.Report) -> Recovery:
     calibration, tokens = run.calibration, run.config.recover
-    supply = BatchSupply(calibration) if isinstance(calibration, Batches) else TextSupply(run.stream)
+    if isinstance(calibration, Batches):
+        supply: Supply = BatchSupply(calibration)
+    else:
+        assert run.stream is not None
+        supply = TextSupply(run.stream)
     windows = None if tokens is None else max(2, -(-tokens // run.seqlen))
     return Recovery(
         model=run.model,
@@ -175,6 +195,7 @@ def _task(run: Run, writer: Writer, report: content.Report) -> Recovery:
         layers=report.layers_of(report.method),
         supply=supply,
         windows=windows,
+        held_out=max(1, min(MOST_HELD_OUT, run.job.inputs.nsamples // 4)),
         seqlen=run.seqlen,
         chunk=chunk_windows(run.shape, run.seqlen),
         backend=run.config.backend,

@@ -68,14 +68,15 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
                 if n not in writer.records:
                     read = read_tensors({name: source.tensors[name] for name in names})
                     writer.write(n, {name: dequantized(x) for name, x in read.items()})
-            found = recover(run, writer, replace(report, recovery=None))
+            # The perplexities in the report were measured before the weights changed.
+            report = replace(report, evaluation=[])
+            found = recover(run, writer, report)
             own = found.recovery
-            if own is None:
+            if own is report.recovery or own is None:
                 writer.discard()
                 raise InputError(f"{pruned}: nothing is gained; give more windows ({option('nsamples')})")
-            # The perplexities in the report were measured before the weights changed.
             recoveries = [*report.recoveries, replace(own, data=replace(own.data, seed=job.inputs.seed))]
-            report = replace(report, recoveries=recoveries, evaluation=[])
+            report = replace(report, recoveries=recoveries)
             durably(writer.folder / "report.json", report.to_json())
             if run.stream and run.stream.own:
                 durably(writer.folder / OWN_TEXT, run.stream.own)
