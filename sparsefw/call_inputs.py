@@ -1,7 +1,7 @@
 """Convert the arguments of `prune`, texts, tokens and batches, to inputs of a run, and check models in memory."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from numbers import Integral, Real
@@ -72,7 +72,8 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
     if not isinstance(dataset, Iterable) or kind in ("DataFrame", "bytes"):
         raise TypeError(f"dataset: got {kind}, expected {EXPECTED}")
     # Tokenizers and slices of datasets return a mapping of columns, which holds several records.
-    records = iter([dataset] if isinstance(dataset, Mapping) else dataset)
+    data = [dataset] if isinstance(dataset, Mapping) else dataset
+    records = iter(data)
     item = inner = next(records, None)
     if item is None:
         raise InputError(f"dataset: the {kind} has no record; give texts or tokens")
@@ -86,10 +87,20 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
     if isinstance(item, str) and (item in NAMES or os.path.isfile(item)):
         raise InputError(f"dataset: {shown(item)} is a text's name; give it alone, or a mapping of names to shares")
     if texts:
-        return records
+        return _Records(records, data)
     of = kind if item is dataset else f"{kind} of {type(item).__name__}"
     of += f" with {shown(', '.join(map(str, columns)))}" if columns else ""
     raise TypeError(f"dataset: got {of}, expected {EXPECTED}")
+
+
+class _Records:
+    """Data whose first record was looked at: `records` has all of them, but once; later ones are read from `data`."""
+
+    def __init__(self, records: Iterator[Any], data: Iterable[Any]) -> None:
+        self._first, self._data = [records], data
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._first.pop() if self._first else iter(self._data)
 
 
 def batch_inputs(

@@ -34,7 +34,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 NEVER = {"solver": {"model", "checkpoint", "data", "driver"}, "checkpoint": {"data", "model"}, "kernels": set(LEVEL)}
 
 # Extras, from the top down, and the modules by which users import them.
-EXTRAS = [["recovery"], ["verification", "packed"], ["page", "evaluation", "llmcompressor"]]
+EXTRAS = [["recover_output"], ["verification", "packed"], ["page", "evaluation", "llmcompressor"]]
 EXTRA = {name: level for level, names in enumerate(EXTRAS) for name in names}
 NAMED = {"verify", "recover", "pack", "unpack", "evaluate", "lm_eval", "packed", "evaluation", "llmcompressor"}
 # Modules of the core that import from the extras: a call of `prune` writes pages and packs.

@@ -49,19 +49,22 @@ TINY_WINDOWS = ["--nsamples", "4", "--seqlen", "32"]
 TINY_EVALUATION = ["--seqlen", "32", "--eval-windows", "2", "--limit", "4"]
 
 
-# The rows by name: flags of the run, and flags of `sparsefw recover`, which follows where they are there.
+# The flags of each row's run.
 ROWS = {
-    "magnitude": ("--method magnitude", ""),
-    "Wanda": ("--method wanda", ""),
-    "masks only": ("--refit 0", ""),
-    "the paper's preset": ("--preset paper", ""),
-    "SparseGPT": ("--method sparsegpt", ""),
-    "ADMM": ("--method admm", ""),
-    "without reconstruction": ("--reconstruct 0", ""),
-    "Wanda, reconstructed": ("--method wanda --reconstruct 2", ""),
-    "SparseGPT, reconstructed": ("--method sparsegpt --reconstruct 2", ""),
-    "the default": ("", ""),
-    "the default, recovered": ("", "--nsamples 256"),
+    "magnitude": "--method magnitude",
+    "Wanda": "--method wanda",
+    "masks only": "--refit 0",
+    "the paper's preset": "--preset paper",
+    "SparseGPT": "--method sparsegpt",
+    "ADMM": "--method admm",
+    "neither reconstructed nor recovered": "--reconstruct 0 --recover 0",
+    "Wanda, reconstructed": "--method wanda --reconstruct 2",
+    "SparseGPT, reconstructed": "--method sparsegpt --reconstruct 2",
+    "reconstructed, not recovered": "--recover 0",
+    "the default": "",
+    "the default, 131,072 tokens": "--recover 131072",
+    "Wanda, recovered, 131,072 tokens": "--method wanda --recover 131072",
+    "SparseGPT, recovered, 131,072 tokens": "--method sparsegpt --recover 131072",
 }
 
 
@@ -90,14 +93,11 @@ def measure(row: str, sparsity: str, folder: Path, pruning: list[str], evaluatio
     Returns:
         The part of the cell that tells how it was made, and the content of evaluation.json.
     """
-    flags, recovery = ROWS[row]
+    flags = ROWS[row]
     output, commands = folder / re.sub(r"\W+", "-", f"pruned {flags} {sparsity}"), []
     if not output.exists():
         program = ["bench/quality/admm.py"] if "admm" in flags else ["-m", "sparsefw.run"]
         commands.append([*program, *pruning, *flags.split(), "--sparsity", sparsity, "--output", str(output)])
-    if recovery:
-        pruned, output = output, output.with_name(f"{output.name}-recovered")
-        commands.append(["-m", "sparsefw.recover", str(pruned), str(output), *recovery.split(), "--overwrite"])
     commands.append(["-m", "sparsefw.evaluate", str(output), *evaluation, "--output", str(output), "--overwrite"])
     seconds = {}
     for command in commands:

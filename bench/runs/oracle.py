@@ -34,9 +34,10 @@ DIGESTS = REPO / "bench" / "results" / "oracle.json"
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(400))
 OTHER = "".join(f"def f{n}(x):\n    return x ** {n} + {n % 7}\n" for n in range(300))
 SHORT = ["--nsamples", "16", "--eval-windows", "8"]
-# The runs of the built-in model, with their flags.
+# The runs of the built-in model, with their flags. Without --recover they do not recover the model.
 BUILT_IN = {
     "default": [],
+    "recovered": [*SHORT, "--recover", "2048"],
     "refit-0": [*SHORT, "--refit", "0"],
     "2-4": [*SHORT, "--sparsity", "2:4"],
     "layer": [*SHORT, "--sparsity", "layer:0.6"],
@@ -74,6 +75,7 @@ def result_of(folder: Path) -> dict[str, Any]:
 def run(folder: Path, flags: Sequence[str], ranks: int = 1) -> dict[str, Any]:
     """Make a run by the command line."""
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    flags = flags if "--recover" in flags else [*flags, "--recover", "0"]
     command += ["-m", "sparsefw.run", "--kernel", "torch", "--output", str(folder / "out"), *flags]
     environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
@@ -115,7 +117,7 @@ def in_memory(folder: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(source)
     texts = [TEXT[i : i + 400] for i in range(0, 12000, 400)]
     (folder / "a.txt").write_text(TEXT)
-    options = dict(nsamples=6, seqlen=32, eval_windows=4, kernel="torch")
+    options = dict(nsamples=6, seqlen=32, eval_windows=4, kernel="torch", recover=0)
     tokenizer = AutoTokenizer.from_pretrained(source)
     sparsefw.prune(model, folder / "out", dataset=texts, evaluate=str(folder / "a.txt"), tokenizer=tokenizer, **options)
     model.save_pretrained(folder / "again")
@@ -130,7 +132,7 @@ def on_batches(folder: Path) -> dict[str, Any]:
     layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
     batches = [torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(n)) for n in range(8)]
-    sparsefw.prune(model, folder / "out", calibration=batches, kernel="torch")
+    sparsefw.prune(model, folder / "out", calibration=batches, kernel="torch", recover=0)
     return result_of(folder / "out")
 
 

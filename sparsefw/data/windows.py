@@ -9,6 +9,7 @@ import itertools
 import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,22 +139,20 @@ def windows_of(ids: Tensor, source: str) -> Windows:
 class WindowStream:
     """Windows of texts, without end: first the calibration windows of a run, then others of the same texts.
 
-    Documents of a text are tokenized one by one and concatenated until there is a pool of tokens, see `TOKENS_READ`, or
-    until the text ends. The tokens after a random offset are cut into pieces, see `PIECES`. The pieces, in a random
-    order, make windows. When they are used up, the next tokens of the text make the next pool. So no token is in two
-    windows until the text ends. Then the text is read again, with other offsets and orders. If it cannot be read again,
-    as an iterator cannot, its last tokens are used again, as many as a pool has.
+    The tokens of a text make pools, see `TOKENS_READ`. The tokens of a pool after a random offset are cut into pieces,
+    see `PIECES`. The pieces, in a random order, make windows. So no token is in two windows until the text ends. Then
+    it is read again, with other offsets and orders. If it cannot be read again, as an iterator cannot, its last tokens
+    are used again, as many as a pool has.
 
     A mixture has groups of `nsamples` windows. Each has windows of all texts by their shares, in a random order.
 
     The windows do not depend on how many are taken at a time. Memory holds a pool (int32), a group of a mixture, and
-    the windows that are taken. Texts are opened when the first window is taken or skipped. An InputError is raised then
-    or later: a text cannot be read or is too short, or its share is less than a window.
+    the windows that are taken. Taking and skipping raise InputError: a text cannot be read or is too short, or its
+    share is less than a window.
 
     Attributes:
         tokenizer: the model's tokenizer; not used if `dataset` are windows.
-        dataset: a text, see `read_text`; or the weight of each text of a mixture, by its name; or windows, which repeat
-            in other orders.
+        dataset: a text, see `read_text`; or weights of texts, by their names; or windows, which repeat in other orders.
         nsamples, seqlen: number of windows of a run, and tokens of a window.
         seed: seed of all draws.
         write: has the model write the text SELF, whose windows repeat, too; None: there is no such text.
@@ -174,11 +173,12 @@ class WindowStream:
     own: str = ""
 
     def __post_init__(self) -> None:
-        if isinstance(self.dataset, Mapping) and len(self.dataset) == 1:
-            (self.dataset,) = self.dataset
+        shares = self.dataset if isinstance(self.dataset, Mapping) else {}
+        if len(shares) == 1:
+            (self.dataset,) = shares
         self._texts = [self]
-        # Each window with the stream of its text.
-        self._stream = self._mixed(self.dataset) if isinstance(self.dataset, Mapping) else self._of_text()
+        # Each window comes with the stream of its text.
+        self._stream = self._mixed(shares) if len(shares) > 1 else zip(itertools.repeat(self), self._of_text())
 
     def take(self, n: int) -> Windows:
         """Return the next n windows, at least one."""
@@ -191,6 +191,11 @@ class WindowStream:
     def skip(self, n: int) -> None:
         """Pass over the next n windows. Texts are read, but no window is kept."""
         self.taken += sum(1 for _ in itertools.islice(self._stream, n))
+
+    def close(self) -> None:
+        """End the stream. A stream and its generators refer to each other, so its pools would stay in memory."""
+        for stream in (self, *self._texts):
+            stream._stream, stream._texts = iter(()), []
 
     def _mixed(self, shares: Mapping[str, float]) -> "Iterator[tuple[WindowStream, Tensor]]":
         numbers = dict(zip(shares, counts(self.nsamples, list(shares.values())), strict=True))
@@ -205,26 +210,23 @@ class WindowStream:
         while True:
             drawn = [window for text in in_turn for window in itertools.islice(text._stream, text.nsamples)]
             drawn.sort(key=lambda window: self._texts.index(window[0]))
-            # In a random order: some windows are held out, and the others take turns. Each such part needs some of
-            # every text.
+            # In a random order: windows that are held out, and those that take turns, need some of every text.
             yield from map(drawn.__getitem__, torch.randperm(self.nsamples, generator=generator))
 
-    def _of_text(self) -> "Iterator[tuple[WindowStream, Tensor]]":
+    def _of_text(self) -> Iterator[Tensor]:
         generator, text = torch.Generator().manual_seed(self.seed), self.dataset
         if self.write and text == SELF:
             text = self.write(self.tokenizer, self.seqlen, self.nsamples)
-        repeats = isinstance(text, Windows)
-        for row in self._repeated(text, generator) if repeats else self._drawn(text, generator):
-            yield self, row
-
-    def _repeated(self, windows: Windows, generator: torch.Generator) -> Iterator[Tensor]:
-        self.source, self.own = windows.source, windows.own
-        yield from windows.ids
-        self.say(f"{self.source}: there are {windows.n} windows, which repeat in other orders")
+        if not isinstance(text, Windows):
+            yield from self._drawn(text, generator)
+            return
+        self.source, self.own = text.source, text.own
+        yield from text.ids
+        self.say(f"{self.source}: has {text.n} windows, which repeat in other orders")
         while True:
-            yield from map(windows.ids.__getitem__, torch.randperm(windows.n, generator=generator))
+            yield from map(text.ids.__getitem__, torch.randperm(text.n, generator=generator))
 
-    def _drawn(self, text: Any, generator: torch.Generator) -> Iterator[Tensor]:
+    def _drawn(self, text: str | Iterable[Any], generator: torch.Generator) -> Iterator[Tensor]:
         # Each pool is written over the one before.
         pool, size = array("i"), TOKENS_READ * self.nsamples * self.seqlen
         for number in itertools.count():
@@ -233,7 +235,7 @@ class WindowStream:
             while (filled := _fill(pool, tokens, size)) >= self.seqlen or not total:
                 _check_length(len(pool), self.source, self.nsamples, self.seqlen)
                 total += filled
-                # If too little is new, the whole pool is used again.
+                # If the text cannot be read again, the whole pool is used again.
                 end = filled if filled >= self.seqlen else size
                 yield from _cut(_as_tensor(pool)[:end], self.nsamples, self.seqlen, generator)
             if not number:
@@ -244,23 +246,18 @@ def calibration_windows(
     tokenizer: Tokenizer, dataset: str | Iterable[Any], write: Generate = None, *, nsamples: int, seqlen: int, seed: int
 ) -> Windows:
     """Draw the calibration windows of a run: the first `nsamples` of a WindowStream, which has the same arguments."""
-    return WindowStream(tokenizer, dataset, nsamples, seqlen, seed, write).take(nsamples)
+    with closing(WindowStream(tokenizer, dataset, nsamples, seqlen, seed, write)) as stream:
+        return stream.take(nsamples)
 
 
 def _cut(ids: Tensor, nsamples: int, seqlen: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Cut pieces from tokens, and windows from the pieces in a random order: `nsamples` or more, if there are so many.
-
-    Yields:
-        (seqlen,) int64.
-    """
-    piece, spare = (
-        seqlen // max(1, min(PIECES, seqlen // MIN_PIECE)),
-        max(len(ids) - nsamples * seqlen, len(ids) % seqlen),
-    )
+    """Cut pieces from tokens, and as many windows as there are, each (seqlen,) int64, from pieces in a random order."""
+    piece = seqlen // max(1, min(PIECES, seqlen // MIN_PIECE))
+    spare = max(len(ids) - nsamples * seqlen, len(ids) % seqlen)
     offset = int(torch.randint(min(piece - 1, spare) + 1, (1,), generator=generator))
     ids = ids[offset:]
     pieces = len(ids) // piece
-    # What no piece has stays at the end. The last window may need it, if a window is no whole number of pieces.
+    # Tokens after the last piece stay there: the last window may need them, if it is no whole number of pieces.
     order = torch.cat([torch.randperm(pieces, generator=generator), torch.tensor([pieces])])
     for start in range(0, len(ids) - seqlen + 1, seqlen):
         places = torch.arange(start, start + seqlen)

@@ -12,6 +12,8 @@ block, and the hidden states of a chunk (`estimate.memory.recovery_needs`). A wi
 the forward of the dense model takes 2.
 """
 
+import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,31 +47,14 @@ from sparsefw.solver.layer import LayerResult
 # The rate of the first step, see `solver.kept_weights`. All blocks move, so it is lower than in a reconstruction.
 RATE = 0.03
 
-# The rate rises over the first WARM_UP steps. A step has up to MOST_TOKENS tokens, but no more than leave LEAST_STEPS
-# steps.
-WARM_UP, MOST_TOKENS, LEAST_STEPS = 10, 8192, 256
+# A step has up to MOST_TOKENS tokens, but no more than leave LEAST_STEPS steps.
+MOST_TOKENS, LEAST_STEPS = 8192, 256
 
-# One window in HELD_OUT is held out.
-HELD_OUT = 16
+# One window in HELD_OUT is held out. More than MOST_REPEATED windows in a row are never like those that are held out.
+HELD_OUT, MOST_REPEATED = 16, 1000
 
 # Number of log lines about the steps.
 LINES = 10
-
-
-class Supply(Protocol):
-    """Windows, or batches of a caller, one after another without end.
-
-    Attributes:
-        hash: SHA-256 of the first windows that were taken, in hex.
-    """
-
-    hash: str
-
-    def take(self, n: int) -> list[Batch]:
-        """Return the next n windows, each as a batch of its own."""
-
-    def skip(self, n: int) -> None:
-        """Pass over the next n windows."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +65,7 @@ class Recovery:
         model: the dense model. During the recovery its blocks have the pruned weights.
         pruned: returns the tensors of a pruned block by its number, see `BlockModel.block_tensors`.
         layers: the results of the pruned layers.
-        supply: the windows.
+        supply: windows without end, each as a batch of its own; they may repeat.
         windows: number of windows to take; None: as many as fit into `hours`.
         held_out: most windows that are held out.
         seqlen: tokens in a window.
@@ -96,7 +81,7 @@ class Recovery:
     model: BlockModel
     pruned: Callable[[int], Mapping[str, Tensor]]
     layers: Sequence[LayerResult]
-    supply: Supply
+    supply: Iterator[Batch]
     windows: int | None
     held_out: int
     seqlen: int
@@ -116,12 +101,14 @@ class Recovered:
     Attributes:
         before, after: the divergence before and after; `after` is not below `before` if nothing is gained.
         windows, steps: number of windows, with the held-out ones, and of steps.
+        hash: SHA-256 of the held-out windows, in hex.
     """
 
     before: float
     after: float
     windows: int
     steps: int
+    hash: str
 
 
 @contextmanager
@@ -133,7 +120,8 @@ def recovering(task: Recovery) -> Iterator[Recovered]:
     Raises:
         InputError: predictions are NaN or Inf, both models predict the same, or a step fails.
     """
-    held_out = task.supply.take(max(1, min(task.held_out, (task.windows or 10**9) // HELD_OUT)))
+    most = task.held_out if task.windows is None else min(task.held_out, task.windows // HELD_OUT)
+    held_out = [*itertools.islice(task.supply, max(1, most))]
     rounded = arithmetic.rounded_products() if task.rounded else nullcontext()
     with ExitStack() as opened:
         with rounded, deterministic(refuse=False):
@@ -200,7 +188,7 @@ def _fit(task: Recovery, held_out: Sequence[Batch], held_states: HiddenStates) -
         task.say(_first_line(plan, progress, task.seqlen, len(held_out), before))
         try:
             if before:
-                _make_steps(task, plan, progress, weights, loss)
+                _make_steps(task, plan, progress, weights, loss, _learned(task, held_out))
         except KeyboardInterrupt:
             task.say("interrupted: the recovery ends here; interrupt again to stop without its result")
         if progress.done < plan.steps:
@@ -212,7 +200,8 @@ def _fit(task: Recovery, held_out: Sequence[Batch], held_states: HiddenStates) -
     if not after < before:
         for i in model.unique_blocks:
             model.open_alone(i, task.pruned(i))
-    return Recovered(before, after, len(held_out) + progress.done * plan.of_step, progress.done)
+    digest = hashlib.sha256(b"".join(map(_content, held_out))).hexdigest()
+    return Recovered(before, after, len(held_out) + progress.done * plan.of_step, progress.done, digest)
 
 
 def _plan(task: Recovery, held_out: int, seconds: float) -> Plan:
@@ -242,17 +231,21 @@ def _first_line(plan: Plan, progress: Progress, seqlen: int, held_out: int, befo
 
 
 def _make_steps(
-    task: Recovery, plan: Plan, progress: Progress, weights: KeptWeights, loss: Callable[[], float]
+    task: Recovery,
+    plan: Plan,
+    progress: Progress,
+    weights: KeptWeights,
+    loss: Callable[[], float],
+    learned: Iterator[Batch],
 ) -> None:
     """Make the steps that are left, until the hours are over."""
     model, losses, limit = task.model, list[Tensor](), math.inf if plan.hours is None else 3600 * plan.hours
-    task.supply.skip(progress.done * plan.of_step)
-    left = (plan.steps - progress.done) * plan.of_step
-    for n, (states, j, batch) in enumerate(_learned(task, left), 1):
+    of_steps = itertools.islice(learned, progress.done * plan.of_step, plan.steps * plan.of_step)
+    for n, (states, j, batch) in enumerate(_with_dense(task, of_steps), 1):
         last = n % plan.of_step == 0
         # The rate falls with the steps or with the time, whichever is further.
         share = max(progress.done / plan.steps, progress.seconds / limit)
-        rate = RATE * falling(min(1.0, share)) * min(1.0, (progress.done + 1) / WARM_UP)
+        rate = RATE * falling(min(1.0, share))
         losses.append(_step(model, states, j, batch, weights, rate=rate, more=not last))
         if not last:
             continue
@@ -270,12 +263,33 @@ def _make_steps(
             progress.save(loss)
 
 
-def _learned(task: Recovery, count: int) -> Iterator[tuple[HiddenStates, int, Batch]]:
+def _learned(task: Recovery, held_out: Sequence[Batch]) -> Iterator[Batch]:
+    """Yield the windows to learn from: where windows repeat, those that are held out are left out.
+
+    Raises:
+        InputError: the text has no other windows.
+    """
+    known, left_out = {*map(_content, held_out)}, 0
+    for batch in task.supply:
+        left_out = left_out + 1 if _content(batch) in known else 0
+        if not left_out:
+            yield batch
+        elif left_out == MOST_REPEATED:
+            raise InputError("recovery: all windows are like those that are held out; give more text")
+
+
+def _content(batch: Batch) -> bytes:
+    """Return the bytes of a batch's tensors."""
+    return b"".join(
+        x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for x in batch.tensors
+    )
+
+
+def _with_dense(task: Recovery, batches: Iterator[Batch]) -> Iterator[tuple[HiddenStates, int, Batch]]:
     """Yield windows chunk by chunk: the dense hidden states of the chunk, the number in it, and the window."""
-    for first in range(0, count, task.chunk):
-        batches = task.supply.take(min(task.chunk, count - first))
-        states = _dense_outputs(task, batches)
-        for j, batch in enumerate(batches):
+    while chunk := [*itertools.islice(batches, task.chunk)]:
+        states = _dense_outputs(task, chunk)
+        for j, batch in enumerate(chunk):
             yield states, j, batch
         states.close()
         trim_memory()

@@ -13,7 +13,7 @@ from sparsefw import memory
 from sparsefw.data.batches import Batches
 from sparsefw.data.windows import Windows, WindowStream
 from sparsefw.estimate.memory import MemoryNeeds
-from sparsefw.estimate.placement import memory_limits
+from sparsefw.estimate.placement import RecoveryPlan, memory_limits
 from sparsefw.estimate.shapes import BlockShape, ModelShape
 from sparsefw.estimate.workload import Workload, process_bytes
 from sparsefw.inputs import Inputs, Output
@@ -93,6 +93,7 @@ class Run:
         limits: memory limits in bytes: "host", and with a GPU "gpu". `run.settled` sets them, and the attributes from
             `placement` to `rounded`.
         placement, needs: the placement, and the memory that the run is expected to take with this placement.
+        recovery: the plan of the recovery.
         disk: bytes that the run takes on the disk.
         rounded: whether steps of reconstructions and of a recovery round the operands of their products.
         split_failures: why blocks cannot run in parts, as trials have shown so far, see `stages.survey`.
@@ -114,6 +115,7 @@ class Run:
     limits: dict[str, int] = field(default_factory=dict)
     placement: Placement = field(default_factory=partial(Placement, 1))
     needs: MemoryNeeds = field(default_factory=partial(MemoryNeeds, {}))
+    recovery: RecoveryPlan = field(default_factory=RecoveryPlan)
     disk: int = 0
     rounded: bool = False
     split_failures: SplitFailures = field(default_factory=dict)

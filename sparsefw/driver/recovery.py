@@ -4,6 +4,7 @@ The run's blocks are finished then. The recovered blocks replace them when the o
 needs is in the writer's folder `recovery`: the report of the pruned model, and the states of `distill`.
 """
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,13 +15,12 @@ from sparsefw import memory
 from sparsefw.checkpoint.files import durably
 from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer
-from sparsefw.data.batches import Batch, Batches
-from sparsefw.data.windows import WindowStream
-from sparsefw.driver.distill import Recovery, Supply, recovering
+from sparsefw.data.batches import Batch, Batches, token_batch
+from sparsefw.driver.distill import Recovery, recovering
 from sparsefw.driver.job import Run
 from sparsefw.errors import InputError, option
 from sparsefw.estimate.memory import MOST_HELD_OUT, MemoryNeeds, chunk_windows
-from sparsefw.estimate.placement import place_recovery
+from sparsefw.estimate.placement import RecoveryPlan, plan_recovery
 from sparsefw.estimate.workload import Workload
 from sparsefw.memory import peak_memory, trim_memory
 from sparsefw.model import perplexity
@@ -29,71 +29,6 @@ from sparsefw.report import content
 
 # Files in the writer's folder `recovery`: the report of the pruned model, and that of the recovered one.
 PRUNED, FINISHED = "pruned.json", "report.json"
-
-# The most windows in a row that are held out. Among windows that repeat, at most a quarter are.
-MOST_REPEATED = 1000
-
-
-class TextSupply:
-    """The windows of a stream, one by one. Where they repeat, those that were taken first are left out.
-
-    Args:
-        stream: the windows.
-
-    Attributes:
-        hash: SHA-256 of the windows that were taken first, which are held out; "" before.
-    """
-
-    def __init__(self, stream: WindowStream) -> None:
-        self._stream, self._held_out, self.hash = stream, set[bytes](), ""
-
-    def take(self, n: int) -> list[Batch]:
-        """Return the next n windows.
-
-        Raises:
-            InputError: the text cannot be read, or has no other windows than those that are held out.
-        """
-        if not self.hash:
-            windows = self._stream.take(n)
-            self.hash, self._held_out = windows.hash, {row.numpy().tobytes() for row in windows.ids}
-            return [*windows.split(1)]
-        return [self._next() for _ in range(n)]
-
-    def skip(self, n: int) -> None:
-        """Pass over the next n windows."""
-        for _ in range(n):
-            self._next()
-
-    def _next(self) -> Batch:
-        for _ in range(MOST_REPEATED):
-            windows = self._stream.take(1)
-            if windows.ids.numpy().tobytes() not in self._held_out:
-                return next(windows.split(1))
-        raise InputError(f"{self._stream.source}: all windows are like those that are held out; give more text")
-
-
-class BatchSupply:
-    """The batches of a caller, again and again, without those that were taken first, which are held out."""
-
-    def __init__(self, batches: Batches) -> None:
-        self._left, self.hash = batches.batches, batches.hash
-        self._next: Iterator[Batch] | None = None
-
-    def take(self, n: int) -> list[Batch]:
-        """Return the next n batches."""
-        if self._next is None:
-            held_out, self._left = self._left[-n:], self._left[:-n]
-            self._next = self._again()
-            return held_out
-        return [next(self._next) for _ in range(n)]
-
-    def skip(self, n: int) -> None:
-        """Pass over the next n batches."""
-        self.take(n)
-
-    def _again(self) -> Iterator[Batch]:
-        while True:
-            yield from self._left
 
 
 def settle_recovery(run: Run, workload: Workload) -> Run:
@@ -107,18 +42,18 @@ def settle_recovery(run: Run, workload: Workload) -> Run:
         if hours is not None:
             raise InputError(f"{option('hours', hours)}: ends a recovery, but there is none; give {option('recover')}")
         return run
-    tokens, needs, error = place_recovery(run.shape, workload, run.limits)
+    plan = plan_recovery(run.shape, workload, run.limits, not isinstance(run.calibration, Batches))
     if why := _impossible(run):
-        tokens, needs, error = 0, MemoryNeeds({}), InputError(why)
-    if error and (config.recover or hours is not None):
+        plan = RecoveryPlan(refused=InputError(why))
+    if plan.refused and (config.recover or hours is not None):
         asked = option("recover", config.recover) if config.recover else option("hours", hours)
-        raise InputError(f"{asked}: {error}")
-    if error:
-        run.say(f"note: no recovery of the whole model: {error}")
+        raise InputError(f"{asked}: {plan.refused}")
+    if plan.refused:
+        run.say(f"note: no recovery of the whole model: {plan.refused}")
     if config.recover is None and hours is None:
-        run = replace(run, job=replace(run.job, config=config.replace(recover=tokens)))
+        run = replace(run, job=replace(run.job, config=config.replace(recover=plan.tokens)))
     # Otherwise the user has given the tokens, or the recovery takes as many as fit into the hours.
-    return replace(run, needs=MemoryNeeds(run.needs.phases | needs.phases))
+    return replace(run, recovery=plan, needs=MemoryNeeds(run.needs.phases | plan.needs.phases))
 
 
 def _impossible(run: Run) -> str:
@@ -168,7 +103,7 @@ def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
                     torch.cuda.current_stream(model.device).synchronize()
                 writer.write(writer.shards + n, tensors)
             evaluation = [_evaluated(run, n, text) for n, text in enumerate(report.evaluation)]
-            data = replace(report.data, hash=task.supply.hash, windows=found.windows)
+            data = replace(report.data, hash=found.hash, windows=found.windows, seqlen=task.seqlen)
             own = content.Recovery(run.name, run.job.inputs.dataset, data, found.before, found.after, found.steps)
             report = replace(report, recovery=own, evaluation=evaluation)
         else:
@@ -182,22 +117,17 @@ def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
 
 
 def _task(run: Run, writer: Writer, report: content.Report) -> Recovery:
-    calibration, tokens = run.calibration, run.config.recover
-    if isinstance(calibration, Batches):
-        supply: Supply = BatchSupply(calibration)
-    else:
-        assert run.stream is not None
-        supply = TextSupply(run.stream)
-    windows = None if tokens is None else max(2, -(-tokens // run.seqlen))
+    tokens, seqlen = run.config.recover, run.recovery.seqlen
     return Recovery(
         model=run.model,
         pruned=lambda i: read_shard(writer.path(run.model.unique_blocks.index(i))),
         layers=report.layers_of(report.method),
-        supply=supply,
-        windows=windows,
+        supply=_windows(run, seqlen),
+        windows=None if tokens is None else max(2, -(-tokens // seqlen)),
+        # Windows may repeat, and most of them must be left to learn from.
         held_out=max(1, min(MOST_HELD_OUT, run.job.inputs.nsamples // 4)),
-        seqlen=run.seqlen,
-        chunk=chunk_windows(run.shape, run.seqlen),
+        seqlen=seqlen,
+        chunk=chunk_windows(run.shape, seqlen),
         backend=run.config.backend,
         rounded=run.rounded,
         ahead=run.placement.ahead,
@@ -205,6 +135,15 @@ def _task(run: Run, writer: Writer, report: content.Report) -> Recovery:
         hours=run.job.output.hours,
         say=run.say,
     )
+
+
+def _windows(run: Run, seqlen: int) -> Iterator[Batch]:
+    """Yield windows of `seqlen` tokens that follow the run's windows, or a caller's batches, without end."""
+    if isinstance(run.calibration, Batches):
+        yield from itertools.cycle(run.calibration.batches)
+    assert run.stream is not None
+    while True:
+        yield from map(token_batch, run.stream.take(1).ids.view(-1, seqlen).split(1))
 
 
 def _evaluated(run: Run, number: int, text: content.EvaluationText) -> content.EvaluationText:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
 # Tokens in a micro-batch that keep a GPU busy. Fewer are chosen only after every other saving but reading ahead.
 BUSY_TOKENS = 4096
+
+# A recovery divides windows in half, as often as memory asks for it, but not below this number of tokens.
+LEAST_TOKENS = 256
 
 # The largest batch of windows that a model generates as its own calibration text.
 MOST_GENERATED = 64
@@ -81,23 +85,42 @@ def place(
     raise too_little(tried, limits, remedy, workload.ranks_here)
 
 
-def place_recovery(
-    shape: ModelShape, workload: Workload, limits: dict[str, int]
-) -> tuple[int, MemoryNeeds, InputError | None]:
-    """Choose the number of tokens of a recovery.
+@dataclass(frozen=True)
+class RecoveryPlan:
+    """The recovery of a run.
 
-    Returns:
-        The tokens, 0 if the config asks for none or the recovery does not fit the memory limits; the recovery's needs;
-        and why it does not fit, or None.
+    Attributes:
+        tokens: number of tokens; 0: there is no recovery.
+        seqlen: tokens in a window.
+        needs: the memory that it takes.
+        refused: why there is no recovery although the config does not rule it out; None: there is no such reason.
     """
-    config = workload.config
-    if not shape.vocabulary or config.recover == 0:
-        return 0, MemoryNeeds({}), None
-    needs = recovery_needs(shape, workload)
-    tokens = RECOVER * workload.windows * workload.seqlen if config.recover is None else config.recover
-    if fits(needs, limits):
-        return tokens, needs, None
-    return 0, MemoryNeeds({}), too_little([needs], limits, f"shorter windows ({option('seqlen', workload.seqlen)})")
+
+    tokens: int = 0
+    seqlen: int = 0
+    needs: MemoryNeeds = field(default_factory=partial(MemoryNeeds, {}))
+    refused: InputError | None = None
+
+
+def plan_recovery(shape: ModelShape, workload: Workload, limits: dict[str, int], divides: bool = True) -> RecoveryPlan:
+    """Plan the recovery of a run, in the longest windows that fit the memory limits.
+
+    Args:
+        shape, workload, limits: as for `place`.
+        divides: whether windows may be divided into shorter ones.
+    """
+    config, seqlen, tried = workload.config, workload.seqlen, list[MemoryNeeds]()
+    if not shape.logits_itemsize or config.recover == 0:
+        return RecoveryPlan()
+    tokens = config.recover or RECOVER * workload.windows * seqlen
+    while True:
+        tried.append(recovery_needs(shape, replace(workload, seqlen=seqlen)))
+        if fits(tried[-1], limits):
+            return RecoveryPlan(tokens, seqlen, tried[-1])
+        if not divides or seqlen % 2 or seqlen < 2 * LEAST_TOKENS:
+            remedy = f"prune without it ({option('recover', 0)})"
+            return RecoveryPlan(refused=too_little(tried, limits, remedy))
+        seqlen //= 2
 
 
 def generation_batch(shape: ModelShape, workload: Workload, limits: dict[str, int], inputs: Inputs) -> int:

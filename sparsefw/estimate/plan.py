@@ -16,7 +16,7 @@ from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows, window_length
 from sparsefw.errors import InputError, counted, fitted, option
 from sparsefw.estimate.memory import GIB, MemoryNeeds, disk_space, memory_needs
-from sparsefw.estimate.placement import generation_batch, memory_limits, place, place_recovery, placement_words
+from sparsefw.estimate.placement import generation_batch, memory_limits, place, placement_words, plan_recovery
 from sparsefw.estimate.profile import shape_of_text, without_weights
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.steps import reconstruction_line, reconstruction_steps
@@ -120,13 +120,13 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
     placement, _ = place(shape, workload, limits, output.folder.resolve().parent)
     generated = generation_batch(shape, workload, limits, inputs)
     needs = memory_needs(shape, replace(workload, generated=generated), placement)
-    tokens, recovery, too_large = place_recovery(shape, workload, limits)
-    if too_large:
+    recovery = plan_recovery(shape, workload, limits)
+    if recovery.refused:
         if config.recover:
-            raise InputError(f"{option('recover', config.recover)}: {too_large}")
-        notes.append(f"no recovery of the whole model: {too_large}")
-    workload = replace(workload, config=config.replace(recover=tokens))
-    needs = MemoryNeeds(needs.phases | recovery.phases)
+            raise InputError(f"{option('recover', config.recover)}: {recovery.refused}")
+        notes.append(f"no recovery of the whole model: {recovery.refused}")
+    workload = replace(workload, config=config.replace(recover=recovery.tokens))
+    needs = MemoryNeeds(needs.phases | recovery.needs.phases)
     return {
         "model": {
             "name": inputs.model,
@@ -150,7 +150,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
         "placement": asdict(placement) | {"folder": str(placement.folder)},
         "disk": disk_space(shape, workload, placement),
         "reconstruction": reconstruction_steps(shape, workload, placement),
-        "recovery": tokens,
+        "recovery": {"tokens": recovery.tokens, "seqlen": recovery.seqlen},
         "notes": notes,
     }
 
@@ -191,10 +191,10 @@ def lines(content: dict[str, Any]) -> Iterator[str]:
     yield from fitted(f"placement: {placement_words(Placement(**content['placement']), 'gpu' in limits)}")
     yield from fitted(
         f"disk: {disk['output'] / 1e9:.2f} GB of output; during the run also {disk['kept'] / 1e9:.2f} GB of compared "
-        f"methods, {disk['activations'] / 1e9:.2f} GB of activations"
+        f"methods and of blocks before the recovery, {disk['activations'] / 1e9:.2f} GB of activations"
     )
     if content["reconstruction"]:
         yield reconstruction_line(content["reconstruction"])
-    if content["recovery"]:
-        yield f"recovery of the whole model: {content['recovery']:,} tokens"
+    if tokens := content["recovery"]["tokens"]:
+        yield f"recovery of the whole model: {tokens:,} tokens in windows of {content['recovery']['seqlen']}"
     yield from (f"note: {note}" for note in content["notes"])

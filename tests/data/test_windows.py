@@ -2,6 +2,8 @@
 
 import hashlib
 import itertools
+import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,14 +11,16 @@ import torch
 from helpers.texts import BOS, make_tokenizer, records, refused, replace_hub
 from transformers import PreTrainedTokenizerFast
 
+from sparsefw.call_inputs import text_inputs
 from sparsefw.data import tokens
 from sparsefw.data.text import SELF
 from sparsefw.data.windows import (
     TOKENS_READ,
+    Windows,
+    WindowStream,
     calibration_windows,
     counts,
     evaluation_windows,
-    mixed_windows,
     windows_of,
     windows_of_records,
 )
@@ -33,6 +37,84 @@ def text(tmp_path: Path) -> str:
     path = tmp_path / "text.txt"
     path.write_text("".join(f"{n:03d}." for n in range(250)))
     return str(path)
+
+
+class Numbers:
+    """A tokenizer of numbers, of which each is a token; `asked` counts them."""
+
+    name_or_path, bos_token_id, asked = "", None, 0
+
+    def __call__(self, texts: list[str], **_) -> dict:
+        ids = [[int(word) for word in text.split() if word.isdigit()] for text in texts]
+        self.asked += sum(map(len, ids))
+        return {"input_ids": ids}
+
+
+def streamed(dataset, **options) -> WindowStream:
+    return WindowStream(Numbers(), dataset, nsamples=2, seqlen=10, seed=3, **options)
+
+
+# 3 pools and the rest of a text, if a run has 2 windows of 10 tokens.
+POOL, NUMBERS = 320, [str(n) for n in range(1000)]
+
+
+# WindowStream
+
+
+def test_a_stream_reads_a_text_on_and_then_again():
+    """Pool by pool, no token twice, and few are dropped."""
+    said: list[str] = []
+    stream = streamed(NUMBERS, say=said.append)
+    first = stream.take(2)
+    assert first.hash == calibration_windows(Numbers(), NUMBERS, nsamples=2, seqlen=10, seed=3).hash
+    seen = first.ids.flatten().tolist()
+    while not said:
+        assert stream.tokenizer.asked == min(1000, POOL * (1 + max(seen) // POOL))
+        seen += (last := stream.take(1).ids.flatten().tolist())
+    assert (stream.tokenizer.asked, max(last) // POOL) == (1000 + POOL, 0)
+    assert 1000 - 4 * 18 <= len(set(seen[:-10])) == len(seen) - 10
+    assert last != seen[:10]
+    stream.skip(200)
+    assert said == ["texts: ends after 1,000 tokens, and is read again"]
+
+
+def own(*_) -> Windows:
+    return windows_of(torch.arange(70).view(7, 10), "own")
+
+
+def test_skipped_windows_are_those_that_would_be_taken(texts):
+    """Before and after the end of a text, in parts of any size."""
+    mixture = dict.fromkeys([*texts, SELF], 1)
+    for make in (
+        lambda: streamed(NUMBERS),
+        lambda: streamed(iter(NUMBERS)),
+        lambda: streamed(own()),
+        lambda: WindowStream(make_tokenizer(bos=True), mixture, 28, 10, 3, own),
+    ):
+        whole, stream = make().take(400).ids, make()
+        for skipped, taken in ((1, 1), (0, 5), (93, 200), (7, 93)):
+            stream.skip(skipped)
+            start = stream.taken
+            assert torch.equal(stream.take(taken).ids, whole[start : start + taken])
+
+
+def test_what_cannot_be_read_again_repeats():
+    """The last tokens of an iterator, as many as a pool has, and windows without a text."""
+    stream = streamed(iter(NUMBERS))
+    stream.skip(100)
+    found = stream.take(100).ids.unique()
+    assert len(found) > POOL - 18
+    assert min(found) >= 1000 - POOL
+    stream, given = streamed(own()), own().ids.tolist()
+    rounds = [stream.take(7).ids.tolist() for _ in range(3)]
+    assert given == rounds[0] == sorted(rounds[1]) == sorted(rounds[2])
+    assert given != rounds[1] != rounds[2]
+
+
+def test_records_of_a_caller_are_read_again_if_they_can_be():
+    for data, again in ((NUMBERS, NUMBERS), (iter(NUMBERS), [])):
+        _, documents = text_inputs("model", data, None, nsamples=2, seqlen=10, seed=0, eval_windows=None)
+        assert [[*documents], [*documents], [*documents]] == [NUMBERS, again, again]
 
 
 # calibration_windows
@@ -68,6 +150,14 @@ def test_windows_of_any_length_are_of_several_places(nsamples, seqlen, pieces, s
     assert breaks.max() <= (pieces + 1 if pieces > 1 else 0)
     # Two pieces may follow each other in the text, too.
     assert pieces == 1 or breaks.sum() >= nsamples * (pieces - 1) / 2
+
+
+def test_nothing_stays_open_once_the_windows_are_drawn():
+    closed: list[bool] = []
+    weakref.finalize(tokenizer := Numbers(), closed.append, True)
+    calibration_windows(tokenizer, NUMBERS, nsamples=2, seqlen=10, seed=0)
+    del tokenizer
+    assert closed
 
 
 def test_draws_are_those_of_the_seed_and_stay_what_they_are(plain, text):
@@ -160,7 +250,7 @@ def test_what_are_no_windows():
             windows_of(ids, "mine")
 
 
-# mixed_windows
+# Mixtures
 
 
 @pytest.mark.parametrize(
@@ -187,7 +277,7 @@ def texts(tmp_path: Path) -> list[str]:
 def test_a_mixture_has_the_windows_of_each_text(plain, texts):
     """In an order in which every part of them has some of each."""
     a, b, c = texts
-    found = mixed_windows(plain, {a: 1, b: 2, c: 1}, nsamples=40, seqlen=8, seed=3)
+    found = calibration_windows(plain, {a: 1, b: 2, c: 1}, nsamples=40, seqlen=8, seed=3)
     assert found.source == f"{a} (10) + {b} (20) + {c} (10)"
     assert found.hash == hashlib.sha256(found.ids.numpy().tobytes()).hexdigest()
     drawn = [calibration_windows(plain, x, nsamples=n, seqlen=8, seed=3).ids for x, n in ((a, 10), (b, 20), (c, 10))]
@@ -197,10 +287,25 @@ def test_a_mixture_has_the_windows_of_each_text(plain, texts):
     owner = [next(n for n, ids in enumerate(drawn) if row in ids.tolist()) for row in found.ids.tolist()]
     assert set(owner[:20]) == set(owner[20:]) == {0, 1, 2}
     # A share is a ratio, and the draw is that of the seed.
-    assert mixed_windows(plain, {a: 5, b: 10, c: 5}, nsamples=40, seqlen=8, seed=3).hash == found.hash
-    assert mixed_windows(plain, {a: 1, b: 2, c: 1}, nsamples=40, seqlen=8, seed=4).hash != found.hash
-    alone = mixed_windows(plain, {a: 7}, nsamples=10, seqlen=8, seed=3)
+    assert calibration_windows(plain, {a: 5, b: 10, c: 5}, nsamples=40, seqlen=8, seed=3).hash == found.hash
+    assert calibration_windows(plain, {a: 1, b: 2, c: 1}, nsamples=40, seqlen=8, seed=4).hash != found.hash
+    alone = calibration_windows(plain, {a: 7}, nsamples=10, seqlen=8, seed=3)
     assert (alone.source, alone.ids.tolist()) == (a, drawn[0].tolist())
+
+
+def test_each_group_of_a_mixture_has_the_shares(plain, texts):
+    """Before and after the ends of the texts."""
+    stream = WindowStream(plain, dict(zip(texts, (1, 2, 1), strict=True)), nsamples=40, seqlen=8, seed=3)
+    for _ in range(20):
+        letters = "".join(plain.batch_decode(stream.take(40).ids[:, :1]))
+        assert [len(re.findall(own, letters)) for own in (r"\d", "[g-p]", "[q-z]")] == [10, 20, 10]
+    assert stream.take(80).source == "{} (20) + {} (40) + {} (20)".format(*texts)
+
+
+def test_own_text_has_its_place_in_a_mixture(plain, texts):
+    ids = calibration_windows(plain, {SELF: 1, texts[0]: 1}, own, nsamples=14, seqlen=10, seed=3).ids
+    order = torch.randperm(14, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(ids[order.argsort()][:7], own().ids)
 
 
 def test_own_text_is_written_once_the_others_are_there(plain, tmp_path):
@@ -208,4 +313,4 @@ def test_own_text_is_written_once_the_others_are_there(plain, tmp_path):
     missing = str(tmp_path / "none.txt")
     for shares, message in (({SELF: 1, missing: 1}, "none.txt"), ({SELF: 9, "default": 0.01}, "is none of 4 windows")):
         with refused(message):
-            mixed_windows(plain, shares, write, nsamples=4, seqlen=8, seed=3)
+            calibration_windows(plain, shares, write, nsamples=4, seqlen=8, seed=3)

@@ -44,7 +44,7 @@ def test_keys(path):
     """The keys of the file, for readers other than this package."""
     keys = (
         "arguments versions device data evaluation layers kept_dense seconds blocks timeline peak_memory memory notes "
-        "ranks in_memory recoveries given"
+        "ranks in_memory recovery recoveries given"
     )
     assert list(json.loads(report_of_run().to_json())) == keys.split()
 

@@ -59,7 +59,8 @@ def test_kernel_and_precision_go_with_the_device(device, expected):
 @pytest.mark.parametrize("preset", config.PRESETS)
 def test_every_field_that_depends_has_a_default(preset, refit):
     found = PruneConfig(preset=preset, refit=refit).on(torch.device("cpu"))
-    assert all(getattr(found, name) is not DEPENDS for name in FIELDS)
+    # Memory decides on the default recovery, when the shape of the model is known.
+    assert all(getattr(found, name) is not DEPENDS for name in set(FIELDS) - {"recover"})
 
 
 @pytest.mark.parametrize(
