@@ -90,6 +90,8 @@ def settled(run: Run, generated: int = 0, saved: int = 0, fixed: dict[str, int] 
     needs = memory_needs(shape, replace(workload, generated=generated), placement)
     run = replace(run, shape=shape, limits=limits, placement=placement, needs=needs, rounded=rounded)
     run = settle_recovery(run, workload)
+    if run.stream and run.config.recover == 0:
+        run.stream.close()
     disk = sum(disk_space(shape, replace(workload, config=run.config), placement).values()) + saved
     makes_steps = run.config.reconstruct or run.config.recover != 0
     notes = [*run.notes, arithmetic.note_of_rounding(model.device)] if rounded and makes_steps else run.notes

@@ -50,14 +50,14 @@ def test_nothing_is_fitted_to_what_is_held_out(way, family, tmp_path, monkeypatc
     """Layers are those of a run on the other windows alone, up to the first block that is reconstructed."""
     folder = make_place(tmp_path, family, num_hidden_layers=2)
     report, seen = run(folder, tmp_path / "out", *METHODS[way], "--reconstruct", "1")
-    drawn = texts.windows.calibration_windows
+    drawn = texts.WindowStream.take
     learned, _ = split_batches(WINDOWS)
 
-    def fewer(*args, nsamples, **kwargs):
-        windows = drawn(*args, nsamples=WINDOWS, **kwargs)
+    def fewer(stream, n):
+        windows = drawn(replace(stream, nsamples=WINDOWS), WINDOWS)
         return replace(windows, ids=windows.ids[learned])
 
-    monkeypatch.setattr(texts.windows, "calibration_windows", fewer)
+    monkeypatch.setattr(texts.WindowStream, "take", fewer)
     alone, _ = run(folder, tmp_path / "alone", *METHODS[way], "--nsamples", str(len(learned)))
     loaded, (first, *_) = AutoModelForCausalLM.from_pretrained(tmp_path / "alone"), report.blocks
     written = dict(loaded.named_parameters())
