@@ -18,7 +18,7 @@ from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import Batch, Batches, token_batch
 from sparsefw.driver.distill import Recovery, recovering
 from sparsefw.driver.job import Run
-from sparsefw.errors import InputError, option
+from sparsefw.errors import InputError, first_line, option
 from sparsefw.estimate.memory import MOST_HELD_OUT, MemoryNeeds, chunk_windows
 from sparsefw.estimate.placement import RecoveryPlan, plan_recovery
 from sparsefw.estimate.workload import Workload
@@ -32,7 +32,7 @@ PRUNED, FINISHED = "pruned.json", "report.json"
 
 
 def settle_recovery(run: Run, workload: Workload) -> Run:
-    """Settle the tokens of a run's recovery, 0 for none, and add its memory. Log why a default recovery is left out.
+    """Settle the tokens of a run's recovery, 0 for none, and add its memory. A note says why there is no default one.
 
     Raises:
         InputError: the user asks for a recovery that is not possible.
@@ -45,15 +45,15 @@ def settle_recovery(run: Run, workload: Workload) -> Run:
     plan = plan_recovery(run.shape, workload, run.limits, not isinstance(run.calibration, Batches))
     if why := _impossible(run):
         plan = RecoveryPlan(refused=InputError(why))
-    if plan.refused and (config.recover or hours is not None):
-        asked = option("recover", config.recover) if config.recover else option("hours", hours)
-        raise InputError(f"{asked}: {plan.refused}")
-    if plan.refused:
-        run.say(f"note: no recovery of the whole model: {plan.refused}")
-    if config.recover is None and hours is None:
+    asked = bool(config.recover) or hours is not None
+    if plan.refused and asked:
+        flag = option("recover", config.recover) if config.recover else option("hours", hours)
+        raise InputError(f"{flag}: {plan.refused}")
+    notes = [*run.notes, f"no recovery of the whole model: {plan.refused}"] if plan.refused else run.notes
+    if not asked:
         run = replace(run, job=replace(run.job, config=config.replace(recover=plan.tokens)))
-    # Otherwise the user has given the tokens, or the recovery takes as many as fit into the hours.
-    return replace(run, recovery=plan, needs=MemoryNeeds(run.needs.phases | plan.needs.phases))
+    needs = MemoryNeeds(run.needs.phases | plan.needs.phases)
+    return replace(run, recovery=replace(plan, asked=asked), needs=needs, notes=notes)
 
 
 def _impossible(run: Run) -> str:
@@ -84,36 +84,47 @@ def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
         report: the report of the pruned model.
 
     Raises:
-        InputError: as `distill.recovering`.
+        InputError: as `distill.recovering`, if the user has asked for the recovery. If not, the log says why there is
+            none.
     """
     if (writer.recovery / FINISHED).exists():
         return report
     durably(writer.recovery / PRUNED, report.to_json())
     trim_memory()
-    task, model, started = _task(run, writer, report), run.model, time.perf_counter()
+    started = time.perf_counter()
     limited = memory.gpu_limited(run.limits.get("gpu"), run.job.output.gpu_memory is not None)
-    with limited, torch.no_grad(), recovering(task) as found:
-        gained = found.after < found.before
-        run.say(f"divergence on held-out windows: {found.before:.4g} to {found.after:.4g}")
-        if gained:
-            for n, i in enumerate(model.unique_blocks):
-                tensors = model.block_tensors(i)
-                if model.device.type == "cuda":
-                    # Copies to the host are asynchronous.
-                    torch.cuda.current_stream(model.device).synchronize()
-                writer.write(writer.shards + n, tensors)
-            evaluation = [_evaluated(run, n, text) for n, text in enumerate(report.evaluation)]
-            data = replace(report.data, hash=found.hash, windows=found.windows, seqlen=task.seqlen)
-            own = content.Recovery(run.name, run.job.inputs.dataset, data, found.before, found.after, found.steps)
-            report = replace(report, recovery=own, evaluation=evaluation)
-        else:
-            run.say("nothing is gained, so the pruned weights stay; more tokens may help")
+    try:
+        with limited, torch.no_grad():
+            report = _recovered(run, writer, report)
+    except (InputError, torch.OutOfMemoryError) as error:
+        if run.recovery.asked:
+            raise
+        run.say(f"note: no recovery of the whole model: {first_line(error)}")
     peak = {what: max(n, report.peak_memory[what]) for what, n in peak_memory().items()}
     seconds = report.seconds | {"recover": time.perf_counter() - started}
     arguments = report.arguments | {"recover": run.config.recover, "hours": run.job.output.hours}
     report = replace(report, peak_memory=peak, seconds=seconds, arguments=arguments, given=run.job.given)
     durably(writer.recovery / FINISHED, report.to_json())
     return report
+
+
+def _recovered(run: Run, writer: Writer, report: content.Report) -> content.Report:
+    task, model = _task(run, writer, report), run.model
+    with recovering(task) as found:
+        run.say(f"divergence on held-out windows: {found.before:.4g} to {found.after:.4g}")
+        if not found.after < found.before:
+            run.say("nothing is gained, so the pruned weights stay; more tokens may help")
+            return report
+        for n, i in enumerate(model.unique_blocks):
+            tensors = model.block_tensors(i)
+            if model.device.type == "cuda":
+                # Copies to the host are asynchronous.
+                torch.cuda.current_stream(model.device).synchronize()
+            writer.write(writer.shards + n, tensors)
+        evaluation = [_evaluated(run, n, text) for n, text in enumerate(report.evaluation)]
+    data = replace(report.data, hash=found.hash, windows=found.windows, seqlen=task.seqlen)
+    own = content.Recovery(run.name, run.job.inputs.dataset, data, found.before, found.after, found.steps)
+    return replace(report, recovery=own, evaluation=evaluation)
 
 
 def _task(run: Run, writer: Writer, report: content.Report) -> Recovery:

@@ -94,12 +94,14 @@ class RecoveryPlan:
         seqlen: tokens in a window.
         needs: the memory that it takes.
         refused: why there is no recovery although the config does not rule it out; None: there is no such reason.
+        asked: whether the user has asked for a recovery; else it is the default.
     """
 
     tokens: int = 0
     seqlen: int = 0
     needs: MemoryNeeds = field(default_factory=partial(MemoryNeeds, {}))
     refused: InputError | None = None
+    asked: bool = False
 
 
 def plan_recovery(shape: ModelShape, workload: Workload, limits: dict[str, int], divides: bool = True) -> RecoveryPlan:
