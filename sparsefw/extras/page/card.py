@@ -40,7 +40,7 @@ KEPT = ("license", "license_name", "license_link", "language", "library_name", "
 SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[^/]+/?")
 
 # The parts of a report that may have paths of this machine.
-NAMING = ("arguments", "given", "data", "evaluation", "recoveries")
+NAMING = ("arguments", "given", "data", "evaluation", "recovery", "recoveries")
 
 
 def write_card(report: Report, output: Path, source: Path | None, say: Callable[[str], None], folder: Path) -> None:
@@ -98,7 +98,7 @@ def _hub_id(folder: Path | None) -> str:
 
 def _published(report: Report) -> Report:
     """Remove paths of this machine from a report: of a path only the last part stays."""
-    names = {report.argument("model", str), *(one.model for one in report.recoveries)}
+    names = {report.argument("model", str), *(one.model for one in report.all_recoveries)}
     names |= {name_and_share(text)[0] for text in (*report.argument("evaluate", tuple), *_texts(report))}
     paths = {name: Path(os.path.abspath(os.path.expanduser(name))) for name in names}
     local = [name for name, path in paths.items() if path.exists() or name.startswith(("/", ".", "~"))]
