@@ -80,7 +80,7 @@ def _examine(case: Case, folder: Path, row: dict[str, Any]) -> None:
             raise Ended(WRONG, f"loading the output: {what} {', '.join(more[:3])} ({len(more)} in all)")
     if not _alike(found["dense"], plain):
         raise Ended(WRONG, f"dense perplexity {found['dense']:.6g}, of plain transformers {plain:.6g}")
-    loaded, reported = perplexity(pruned, windows), found[report.method]
+    loaded, reported = perplexity(pruned, windows), found.get("recovered", found[report.method])
     if not _alike(reported, loaded):
         raise Ended(WRONG, f"pruned perplexity {reported:.6g}, of the loaded output {loaded:.6g}")
     _compare_weights(report, original, pruned)
