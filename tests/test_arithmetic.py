@@ -68,9 +68,12 @@ def test_a_resumed_run_computes_as_it_began(began, now, tmp_path, monkeypatch):
         prune(half, tmp_path / "out", log=stop, **WANDA)
     lines = []
     monkeypatch.setattr(arithmetic, "slowdown", lambda dtype: now)
-    prune(half, tmp_path / "out", log=lines.append, **WANDA)
+    result = prune(half, tmp_path / "out", log=lines.append, **WANDA)
     assert any("resuming" in line for line in lines)
-    assert any(block.reconstruction for block in whole.report.blocks)
+    # Losses of the finished block, too.
+    blocks, others = ([block.reconstruction for block in of.report.blocks] for of in (result, whole))
+    assert all(others)
+    assert blocks == others
     again = weights(tmp_path / "out")
     assert all(torch.equal(x, again[name]) for name, x in weights(whole.output).items())
 
@@ -90,21 +93,20 @@ def test_steps_round_their_products_and_losses_do_not(tmp_path, monkeypatch):
 
     monkeypatch.setattr(BlockFit, "loss_of", note)
     exact, steps = (False, "ieee", "ieee"), (True, "bf16", "tf32")
-    prune(folder, tmp_path / "small", **WANDA)
-    assert found == {exact, (True, "ieee", "ieee")}
-    for name, rounds in (("out", True), ("out", False)):
-        monkeypatch.setattr(arithmetic, "rounds_products", lambda *of, rounds=rounds: rounds)
-        found.clear()
-        if rounds:
-            with pytest.raises(KeyboardInterrupt):
-                prune(folder, tmp_path / name, log=stop, **WANDA)
-        else:
-            result = prune(folder, tmp_path / name, **WANDA)
-        assert found == {exact, steps}
-    assert any("multiply in bf16" in note for note in result.report.notes)
     monkeypatch.setattr(arithmetic, "rounds_products", lambda *of: True)
-    found.clear()
     prune(folder, tmp_path / "exact", precision="ieee", **WANDA)
+    assert found == {exact, (True, "ieee", "ieee")}
+    found.clear()
+    with pytest.raises(KeyboardInterrupt):
+        prune(folder, tmp_path / "out", log=stop, **WANDA)
+    assert found == {exact, steps}
+    found.clear()
+    monkeypatch.setattr(arithmetic, "rounds_products", lambda *of: False)
+    result = prune(folder, tmp_path / "out", **WANDA)
+    assert found == {exact, steps}
+    assert any("multiply in bf16" in note for note in result.report.notes)
+    found.clear()
+    prune(folder, tmp_path / "small", **WANDA)
     assert found == {exact, (True, "ieee", "ieee")}
 
 

@@ -18,11 +18,6 @@ from sparsefw.plan import main
 
 REPO = Path(__file__).resolve().parents[2]
 
-LLAMA_70B = dict(
-    hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
-    vocab_size=128256, max_position_embeddings=8192, model_type="llama", torch_dtype="bfloat16",
-)  # fmt: skip
-
 
 @pytest.fixture
 def config(tmp_path):
@@ -185,14 +180,3 @@ def test_a_run_expects_and_refuses_what_its_plan_does(tmp_path, capsys, monkeypa
     for part in (f"memory: {expected} of {enough} GiB", f"solves in {solves} GiB", "block 1/2, ", "block 2/2: "):
         assert part in " ".join(out.split())
     assert max(len(row) for row in out.splitlines() if str(tmp_path) not in row) <= 100
-
-
-@pytest.mark.slow
-def test_llama_3_70b(tmp_path, capsys):
-    """Its 141 GB of weights are never there."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
-    content = planned(capsys, tmp_path, "--model", tmp_path, "--gpu", "h100", "--reconstruct", "0")
-    assert content["model"]["parameters"] == 70_553_706_496
-    assert content["disk"]["output"] == 2 * 70_553_706_496
-    # The inputs of the last layers are kept.
-    assert content["placement"]["kept_width"] == 28672

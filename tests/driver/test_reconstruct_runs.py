@@ -8,14 +8,12 @@ import pytest
 import torch
 from helpers.commands import tensors_of
 from helpers.families import first_is_fast
-from helpers.reconstructed import METHODS, RATE, WINDOWS, flags_of, make_place, run, shards, without_times
+from helpers.reconstructed import METHODS, RATE, WINDOWS, make_place, run
 from transformers import AutoModelForCausalLM
 
 from sparsefw.driver import reconstruct, texts
-from sparsefw.driver import run as driver_run
 from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.model.activations import split_batches
-from sparsefw.run import main
 
 pytestmark = pytest.mark.usefixtures("constants")
 
@@ -65,28 +63,6 @@ def test_nothing_is_fitted_to_what_is_held_out(way, family, tmp_path, monkeypatc
         assert torch.equal(written[f"{first.name}.{name}"], before)
     errors = [[layer.error for layer in one.layers if ".layers.0." in layer.name] for one in (report, alone)]
     assert errors[0] == errors[1]
-
-
-@pytest.mark.slow
-def test_a_resumed_run_writes_the_same_bytes(llama, tmp_path, monkeypatch):
-    """Finished blocks keep their reconstructed weights, and their losses."""
-    flags = [*METHODS["masks only, dense targets"], "--compare", "wanda", "--reconstruct", "1"]
-    expected, _ = run(llama, tmp_path / "whole", *flags)
-    reconstruction_row = driver_run.log.reconstruction_row
-
-    def interrupted(block, found):
-        if block.endswith("layers.1"):
-            raise KeyboardInterrupt
-        return reconstruction_row(block, found)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(driver_run.log, "reconstruction_row", interrupted)
-        assert main([*flags_of(llama, tmp_path / "out"), *flags]) == 130
-    report, seen = run(llama, tmp_path / "out", *flags)
-    # Finished blocks are not reconstructed again.
-    assert min(seen.weights) == 1
-    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
-    assert without_times(report) == without_times(expected)
 
 
 FIRST_BLOCK = ["--method", "wanda", "--include", "layers.0", "--reconstruct", "1"]
