@@ -7,13 +7,12 @@ import pytest
 import torch
 from helpers.families import first_is_fast
 from helpers.ranks import on_ranks
-from helpers.stacks import STACKS, drawn
+from helpers.stacks import STACKS, Block, drawn, small, small_batches, weights_of
 
 from sparsefw import prune
 from sparsefw.driver import prune as driver
 from sparsefw.driver import reconstruct
 from sparsefw.errors import InputError
-from sparsefw.solver.config import PruneConfig
 
 pytestmark = pytest.mark.usefixtures("constants")
 
@@ -59,7 +58,7 @@ class TestModelInMemory:
                 return x
 
         torch.manual_seed(0)
-        model, batches = Scaled(_Block() for _ in range(3)).eval(), [torch.randn(4, 6, 8) for _ in range(4)]
+        model, batches = Scaled(Block() for _ in range(3)).eval(), [torch.randn(4, 6, 8) for _ in range(4)]
         model.scale = torch.nn.Parameter(torch.ones(8))
         result = prune(model, calibration=batches, method="wanda", kernel="torch", sparsity="0.5", reconstruct=4)
         assert all(block.reconstruction.after < block.reconstruction.before for block in result.report.blocks)
@@ -80,30 +79,15 @@ class _Stack(torch.nn.Module):
         return x
 
 
-class _Block(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
-
-    def forward(self, x: torch.Tensor, scale: torch.Tensor | int = 1) -> torch.Tensor:
-        return x + self.down(self.up(x * scale).relu())
-
-
-class _Detached(_Block):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x).detach()
-
-
-def test_blocks_without_gradients_are_refused_in_one_line():
+def test_blocks_without_gradients_are_refused_in_one_line(monkeypatch):
     """The model stays as it was."""
-    torch.manual_seed(0)
-    model, batches = _Stack(_Detached() for _ in range(2)).eval(), [torch.randn(2, 4, 8) for _ in range(3)]
-    options = dict(method="wanda", kernel="torch", sparsity="0.5")
-    before = copy.deepcopy(model)
+    forward, model, options = Block.forward, small(), dict(calibration=small_batches(), method="wanda", kernel="torch")
+    monkeypatch.setattr(Block, "forward", lambda *args, **kwargs: forward(*args, **kwargs).detach())
+    before = weights_of(model)
     with pytest.raises(InputError, match=r"^blocks\.0: unsupported model: its output has no gradients; "):
-        prune(model, calibration=batches, reconstruct=1, **options)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
-    prune(model, calibration=batches, reconstruct=0, **options)
+        prune(model, reconstruct=1, **options)
+    assert all(torch.equal(x, before[name]) for name, x in weights_of(model).items())
+    prune(model, reconstruct=0, **options)
 
 
 class _Mixture(torch.nn.Module):
@@ -131,19 +115,12 @@ def prune_mixtures(ranks, chosen):
     # Much alike, so that what is learned from some is of use for others.
     windows = torch.randn(1, 1, 6, 8) + 0.1 * torch.randn(len(chosen), 1, 6, 8)
     windows[:, 0, 0, 0] = torch.tensor(chosen)
-    config = PruneConfig(
-        method="wanda",
-        kernel="torch",
-        precision="ieee",
-        sparsity="0.5",
-        include=("experts.0", "experts.1"),
-        reconstruct=8,
-    )
+    options = dict(method="wanda", kernel="torch", precision="ieee", sparsity="0.5", reconstruct=8)
     found = []
     with pytest.MonkeyPatch.context() as patch:
         made = reconstruct.reconstruct
         patch.setattr(driver, "reconstruct", lambda *args: found.append(made(*args)) or found[-1])
-        prune(model, config=config, calibration=[*windows])
+        prune(model, calibration=[*windows], include=("experts.0", "experts.1"), **options)
     return found, [parameter.detach() for parameter in model.parameters()]
 
 
