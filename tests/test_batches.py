@@ -9,7 +9,7 @@ import torch
 import transformers
 from helpers.checkpoints import make_hub_cache
 from helpers.families import first_is_fast
-from helpers.stacks import QUICK, STACKS, check_pruned, drawn, random_ids, small, small_batches, weights_of
+from helpers.stacks import QUICK, STACKS, WANDA, check_pruned, drawn, random_ids, small, small_batches, weights_of
 from huggingface_hub import ModelCard
 from torch import nn
 from torch.nn import functional as F
@@ -19,7 +19,6 @@ from sparsefw.data.batches import BATCHES, batches_of
 from sparsefw.model import resident
 from sparsefw.model.padding import unpadded_of
 
-WANDA = dict(kernel="torch", method="wanda", sparsity="0.5")
 CPU = torch.device("cpu")
 
 

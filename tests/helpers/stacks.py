@@ -208,17 +208,19 @@ def small_batches(*shapes: tuple[int, ...]) -> list[dict]:
     return [{"x": torch.randn(*shape, 8), "target": torch.randn(*shape, 8)} for shape in shapes]
 
 
-# A run with few steps.
+# A run with few steps, and one without.
 QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
+WANDA = dict(kernel="torch", method="wanda", sparsity="0.5")
 
 
-def check_pruned(model: nn.Module, batches: list[dict], **options: Any) -> PruneResult:
+def check_pruned(model: nn.Module, batches: list[dict], method: str = "sparsefw", **options: Any) -> PruneResult:
     """Prune a model in place; the report has to be of the model itself, and nothing else than its layers changes."""
     before, dense = weights_of(model), perplexity_of_whole(model, batches)
-    result = prune(model, calibration=batches, evaluate=batches, **QUICK | options)
+    options = (QUICK if method == "sparsefw" else WANDA) | {"method": method} | options
+    result = prune(model, calibration=batches, evaluate=batches, **options)
     assert result.perplexity[BATCHES]["dense"] == pytest.approx(dense, rel=1e-5)
-    assert result.perplexity[BATCHES]["sparsefw"] == pytest.approx(perplexity_of_whole(model, batches), rel=1e-5)
-    layers, pruned = [layer.name for layer in result.report.layers_of("sparsefw")], weights_of(model)
+    assert result.perplexity[BATCHES][method] == pytest.approx(perplexity_of_whole(model, batches), rel=1e-5)
+    layers, pruned = [layer.name for layer in result.report.layers_of(method)], weights_of(model)
     assert {name for name, x in pruned.items() if not torch.equal(x, before[name])} == {*map(without_index, layers)}
     for name in layers:
         W = pruned[without_index(name)]
