@@ -5,13 +5,12 @@ import logging
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import huggingface_hub.utils as hub
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from helpers.commands import TEXT, run
+from helpers.commands import TEXT, run, shards
 from helpers.families import TOKENS, first_is_fast, save_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,10 +26,6 @@ CONFIG = PruneConfig(kernel="torch", method="wanda")
 @pytest.fixture
 def source(tmp_path):
     return save_model(tmp_path / "model", "llama", num_hidden_layers=1)
-
-
-def shards(folder):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*.safetensors"))}
 
 
 PARTS = [TEXT[at : at + 400] for at in range(0, len(TEXT), 400)]

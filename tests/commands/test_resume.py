@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.commands import interrupted_at
+from helpers.commands import TEXT, interrupted_at
 from helpers.families import save_model
 from safetensors.torch import load_file
 
@@ -16,8 +16,6 @@ from sparsefw.extras.verification import read_sums
 from sparsefw.run import main
 
 pytestmark = pytest.mark.slow
-
-TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def fitted_to(ranks, answers, folder, output):
     """What this rank fits each block to, where the windows of ranks answer this."""
     with pytest.MonkeyPatch.context() as patch:
         seen = Watched(patch, answers[ranks.number])
-        prune(ranks, folder / "model", output, str(folder / "text.txt"), {"method": "wanda", "reconstruct": 2})
+        prune(ranks, folder / "model", output, folder / "text.txt", {"method": "wanda", "reconstruct": 2})
     return [PREDICTIONS if fit.tokens else HIDDEN for fit in seen.fits]
 
 

@@ -8,6 +8,7 @@ from itertools import count
 
 import pytest
 import torch
+from helpers.commands import TEXT
 from helpers.families import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama import modeling_llama
@@ -19,9 +20,6 @@ from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.report.content import read_report
 from sparsefw.run import main
 from sparsefw.solver.targets import damped, find_target
-
-TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
-
 
 FEW_STEPS = ["--steps", "9", "--reconstruct", "0", "--damp", "0.1"]
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.commands import shards, tensors_of
 from helpers.families import first_is_fast, save_model
 from helpers.ranks import on_ranks, prune
 from helpers.stacks import drawn
-from safetensors.torch import load_file
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from sparsefw import prune as prune_in_memory
@@ -22,15 +22,6 @@ from sparsefw.model.measure import Captured
 from sparsefw.ranks import ALONE, LostRankError, Ranks
 from sparsefw.report import log
 from sparsefw.solver.config import PruneConfig
-
-TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(300))
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return str(path)
 
 
 def prune_watched(ranks, *args):
@@ -65,14 +56,6 @@ def prune_watched(ranks, *args):
     return report, found
 
 
-def weights(folder):
-    return {name: W for path in sorted(folder.glob("*.safetensors")) for name, W in load_file(path).items()}
-
-
-def shards(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-
 def differing(first, second):
     """The share of the entries that only one of two checkpoints keeps."""
     pairs = [(W != 0, second[name] != 0) for name, W in first.items() if W.dim() > 1]
@@ -93,7 +76,7 @@ def test_masks_are_those_of_one_process(family, config, tmp_path, text):
     assert all(other == found for _, other in others)
     assert len(found["layers"]) == len(report.layers)
     assert found["perplexities"] == [*report.evaluation[0].perplexity.values()]
-    assert differing(weights(tmp_path / "alone"), weights(tmp_path / "three")) <= 1e-3
+    assert differing(tensors_of(tmp_path / "alone"), tensors_of(tmp_path / "three")) <= 1e-3
     assert [x.name for x in report.layers] == [x.name for x in alone.layers]
     for mine, theirs in zip(report.layers, alone.layers, strict=True):
         assert (mine.kept, mine.shape, mine.gap is None) == (theirs.kept, theirs.shape, theirs.gap is None)
@@ -129,7 +112,7 @@ def test_more_ranks_than_windows_or_rows(tmp_path, text):
     source = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
     alone, _ = prune(ALONE, source, tmp_path / "alone", text, {"method": "wanda"}, 6, eval_windows=3)
     inputs = on_ranks(5, prune, source, tmp_path / "five", text, {"method": "wanda"}, 6, 3)
-    assert differing(weights(tmp_path / "alone"), weights(tmp_path / "five")) <= 1e-3
+    assert differing(tensors_of(tmp_path / "alone"), tensors_of(tmp_path / "five")) <= 1e-3
     assert inputs[0][0].evaluation[0].perplexity["dense"] == pytest.approx(
         alone.evaluation[0].perplexity["dense"], rel=1e-5
     )

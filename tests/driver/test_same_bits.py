@@ -4,7 +4,8 @@ import os
 
 import pytest
 import torch
-from helpers.reconstructed import run, shards
+from helpers.commands import shards
+from helpers.reconstructed import run
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparsefw.caller import settings_kept

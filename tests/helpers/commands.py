@@ -27,6 +27,11 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
+def shards(folder: Path) -> dict[str, bytes]:
+    """The same as they are on the disk."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
 def interrupt():
     raise KeyboardInterrupt
 

@@ -8,8 +8,9 @@ from unittest import mock
 
 import torch
 from classes.tiny_model import byte_tokenizer
+from helpers.commands import tensors_of
 from helpers.families import save_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.quantizers import quantizer_finegrained_fp8
@@ -52,7 +53,7 @@ def save_fp8(folder: Path, family: str, block: tuple[int, int] | None = (16, 16)
     """A checkpoint in FP8; `entries` go into its quantization config."""
     save_plain(folder, family)
     tensors = {}
-    for name, tensor in _tensors(folder).items():
+    for name, tensor in tensors_of(folder).items():
         if MATRICES.search(name):
             values, scales = fp8(tensor.float(), block)
             tensors |= {name: values, f"{name}_scale_inv": scales}
@@ -67,7 +68,7 @@ def save_mxfp4(folder: Path) -> Path:
     """A checkpoint of gpt-oss with experts in MXFP4."""
     save_plain(folder, "gpt_oss")
     tensors = {}
-    for name, tensor in _tensors(folder).items():
+    for name, tensor in tensors_of(folder).items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             values, scales = mxfp4(tensor.float())
             tensors |= {f"{name}_blocks": values, f"{name}_scales": scales}
@@ -119,14 +120,10 @@ def dequantized(source: Path, folder: Path) -> Path:
 
 def change_stored(folder: Path, change) -> None:
     """Change the tensors in the files of a checkpoint."""
-    tensors = _tensors(folder)
+    tensors = tensors_of(folder)
     change(tensors)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
 def _replace(folder: Path, tensors: dict[str, Tensor], quantization: dict) -> Path:

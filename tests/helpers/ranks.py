@@ -51,7 +51,7 @@ def prune(
     ranks: Ranks,
     source: Path,
     output: Path,
-    text: str,
+    text: Path,
     config: dict[str, Any],
     windows: int = 10,
     eval_windows: int = 7,
@@ -59,7 +59,12 @@ def prune(
 ) -> tuple[Report, list[str]]:
     """Prune a checkpoint; returns the report, and the lines of the log."""
     inputs = Inputs(
-        model=str(source), dataset=text, nsamples=windows, seqlen=SEQLEN, evaluate=(text,), eval_windows=eval_windows
+        model=str(source),
+        dataset=str(text),
+        nsamples=windows,
+        seqlen=SEQLEN,
+        evaluate=(str(text),),
+        eval_windows=eval_windows,
     )
     config = PruneConfig(**dict(kernel="torch", precision="ieee") | config)
     lines: list[str] = []

@@ -72,11 +72,6 @@ def run(folder: Path, output: Path, *flags: str) -> tuple[Report, Seen]:
     return read_report(output / "report.json"), seen
 
 
-def shards(folder: Path) -> dict[str, bytes]:
-    """The tensors of a checkpoint, as they are on the disk."""
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-
 def no_loss(model, states) -> list[bool]:
     """Whether each block of a model is compared; there is no loss as long as it is dense."""
     compared = []

@@ -9,7 +9,6 @@ from helpers.kernel_inputs import DEVICE, SHAPES, gram, normal, uniform
 
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend, Terms
-from sparsefw.kernels.cpu.vertex_products import FIRST, REFRESH
 from sparsefw.kernels.definitions import PRECISIONS
 
 OPERATIONS = pytest.mark.parametrize("operations", [cpu, triton_ops], ids=["torch", "triton"])
@@ -90,24 +89,3 @@ def test_errors_are_exact_whatever_the_precision(precision, operations):
     # Products of bf16 would not do.
     rough = (E * Backend(cpu, "bf16").product(E, G)).sum(1).double()
     assert not ((rough - truth).abs() <= 2e-6 * terms).all()
-
-
-@OPERATIONS
-@pytest.mark.parametrize(("precision", "bound"), [("ieee", 1e-6), ("bf16", 2**-7)])
-@pytest.mark.parametrize("gap", [False, True])
-def test_the_product_of_a_vertex_is_of_the_one_that_is_there(gap, precision, bound, operations):
-    """Torch on a CPU adds the changes of the vertex; other backends multiply the whole of E."""
-    backend, W, G = Backend(operations, precision), normal(9, 33), gram(33)
-    target_gap = 0.3 * normal(9, 33, seed=5) if gap else None
-    V, out = torch.zeros(9, 33, dtype=torch.bool, device=DEVICE), torch.empty(9, 33, device=DEVICE)
-    E = backend.operand(torch.empty(9, 33, device=DEVICE))
-    multiply = backend.product_of_vertex(W, backend.operand(G), target_gap, V=V, E=E, out=out)
-    vertex = uniform(9, 33) < 0.4
-    for n in range(FIRST + REFRESH):
-        vertex = vertex ^ (uniform(9, 33, seed=n + 1) < 0.1)
-        removed = W * ~vertex + (0 if target_gap is None else target_gap)
-        V.copy_(vertex)
-        E.copy_(removed)
-        assert multiply() is out
-        terms = removed.double().abs() @ G.double().abs()
-        assert ((out.double() - removed.double() @ G.double()).abs() <= bound * terms).all()

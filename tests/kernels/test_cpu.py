@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.kernel_inputs import DEVICE, DTYPES, copied, gram, hard_scores, normal, row_state, uniform
+from helpers.kernel_inputs import DEVICE, DTYPES, copied, example, hard_scores, normal, uniform
 
 from sparsefw.kernels import cpu, plain
 from sparsefw.kernels.cpu import library, selection
@@ -17,18 +17,14 @@ MASK = normal(7, 33, seed=1) > 0.3
 @pytest.mark.parametrize("group", [0, 4])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_blocks_of_rows_change_nothing(per_row, group, monkeypatch):
-    k = 2 if group else torch.arange(37, device=DEVICE) % 25 if per_row else 9
-    V, corner = (cpu.lmo(normal(37, 24, seed=seed), 9) for seed in (2, 3))
-    W, G = normal(37, 24), gram(24)
-    M = 0.5 * corner + 0.25
-    fixed = cpu.lmo(normal(37, 24, seed=5), 0 if per_row else 1, group=group)
-    matrices = M, (W * (1 - M)) @ G, (W * ~V) @ G, V, torch.empty_like(W)
-    whole = row_state(W, G.diagonal().clone(), *matrices, k, group=group, fixed=fixed)
+    whole = example("row_step", 37, 24)["state"]
+    whole.k, whole.group = 2 if group else torch.arange(37, device=DEVICE) % 25 if per_row else 9, group
+    whole.fixed = cpu.lmo(normal(37, 24, seed=5), 0 if per_row else 1, group=group)
     blocks = copied(whole)
     cpu.row_step(whole, theta=0.4, next_theta=1.0)
     for name in ("BLOCK", "GPU_BLOCK"):
         monkeypatch.setattr(plain, name, 100)
-    assert len(plain.row_blocks(M)) > 1
+    assert len(plain.row_blocks(blocks.M)) > 1
     cpu.row_step(blocks, theta=0.4, next_theta=1.0)
     for name in ("eta", "error", "M", "R", "V", "E"):
         assert torch.equal(getattr(whole, name), getattr(blocks, name))
@@ -115,10 +111,3 @@ def test_cpp_takes_strides_and_threads(compiled, set_threads):
         assert torch.equal(compiled[0](score.T.contiguous().T, 90, fixed=fixed.T.contiguous().T), expected)
         wide = torch.stack([score, score], 1)[:, 0]
         assert torch.equal(compiled[0](wide, 90, fixed=fixed), expected)
-
-
-def test_tiles_of_a_mirrored_matrix():
-    for d in (1, 127, 128, 131, 300):
-        G = normal(d, d).cpu()
-        assert torch.equal(cpu.mirror_lower(G.clone()), G.tril() + G.tril(-1).T)
-        assert torch.equal(cpu.mirror_lower(G.T.contiguous().T), G.tril() + G.tril(-1).T)

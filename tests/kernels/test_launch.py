@@ -8,19 +8,11 @@ import triton
 from sparsefw.kernels import conjugate, launch, step
 
 
-@pytest.mark.parametrize(
-    ("backend", "arch", "expected"),
-    [
-        ("cuda", 80, "sm_80"),
-        ("cuda", 90, "sm_90"),
-        ("cuda", 100, "sm_90"),
-        ("cuda", 120, "sm_80"),
-        ("hip", "gfx942", "hip"),
-    ],
-)
-def test_platform_of_every_target(backend, arch, expected, monkeypatch):
+@pytest.mark.parametrize(("arch", "expected"), {80: "sm_80", 90: "sm_90", 100: "sm_90", 120: "sm_80", 0: "hip"}.items())
+def test_platform_of_every_target(arch, expected, monkeypatch):
     """Targets count together if their instructions and shared memory allow the same configurations."""
-    driver = SimpleNamespace(get_current_target=lambda: SimpleNamespace(backend=backend, arch=arch))
+    target = SimpleNamespace(backend="cuda" if arch else "hip", arch=arch or "gfx942")
+    driver = SimpleNamespace(get_current_target=lambda: target)
     monkeypatch.setattr(launch, "INTERPRET", False)
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
     assert launch.platform() == expected

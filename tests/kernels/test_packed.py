@@ -92,19 +92,14 @@ def test_packed_matrices_are_those_with_zeros(level, rows, cols, ragged, x_dtype
 
 
 @pytest.mark.parametrize("level", LEVELS, indirect=True)
-def test_threads_do_not_change_a_bit(level):
+def test_threads_do_not_change_a_bit(level, set_threads):
     _, matrix = packed_matrix(70, 576, torch.bfloat16)
-    before = torch.get_num_threads()
-    try:
-        for batch in (1, 16, 17):
-            x = normal(batch, 576, seed=2).bfloat16()
-            results = []
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(level.packed_product(x, *matrix))
-            assert all(torch.equal(each, results[0]) for each in results)
-    finally:
-        torch.set_num_threads(before)
+    for batch in (1, 16, 17):
+        x, results = normal(batch, 576, seed=2).bfloat16(), []
+        for threads in (1, 2, 3):
+            set_threads(threads)
+            results.append(level.packed_product(x, *matrix))
+        assert all(torch.equal(each, results[0]) for each in results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

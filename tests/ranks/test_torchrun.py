@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import TEXT
 from helpers.families import save_model
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -15,7 +16,6 @@ from sparsefw.driver import prune as driver
 from sparsefw.report.content import read_report
 from sparsefw.run import main
 
-TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(200))
 TORCHRUN = LaunchConfig(
     *(1, 1, 2), start_method="fork", rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="a test", max_restarts=0
 )

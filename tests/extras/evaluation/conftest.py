@@ -2,7 +2,6 @@
 
 import pytest
 
-TEXT = "".join(f"{n}: a rose is a rose is a rose, {n % 7} times.\n" for n in range(40))
 QUICK = {"nsamples": 4, "seqlen": 32, "sparsity": "0.5", "steps": 2, "reconstruct": 0, "kernel": "torch"}
 
 
@@ -38,6 +37,7 @@ def manager(tasks):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a dense model, a text, and a model that was pruned."""
+    from helpers.commands import TEXT
     from helpers.families import save_model
 
     import sparsefw
