@@ -98,6 +98,12 @@ def stream_of_a_layer(block, x):
     return h + block.b(h.relu())
 
 
+def read_after_the_sum(block, x):
+    """The output depends on what the layer puts out in a product without a layer: it is not the layer's to repair."""
+    h = x + block.a(x.tanh())
+    return h + h @ torch.ones(D, D, device=x.device)
+
+
 def counting(block, x):
     """It adds what it was called how often, so that it gives something else in parts."""
     block.calls = getattr(block, "calls", 0) + 1
@@ -123,6 +129,7 @@ BLOCKS = {
     input_written_to: HANDED_ON,
     stream_of_a_layer: ["a reads 0 block to 1", "b writes 1 relu"],
     used_twice: ["a outputs 0"],
+    read_after_the_sum: ["a outputs 0"],
 }
 
 

@@ -14,32 +14,44 @@ from sparsefw.model.measure import capture
 from sparsefw.model.tape import Calls
 
 
+def added(x, a, b):
+    return x + a(x)
+
+
+def both_added(x, a, b):
+    return x + (a(x) + b(x))
+
+
+def alone(x, a, b):
+    return a(x)
+
+
 @pytest.mark.parametrize(
-    ("combine", "sums"),
+    ("combine", "layers", "what"),
     [
-        (lambda x, a, b: x + a(x), {"a": lambda x, a, b: x + a(x)}),
+        (added, "a", added),
         # Both layers write to the stream at once.
-        (lambda x, a, b: x + (a(x) + b(x)), dict.fromkeys("ab", lambda x, a, b: x + a(x) + b(x))),
-        (lambda x, a, b: x + a(x).view(4, 5, 8).view(20, 8), {"a": lambda x, a, b: x + a(x)}),
-        (lambda x, a, b: x + nn.functional.dropout(a(x), 0.5, False), {"a": lambda x, a, b: x + a(x)}),
+        (both_added, "ab", both_added),
+        (lambda x, a, b: x + a(x).view(4, 5, 8).view(20, 8), "a", added),
+        (lambda x, a, b: x + nn.functional.dropout(a(x), 0.5, False), "a", added),
         # The tensor itself is returned.
-        (lambda x, a, b: x + a(x).to(x.dtype), {"a": lambda x, a, b: x + a(x)}),
+        (lambda x, a, b: x + a(x).to(x.dtype), "a", added),
         # The result is no longer the layer's output: scaled, or of another shape.
-        (lambda x, a, b: torch.add(x, a(x), alpha=3), {"a": lambda x, a, b: a(x)}),
-        (lambda x, a, b: x + 3 * a(x), {"a": lambda x, a, b: a(x)}),
-        (lambda x, a, b: a(x).reshape(40, 4), {"a": lambda x, a, b: a(x)}),
+        (lambda x, a, b: torch.add(x, a(x), alpha=3), "a", alone),
+        (lambda x, a, b: x + 3 * a(x), "a", alone),
+        (lambda x, a, b: a(x).reshape(40, 4), "a", alone),
         # Only some tokens are sent to the layer, more than in the dense model.
-        (lambda x, a, b: a(x[x[:, 1] > x[0, 1]]), {}),
+        (lambda x, a, b: a(x[x[:, 1] > x[0, 1]]), "", None),
     ],
 )
-def test_sums_that_outputs_go_into(combine, sums):
+def test_sums_that_outputs_go_into(combine, layers, what):
     block = nn.ModuleDict({name: nn.Linear(8, 8) for name in "ab"}).requires_grad_(False)
     dense, x, lossy = copy.deepcopy(block), torch.randn(20, 8), torch.randn(20, 8)
     x[0, 1], lossy[0, 1] = 0, -100
     runs = (lambda j: combine(lossy, *block.values())), (lambda j: combine(x, *dense.values()))
     crosses = capture(block, runs[0], [0], backend=TORCH, dense=(dense, runs[1])).crosses
-    assert set(crosses) == {f"{name}.weight" for name in sums}
-    for name, what in sums.items():
+    assert set(crosses) == {f"{name}.weight" for name in layers}
+    for name in layers:
         D = what(x, *dense.values()) - what(lossy, *block.values())
         torch.testing.assert_close(crosses[f"{name}.weight"].matrix, D.T @ lossy, rtol=1e-4, atol=1e-3)
 

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from helpers.damaged import Block, damaged_module, damaged_pair, described, pruned_block, stages_of, whole_runs
+from helpers.damaged import damaged_module, damaged_pair, described, pruned_block, stages_of
 from helpers.families import first_is_fast, save_model
 from torch import nn
 
-from sparsefw.kernels.backend import TORCH
-from sparsefw.model.measure import capture
 from sparsefw.model.stages import survey
 
 # By family, the stages of its first block as `described` has them.
@@ -90,26 +88,3 @@ def test_blocks_of_a_kind_are_tried_once(tmp_path):
     second = survey(pruned_block(pair), counted, pair.pruned.hidden[0], split_failures=known)
     assert len(runs) == 1
     assert (second.roles, second.cuts) == (first.roles, first.cuts)
-
-
-@pytest.mark.parametrize("add", [torch.add, lambda x, y: y + x], ids=["left", "right"])
-def test_a_sum_that_is_read_is_not_followed_any_further(add):
-    """The block's output depends on what the layer puts out: it is not the layer's to repair."""
-
-    def forward(block, h):
-        h = add(h, block.a(h.tanh()))
-        return add(h, h @ block.parts.sum(0))
-
-    module = Block(forward)
-    # A product in which no layer is seen.
-    module.parts = nn.Parameter(torch.randn(2, 8, 8))
-    pair = damaged_module(module, [torch.randn(5, 8)])
-    block, dense, (run, run_dense) = pruned_block(pair), pair.dense_block, whole_runs(pair)
-    (stage,) = stages_of(pair)
-    assert (stage.final, stage.input) == (True, None)
-    captured = capture(block, run, range(1), backend=TORCH, stage=stage, dense=(dense, run_dense))
-    X, X_dense = pair.pruned.hidden[0], pair.dense.hidden[0]
-    gap = (X_dense + dense.a(X_dense.tanh())) - (X + block.a(X.tanh()))
-    cross = captured.crosses["a.weight"]
-    assert cross.of == "outputs"
-    torch.testing.assert_close(cross.matrix, gap.T @ X.tanh(), rtol=1e-4, atol=1e-5)
