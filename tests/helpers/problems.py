@@ -67,6 +67,13 @@ def penalized_error(W, G, M, theta):
     return (E * (E @ G)).sum(1) + theta * (q * M * (1 - M)).sum(1)
 
 
+def assert_budget(problem, mask):
+    """As many weights are kept as there have to be, those among them that are fixed."""
+    kept = mask.view(len(mask), -1, problem.group or mask.shape[1]).sum(2)
+    assert (kept == (problem.k[:, None] if isinstance(problem.k, torch.Tensor) else problem.k)).all()
+    assert problem.fixed is None or mask[problem.fixed].all()
+
+
 def exhaustive(problem):
     """The lowest error of each row over all masks of its budget, by trying them; masks keep the fixed entries."""
     W, G, (rows, d) = problem.W.double(), problem.G.double(), problem.W.shape

@@ -28,8 +28,6 @@ PAPER = dict(step_rule="open-loop", alpha=0.9, steps=2000, penalty=0, refit=0, s
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, dict(sparsity="0.6", method="sparsefw", compare=(), preset="sparsefw", include=(), ignore=())),
-        ({}, dict(keep_zeros=False, warm_start="wanda", step_rule="line-search", alpha=0, penalty=0.7, swaps=0)),
         ({}, dict(steps=12, refit=2, rounds=3, target="dense", damp=0.1, reconstruct=2)),
         (dict(reconstruct=0), dict(steps=24, refit=4)),
         (dict(refit=0), dict(steps=40, penalty=1, swaps=100, rounds=0, target="layer", damp=0.2, reconstruct=0)),

@@ -7,7 +7,16 @@ import pytest
 import torch
 from helpers.families import first_is_fast
 from helpers.kernel_inputs import DEVICE
-from helpers.problems import TRITON, exhaustive, make_problem, on_gpu, penalized_error, problem_of, warm_of
+from helpers.problems import (
+    TRITON,
+    assert_budget,
+    exhaustive,
+    make_problem,
+    on_gpu,
+    penalized_error,
+    problem_of,
+    warm_of,
+)
 
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import TORCH, Backend
@@ -36,12 +45,6 @@ def error(problem, mask):
     gap = 0 if problem.target_gap is None else problem.target_gap.double()
     E = gap + problem.W.double() * (1 - mask.double())
     return (E * (E @ problem.exact.double())).sum(1)
-
-
-def assert_budget(problem, mask):
-    kept = mask.view(len(mask), -1, problem.group or mask.shape[1]).sum(2)
-    assert (kept == (problem.k[:, None] if isinstance(problem.k, torch.Tensor) else problem.k)).all()
-    assert problem.fixed is None or mask[problem.fixed].all()
 
 
 class TestIterates:

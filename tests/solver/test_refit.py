@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, generator, gram, normal, uniform
-from helpers.problems import TRITON, error, problem_of, warm_of
+from helpers.problems import TRITON, assert_budget, error, problem_of, warm_of
 
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import TORCH, Backend
@@ -162,12 +162,6 @@ def solve(problem, *, steps=24, rounds=3, refit_steps=6, backend=TORCH):
     return reselect(problem, mask, **options, backend=backend)
 
 
-def assert_kept(problem, mask):
-    kept = mask.view(len(mask), -1, problem.group or mask.shape[1]).sum(2)
-    k = problem.k[:, None] if isinstance(problem.k, torch.Tensor) else problem.k
-    assert (kept == k).all()
-
-
 @pytest.fixture
 def tried(monkeypatch):
     """The masks that are refitted."""
@@ -186,7 +180,7 @@ class TestReselect:
         fit = solve(problem)
         assert len(tried) == 1 + 5
         for mask in (*tried, fit.mask):
-            assert_kept(problem, mask)
+            assert_budget(problem, mask)
         assert (fit.Z[~fit.mask] == 0).all()
         truth, refitted = error(problem.W, fit.Z, problem.H), error(problem.W, alone.Z, problem.H)
         torch.testing.assert_close(fit.error.double(), truth, rtol=1e-4, atol=0)
@@ -212,7 +206,7 @@ class TestReselect:
         first, second, other = (solve(problem, steps=6, rounds=1, backend=b) for b in (TORCH, TORCH, TRITON))
         assert torch.equal(first.mask, second.mask)
         assert torch.equal(first.Z, second.Z)
-        assert_kept(problem, other.mask)
+        assert_budget(problem, other.mask)
         # A nearly tied entry may go either way.
         torch.testing.assert_close(first.error.sum(), other.error.sum(), rtol=5e-3, atol=0)
         assert (first.mask != other.mask).sum() <= 6
