@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import refused
 
 from sparsefw.errors import InputError, by_command, errors_in_one_line, first_line, naming, option, shown, worded
 
@@ -24,7 +25,7 @@ def test_what_does_not_print_is_spelled_out(text, line):
 
 def test_errors_of_a_library_are_one_line_but_for_full_memory_and_mistakes():
     line = r"^a: cannot be read: no b; give another$"
-    with pytest.raises(InputError, match=line), errors_in_one_line("a: cannot be read", "give another"):
+    with refused(line), errors_in_one_line("a: cannot be read", "give another"):
         raise ValueError("no b\nand more")
     full = RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA out of memory")
     for error in (InputError("b"), MemoryError(), *full, NameError("b"), OSError(28, "b")):

@@ -71,15 +71,6 @@ def test_the_base_is_compared_with_ours_only(monkeypatch):
     assert {row["provider"]: row["speedup"] for row in rows} == {"ours": 4.0, "torch": 0.25, "base": 2.0}
 
 
-def test_names_may_be_short(capsys):
-    short = {"take": ["take_rows"], "product": ["product"], "packed": ["unpack", "packed_product"]}
-    for word, names in short.items():
-        assert command.main([word, "--list"]) == 0
-        head, _, *rows = capsys.readouterr().out.splitlines()
-        assert [row.split("`")[1] for row in rows] == names
-        assert {len(row) for row in rows} == {len(head)}
-
-
 @pytest.mark.parametrize(
     ("words", "line"),
     [

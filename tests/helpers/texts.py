@@ -6,11 +6,11 @@ from pathlib import Path
 
 import datasets
 import pytest
+from helpers.checkpoints import refused as refused
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sparsefw.data.text import Text
-from sparsefw.errors import InputError
 
 BOS = 256
 
@@ -33,10 +33,6 @@ def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
         model_max_length=7,
         clean_up_tokenization_spaces=False,
     )
-
-
-def refused(match: str):
-    return pytest.raises(InputError, match=match)
 
 
 def records(path: Path, rows: list) -> str:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.checkpoints import refused
 from helpers.families import TOKENS, first_is_fast, save_model
 from helpers.whole import BATCH, CPU, all_logits, plain_logits, whole_model
 from transformers import LlamaForCausalLM
@@ -13,7 +14,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.data.batches import token_batch
-from sparsefw.errors import InputError
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.forward import embed_batches
 from sparsefw.model.trace import Trace
@@ -179,7 +179,7 @@ def test_what_cannot_be_done_again_is_refused(case, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", layer)
     change_forward(monkeypatch, forward)
-    with pytest.raises(InputError, match=message) as caught:
+    with refused(message) as caught:
         StreamedModel(inspect(save_model(tmp_path, "llama")), CPU)
     assert "unsupported model" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -210,7 +210,7 @@ def test_another_order_with_other_tokens_is_refused(tmp_path, monkeypatch):
 
     change_forward(monkeypatch, forward)
     model = StreamedModel(inspect(save_model(tmp_path, "llama")), CPU)
-    with pytest.raises(InputError, match="a block runs differently from one micro-batch to the next"):
+    with refused("a block runs differently from one micro-batch to the next"):
         embed(model, TOKENS, BATCH)
 
 

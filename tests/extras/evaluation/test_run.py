@@ -8,11 +8,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from helpers.checkpoints import refused
 from helpers.families import save_model
 from helpers.ranks import on_ranks
 from helpers.texts import make_tokenizer
 
-from sparsefw.errors import InputError
 from sparsefw.evaluate import main
 from sparsefw.extras.evaluation import evaluate, run
 from sparsefw.extras.evaluation.run import RESULT
@@ -44,7 +44,7 @@ def test_output(place, tmp_path):
     result = evaluated(place, output=output)
     (output / "notes.txt").write_text("mine")
     assert (output / RESULT).read_text() == result.to_json()
-    with pytest.raises(InputError, match=r"evaluation.json: is there already; give overwrite=True to replace it$"):
+    with refused(r"evaluation.json: is there already; give overwrite=True to replace it$"):
         evaluated(place, output=output)
     assert evaluated(place, output=output, overwrite=True, eval_windows=2) != result
     assert (output / RESULT).read_text() != result.to_json()
@@ -54,7 +54,7 @@ def test_output(place, tmp_path):
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(place, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "inspect", None)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written to"):
+    with refused("cannot be written to"):
         evaluated(place, output=tmp_path / "file" / "out")
 
 
@@ -100,14 +100,14 @@ def test_texts_alone_need_no_harness(place, monkeypatch):
     assert found.tasks == []
     # Windows are as long as the model takes.
     assert found.texts[0].seqlen == 64
-    with pytest.raises(InputError, match=r"pip install -e '.\[eval\]'"):
+    with refused(r"pip install -e '.\[eval\]'"):
         evaluate(place / "dense", "tiny_choices")
 
 
 def test_perplexities_in_other_tokens_are_not_compared(place, tmp_path):
     save_model(tmp_path / "other", "llama", seed=1)
     make_tokenizer(bos=True).save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match=r"reads .* as other tokens than"):
+    with refused(r"reads .* as other tokens than"):
         evaluate(tmp_path / "other", against=place / "dense", texts=place / "text.txt", seqlen=32)
 
 
