@@ -31,9 +31,3 @@ def test_the_page_has_what_passed_and_the_end_of_what_failed(tmp_path, monkeypat
     assert "| no part | failed with status 1 |" in page
     assert "KeyError: 'no part'" in page
     assert "| kernel tests | cut off after 0 s |" in page
-
-
-def test_limits_of_the_first_parts_add_up_to_ten_minutes():
-    known = gpu.parts()
-    assert sum(known[name][0] for name in gpu.FIRST) <= 600
-    assert max(limit for limit, _ in known.values()) <= 240

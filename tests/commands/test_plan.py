@@ -88,7 +88,6 @@ def test_defaults_are_those_of_a_run_on_that_device(config, tmp_path, capsys):
     def workload(*flags):
         return planned(capsys, tmp_path, "--model", config, *SMALL, *flags)["workload"]
 
-    assert workload("--gpu", "h100")["precision"] == "bf16"
     assert workload("--gpu", "h100", "--precision", "tf32")["precision"] == "tf32"
     if not torch.cuda.is_available():
         assert workload()["precision"] == "ieee"
@@ -137,10 +136,6 @@ def test_bad_configs_are_one_line(content, line, tmp_path, capsys):
 
 def test_no_model_there(tmp_path, capsys, monkeypatch):
     assert "config.json: missing" in refused(capsys, "--model", tmp_path)
-    assert "no such folder; give the folder of a checkpoint or a Hub id" in refused(
-        capsys, "--model", tmp_path / "nothing"
-    )
-    assert "could not be downloaded from the Hub" in refused(capsys, "--model", "a/b/c")
     asked = []
 
     def download(*what, allow_patterns, **_):

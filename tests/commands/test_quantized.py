@@ -16,7 +16,6 @@ from sparsefw.checkpoint.source import CONFIG, SINGLE, inspect
 from sparsefw.estimate.profile import shape_of
 
 OUT = "model.layers.1.self_attn.o_proj.weight"
-NORM = "model.layers.1.input_layernorm.weight"
 
 SAVE = {
     "qwen3": lambda folder: save_fp8(folder, "qwen3"),
@@ -74,17 +73,13 @@ def test_pruned_as_the_checkpoint_that_transformers_dequantizes(name, source, te
     assert torch.equal(model(ids).logits, expected(ids).logits)
 
 
-@pytest.mark.parametrize("name", first_is_fast(["gpt_oss", "qwen3"]))
-def test_verify_compares_with_the_dequantized_source(name, source, text, tmp_path, capsys):
-    assert run(source(name), text, tmp_path / "out", "--method", "wanda") == 0
+def test_verify_compares_with_the_dequantized_source(source, text, tmp_path, capsys):
+    assert run(source("gpt_oss"), text, tmp_path / "out", "--method", "wanda") == 0
     status, printed, _ = verdict(capsys, tmp_path / "out")
     assert status == 0
     assert "kept weights are the source's" in printed
     change_tensor(tmp_path / "out", OUT, lambda W: put(tuple((W != 0).nonzero()[5]), flip_bit)(W))
     assert "1 of " in only_failure(capsys, tmp_path / "out", "kept")
-    change_tensor(tmp_path / "out", OUT, lambda W: put(tuple((W != 0).nonzero()[5]), flip_bit)(W))
-    change_tensor(tmp_path / "out", NORM, put(0, flip_bit))
-    assert NORM in only_failure(capsys, tmp_path / "out", "others")
 
 
 def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, capsys):

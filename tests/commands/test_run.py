@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from helpers.commands import TEXT, run, tensors_of
+from helpers.commands import TEXT, run, shards, tensors_of
 from helpers.families import FAMILIES, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw.checkpoint.source import inspect
 
 
-def perplexities(report, text=0):
-    return report["evaluation"][text]["perplexity"]
+def perplexities(report):
+    return report["evaluation"][0]["perplexity"]
 
 
 @pytest.mark.slow
@@ -46,20 +46,12 @@ def test_every_family_end_to_end(family, refit, tmp_path, text):
 @pytest.mark.slow
 def test_compare_prunes_each_method_as_if_alone(tmp_path, text):
     source = save_model(tmp_path / "model", "llama", torch.bfloat16)
-    evaluation = ["--eval", str(text), "--eval-windows", "4"]
-    assert run(source, text, tmp_path / "both", "--compare", "wanda", *evaluation) == 0
-    both = json.loads((tmp_path / "both" / "report.json").read_text())
-    for method in ("wanda", "sparsefw"):
-        steps = ["--steps", "4", "--reconstruct", "0"] if method == "sparsefw" else []
-        assert run(source, text, tmp_path / method, "--method", method, *steps, *evaluation) == 0
-        alone = json.loads((tmp_path / method / "report.json").read_text())
-        assert perplexities(both)[method] == perplexities(alone)[method]
-    assert perplexities(both)["dense"] == perplexities(alone)["dense"]
-    first, second = (tensors_of(tmp_path / name) for name in ("both", "sparsefw"))
-    assert all(torch.equal(first[n], second[n]) for n in first)
-    rows = [row for row in both["layers"] if row["method"] == "sparsefw"]
-    assert len(rows) == 3 * 7
-    assert all(row["error"] < row["error_mask"] <= row["error_warm_start"] and row["gap"] >= 0 for row in rows)
+    evaluation, found = ["--eval", str(text), "--eval-windows", "4"], {}
+    for name, flags in {"both": ["--compare", "wanda"], "wanda": ["--method", "wanda"], "sparsefw": []}.items():
+        assert run(source, text, tmp_path / name, *flags, *evaluation) == 0
+        found[name] = perplexities(json.loads((tmp_path / name / "report.json").read_text()))
+    assert found["both"] == found["wanda"] | found["sparsefw"]
+    assert shards(tmp_path / "both") == shards(tmp_path / "sparsefw")
 
 
 def test_tied_embeddings_stay_tied_and_long_windows_are_cut(tmp_path, text, capsys):
@@ -85,8 +77,6 @@ def test_experts_are_their_own_targets(pruned):
     [
         (["--alpha", "1.5"], "--alpha 1.5"),
         (["--ignore", "no_such_layer"], "--ignore no_such_layer"),
-        (["--host-memory", "0.1"], "--host-memory 0.1: this run needs at least"),
-        (["--gpu-memory", "8"], "--gpu-memory: no CUDA device"),
         (["--nsamples", "100000"], "--nsamples"),
         (["--eval", "./missing.txt"], "missing.txt"),
         (["--model", "./nowhere"], "nowhere"),

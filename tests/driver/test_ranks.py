@@ -15,7 +15,6 @@ from sparsefw import prune as prune_in_memory
 from sparsefw.driver import prune as driver
 from sparsefw.driver import streams
 from sparsefw.driver.partition import find_solves
-from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.errors import InputError
 from sparsefw.model.layers import Layer
 from sparsefw.model.measure import Captured
@@ -25,33 +24,21 @@ from sparsefw.solver.config import PruneConfig
 
 
 def prune_watched(ranks, *args):
-    """`prune`; the report, which is that of rank 0, and what this rank found.
-
-    That is the layers, the losses, the perplexities, and sums of a block's weights where there is a loss.
-    """
-    found, measure = {"layers": [], "losses": [], "weights": [], "perplexities": []}, BlockFit.loss
-
-    def watched(name, function):
-        def call(*args):
-            returned = function(*args)
-            found[name].append(returned)
-            return returned
-
-        return call
+    """`prune`; the report, which is that of rank 0, and the layers and perplexities that this rank found."""
+    found, perplexity = {"layers": [], "perplexities": []}, streams.perplexity
 
     def row(layer, block):
         # Each rank takes its own time for its rows.
         found["layers"].append(replace(layer, seconds=0))
         return ""
 
-    def loss(fit):
-        found["weights"] += [x.double().sum().item() for x in fit.run.model.blocks[fit.number].parameters()]
-        return measure(fit)
+    def measured(*args):
+        found["perplexities"].append(perplexity(*args))
+        return found["perplexities"][-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "layer_row", row)
-        patch.setattr(BlockFit, "loss", watched("losses", loss))
-        patch.setattr(streams, "perplexity", watched("perplexities", streams.perplexity))
+        patch.setattr(streams, "perplexity", measured)
         report, _ = prune(ranks, *args)
     return report, found
 
@@ -86,24 +73,6 @@ def test_masks_are_those_of_one_process(family, config, tmp_path, text):
         assert value == pytest.approx(alone.evaluation[0].perplexity[name], rel=1e-4)
     assert [rank.windows for rank in report.ranks] == [3, 3, 4]
     assert not alone.ranks
-
-
-@pytest.mark.slow
-def test_ranks_reconstruct_together(tmp_path, text):
-    """All take the same steps, and measure the same losses, on the windows that each of them has held out.
-
-    Ranks have 2 and 3 windows, and learn from 1 and 2. Both make the steps of the one with more.
-    """
-    source, windows = save_model(tmp_path / "model", "mixtral", num_hidden_layers=2), 5
-    config = {"method": "wanda", "compare": ("magnitude",), "reconstruct": 2}
-    for name in ("first", "second"):
-        (report, found), other = on_ranks(2, prune_watched, source, tmp_path / name, text, config, windows)
-        assert other[1] == found
-        blocks = [block.reconstruction for block in report.blocks]
-        assert found["losses"] == [loss for block in blocks for loss in (block.before, block.after)]
-    assert shards(tmp_path / "first") == shards(tmp_path / "second")
-    assert [block.steps for block in blocks] == [2 * 2] * 2
-    assert not all(block.put_back for block in blocks)
 
 
 @pytest.mark.slow
@@ -212,14 +181,8 @@ def test_a_model_in_memory_is_changed_on_all_ranks(tmp_path):
 @pytest.mark.parametrize("ranks", [ALONE, Ranks(1, 2)], ids=["alone", "shared"])
 def test_layers_of_one_input_and_one_dtype(ranks):
     """Ranks share the rows of a stack, and a stack has one dtype."""
-    forms = {
-        "q": ("q", torch.bfloat16),
-        "k": ("q", torch.float32),
-        "v": ("q", torch.bfloat16),
-        "o": ("o", torch.float32),
-    }
-    layers = [Layer(name, torch.ones(3, 4, dtype=dtype), gram) for name, (gram, dtype) in forms.items()]
-    captured = Captured(layers, {}, {}, [])
-    solves = find_solves(captured, "sparsefw", PruneConfig(kernel="torch"), ranks, frozenset())
+    W = torch.ones(3, 4)
+    layers = [Layer("q", W.half(), "q"), Layer("k", W, "q"), Layer("v", W.half(), "q"), Layer("o", W, "o")]
+    solves = find_solves(Captured(layers, {}, {}, []), "sparsefw", PruneConfig(kernel="torch"), ranks, frozenset())
     assert [[layer.name for layer in solve.layers] for solve in solves] == [["q", "v"], ["k"], ["o"]]
     assert [solve.gram for solve in solves] == ["q", "q", "o"]

@@ -128,9 +128,7 @@ DAMAGES = {
     "added": (WANDA, {}, a_file("a/.env"), "sums", "a/.env: not in SHA256SUMS$"),
     "no sums": (WANDA, {}, a_file(SUMS, lambda sums: None), "sums", ".*SHA256SUMS: missing"),
     "no digests": (WANDA, {}, a_file(SUMS, lambda sums: sums.replace("  ", " ")), "sums", ".* is not a digest"),
-    "above": (WANDA, {}, listed("../x"), "sums", ".*x: missing, or not a file"),
     "elsewhere": (WANDA, {}, listed("/etc/passwd"), "sums", "/etc/passwd: a link to /etc/passwd, outside of the"),
-    "refitted": (KEEP_ZEROS, {}, tensor(Q, lambda W: -W), "sums", ".*safetensors: not what the run wrote$"),
     "not selected": (LESS_DENSE, {}, tensor(DOWN, put((3, 2), flip_bit)), "others", f"{DOWN}: 1 of "),
     "undeclared": (LESS_DENSE, {}, report(lambda r: r["kept_dense"].remove(DOWN)), "report", f"{DOWN}: neither pr"),
     "of an expert": (
@@ -156,15 +154,10 @@ DAMAGES = {
         f"{Q}: 1 of 32 budgets lose more than 19 of 32 weights$",
     ),
     "zero with a sign": (WANDA, {}, tensor(Q, in_row_5(False, -0.0)), "kept", f"{Q}: 1 of 1024 values differ$"),
-    "expert that is not selected": (
-        (*WANDA, "--ignore", "experts.down_proj[1]"), MIXTURE,
-        tensor(f"{EXPERTS}.1.down_proj.weight", put((3, 2), flip_bit)), "others",
-        rf"{re.escape(EXPERTS)}.down_proj\[1\]: 1 of ",
-    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", first_is_fast(DAMAGES, 15))
+@pytest.mark.parametrize("name", first_is_fast(DAMAGES, 13))
 def test_a_damage_is_found_and_its_place_is_named(name, copied, capsys):
     flags, model, damage, check, message = DAMAGES[name]
     _, output = copied(*flags, **model)

@@ -21,10 +21,9 @@ from sparsefw.kernels import plain
 from sparsefw.kernels.operation import converted
 
 
-@pytest.fixture(params=["one block", "blocks"], autouse=True)
-def height(request, monkeypatch):
-    """All rows in one block, and a few rows in a block."""
-    for name in ("BLOCK", "GPU_BLOCK") if request.param == "blocks" else ():
+@pytest.fixture(autouse=True)
+def few_rows_in_a_block(monkeypatch):
+    for name in ("BLOCK", "GPU_BLOCK"):
         monkeypatch.setattr(plain, name, 300)
 
 

@@ -1,7 +1,6 @@
 """Refits against float64 least squares; masks and weights together against exhaustive search and a refit alone."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -215,17 +214,6 @@ class TestReselect:
     def test_nothing_and_everything(self, k):
         problem = make_problem(rows=5, k=k)
         assert torch.equal(solve(problem).Z, problem.W if k else torch.zeros_like(problem.W))
-
-    @pytest.mark.parametrize("sparsity", PATTERNS)
-    @pytest.mark.parametrize("rounds", [0, 3])
-    def test_every_mask_is_within_the_support(self, rounds, sparsity, tried):
-        problem = make_problem(sparsity=sparsity)
-        support = uniform(*problem.W.shape, seed=4) < 0.7
-        problem.W.masked_fill_(~support, 0)
-        fit = solve(replace(problem, support=support), rounds=rounds)
-        assert not any((mask & ~support).any() for mask in tried)
-        assert (fit.Z[~support] == 0).all()
-        torch.testing.assert_close(fit.error.double(), error(problem.W, fit.Z, problem.H), rtol=1e-4, atol=0)
 
     def test_rows_of_eight_against_every_mask(self):
         """Most rows find the best mask with its exact weights, and no row is far from it."""
