@@ -1,6 +1,5 @@
 """`prune` from Python: the same bytes as the command line, texts and tokens in place of names, models in memory."""
 
-import json
 import logging
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from helpers.checkpoints import refused
 from helpers.commands import TEXT, run, shards
-from helpers.families import TOKENS, save_model
+from helpers.families import TOKENS, change_config, save_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -94,14 +93,12 @@ def test_a_mixture_of_texts(text, windows):
 def test_what_a_config_asks_for_beside_logits(text, tmp_path):
     """As training has left it there. It changes no result, and is in the output as it was."""
     plain, asking = (save_model(tmp_path / name, "mixtral", num_hidden_layers=1) for name in ("plain", "asking"))
-    path = asking / "config.json"
-    asked = dict.fromkeys(("output_hidden_states", "output_router_logits"), True)
-    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    change_config(asking, output_hidden_states=True, output_router_logits=True)
     options = dict(dataset=TOKENS, evaluate=text, eval_windows=4, kernel="torch", method="magnitude", reconstruct=1)
     results = [prune(source, tmp_path / f"of-{source.name}", **options) for source in (plain, asking)]
     assert results[0].perplexity == results[1].perplexity
     assert shards(results[0].output) == shards(results[1].output)
-    assert (tmp_path / "of-asking" / "config.json").read_text() == path.read_text()
+    assert (tmp_path / "of-asking" / "config.json").read_text() == (asking / "config.json").read_text()
 
 
 class TestInMemory:

@@ -107,12 +107,3 @@ def test_no_case_is_measured_twice_or_without_a_roof(capsys):
     assert found == [("product", "ieee", 8), ("product", "ieee", 4), ("mirror_lower", "", 8)]
     assert "no roof of their precision: product tf32x3, product tf32, product bf16\n" in capsys.readouterr().out
     assert [label for _, label, _ in command.cases(chosen, ["bf16"], sizes[:1], {})] == ["bf16"]
-
-
-def test_shapes_of_a_model(tmp_path):
-    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=64)
-    config = dict(model_type="llama", architectures=["LlamaForCausalLM"], num_hidden_layers=2, **sizes)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert {*command.shapes_of(str(tmp_path / "config.json"))} == {(32, 32), (16, 32), (48, 32), (32, 48)}
-    with pytest.raises(ValueError, match="no file 'none', and none of DeepSeek-V3, "):
-        command.shapes_of("none")

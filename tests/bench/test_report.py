@@ -65,12 +65,6 @@ def test_numbers_are_those_of_the_rows(printed):
     assert page.index("compile: wrong: error 3") < page.index("ours: slower: 0.50 x") < page.index("###")
 
 
-def test_the_roof_that_bounds_is_named():
-    row, copy = ROW | {"unit": "ieee", "bytes": 4e9}, {"copy": 1e12}
-    assert report.title(row, copy | {"ieee": 1e12}).endswith("bound by ieee")
-    assert report.title(row, copy | {"ieee": 1e13}).endswith("bound by bytes")
-
-
 def test_what_is_below_its_expectation_comes_first(printed):
     known = {"": {"share": 0.6, "limit": "instructions"}, "2:4": {"share": 0.5}}
     page = printed(SLOWER, ROW | {"speedup": 0.7}, RIVAL, ROW | {"setting": "2:4"}, row_step=known)
@@ -88,15 +82,6 @@ def test_files_and_the_base_are_compared(printed):
     head, _, row = report.comparison(runs)[1].splitlines()
     assert [cell.strip() for cell in head.split("|")[2:5]] == ["old: ours", "new: base", "new: ours"]
     assert [cell.strip() for cell in row.split("|")[1:5]] == [STEP, "2.000 (1.00)", "8.000 (0.25)", "1.000 (2.00)"]
-
-
-def test_what_is_no_run_is_refused(tmp_path, capsys):
-    path = tmp_path / "run.json"
-    for text in ("{", "{}", "[]"):
-        path.write_text(text)
-        with pytest.raises(SystemExit, match="2"):
-            report.main([str(path)])
-        assert f"python -m bench report: error: {path}: " in capsys.readouterr().err
 
 
 def test_plot(save, tmp_path):

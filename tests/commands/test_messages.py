@@ -6,7 +6,7 @@ import sys
 
 import transformers
 from helpers.commands import run
-from helpers.families import save_model
+from helpers.families import change_config, save_model
 
 from sparsefw import plan, verify
 
@@ -32,9 +32,8 @@ def test_the_log_of_hostile_names(tmp_path, text, capsys):
 
 def test_libraries_do_not_warn_beside_the_one_line(tmp_path, text, capsys):
     source = save_model(tmp_path / "model", "llama")
-    config = json.loads((source / "config.json").read_text())
     # transformers warns of it, and fails later.
-    (source / "config.json").write_text(json.dumps(config | {"pad_token_id": 10**6}))
+    change_config(source, pad_token_id=10**6)
     transformers.logging.set_verbosity_warning()
     capsys.readouterr()
     handler = logging.StreamHandler(sys.stderr)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.commands import run, tensors_of
+from helpers.commands import report_of, run, tensors_of
 from helpers.families import first_is_fast
 from helpers.quantized import change_stored, dequantized, fp8, save_fp8, save_mxfp4
 from helpers.verifying import change_tensor, flip_bit, only_failure, put, verdict
@@ -55,7 +55,7 @@ def test_pruned_as_the_checkpoint_that_transformers_dequantizes(name, source, te
     said = capsys.readouterr().out
     assert run(plain, text, tmp_path / "expected", "--method", "sparsegpt") == 0
     assert_equal_files(tmp_path / "out", tmp_path / "expected")
-    notes = json.loads((tmp_path / "out" / "report.json").read_text())["notes"]
+    notes = report_of(tmp_path / "out")["notes"]
     count = sum(name.endswith(("_scale_inv", "_scales")) for name in load_file(source(name) / SINGLE))
     method = "mxfp4" if name == "gpt_oss" else "fp8"
     begin = f"the source is quantized ({method}): {count} tensors are converted to bfloat16, all tensors "

@@ -1,13 +1,12 @@
 """Runs that are killed anywhere go on where they were, and end with the bytes of an undisturbed one."""
 
-import json
 import os
 import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.commands import TEXT, interrupted_at
+from helpers.commands import TEXT, interrupted_at, report_of
 from helpers.families import save_model
 from safetensors.torch import load_file
 
@@ -50,7 +49,7 @@ def content(place, output):
     assert {name: file_digest(folder / name) for name in read_sums(folder / SUMS)} == read_sums(folder / SUMS)
     others = ("report.json", "report.html", SUMS, "README.md")
     files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in others}
-    report = json.loads((folder / "report.json").read_text())
+    report = report_of(folder)
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in report["layers"]]
     return files, rows, report["kept_dense"], report["evaluation"], [block["name"] for block in report["blocks"]]
 

@@ -1,10 +1,8 @@
 """The command line from end to end on tiny models: what it writes, prints and refuses."""
 
-import json
-
 import pytest
 import torch
-from helpers.commands import TEXT, run, shards, tensors_of
+from helpers.commands import TEXT, report_of, run, shards, tensors_of
 from helpers.families import FAMILIES, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +22,7 @@ def test_every_family_end_to_end(family, refit, tmp_path, text):
     assert run(source, text, tmp_path / "out", "--sparsity", "2:4", "--refit", refit, *evaluation) == 0
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = report_of(tmp_path / "out")
     assert len(report["layers"]) >= 3 * 4
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert changed
@@ -49,7 +47,7 @@ def test_compare_prunes_each_method_as_if_alone(tmp_path, text):
     evaluation, found = ["--eval", str(text), "--eval-windows", "4"], {}
     for name, flags in {"both": ["--compare", "wanda"], "wanda": ["--method", "wanda"], "sparsefw": []}.items():
         assert run(source, text, tmp_path / name, *flags, *evaluation) == 0
-        found[name] = perplexities(json.loads((tmp_path / name / "report.json").read_text()))
+        found[name] = perplexities(report_of(tmp_path / name))
     assert found["both"] == found["wanda"] | found["sparsefw"]
     assert shards(tmp_path / "both") == shards(tmp_path / "sparsefw")
 
@@ -66,7 +64,7 @@ def test_tied_embeddings_stay_tied_and_long_windows_are_cut(tmp_path, text, caps
 def test_experts_are_their_own_targets(pruned):
     """Experts are sent other tokens than in the dense model. The report says which target each layer had."""
     _, output = pruned(family="qwen3_moe")
-    report = json.loads((output / "report.json").read_text())
+    report = report_of(output)
     for row in report["layers"]:
         assert row["target"] == ("layer" if "experts" in row["name"] else "dense")
     assert report["kept_dense"] == [f"model.layers.{i}.mlp.gate.weight" for i in range(2)]

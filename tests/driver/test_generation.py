@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from helpers.commands import interrupted_at, tensors_of
+from helpers.commands import interrupted_at, report_of, tensors_of
 from transformers import AutoModelForCausalLM
 
 import sparsefw.plan
@@ -38,10 +38,6 @@ def own(output):
     return content, torch.tensor([json.loads(line)["input_ids"] for line in content.splitlines()])
 
 
-def data(output):
-    return json.loads((output / "report.json").read_text())["data"]
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """The output of a run on one thread."""
@@ -64,8 +60,8 @@ def test_the_same_seed_writes_the_same_bytes(written, tmp_path):
     # Documents begin with the token that the model knows as the end of one.
     assert ids[:, 0].tolist() == 4 * [0]
     assert ids.shape == (4, 24)
-    assert report.data.source == data(written)["source"] == generation.own_source(0)
-    assert windows_of(ids, "").hash == report.data.hash == data(written)["hash"]
+    assert report.data.source == report_of(written)["data"]["source"] == generation.own_source(0)
+    assert windows_of(ids, "").hash == report.data.hash == report_of(written)["data"]["hash"]
 
 
 def test_a_share_of_a_mixture_by_another_seed(written, tmp_path, capsys):

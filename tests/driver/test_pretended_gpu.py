@@ -1,6 +1,5 @@
 """On a pretended GPU: solves wait for nothing but their end; results, placements and memory of whole runs."""
 
-import json
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import verifying
+from helpers.commands import report_of
 from helpers.families import experts_like, save_model
 from helpers.pretended_gpu import DEVICE, NAME, SEGMENT, late_copies, pretended_gpu
 from helpers.problems import make_problem, warm_of
@@ -154,7 +154,7 @@ def prune(source, output, *flags, stand_ins=False):
             if callable(operation) and name in vars(cpu) and name != "repeat":
                 patch.setattr(triton_ops, name, gpu.as_kernel(getattr(cpu, name)))
         assert run.main([*places, *flags]) == 0
-    return gpu, json.loads((output / "report.json").read_text())
+    return gpu, report_of(output)
 
 
 def test_whole_run(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Small runs through the command line, and their ends at any step of the disk."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -30,6 +32,11 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def shards(folder: Path) -> dict[str, bytes]:
     """The same as they are on the disk."""
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """The content of an output's report.json."""
+    return json.loads((folder / "report.json").read_text())
 
 
 def interrupt():

@@ -1,5 +1,6 @@
 """Tiny random models of every family that must work, as checkpoints on disk."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -151,6 +152,12 @@ def first_is_fast(values: Iterable[Any], fast: int = 1) -> list[Any]:
 def is_layer(name: str) -> bool:
     """Whether a matrix of these families that a block multiplies with is a layer, and no router."""
     return not name.endswith(("gate.weight", "router.weight", "router.layer.weight"))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Change entries of a checkpoint's config."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def config_of(source: Path, folder: Path) -> Path:

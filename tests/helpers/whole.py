@@ -4,6 +4,8 @@ import torch
 from helpers.families import TOKENS
 from transformers import AutoModelForCausalLM
 
+from sparsefw.checkpoint.source import inspect
+from sparsefw.model import StreamedModel, embed
 from sparsefw.model.head import logits
 from sparsefw.model.skeleton import attention_implementation
 
@@ -18,6 +20,18 @@ def whole_model(model, folder):
     for parameter in whole.parameters():
         parameter.data = parameter.data.clone()
     return whole
+
+
+def check_streamed(folder):
+    """The blocks one by one give the logits of the whole; returns the model."""
+    with StreamedModel(inspect(folder), CPU) as model:
+        states = embed(model, TOKENS, BATCH)
+        for i in range(len(model.blocks)):
+            model.open(i)
+            states.advance(i)
+            model.close(i)
+        assert torch.equal(all_logits(model, states), plain_logits(whole_model(model, folder)))
+    return model
 
 
 def all_logits(model, states):

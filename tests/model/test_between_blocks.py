@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.checkpoints import refused
 from helpers.families import TOKENS, first_is_fast, save_model
-from helpers.whole import BATCH, CPU, all_logits, plain_logits, whole_model
+from helpers.whole import BATCH, CPU, check_streamed
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -33,16 +33,6 @@ def change_forward(monkeypatch, forward):
         return SimpleNamespace(logits=model.lm_head(decoder.norm(hidden)))
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", whole)
-
-
-def check(folder):
-    """The blocks one by one give the logits of the whole."""
-    model = StreamedModel(inspect(folder), CPU)
-    states = embed(model, TOKENS, BATCH)
-    for i in range(len(model.blocks)):
-        model.open(i)
-        states.advance(i)
-    assert torch.equal(all_logits(model, states), plain_logits(whole_model(model, folder)))
 
 
 def each(step):
@@ -99,7 +89,7 @@ def weight_times_one(block, x, kwargs):
 @pytest.mark.parametrize("forward", [skip, two_streams, in_place_on_its_own, once_more, each(weight_times_one)])
 def test_what_is_done_between_blocks_is_done_again(forward, tmp_path, monkeypatch):
     change_forward(monkeypatch, forward)
-    check(save_model(tmp_path, "llama"))
+    check_streamed(save_model(tmp_path, "llama"))
 
 
 def all_twice(blocks, hidden, given):
@@ -200,7 +190,7 @@ def test_objects_that_only_blocks_read_may_be_changed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", layer)
     change_forward(monkeypatch, forward)
-    check(save_model(tmp_path, "llama"))
+    check_streamed(save_model(tmp_path, "llama"))
 
 
 def test_another_order_with_other_tokens_is_refused(tmp_path, monkeypatch):

@@ -1,13 +1,12 @@
 """Models that take more than text: their text runs, and all else stays as it is in the checkpoint."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from helpers.checkpoints import refused
-from helpers.commands import TEXT, run, tensors_of
+from helpers.commands import TEXT, report_of, run, tensors_of
 from helpers.families import COMMON, first_is_fast, write_random
 from helpers.verifying import verdict
 from transformers import AutoConfig, AutoModelForMultimodalLM
@@ -117,7 +116,7 @@ def test_a_pruned_model(family, tmp_path):
     before, after = tensors_of(source), tensors_of(output)
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    report = json.loads((output / "report.json").read_text())
+    report = report_of(output)
     assert len(changed) == len(report["layers"]) > 0
     with streamed(source) as model, model.outside_loaded():
         assert changed < {name for i in range(len(model.blocks)) for name in model.tensors_of(i)}

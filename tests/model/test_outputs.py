@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from sparsefw.kernels.backend import TORCH
+from sparsefw.model.layers import Stage
 from sparsefw.model.measure import capture
+from sparsefw.model.tape import Calls
 
 
 def added(x, a, b):
@@ -62,6 +64,15 @@ def test_outputs_that_are_written_to_are_not_used():
     captured = capture(block, lambda j: block(x), [0], backend=TORCH, dense=(dense, lambda j: dense(x)))
     assert [layer.name for layer in captured.layers] == ["0.weight", "2.weight"]
     assert set(captured.crosses) == {"2.weight"}
+
+
+def test_a_forward_ends_before_the_product_after_the_stage():
+    """That product may be the largest of a block."""
+    block, x, made = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))).requires_grad_(False), torch.randn(20, 8), []
+    with Calls(lambda func, args, kwargs: (made.append(func), func(*args, **kwargs))[1]):
+        captured = capture(block, lambda j: block(x), [0], backend=TORCH, stage=Stage("1.weight", "1.weight"))
+    assert [layer.name for layer in captured.layers] == ["1.weight"]
+    assert made.count(nn.functional.linear) == 2
 
 
 def test_nothing_of_a_micro_batch_outlives_it():

@@ -1,21 +1,18 @@
 """Tensors that several blocks share stay as they are: read with each block, and written once."""
 
-import json
-
 import pytest
 import torch
 from helpers.checkpoints import refused
-from helpers.commands import tensors_of
+from helpers.commands import report_of, tensors_of
 from helpers.families import TOKENS, save_model
 from helpers.verifying import verdict
-from helpers.whole import BATCH, all_logits, plain_logits, whole_model
+from helpers.whole import check_streamed
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sparsefw import prune
 from sparsefw.checkpoint.source import inspect
 from sparsefw.estimate.profile import shape_of
-from sparsefw.model import StreamedModel, embed
 from sparsefw.model.swap import DenseBlock, shared_parameters
 from sparsefw.selection import without_index
 
@@ -43,15 +40,9 @@ def source(tmp_path_factory):
 
 
 def test_blocks_run_as_in_the_whole_model(source):
-    with StreamedModel(inspect(source), torch.device("cpu")) as model:
-        assert model.shared.sources
-        states = embed(model, TOKENS, BATCH)
-        for i in range(len(model.blocks)):
-            model.open(i)
-            states.advance(i)
-            model.close(i)
-        assert all(parameter.is_meta for parameter in model.model.parameters())
-        assert torch.equal(all_logits(model, states), plain_logits(whole_model(model, source)))
+    model = check_streamed(source)
+    assert model.shared.sources
+    assert all(parameter.is_meta for parameter in model.model.parameters())
 
 
 def test_what_is_shared_stays_dense_and_the_rest_is_pruned(source, tmp_path, capsys):
@@ -68,7 +59,7 @@ def test_what_is_shared_stays_dense_and_the_rest_is_pruned(source, tmp_path, cap
         changed = not torch.equal(tensor, after[name])
         assert changed == (name in map(without_index, names)), name
         assert not changed or (after[name] == 0).float().mean() >= 0.5
-    dense = json.loads((tmp_path / "out" / "report.json").read_text())["kept_dense"]
+    dense = report_of(tmp_path / "out")["kept_dense"]
     assert sum("shared_transf" in name and "self_attn.q_proj" in name for name in dense) == 3
     status, printed, _ = verdict(capsys, tmp_path / "out")
     assert status == 0, printed

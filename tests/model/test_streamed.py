@@ -1,11 +1,9 @@
 """Blocks that run one at a time give the whole model's results, for every family."""
 
-import json
-
 import pytest
 import torch
 from helpers.checkpoints import refused
-from helpers.families import TOKENS, VOCABULARY, save_model
+from helpers.families import TOKENS, VOCABULARY, change_config, save_model
 from helpers.verifying import change_tensor
 from safetensors.torch import load_file
 
@@ -17,11 +15,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def open_model(folder):
     return StreamedModel(inspect(folder), DEVICE)
-
-
-def change_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize(

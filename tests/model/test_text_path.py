@@ -1,12 +1,10 @@
 """The class that is built, the blocks that are found in it, and errors out of its own code."""
 
-import json
-
 import pytest
 import torch
 from classes.tiny_model import byte_tokenizer
 from helpers.checkpoints import refused
-from helpers.families import first_is_fast, save_model
+from helpers.families import change_config, first_is_fast, save_model
 from helpers.stacks import drawn
 from transformers import (
     AutoConfig,
@@ -38,11 +36,6 @@ def save(folder, config, make=AutoModelForCausalLM.from_config):
     make(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-def change_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,10 @@
 """Trees hold every request, and most tokens once."""
 
-import random
-
 import pytest
 import torch
+from helpers.requests import REQUESTS
 
 from sparsefw.extras.evaluation.batching import MAX_BRANCHES, batch_of, request_of, trees_of
-
-
-def drawn(seed):
-    """Requests of which many begin alike, and some read the same."""
-    draw = random.Random(seed)
-    stems = [[draw.randrange(5) for _ in range(draw.randint(1, 30))] for _ in range(6)]
-    contexts = [draw.choice(stems)[: draw.randint(1, 30)] for _ in range(60)]
-    return {
-        n: request_of(x, [draw.randrange(5) for _ in range(draw.randint(1, 6))], 40) for n, x in enumerate(contexts)
-    }
 
 
 def test_requests_are_cut_on_the_left():
@@ -24,7 +13,7 @@ def test_requests_are_cut_on_the_left():
 
 @pytest.mark.parametrize("branch", [True, False])
 def test_every_request_is_in_one_tree(branch):
-    requests = drawn(0)
+    requests = dict(enumerate(REQUESTS))
     trees = trees_of(requests, branch)
     read = [(number, [tree.tokens[place] for place in path]) for tree in trees for number, path in tree.paths.items()]
     assert sorted(read) == [(number, [*request.read]) for number, request in requests.items()]
@@ -33,7 +22,7 @@ def test_every_request_is_in_one_tree(branch):
         assert len(tree.tokens) <= min(tree.length, MAX_BRANCHES * tree.depth)
         assert tree.length - len(tree.tokens) <= branch * tree.length / 16
     if not branch:
-        assert len(trees) == len({bytes(request.read) for request in requests.values()})
+        assert len(trees) == len({(*request.read,) for request in REQUESTS})
 
 
 def test_answers_to_questions_take_a_third_of_the_tokens():
