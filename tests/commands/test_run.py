@@ -6,8 +6,6 @@ from helpers.commands import TEXT, report_of, run, shards, tensors_of
 from helpers.families import FAMILIES, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsefw.checkpoint.source import inspect
-
 
 def perplexities(report):
     return report["evaluation"][0]["perplexity"]
@@ -52,13 +50,10 @@ def test_compare_prunes_each_method_as_if_alone(tmp_path, text):
     assert shards(tmp_path / "both") == shards(tmp_path / "sparsefw")
 
 
-def test_tied_embeddings_stay_tied_and_long_windows_are_cut(tmp_path, text, capsys):
-    source = save_model(tmp_path / "model", "llama", torch.float32, num_hidden_layers=1)
-    assert run(source, text, tmp_path / "out", "--seqlen", "1000", "--method", "wanda") == 0
+def test_long_windows_are_cut(tmp_path, text, capsys):
+    source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
+    assert run(source, text, tmp_path / "out", "--seqlen", "1000", "--method", "magnitude") == 0
     assert "seqlen: 64 tokens, the model's maximum (asked for 1000)\n" in capsys.readouterr().out
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    assert "lm_head.weight" not in inspect(tmp_path / "out").tensors
 
 
 def test_experts_are_their_own_targets(pruned):

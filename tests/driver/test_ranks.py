@@ -8,10 +8,8 @@ import torch.distributed as dist
 from helpers.commands import shards, tensors_of
 from helpers.families import first_is_fast, save_model
 from helpers.ranks import on_ranks, prune
-from helpers.stacks import drawn
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from sparsefw import prune as prune_in_memory
 from sparsefw.driver import prune as driver
 from sparsefw.driver import streams
 from sparsefw.driver.partition import find_solves
@@ -156,26 +154,6 @@ def test_other_flags_on_a_rank_are_named(tmp_path, text):
 
 def prune_with_own_flags(ranks, configs, *args):
     return prune(ranks, *args, configs[ranks.number] | {"method": "magnitude"})
-
-
-def prune_batches(ranks, output):
-    """Prune a model in memory; returns its weights, and the number of the lines that were logged."""
-    model, batches = drawn("diffusion", 5)
-    config = PruneConfig(method="wanda", kernel="torch", precision="ieee")
-    lines = []
-    prune_in_memory(model, output, config, calibration=batches, log=lines.append)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}, len(lines)
-
-
-@pytest.mark.slow
-def test_a_model_in_memory_is_changed_on_all_ranks(tmp_path):
-    alone, _ = prune_batches(ALONE, tmp_path / "alone")
-    # Without an output, the ranks write to a temporary folder of rank 0.
-    (first, logged), (second, logged_too) = on_ranks(2, prune_batches, None)
-    assert logged > logged_too == 0
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert differing(first, alone) <= 1e-3
-    assert any((W == 0).any() for W in first.values() if W.dim() > 1)
 
 
 @pytest.mark.parametrize("ranks", [ALONE, Ranks(1, 2)], ids=["alone", "shared"])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import verifying
 from helpers.commands import tensors_of
-from helpers.families import HANDING_ON, TOKENS, first_is_fast, save_model
-from helpers.reconstructed import METHODS, SEQLEN, WINDOWS, make_place, no_loss, run
+from helpers.families import first_is_fast
+from helpers.reconstructed import METHODS, SEQLEN, WINDOWS, make_place, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw.checkpoint.source import inspect
@@ -18,7 +18,7 @@ from sparsefw.data.windows import calibration_windows
 from sparsefw.driver import reconstruct
 from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.estimate import steps as steps_of
-from sparsefw.model import StreamedModel, embed
+from sparsefw.model import StreamedModel
 from sparsefw.model.activations import HELD_OUT, split_batches
 from sparsefw.model.forward import embed_batches
 from sparsefw.ranks import ALONE
@@ -155,14 +155,6 @@ def test_gradients_that_fp16_has_no_room_for_as_sums(tmp_path, monkeypatch):
     report, _ = run(tmp_path / "torch.float16", tmp_path / "again", *few)
     assert math.isfinite(largest[0])
     assert not report.blocks[0].reconstruction.put_back
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", HANDING_ON)
-def test_a_dense_block_has_no_loss(family, tmp_path):
-    """It is compared with its own output, whatever else blocks hand on."""
-    model = StreamedModel(inspect(save_model(tmp_path, family)), CPU)
-    assert all(no_loss(model, embed(model, TOKENS, 4)))
 
 
 def test_a_token_without_a_target_does_not_count():

@@ -60,9 +60,9 @@ def on_gpu(problem, device="cuda"):
     return replace(problem, **{name: moved[id(x)] for name, x in tensors.items()})
 
 
-def penalized_error(W, G, M, theta):
+def penalized_error(W, G, M, theta=0.0, gap=0.0):
     """error(M) + theta sum(q M (1 - M)), per row, from the definition."""
-    E = W * (1 - M)
+    E = gap + W * (1 - M)
     q = W**2 * G.diagonal()
     return (E * (E @ G)).sum(1) + theta * (q * M * (1 - M)).sum(1)
 

@@ -1,7 +1,6 @@
 """Runs that fit the kept weights of each block together, and what they do seen from outside."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from helpers.families import save_model
 
 from sparsefw.driver import prune as driver
 from sparsefw.driver import reconstruct
-from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.report.content import Report, read_report
 from sparsefw.run import main
@@ -70,22 +68,3 @@ def run(folder: Path, output: Path, *flags: str) -> tuple[Report, Seen]:
         seen = Seen(patch)
         assert main([*places, *SMALL, *flags]) == 0
     return read_report(output / "report.json"), seen
-
-
-def no_loss(model, states) -> list[bool]:
-    """Whether each block of a model is compared; there is no loss as long as it is dense."""
-    compared = []
-    with torch.no_grad():
-        for i in range(len(model.blocks)):
-            dense = states.fork()
-            model.open(i)
-            dense.advance(i)
-            compared.append(states.is_chained(i))
-            if compared[-1]:
-                run = SimpleNamespace(model=model)
-                fit = BlockFit(run, i, states, dense, [], [])
-                losses = [fit.loss_of(j)[0].item() for j in range(len(states))]
-                assert losses == [0.0] * len(states)
-            model.close(i)
-            states = dense
-    return compared

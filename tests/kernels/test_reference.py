@@ -6,14 +6,9 @@ import pytest
 import torch
 from helpers import naive
 from helpers.kernel_inputs import DEVICE, gram, normal, row_state, uniform
+from helpers.problems import penalized_error as error
 
 from sparsefw.kernels import plain
-
-
-def error(W, G, M, theta=0.0, gap=0.0):
-    """The error (rows,) of a relaxed mask, with the integrality penalty, from its definition."""
-    E = gap + W * (1 - M)
-    return (E * (E @ G)).sum(1) + theta * (W**2 * G.diagonal() * M * (1 - M)).sum(1)
 
 
 def step_state(rows=6, d=23, k=9, group=0, gap=None):

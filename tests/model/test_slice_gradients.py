@@ -55,10 +55,9 @@ def test_other_parameters_are_left_alone(stacked):
     assert stacked.grad is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_as_torch(dtype, tmp_path):
+def test_the_same_bits_as_torch(tmp_path):
     """For every expert with tokens and every other parameter; without tokens there are zeros."""
-    folder = save_model(tmp_path, "mixtral", dtype)
+    folder = save_model(tmp_path, "mixtral", torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation="eager").eval()
     parameters = dict(model.model.layers.named_parameters())
 

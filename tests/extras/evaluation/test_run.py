@@ -4,13 +4,11 @@ import errno
 import json
 import re
 import runpy
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from helpers.checkpoints import refused
 from helpers.families import save_model
-from helpers.ranks import on_ranks
 from helpers.texts import make_tokenizer
 
 from sparsefw.evaluate import main
@@ -77,21 +75,6 @@ def test_the_example_compares_methods(tasks, tmp_path, capsys):
     main("default", "tiny_choices", tmp_path, 4, tasks, **few)
     printed = capsys.readouterr().out
     assert all(f"{tmp_path}/{method}" in printed for method in ("wanda", "sparsegpt", "sparsefw"))
-
-
-@pytest.mark.slow
-def test_ranks_evaluate_together(place):
-    expected = evaluated(place)
-    one, other = on_ranks(2, evaluated_on, place)
-    assert one.texts == other.texts
-    for name, measured in expected.texts[0].results.items():
-        assert one.texts[0].results[name].value == pytest.approx(measured.value, rel=1e-5)
-
-
-def evaluated_on(ranks, place):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "joined_with", lambda log: nullcontext((ranks, log)))
-        return evaluated(place)
 
 
 def test_texts_alone_need_no_harness(place, monkeypatch):
