@@ -54,24 +54,6 @@ def content(place, output):
     return files, rows, report["kept_dense"], report["evaluation"], [block["name"] for block in report["blocks"]]
 
 
-def test_interrupted_anywhere_ends_with_the_same_bytes(place, monkeypatch, capsys):
-    for n in range(1, 200):
-        with monkeypatch.context() as patched:
-            interrupted_at(patched, n)
-            status = run(place, "interrupted")
-        if status == 0:
-            break
-        assert status == 130
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("sparsefw: interrupted")
-        left = (place / ".interrupted.partial").exists()
-        assert ("the same command goes on from there" in error) == left
-        assert not (place / "interrupted").exists()
-    assert n > 8
-    assert content(place, "interrupted") == content(place, "undisturbed")
-    assert not (place / ".interrupted.partial").exists()
-
-
 @pytest.mark.parametrize("n", [16, 33])
 def test_killed_ends_with_the_same_bytes(place, n, monkeypatch, capsys):
     output = f"killed-{n}"

@@ -98,10 +98,9 @@ def test_sums_over_many_calls_repeat_bit_by_bit(backend):
         return G.tril(), B
 
     once, again, whole = sums(70), sums(70), sums(100)
-    for a, b, plain, left in zip(once, again, whole, (X, D), strict=True):
-        assert torch.equal(a, b)
-        truth = left.double().T @ X.double()
-        assert_near(a, plain, truth.tril() if left is X else truth)
+    assert all(map(torch.equal, once, again))
+    truth = (X.double().T @ X.double()).tril(), D.double().T @ X.double()
+    list(map(assert_near, once, whole, truth))
 
 
 def test_no_entries_leave_the_sums_as_they_are(backend):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from classes.tiny_model import byte_tokenizer
 from helpers.checkpoints import refused
-from helpers.families import change_config, first_is_fast, save_model
+from helpers.families import TOKENS, change_config, first_is_fast, save_model
 from helpers.stacks import drawn
 from transformers import (
     AutoConfig,
@@ -23,8 +23,6 @@ from sparsefw.errors import InputError
 from sparsefw.estimate.profile import shape_of
 from sparsefw.model import StreamedModel, embed
 from sparsefw.model.skeleton import class_of, max_seqlen
-
-IDS = torch.randint(2, 250, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 def streamed(folder):
@@ -113,7 +111,7 @@ def test_an_error_of_a_block_is_one_line(error, tmp_path, monkeypatch):
 
     folder, passes = save_model(tmp_path, "llama"), isinstance(error, InputError | MemoryError)
     with streamed(folder) as model:
-        states = embed(model, IDS, 2)
+        states = embed(model, TOKENS, 6)
         model.open(1)
         monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", fails)
         with pytest.raises(type(error) if passes else InputError) as caught:
