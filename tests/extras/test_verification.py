@@ -106,10 +106,6 @@ def a_file(name, change=lambda text: "{}"):
     return damage
 
 
-def listed(name):
-    return a_file(SUMS, lambda sums: f"{sums}{'0' * 64}  {name}\n")
-
-
 KEEP_ZEROS, MIXTURE = ("--keep-zeros",), {"family": "qwen3_moe"}
 LESS_DENSE = (*WANDA, "--ignore", "down_proj")
 TOO_MANY = r"1 of \d+ budgets keep more than 13 of 32 weights$"
@@ -128,7 +124,10 @@ DAMAGES = {
     "added": (WANDA, {}, a_file("a/.env"), "sums", "a/.env: not in SHA256SUMS$"),
     "no sums": (WANDA, {}, a_file(SUMS, lambda sums: None), "sums", ".*SHA256SUMS: missing"),
     "no digests": (WANDA, {}, a_file(SUMS, lambda sums: sums.replace("  ", " ")), "sums", ".* is not a digest"),
-    "elsewhere": (WANDA, {}, listed("/etc/passwd"), "sums", "/etc/passwd: a link to /etc/passwd, outside of the"),
+    "elsewhere": (
+        WANDA, {}, a_file(SUMS, lambda sums: f"{sums}{'0' * 64}  /etc/passwd\n"), "sums",
+        "/etc/passwd: a link to /etc/passwd, outside of the",
+    ),
     "not selected": (LESS_DENSE, {}, tensor(DOWN, put((3, 2), flip_bit)), "others", f"{DOWN}: 1 of "),
     "undeclared": (LESS_DENSE, {}, report(lambda r: r["kept_dense"].remove(DOWN)), "report", f"{DOWN}: neither pr"),
     "of an expert": (

@@ -141,10 +141,6 @@ def test_reruns_and_other_rows_change_no_bit(backend):
         assert torch.equal(whole[:128], backend.product(E[:128], G, precision="tf32"))
 
 
-def test_no_rows(backend):
-    assert backend.product(torch.empty(0, 131, device=DEVICE), gram(131)).shape == (0, 131)
-
-
 @needs_gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_tensor_cores_keep_the_bits_of_their_precision(precision):

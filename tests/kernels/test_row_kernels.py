@@ -39,7 +39,7 @@ def test_reruns_strides_and_other_rows_change_no_bit(row_backend, name, label):
     assert all(map(torch.equal, (x[:5] for x in whole), part))
 
 
-@pytest.mark.parametrize("name", [*WRITTEN, "adam_step"])
+@pytest.mark.parametrize("name", [*WRITTEN, "adam_step", "product"])
 def test_no_rows(row_backend, name):
     returned = getattr(row_backend, name)(**example(name, 0, 132))
     assert returned is None or returned.shape == (0, 132)
