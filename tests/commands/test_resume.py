@@ -31,16 +31,12 @@ def place(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
-def arguments(place, output, *more):
+def run(place, output, *more):
     text = str(place / "text.txt")
     flags = ["--nsamples", "4", "--seqlen", "32", "--steps", "2", "--reconstruct", "0", "--kernel", "torch"]
     flags += ["--sparsity", "0.5", "--refit", "1", "--rounds", "0"]
     flags += ["--compare", "sparsegpt", "--eval", text, "--eval-windows", "2"]
-    return ["--model", str(place / "model"), "--dataset", text, "--output", str(place / output), *flags, *more]
-
-
-def run(place, output, *more):
-    return main(arguments(place, output, *more))
+    return main(["--model", str(place / "model"), "--dataset", text, "--output", str(place / output), *flags, *more])
 
 
 def content(place, output):

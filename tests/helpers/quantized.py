@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from classes.tiny_model import byte_tokenizer
 from helpers.commands import tensors_of
-from helpers.families import save_model
+from helpers.families import COMMON, save_model
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
@@ -21,17 +21,14 @@ FP8 = torch.float8_e4m3fn
 # Matrices that FP8 checkpoints hold in FP8; routers, embeddings and the head are left.
 MATRICES = re.compile(r"layers\.\d+\..*_proj(_with_mqa)?\.weight|layers\.\d+\..*_[ab]_proj\.weight")
 
-DEEPSEEK = dict(
-    vocab_size=258, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
-    first_k_dense_replace=1, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=32,
-    qk_rope_head_dim=16, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2,
-    n_shared_experts=1, n_group=1, topk_group=1, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-    pad_token_id=1,
+DEEPSEEK = COMMON | dict(
+    moe_intermediate_size=16, first_k_dense_replace=1, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=32,
+    head_dim=16, qk_rope_head_dim=16, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2,
+    n_shared_experts=1, n_group=1, topk_group=1,
 )  # fmt: skip
-GPT_OSS = dict(
-    vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8, num_attention_heads=4,
-    num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64, sliding_window=8,
-    eos_token_id=1, pad_token_id=1, layer_types=["sliding_attention", "full_attention"],
+GPT_OSS = COMMON | dict(
+    intermediate_size=64, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+    layer_types=["sliding_attention", "full_attention"],
 )  # fmt: skip
 SIZES = {"deepseek_v3": DEEPSEEK, "gpt_oss": GPT_OSS}
 
