@@ -3,20 +3,31 @@
 import gpu
 import pytest
 
+from bench.__main__ import named
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("gpu")
 
 
+# They compare other operations than "packed" does, by the same command, for up to a minute.
+COMPARED = gpu.OPERATIONS.keys() - {"packed"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", gpu.parts())
+@pytest.mark.parametrize("name", [name for name in gpu.parts() if name not in COMPARED])
 def test_part_on_a_gpu(name, folder, monkeypatch):
     """Later parts compare their outputs with those of earlier ones."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
     part = gpu.Part(name, folder, folder, tiny=True)
     gpu.parts()[name][1](part)
     assert all(value for line in part.lines() for name, value in line.items() if name.startswith("same bytes"))
+
+
+@pytest.mark.parametrize("name", gpu.OPERATIONS)
+def test_operations_of_parts_are_there(name):
+    assert named(gpu.OPERATIONS[name][0])
 
 
 def test_the_page_has_what_passed_and_the_end_of_what_failed(tmp_path, monkeypatch):
