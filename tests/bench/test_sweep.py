@@ -1,9 +1,14 @@
 """The sweep examines classes that tests/helpers/families.py lacks, and shows mistakes."""
 
+import shutil
+
 import pytest
 from classes import examine
-from classes.examine import WORKS
+from classes.examine import WORKS, WRONG
 from classes.tiny_model import cases
+from safetensors.torch import load_file, save_file
+
+import sparsefw.run
 
 CASES = {case.model_type: case for case in cases()}
 
@@ -28,3 +33,40 @@ def test_class_works(model_type, tmp_path, monkeypatch):
     assert 0.5 < row["fraction"] <= 1
     assert row["layers"]
     assert row["perplexity"]["plain"] == pytest.approx(row["perplexity"]["dense"], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    """The folder of a class that works."""
+    folder = tmp_path_factory.mktemp("right")
+    assert examine.examine(CASES["stablelm"], folder)["outcome"] == WORKS
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layer", "change", "reason"),
+    [
+        ("q_proj.weight", lambda weight: weight + 1e-9 * (weight == 0), "verify: "),
+        ("q_proj.weight", lambda weight: weight * 1.5, "pruned perplexity"),
+        ("layernorm", lambda weight: weight + 1e-7, "not reported as pruned"),
+        ("q_proj.weight", None, "missing_keys"),
+    ],
+)
+def test_mistakes_of_a_run_are_found(layer, change, reason, right, monkeypatch, tmp_path):
+    """Tensors of a right output are changed."""
+
+    def main(arguments):
+        shutil.copytree(right / examine.OUTPUT, tmp_path / examine.OUTPUT)
+        for path in (tmp_path / examine.OUTPUT).glob("*.safetensors"):
+            tensors = load_file(path)
+            for name in [name for name in tensors if layer in name]:
+                weight = tensors.pop(name)
+                tensors |= {name: change(weight)} if change else {}
+            save_file(tensors, path, metadata={"format": "pt"})
+        return 0
+
+    monkeypatch.setattr(sparsefw.run, "main", main)
+    row = examine.examine(CASES["stablelm"], tmp_path)
+    assert row["outcome"] == WRONG
+    assert reason in row["reason"]

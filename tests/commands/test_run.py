@@ -56,15 +56,6 @@ def test_long_windows_are_cut(tmp_path, text, capsys):
     assert "seqlen: 64 tokens, the model's maximum (asked for 1000)\n" in capsys.readouterr().out
 
 
-def test_experts_are_their_own_targets(pruned):
-    """Experts are sent other tokens than in the dense model. The report says which target each layer had."""
-    _, output = pruned(family="qwen3_moe")
-    report = report_of(output)
-    for row in report["layers"]:
-        assert row["target"] == ("layer" if "experts" in row["name"] else "dense")
-    assert report["kept_dense"] == [f"model.layers.{i}.mlp.gate.weight" for i in range(2)]
-
-
 @pytest.mark.parametrize(
     ("flags", "named"),
     [

@@ -1,4 +1,4 @@
-"""`--include`, `--ignore` and `--keep-zeros` through whole runs."""
+"""`--ignore` and `--keep-zeros` through whole runs."""
 
 import pytest
 import torch

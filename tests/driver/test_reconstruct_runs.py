@@ -1,4 +1,4 @@
-"""Runs with a reconstruction: its rounds, blocks that are put back, and resumed runs."""
+"""Runs with a reconstruction: its rounds, and blocks that are put back."""
 
 import itertools
 import math

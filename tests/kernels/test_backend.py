@@ -1,4 +1,4 @@
-"""A backend: the precision of every product, errors as good as fp32's, and products of vertices."""
+"""A backend: the precision of every product, and errors as good as fp32's."""
 
 from types import SimpleNamespace
 

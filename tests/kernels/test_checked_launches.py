@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from helpers.kernel_inputs import DEVICE
 from triton.runtime.errors import InterpreterError
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="launches are checked in the interpreter")
 
@@ -25,12 +24,6 @@ def _sum_kernel(X, TOTAL, BLOCK: tl.constexpr, ATOMIC: tl.constexpr):
         tl.atomic_add(TOTAL, x)
     else:
         tl.store(TOTAL, tl.load(TOTAL) + x)
-
-
-@triton.jit
-def _shift_kernel(X, BLOCK: tl.constexpr, BY: tl.constexpr):
-    first = tl.program_id(0) * BLOCK
-    X.store([first + BY, 0], X.load([first, 0]))
 
 
 def test_an_entry_past_the_end_is_found():
@@ -58,12 +51,3 @@ def test_programs_that_meet_are_found():
     # Nobody writes X, and the sums are atomic.
     _sum_kernel[(4,)](X=X, TOTAL=total.zero_(), BLOCK=8, ATOMIC=True)
     assert total == 32
-
-
-def test_bulk_copies_are_accesses_like_others():
-    X = torch.zeros(16, 8)
-    described = TensorDescriptor.from_tensor(X, [8, 8])
-    # Its lower half is past the edge, and cut off.
-    _shift_kernel[(1,)](X=described, BLOCK=8, BY=12)
-    with pytest.raises(InterpreterError, match="store of X at byte 0, which another program has read"):
-        _shift_kernel[(2,)](X=described, BLOCK=8, BY=-8)

@@ -1,4 +1,4 @@
-"""The references themselves: against definitions, exhaustive search and torch's solvers, in float64."""
+"""The references themselves: against definitions and exhaustive search, in float64."""
 
 import itertools
 
