@@ -29,10 +29,11 @@ from tqdm import tqdm
 
 from sparsefw import arithmetic
 from sparsefw.data.batches import Batch
+from sparsefw.driver.job import Run
 from sparsefw.driver.reconstruct import pruned_matrices
 from sparsefw.driver.saves import Plan, Progress, begun
 from sparsefw.errors import InputError, counted
-from sparsefw.kernels.backend import Backend
+from sparsefw.estimate.memory import MOST_HELD_OUT, chunk_windows
 from sparsefw.memory import trim_memory
 from sparsefw.model import HiddenStates
 from sparsefw.model.activations import Store
@@ -56,42 +57,8 @@ HELD_OUT, MOST_REPEATED = 16, 1000
 # Number of log lines about the steps.
 LINES = 10
 
-
-@dataclass(frozen=True)
-class Recovery:
-    """A recovery that is to be made.
-
-    Attributes:
-        model: the dense model. During the recovery its blocks have the pruned weights.
-        pruned: returns the tensors of a pruned block by its number, see `BlockModel.block_tensors`.
-        layers: the results of the pruned layers.
-        supply: windows without end, each as a batch of its own; they may repeat.
-        windows: number of windows to take; None: as many as fit into `hours`.
-        held_out: most windows that are held out.
-        seqlen: tokens in a window.
-        chunk: number of windows whose dense hidden states are in memory together.
-        backend: the operations of the steps.
-        rounded: whether products round their operands.
-        ahead: whether the next dense block is read ahead.
-        folder: folder for the state, from which the recovery goes on after a kill.
-        hours: hours for the steps; None: no limit.
-        say: called with every line of the log.
-    """
-
-    model: BlockModel
-    pruned: Callable[[int], Mapping[str, Tensor]]
-    layers: Sequence[LayerResult]
-    supply: Iterator[Batch]
-    windows: int | None
-    held_out: int
-    seqlen: int
-    chunk: int
-    backend: Backend
-    rounded: bool
-    ahead: bool
-    folder: Path
-    hours: float | None
-    say: Callable[[str], None]
+# Returns the tensors of a pruned block by its number.
+Pruned = Callable[[int], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -112,109 +79,149 @@ class Recovered:
 
 
 @contextmanager
-def recovering(task: Recovery) -> Iterator[Recovered]:
+def recovering(
+    run: Run, pruned: Pruned, layers: Sequence[LayerResult], windows: Iterator[Batch], folder: Path
+) -> Iterator[Recovered]:
     """Recover a model. Inside the `with` block its blocks are open and have the new weights, rounded.
 
     If the loss on held-out windows does not fall, they have the pruned weights.
 
+    Args:
+        run: the run, with the plan of its recovery. Its model is the dense one.
+        pruned: returns the tensors of a pruned block by its number, see `BlockModel.block_tensors`.
+        layers: the results of the pruned layers.
+        windows: windows without end, each as a batch of its own; they may repeat.
+        folder: folder for the states from which the recovery goes on after a kill.
+
     Raises:
-        InputError: predictions are NaN or Inf, both models predict the same, or a step fails.
+        InputError: predictions are NaN or Inf, or a step fails.
     """
-    most = task.held_out if task.windows is None else min(task.held_out, task.windows // HELD_OUT)
-    held_out = [*itertools.islice(task.supply, max(1, most))]
-    rounded = arithmetic.rounded_products() if task.rounded else nullcontext()
+    model, number = run.model, _number(run)
+    # Windows may repeat, and most of them must be left to learn from.
+    most = min(MOST_HELD_OUT, run.job.inputs.nsamples // 4, number // HELD_OUT)
+    held_out = [*itertools.islice(windows, max(1, most))]
+    rounded = arithmetic.rounded_products() if run.rounded else nullcontext()
     with ExitStack() as opened:
         with rounded, deterministic(refuse=False):
-            states = _dense_outputs(task, held_out)
+            states = _dense_outputs(run, held_out)
             opened.callback(states.close)
-            opened.enter_context(_whole(task))
-            found = _fit(task, held_out, states)
+            opened.enter_context(model.outside_loaded(checked=False))
+            for i in model.unique_blocks:
+                opened.callback(model.close, i)
+                model.open_alone(i, pruned(i))
+            found = _fit(run, layers, folder, _Windows(held_out, states, windows))
+            if not found.after < found.before:
+                for i in model.unique_blocks:
+                    model.open_alone(i, pruned(i))
         yield found
 
 
-@contextmanager
-def _whole(task: Recovery) -> Iterator[None]:
-    """Open all blocks with the pruned weights, and load the weights outside of the blocks."""
-    model = task.model
-    with ExitStack() as opened, model.outside_loaded(checked=False):
-        for i in model.unique_blocks:
-            opened.callback(model.close, i)
-            model.open_alone(i, task.pruned(i))
-        yield
+def _number(run: Run) -> int:
+    """Return the number of windows that the recovery takes; a large number if hours limit it."""
+    tokens = run.config.recover
+    return 10**9 if tokens is None else max(2, -(-tokens // run.recovery.seqlen))
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """The windows of a recovery.
+
+    Attributes:
+        held_out: the windows that are held out.
+        states: their hidden states after the last block of the dense model.
+        source: the windows that follow.
+    """
+
+    held_out: list[Batch]
+    states: HiddenStates
+    source: Iterator[Batch]
+
+    def learned(self) -> Iterator[Batch]:
+        """Yield the windows to learn from: where windows repeat, those that are held out are left out.
+
+        Raises:
+            InputError: there are no other windows.
+        """
+        known, left_out = {*map(_content, self.held_out)}, 0
+        for batch in self.source:
+            left_out = left_out + 1 if _content(batch) in known else 0
+            if not left_out:
+                yield batch
+            elif left_out == MOST_REPEATED:
+                raise InputError("recovery: all windows are like those that are held out; give more text")
 
 
 @torch.no_grad()
-def _dense_outputs(task: Recovery, batches: Sequence[Batch]) -> HiddenStates:
+def _dense_outputs(run: Run, batches: Sequence[Batch]) -> HiddenStates:
     """Run windows through the blocks of the dense model, and return their hidden states on the host.
 
     The head is the same in both models, so it is applied later.
     """
-    model = task.model
+    model = run.model
     states = embed_batches(model, batches, Store(model.device, "host"))
     for i, name in enumerate(model.names):
         with model.set_aside(model.names.index(name)):
-            model.open(i, task.ahead)
+            model.open(i, run.placement.ahead)
             states.advance(i)
             model.close(i)
     return states
 
 
-def _fit(task: Recovery, held_out: Sequence[Batch], held_states: HiddenStates) -> Recovered:
+def _fit(run: Run, layers: Sequence[LayerResult], folder: Path, windows: _Windows) -> Recovered:
     """Make the steps, and leave the best weights in the model."""
-    model = task.model
+    model, held_out = run.model, windows.held_out
     matrices = [
-        pruned_matrices(model, i, (x for x in task.layers if x.name.startswith(f"{model.names[i]}.")))
+        pruned_matrices(model, i, (x for x in layers if x.name.startswith(f"{model.names[i]}.")))
         for i in model.unique_blocks
     ]
-    weights = KeptWeights([x for of_block in matrices for x in of_block], 1, RATE, task.backend, undo=False)
+    weights = KeptWeights([x for of_block in matrices for x in of_block], 1, RATE, run.config.backend, undo=False)
 
     @torch.no_grad()
     def loss() -> float:
-        each = [_step(model, held_states, j, batch) for j, batch in enumerate(held_out)]
+        each = [_step(model, windows.states, j, batch) for j, batch in enumerate(held_out)]
         return torch.stack(each).mean().item()
 
     began = time.perf_counter()
-    varies = _operation_that_varies(partial(_step, model, held_states, 0, held_out[0], weights, trial=True))
+    varies = _operation_that_varies(partial(_step, model, windows.states, 0, held_out[0], weights, trial=True))
     if varies:
-        task.say(f"another run may give other bits: {varies}")
+        run.say(f"another run may give other bits: {varies}")
     of_trial = time.perf_counter() - began
     with deterministic(refuse=not varies):
         before = loss()
         if not math.isfinite(before):
             raise InputError("the pruned model: its predictions are NaN or Inf; prune again")
         of_loss = time.perf_counter() - began - of_trial
-        plan = _plan(task, len(held_out), of_trial + of_loss / len(held_out))
-        progress = Progress(task.folder, plan, weights, [len(of_block) for of_block in matrices], of_loss, task.say)
-        task.say(_first_line(plan, progress, task.seqlen, len(held_out), before))
+        plan = _plan(run, folder, len(held_out), of_trial + of_loss / len(held_out))
+        progress = Progress(folder, plan, weights, [len(of_block) for of_block in matrices], of_loss, run.say)
+        made = f"; {progress.done} are made already" if progress.done else ""
+        run.say(
+            f"recovery: {counted(plan.steps, 'step')} of {plan.of_step * run.recovery.seqlen} tokens{made}; divergence "
+            f"on {counted(len(held_out), 'held-out window')}: {before:.4g}"
+        )
         try:
             if before:
-                _make_steps(task, plan, progress, weights, loss, _learned(task, held_out))
+                _make_steps(run, plan, progress, weights, loss, windows.learned())
         except KeyboardInterrupt:
-            task.say("interrupted: the recovery ends here; interrupt again to stop without its result")
+            run.say("interrupted: the recovery ends here; interrupt again to stop without its result")
         if progress.done < plan.steps:
             progress.take_best(loss())
         weights.close()
         for i in model.unique_blocks:
             model.round(i)
         after = loss()
-    if not after < before:
-        for i in model.unique_blocks:
-            model.open_alone(i, task.pruned(i))
     digest = hashlib.sha256(b"".join(map(_content, held_out))).hexdigest()
     return Recovered(before, after, len(held_out) + progress.done * plan.of_step, progress.done, digest)
 
 
-def _plan(task: Recovery, held_out: int, seconds: float) -> Plan:
-    """Plan the steps: as many as the windows make, or as many as fit into the hours if a window takes `seconds`."""
-    known = begun(task.folder)
-    if task.windows is None and known and known.plan.hours == task.hours:
-        return known.plan
-    windows = task.windows
-    if windows is None:
-        assert task.hours is not None
-        windows = int(3600 * task.hours / seconds)
-    of_step = windows_of_step(windows, task.seqlen)
-    return Plan(max(1, (windows - held_out) // of_step), of_step, task.hours)
+def _plan(run: Run, folder: Path, held_out: int, seconds: float) -> Plan:
+    """Plan the steps: as many as the tokens make, or as many as fit into the hours if a window takes `seconds`."""
+    known, hours, number = begun(folder), run.job.output.hours, _number(run)
+    if run.config.recover is None and hours is not None:
+        if known and known.plan.hours == hours:
+            return known.plan
+        number = int(3600 * hours / seconds)
+    of_step = windows_of_step(number, run.recovery.seqlen)
+    return Plan(max(1, (number - held_out) // of_step), of_step, hours)
 
 
 def windows_of_step(windows: int, seqlen: int) -> int:
@@ -222,16 +229,8 @@ def windows_of_step(windows: int, seqlen: int) -> int:
     return max(1, min(MOST_TOKENS // seqlen, windows // LEAST_STEPS))
 
 
-def _first_line(plan: Plan, progress: Progress, seqlen: int, held_out: int, before: float) -> str:
-    made = f"; {progress.done} are made already" if progress.done else ""
-    return (
-        f"recovery: {counted(plan.steps, 'step')} of {plan.of_step * seqlen} tokens{made}; divergence on "
-        f"{counted(held_out, 'held-out window')}: {before:.4g}"
-    )
-
-
 def _make_steps(
-    task: Recovery,
+    run: Run,
     plan: Plan,
     progress: Progress,
     weights: KeptWeights,
@@ -239,9 +238,9 @@ def _make_steps(
     learned: Iterator[Batch],
 ) -> None:
     """Make the steps that are left, until the hours are over."""
-    model, losses, limit = task.model, list[Tensor](), math.inf if plan.hours is None else 3600 * plan.hours
+    model, losses, limit = run.model, list[Tensor](), math.inf if plan.hours is None else 3600 * plan.hours
     of_steps = itertools.islice(learned, progress.done * plan.of_step, plan.steps * plan.of_step)
-    for n, (states, j, batch) in enumerate(_with_dense(task, of_steps), 1):
+    for n, (states, j, batch) in enumerate(_with_dense(run, of_steps), 1):
         last = n % plan.of_step == 0
         # The rate falls with the steps or with the time, whichever is further.
         share = max(progress.done / plan.steps, progress.seconds / limit)
@@ -255,27 +254,12 @@ def _make_steps(
             losses.clear()
             seconds = progress.seconds / progress.done * (plan.steps - progress.done)
             time_left = f", {tqdm.format_interval(seconds)} left" if progress.done < plan.steps else ""
-            task.say(f"step {progress.done} of {plan.steps}{time_left}: divergence {mean:.4g}")
+            run.say(f"step {progress.done} of {plan.steps}{time_left}: divergence {mean:.4g}")
         if progress.seconds > limit:
-            task.say(f"{plan.hours:g} hours are over: the recovery ends after {counted(progress.done, 'step')}")
+            run.say(f"{plan.hours:g} hours are over: the recovery ends after {counted(progress.done, 'step')}")
             return
         if progress.is_due and progress.done < plan.steps:
             progress.save(loss)
-
-
-def _learned(task: Recovery, held_out: Sequence[Batch]) -> Iterator[Batch]:
-    """Yield the windows to learn from: where windows repeat, those that are held out are left out.
-
-    Raises:
-        InputError: the text has no other windows.
-    """
-    known, left_out = {*map(_content, held_out)}, 0
-    for batch in task.supply:
-        left_out = left_out + 1 if _content(batch) in known else 0
-        if not left_out:
-            yield batch
-        elif left_out == MOST_REPEATED:
-            raise InputError("recovery: all windows are like those that are held out; give more text")
 
 
 def _content(batch: Batch) -> bytes:
@@ -285,10 +269,11 @@ def _content(batch: Batch) -> bytes:
     )
 
 
-def _with_dense(task: Recovery, batches: Iterator[Batch]) -> Iterator[tuple[HiddenStates, int, Batch]]:
+def _with_dense(run: Run, batches: Iterator[Batch]) -> Iterator[tuple[HiddenStates, int, Batch]]:
     """Yield windows chunk by chunk: the dense hidden states of the chunk, the number in it, and the window."""
-    while chunk := [*itertools.islice(batches, task.chunk)]:
-        states = _dense_outputs(task, chunk)
+    size = chunk_windows(run.shape, run.recovery.seqlen)
+    while chunk := [*itertools.islice(batches, size)]:
+        states = _dense_outputs(run, chunk)
         for j, batch in enumerate(chunk):
             yield states, j, batch
         states.close()

@@ -6,20 +6,21 @@ needs is in the writer's folder `recovery`: the report of the pruned model, and 
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from sparsefw import memory
 from sparsefw.checkpoint.files import durably
 from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import Batch, Batches, token_batch
-from sparsefw.driver.distill import Recovery, recovering
+from sparsefw.driver.distill import recovering
 from sparsefw.driver.job import Run
 from sparsefw.errors import InputError, first_line, option
-from sparsefw.estimate.memory import MOST_HELD_OUT, MemoryNeeds, chunk_windows
+from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.estimate.placement import RecoveryPlan, plan_recovery
 from sparsefw.estimate.workload import Workload
 from sparsefw.memory import peak_memory, trim_memory
@@ -109,8 +110,13 @@ def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
 
 
 def _recovered(run: Run, writer: Writer, report: content.Report) -> content.Report:
-    task, model = _task(run, writer, report), run.model
-    with recovering(task) as found:
+    model, seqlen = run.model, run.recovery.seqlen
+
+    def pruned(i: int) -> Mapping[str, Tensor]:
+        return read_shard(writer.path(model.unique_blocks.index(i)))
+
+    layers = report.layers_of(report.method)
+    with recovering(run, pruned, layers, _windows(run, seqlen), writer.recovery) as found:
         run.say(f"divergence on held-out windows: {found.before:.4g} to {found.after:.4g}")
         if not found.after < found.before:
             run.say("nothing is gained, so the pruned weights stay; more tokens may help")
@@ -122,30 +128,9 @@ def _recovered(run: Run, writer: Writer, report: content.Report) -> content.Repo
                 torch.cuda.current_stream(model.device).synchronize()
             writer.write(writer.shards + n, tensors)
         evaluation = [_evaluated(run, n, text) for n, text in enumerate(report.evaluation)]
-    data = replace(report.data, hash=found.hash, windows=found.windows, seqlen=task.seqlen)
+    data = replace(report.data, hash=found.hash, windows=found.windows, seqlen=seqlen)
     own = content.Recovery(run.name, run.job.inputs.dataset, data, found.before, found.after, found.steps)
     return replace(report, recovery=own, evaluation=evaluation)
-
-
-def _task(run: Run, writer: Writer, report: content.Report) -> Recovery:
-    tokens, seqlen = run.config.recover, run.recovery.seqlen
-    return Recovery(
-        model=run.model,
-        pruned=lambda i: read_shard(writer.path(run.model.unique_blocks.index(i))),
-        layers=report.layers_of(report.method),
-        supply=_windows(run, seqlen),
-        windows=None if tokens is None else max(2, -(-tokens // seqlen)),
-        # Windows may repeat, and most of them must be left to learn from.
-        held_out=max(1, min(MOST_HELD_OUT, run.job.inputs.nsamples // 4)),
-        seqlen=seqlen,
-        chunk=chunk_windows(run.shape, seqlen),
-        backend=run.config.backend,
-        rounded=run.rounded,
-        ahead=run.placement.ahead,
-        folder=writer.recovery,
-        hours=run.job.output.hours,
-        say=run.say,
-    )
 
 
 def _windows(run: Run, seqlen: int) -> Iterator[Batch]:
