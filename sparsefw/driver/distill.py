@@ -42,14 +42,16 @@ from sparsefw.model.forward import embed_batches
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import add_divergence, logits_of_batch
 from sparsefw.model.stubs import explained
-from sparsefw.solver.kept_weights import KeptWeights, falling
+from sparsefw.solver.kept_weights import KeptWeights
 from sparsefw.solver.layer import LayerResult
 
-# The rate of the first step, see `solver.kept_weights`. All blocks move, so it is lower than in a reconstruction.
-RATE = 0.03
+# The rate of the first step is that of a reconstruction, over the square root of the number of blocks, since all of them
+# move. Steps of k windows take sqrt(k) times this rate. It stays until the share FALL of the steps is left, and then
+# falls to 0 in a line.
+RATE, FALL = 0.16, 1 / 3
 
 # A step has up to MOST_TOKENS tokens, but no more than leave LEAST_STEPS steps.
-MOST_TOKENS, LEAST_STEPS = 8192, 256
+MOST_TOKENS, LEAST_STEPS = 32768, 1024
 
 # One window in HELD_OUT is held out. More than MOST_REPEATED windows in a row are never like those that are held out.
 HELD_OUT, MOST_REPEATED = 16, 1000
@@ -243,8 +245,8 @@ def _make_steps(
     for n, (states, j, batch) in enumerate(_with_dense(run, of_steps), 1):
         last = n % plan.of_step == 0
         # The rate falls with the steps or with the time, whichever is further.
-        share = max(progress.done / plan.steps, progress.seconds / limit)
-        rate = RATE * falling(min(1.0, share))
+        left = 1 - max(progress.done / plan.steps, progress.seconds / limit)
+        rate = RATE * math.sqrt(plan.of_step / len(model.blocks)) * min(1.0, max(0.0, left / FALL))
         losses.append(_step(model, states, j, batch, weights, rate=rate, more=not last))
         if not last:
             continue

@@ -91,7 +91,7 @@ class KeptWeights:
             more: whether more windows of the same step follow. Then the gradients only join m and v.
         """
         if rate is None:
-            rate = self._rate * falling(self._done / self._steps)
+            rate = self._rate * (1 + math.cos(math.pi * self._done / self._steps)) / 2
         self._done += not (trial or more)
         moves: dict[int, Callable[[], None]] = {}
         for x in self._variables:
@@ -193,11 +193,6 @@ class _Variable:
     def put(self, kept: Tensor) -> None:
         """Set the kept weights of the parameter."""
         self._flat.index_copy_(0, self._index.long(), kept.to(self._flat.dtype))
-
-
-def falling(share: float) -> float:
-    """Fall from 1 to 0 along half a period of a cosine, while `share` grows from 0 to 1."""
-    return (1 + math.cos(math.pi * share)) / 2
 
 
 def bytes_of_state(weights: int, kept: int, itemsize: int, undo: bool = True) -> int:
