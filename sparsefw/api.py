@@ -93,6 +93,7 @@ def prune(
     host_memory: float | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    hours: float | None = None,
     packed: str | Path | None = None,
     log: Callable[[str], None] = to_logger,
     progress: "bool | Callable[[Progress], None]" = True,
@@ -126,6 +127,7 @@ def prune(
         gpu_memory, host_memory: memory limits in GiB; None: the free memory, less a tenth.
         overwrite: whether an older checkpoint in `output` may be replaced.
         restart: whether to discard the finished blocks of an interrupted run.
+        hours: hours after which a recovery of the whole model ends; None: no limit.
         packed: folder for a packed copy of the output, see `packing`.
         log: called with every line of the log. By default lines go to the logger "sparsefw", which shows warnings, and
             every line after `logging.basicConfig(level=logging.INFO)`.
@@ -162,7 +164,7 @@ def prune(
         if folder is None:
             raise InputError("packed: a copy of the output, but there is no output; give output")
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
-    places |= dict(packed=packed)
+    places |= dict(hours=hours, packed=packed)
     if isinstance(model, str | Path) and calibration is None:
         inputs, documents = text_inputs(str(model), dataset, evaluate, **numbers)
         if folder is None:
