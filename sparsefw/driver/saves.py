@@ -102,15 +102,16 @@ class Progress:
         found = begun(folder)
         self._saves = found if found and found.plan == plan else Saves(plan)
         self._keep(self._saves.states)
+        self._before = 0.0
         if self._saves.states:
             self._restore(self._saves.states[-1])
+            self._before = self._saves.states[-1].seconds
         self._started = self._last = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """Return the seconds that all steps so far took, with those before a kill."""
-        before = self._saves.states[-1].seconds if self._saves.states and self.done else 0.0
-        return before + time.perf_counter() - self._started
+        return self._before + time.perf_counter() - self._started
 
     @property
     def is_due(self) -> bool:
