@@ -245,7 +245,7 @@ def _make_steps(
     for n, (states, j, batch) in enumerate(_with_dense(run, of_steps), 1):
         last = n % plan.of_step == 0
         # The rate falls with the steps or with the time, whichever is further.
-        left = 1 - max(progress.done / plan.steps, progress.seconds / limit)
+        left = 1 - max(progress.done / plan.steps, progress.seconds / (limit or 1.0))
         rate = RATE * math.sqrt(plan.of_step / len(model.blocks)) * min(1.0, max(0.0, left / FALL))
         losses.append(_step(model, states, j, batch, weights, rate=rate, more=not last))
         if not last:
