@@ -266,6 +266,12 @@ class Writer:
         durably(self._record(n), json.dumps(asdict(record)))
         self.records[n] = record
 
+    def drop(self, first: int) -> None:
+        """Drop the finished shards from this number on."""
+        for n in [n for n in self.records if n >= first]:
+            self._record(n).unlink()
+            del self.records[n]
+
     def discard(self) -> None:
         """Drop all finished shards, so that no run goes on from them."""
         self._record(0).unlink()

@@ -69,7 +69,12 @@ def _impossible(run: Run) -> str:
 
 
 def pruned_report(writer: Writer) -> content.Report | None:
-    """Read the report of a pruned model whose recovery was interrupted, or has ended; None: the run still prunes."""
+    """Read the report of a pruned model whose recovery was interrupted, or has ended; None: the run still prunes.
+
+    Shards of a recovery that was interrupted are dropped: this run may have another recovery, or none.
+    """
+    if not (writer.recovery / FINISHED).exists():
+        writer.drop(writer.shards)
     for name in (FINISHED, PRUNED):
         if (writer.recovery / name).exists():
             return content.read_report(writer.recovery / name)
