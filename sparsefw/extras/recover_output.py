@@ -20,10 +20,10 @@ from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.windows import Windows, window_length
 from sparsefw.driver.job import Job, Run, limits_of, workload_of
-from sparsefw.driver.recovery import recover, settle_recovery
+from sparsefw.driver.recovery import pruned_report, recover, settle_recovery
 from sparsefw.driver.resume import resumed
 from sparsefw.driver.texts import own_text, stream_of, tokenizer_of
-from sparsefw.errors import InputError, option
+from sparsefw.errors import InputError, flag_of, option
 from sparsefw.estimate.profile import shape_of
 from sparsefw.estimate.workload import pruned_shape
 from sparsefw.extras.page import write_pages
@@ -58,7 +58,7 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
     with StreamedModel(dense, device, in_fp32=in_fp32) as model:
         _check_models(job.folder, model, source)
         run = _run(job, model, dense)
-        values = {name: value for name, value in asdict(job.inputs).items() if name != "model"}
+        values = {flag_of(name): value for name, value in asdict(job.inputs).items() if name != "model"}
         values |= {"the dense model": run.fingerprint, "what was pruned": stamps(source)}
         shards = len(model.unique_blocks) + len(model.pieces)
         overwrite, restart = output.overwrite, output.restart
@@ -70,15 +70,16 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
                     writer.write(n, {name: dequantized(x) for name, x in read.items()})
             # The perplexities in the report were measured before the weights changed.
             report = replace(report, evaluation=[])
-            found = recover(run, writer, report)
-            own = found.recovery
-            if own is report.recovery or own is None:
+            own = recover(run, writer, pruned_report(writer) or report).recovery
+            if own is None or own == report.recovery:
                 writer.discard()
                 raise InputError(f"{pruned}: nothing is gained; give more windows ({option('nsamples')})")
-            recoveries = [*report.recoveries, replace(own, data=replace(own.data, seed=job.inputs.seed))]
-            report = replace(report, recoveries=recoveries)
+            assert run.stream
+            source = run.stream.source or " + ".join(job.inputs.shares)
+            data = replace(own.data, source=source, seqlen=run.seqlen, seed=job.inputs.seed)
+            report = replace(report, recoveries=[*report.recoveries, replace(own, data=data)])
             durably(writer.folder / "report.json", report.to_json())
-            if run.stream and run.stream.own:
+            if run.stream.own:
                 durably(writer.folder / OWN_TEXT, run.stream.own)
             writer.finish(partial(write_pages, report, writer.output, pruned, say))
     say(f"checkpoint: {output.folder}")
