@@ -75,8 +75,8 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
                 writer.discard()
                 raise InputError(f"{pruned}: nothing is gained; give more windows ({option('nsamples')})")
             assert run.stream
-            source = run.stream.source or " + ".join(job.inputs.shares)
-            data = replace(own.data, source=source, seqlen=run.seqlen, seed=job.inputs.seed)
+            text = run.stream.source or " + ".join(job.inputs.shares)
+            data = replace(own.data, source=text, seqlen=run.seqlen, seed=job.inputs.seed)
             report = replace(report, recoveries=[*report.recoveries, replace(own, data=data)])
             durably(writer.folder / "report.json", report.to_json())
             if run.stream.own:
