@@ -68,17 +68,20 @@ def _impossible(run: Run) -> str:
     return ""
 
 
-def pruned_report(writer: Writer) -> content.Report | None:
+def pruned_report(run: Run, writer: Writer) -> content.Report | None:
     """Read the report of a pruned model whose recovery was interrupted, or has ended; None: the run still prunes.
 
-    Shards of a recovery that was interrupted are dropped: this run may have another recovery, or none.
+    After an interruption this run may ask for another recovery, or for none. So shards of the first one are dropped,
+    and the report gets this run's arguments.
     """
-    if not (writer.recovery / FINISHED).exists():
-        writer.drop(writer.shards)
-    for name in (FINISHED, PRUNED):
-        if (writer.recovery / name).exists():
-            return content.read_report(writer.recovery / name)
-    return None
+    if (writer.recovery / FINISHED).exists():
+        return content.read_report(writer.recovery / FINISHED)
+    writer.drop(writer.shards)
+    if not (writer.recovery / PRUNED).exists():
+        return None
+    report = content.read_report(writer.recovery / PRUNED)
+    own = {"recover": run.config.recover, "hours": run.job.output.hours}
+    return replace(report, arguments=report.arguments | own, given=run.job.given)
 
 
 def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
@@ -108,8 +111,7 @@ def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
         run.say(f"note: no recovery of the whole model: {first_line(error)}")
     peak = {what: max(n, report.peak_memory[what]) for what, n in peak_memory().items()}
     seconds = report.seconds | {"recover": time.perf_counter() - started}
-    arguments = report.arguments | {"recover": run.config.recover, "hours": run.job.output.hours}
-    report = replace(report, peak_memory=peak, seconds=seconds, arguments=arguments, given=run.job.given)
+    report = replace(report, peak_memory=peak, seconds=seconds)
     durably(writer.recovery / FINISHED, report.to_json())
     return report
 

@@ -134,7 +134,7 @@ def carry_out(run: Run, finish: Callable[[Writer, Describe], None]) -> content.R
             durably(writer.folder / OWN_TEXT, calibration.own)
         # The disk already has the finished blocks, as pruned by every method.
         writer.check_space(run.disk - writer.written)
-        report = pruned_report(writer)
+        report = pruned_report(run, writer)
         if report is None:
             run, outcome = _prune(run, writer)
             # Times differ among ranks, so all of them return the report of rank 0.

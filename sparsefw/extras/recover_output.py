@@ -70,7 +70,7 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
                     writer.write(n, {name: dequantized(x) for name, x in read.items()})
             # The perplexities in the report were measured before the weights changed.
             report = replace(report, evaluation=[])
-            own = recover(run, writer, pruned_report(writer) or report).recovery
+            own = recover(run, writer, pruned_report(run, writer) or report).recovery
             if own is None or own == report.recovery:
                 writer.discard()
                 raise InputError(f"{pruned}: nothing is gained; give more windows ({option('nsamples')})")
