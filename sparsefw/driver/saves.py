@@ -120,21 +120,21 @@ class Progress:
 
     def save(self, loss: Callable[[], float]) -> None:
         """Save the present state with its loss."""
-        began, free = time.perf_counter(), shutil.disk_usage(self._folder).free
-        if free < 2 * self._bytes:
+        began = self._last = time.perf_counter()
+        if shutil.disk_usage(self._folder).free < 2 * self._bytes:
             self._say(f"no state is saved: it takes {gib(self._bytes)} GiB of the disk; a kill would lose these steps")
-        else:
-            folder = self._path(self.done)
-            folder.mkdir(exist_ok=True)
-            for n, part in enumerate(self._parts, 1):
-                tensors = {
-                    f"{j}.{name}": x.cpu() for j, of in enumerate(self._weights.state(part)) for name, x in of.items()
-                }
-                durably(folder / f"{n:05d}.safetensors", partial(save_file, tensors))
-            saved = Saved(self.done, loss(), self.seconds)
-            self._say(f"step {self.done}: saved; divergence on held-out windows: {saved.loss:.4g}")
-            best = min([*self._saves.states, saved], key=lambda x: x.loss)
-            self._keep([best, saved] if best != saved else [saved])
+            return
+        folder = self._path(self.done)
+        folder.mkdir(exist_ok=True)
+        for n, part in enumerate(self._parts, 1):
+            tensors = {
+                f"{j}.{name}": x.cpu() for j, of in enumerate(self._weights.state(part)) for name, x in of.items()
+            }
+            durably(folder / f"{n:05d}.safetensors", partial(save_file, tensors))
+        saved = Saved(self.done, loss(), self.seconds)
+        self._say(f"step {self.done}: saved; divergence on held-out windows: {saved.loss:.4g}")
+        best = min([*self._saves.states, saved], key=lambda x: x.loss)
+        self._keep([best, saved] if best != saved else [saved])
         self._last = time.perf_counter()
         self._cost = self._last - began
 
