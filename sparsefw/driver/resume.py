@@ -48,15 +48,15 @@ def computes_in_fp32(job: Job, dtype: torch.dtype, device: torch.device) -> bool
 def rounds_products(job: Job, model: BlockModel, dtype: torch.dtype, width: int) -> bool:
     """Tell whether the steps of reconstructions and of a recovery round the operands of their products.
 
-    They do not if the user asks for exact products. A resumed run does as the unfinished run. Else
-    `arithmetic.rounds_products` decides.
+    They do not if the user asks for exact products. A resumed run does as the unfinished run, also where it has no
+    recovery any more. Else `arithmetic.rounds_products` decides.
     """
     if job.config.given.get("precision") in ("ieee", "tf32x3"):
         return False
-    if not job.config.reconstruct and job.config.recover == 0:
-        return False
-    found = arithmetic.rounds_products(torch.float32 if model.in_fp32 else dtype, model.device, width)
-    return job.begun.get("identity", {}).get(ROUNDED, found)
+    begun = job.begun.get("identity", {})
+    if ROUNDED in begun or (not job.config.reconstruct and job.config.recover == 0):
+        return begun.get(ROUNDED, False)
+    return arithmetic.rounds_products(torch.float32 if model.in_fp32 else dtype, model.device, width)
 
 
 def identity(run: Run) -> dict[str, Any]:
