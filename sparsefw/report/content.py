@@ -267,6 +267,11 @@ class Report:
         return [*self.compared, self.method]
 
     @property
+    def written(self) -> str:
+        """Return the name of the results of the written weights."""
+        return RECOVERED if any(RECOVERED in text.perplexity for text in self.evaluation) else self.method
+
+    @property
     def all_recoveries(self) -> list[Recovery]:
         """The run's own recovery and later ones, in order."""
         return [*([self.recovery] if self.recovery else []), *self.recoveries]

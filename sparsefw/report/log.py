@@ -180,7 +180,7 @@ def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
 
     The errors are those of the mask and those of the weights after a solve.
     """
-    recovered = [RECOVERED] if any(RECOVERED in text.perplexity for text in report.evaluation) else []
+    recovered = [RECOVERED] if report.written == RECOVERED else []
     for name in ([DENSE] if report.evaluation else []) + report.methods + recovered:
         layers = report.layers_of(name)
         errors = ([layer.relative_mask for layer in layers], [layer.relative_error for layer in layers])
