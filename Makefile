@@ -25,7 +25,7 @@ test-all:
 	pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # On the pretended GPU, whose tensors are computed on the CPU: five minutes. CI runs those that find most for their time.
-PRETENDED = kernels driver extras/evaluation extras/test_pack.py extras/test_recovery.py model/test_multimodal.py \
+PRETENDED = kernels driver extras/evaluation extras/test_pack.py model/test_multimodal.py \
     $(patsubst %,test_%.py,api batches examples in_memory unusual_models)
 test-pretended:
 	PYTHONPATH=tests pytest -q -p helpers.all_on_gpu --tiles sm_90 -m "not slow" $(addprefix tests/,$(PRETENDED))

@@ -11,7 +11,7 @@ from sparsefw.arithmetic import check_finite
 from sparsefw.driver.reconstruct import BlockFit
 
 BF16, FP16 = torch.bfloat16, torch.float16
-OPTIONS = dict(kernel="torch", steps=3, refit=2, rounds=0, sparsity="0.5", dataset=TOKENS)
+OPTIONS = dict(kernel="torch", recover=0, steps=3, refit=2, rounds=0, sparsity="0.5", dataset=TOKENS)
 WANDA = dict(kernel="torch", method="wanda", dataset=TOKENS, reconstruct=1)
 
 

@@ -100,6 +100,27 @@ class TestOutput:
         # A file that needs no change is copied byte by byte.
         assert (tmp_path / "pruned/generation_config.json").read_text() == '{"auto_map": {},"b":1}'
 
+    @pytest.mark.parametrize("last", [1, 2, 3])
+    def test_shards_that_replace_others(self, last, folder, tmp_path, monkeypatch):
+        """An interruption comes before each of them moves into its place, and after all."""
+        output = tmp_path / "pruned"
+
+        def finish(last=99):
+            with Writer(output, 2, source=folder) as writer, monkeypatch.context() as patch:
+                for n in range(len(writer.finished), 4):
+                    writer.write(n, {"ac"[n % 2]: TENSORS["b"] + n})
+                assert [load_file(writer.latest(n))["ac"[n]][0] for n in range(2)] == [
+                    TENSORS["b"][0] + n for n in (2, 3)
+                ]
+                patch.setattr(Path, "replace", until(last, Path.replace))
+                writer.finish()
+
+        with pytest.raises(KeyboardInterrupt):
+            finish(last)
+        finish()
+        assert subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=output).returncode == 0
+        assert all(torch.equal(load_file(output / NAMES[n])["ac"[n]], TENSORS["b"] + n + 2) for n in range(2))
+
     def test_an_older_output_is_replaced_as_a_whole(self, folder, tmp_path):
         (tmp_path / "disk").mkdir()
         output = tmp_path / "pruned"

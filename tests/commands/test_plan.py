@@ -72,16 +72,17 @@ def test_lines_and_json(config, tmp_path, capsys):
     assert content["workload"]["precision"] == "bf16"
     assert set(content["memory"]) >= {"start", "calibrate", "solve", "reconstruct", "end"}
     assert content["limits"] == {"gpu": 72 * 10**9, "host": None}
-    assert content["disk"]["kept"] == 0
     peak = max(peak["gpu"] for peak in content["memory"].values()) / 2**30
     assert re.search(rf"^all +{peak:.2f} ", out, re.MULTILINE)
     assert re.search(r"^placement: 1 window at a time, solves in [\d.e-]+ GiB; activations: gpu", out, re.MULTILINE)
-    recovery = content["recovery"]
-    others = planned(capsys, tmp_path, "--model", config, "--gpu", "h100", *SMALL, "--dataset", "self")
-    # Libraries of texts differ.
-    assert recovery["gpu"] == others["recovery"]["gpu"]
-    assert recovery["gpu"] > content["memory"]["start"]["gpu"]
-    assert f"GiB: GPU {recovery['gpu'] / 2**30:.2f}, host {recovery['host'] / 2**30:.2f}\n" in out
+    tokens = 2 * content["workload"]["windows"] * content["workload"]["seqlen"]
+    assert content["recovery"] == {"tokens": tokens, "seqlen": 32}
+    assert out.endswith(f"recovery of the whole model: {tokens:,} tokens in windows of 32\n")
+    # The pruned blocks stay until the end.
+    others = planned(capsys, tmp_path, "--model", config, "--gpu", "h100", *SMALL, "--recover", "0")
+    assert (others["recovery"]["tokens"], others["disk"]["kept"]) == (0, 0)
+    assert content["memory"].keys() - others["memory"].keys() == {"recover"}
+    assert 0 < content["disk"]["kept"] < content["disk"]["output"]
 
 
 def test_defaults_are_those_of_a_run_on_that_device(config, tmp_path, capsys):

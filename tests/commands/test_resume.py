@@ -34,7 +34,7 @@ def place(tmp_path_factory):
 def run(place, output, *more):
     text = str(place / "text.txt")
     flags = ["--nsamples", "4", "--seqlen", "32", "--steps", "2", "--reconstruct", "0", "--kernel", "torch"]
-    flags += ["--sparsity", "0.5", "--refit", "1", "--rounds", "0"]
+    flags += ["--sparsity", "0.5", "--refit", "1", "--rounds", "0", "--recover", "0"]
     flags += ["--compare", "sparsegpt", "--eval", text, "--eval-windows", "2"]
     return main(["--model", str(place / "model"), "--dataset", text, "--output", str(place / output), *flags, *more])
 

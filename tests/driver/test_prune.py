@@ -19,7 +19,7 @@ from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.report.content import read_report
 from sparsefw.run import main
 
-FEW_STEPS = ["--steps", "9", "--reconstruct", "0", "--damp", "0.1"]
+FEW_STEPS = ["--steps", "9", "--reconstruct", "0", "--recover", "0", "--damp", "0.1"]
 
 
 def prune(folder, *flags, family="llama", **changes):

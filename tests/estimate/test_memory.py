@@ -10,13 +10,12 @@ from helpers import verifying
 from helpers.families import first_is_fast
 from torch.utils._pytree import tree_leaves
 
-from sparsefw import recover
+from sparsefw.driver import distill
 from sparsefw.driver import prune as driver
 from sparsefw.driver import run as driver_run
 from sparsefw.estimate import memory
 from sparsefw.estimate.live_bytes import LiveBytes
 from sparsefw.estimate.memory import CODE_OF_EXPERTS, LIBRARIES, memory_needs
-from sparsefw.extras import recovery
 from sparsefw.run import main
 from sparsefw.solver import stack
 
@@ -103,7 +102,7 @@ def test_a_run_takes_what_is_expected(name, models, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_recovery_takes_what_is_expected(family, models, tmp_path, monkeypatch):
-    expected, watched, needed, fit = [], Watched(), memory.recovery_bytes, recovery._fit
+    expected, watched, needed, fit = [], Watched(), memory.recovery_bytes, distill._fit
 
     def asked(*args):
         expected.append(needed(*args))
@@ -114,8 +113,8 @@ def test_a_recovery_takes_what_is_expected(family, models, tmp_path, monkeypatch
             return fit(*args)
 
     monkeypatch.setattr(memory, "recovery_bytes", asked)
-    monkeypatch.setattr(recovery, "_fit", counted)
+    monkeypatch.setattr(distill, "_fit", counted)
     places = ["--model", str(models / family), "--dataset", str(models / "text.txt"), "--output", str(tmp_path / "out")]
-    assert main([*places, *WINDOWS[:4], "--method", "magnitude", "--reconstruct", "0"]) == 0
-    assert recover.main([str(tmp_path / "out"), str(tmp_path / "recovered"), "--nsamples", "16"]) == 0
+    flags = [*WINDOWS[:4], "--method", "magnitude", "--kernel", "torch", "--recover", "1024"]
+    assert main([*places, *flags]) == 0
     assert expected[0] / 2 <= max(watched.points) <= expected[0], (max(watched.points), expected[0])

@@ -15,11 +15,11 @@ SMALL = ["--nsamples", "6", "--seqlen", "32", "--kernel", "torch"]
 
 
 def run(model: Path, text: Path, output: Path, *flags: str) -> int:
-    """The exit status of a run on few windows, in few steps, and without a reconstruction unless the flags have one.
+    """The exit status of a run on few windows, in few steps, without reconstruction and recovery unless flags ask.
 
     A dataset among the flags takes the place of the text.
     """
-    steps = [] if "--method" in flags else ["--steps", "4", "--reconstruct", "0"]
+    steps = [] if "--method" in flags else ["--steps", "4", "--reconstruct", "0", "--recover", "0"]
     dataset = [] if "--dataset" in flags else ["--dataset", str(text)]
     return main(["--model", str(model), *dataset, "--output", str(output), *SMALL, *steps, *flags])
 

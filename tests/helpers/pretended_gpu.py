@@ -397,7 +397,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
 
 
 def late_copies(monkeypatch: Any) -> list[tuple[Tensor, Tensor]]:
-    """From now on, copies of blocks to the host arrive with the next event. Returns those that have not arrived yet."""
+    """From now on, copies of blocks to the host arrive when the host waits. Returns those that have not arrived yet."""
     pending, begin, to_host = list[tuple[Tensor, Tensor]](), _Stream.__init__, memory.to_host
 
     def copied(x: Tensor) -> Tensor:
@@ -410,7 +410,7 @@ def late_copies(monkeypatch: Any) -> list[tuple[Tensor, Tensor]]:
 
     def stream_begins(stream: _Stream, device: Any = None) -> None:
         begin(stream)
-        stream.record_event = lambda: SimpleNamespace(synchronize=arrive)
+        stream.synchronize, stream.record_event = arrive, lambda: SimpleNamespace(synchronize=arrive)
 
     monkeypatch.setattr(skeleton, "to_host", copied)
     monkeypatch.setattr(_Stream, "__init__", stream_begins)

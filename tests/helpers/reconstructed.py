@@ -15,9 +15,9 @@ from sparsefw.run import main
 
 SEQLEN, WINDOWS = 48, 8
 SMALL = f"--nsamples {WINDOWS} --seqlen {SEQLEN} --seed 1 --kernel torch --precision ieee".split()
-# The default with few steps, and without a reconstruction unless a test asks for one.
+# The default with few steps, and without a reconstruction and a recovery unless a test asks for one.
 # The damping is that of neither kind of run, so that runs with a reconstruction and without one can be compared.
-QUICK = ["--steps", "2", "--refit", "1", "--rounds", "0", "--damp", "0.3", "--reconstruct", "0"]
+QUICK = ["--steps", "2", "--refit", "1", "--rounds", "0", "--damp", "0.3", "--reconstruct", "0", "--recover", "0"]
 METHODS = {
     "dense targets": QUICK,
     "masks only": ["--steps", "2", "--refit", "0"],

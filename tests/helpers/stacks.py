@@ -209,7 +209,7 @@ def small_batches(*shapes: tuple[int, ...]) -> list[dict]:
 
 
 # A run with few steps, and one without.
-QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, sparsity="0.5")
+QUICK = dict(kernel="torch", steps=3, refit=2, rounds=0, reconstruct=0, recover=0, sparsity="0.5")
 WANDA = dict(kernel="torch", method="wanda", sparsity="0.5")
 
 

@@ -106,3 +106,16 @@ def test_tensors_that_the_model_does_not_use_are_named_and_written(tmp_path):
     stored = {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
     assert {n for n in stored if "layers.2." in n} < written.keys()
     assert all(torch.equal(x, stored[n]) and x.dtype == stored[n].dtype for n, x in written.items())
+
+
+def test_a_block_that_is_set_aside_comes_back_as_it_was(tmp_path):
+    """Such as one with other weights, while the model's own block runs."""
+    model = open_model(save_model(tmp_path, "llama"))
+    own = model.open_alone(0, {name: x + 1 for name, x in model.read(0).items()}).state_dict(keep_vars=True)
+    with model.set_aside(1), model.set_aside(0):
+        assert all(x.is_meta for x in model.blocks[0].parameters())
+        assert not any(torch.equal(x, own[name]) for name, x in model.open_alone(0).named_parameters())
+        model.open_alone(1)
+    assert all(x is own[name] for name, x in model.blocks[0].named_parameters())
+    model.close(0)
+    assert all(x.is_meta for block in model.blocks for x in block.parameters())

@@ -1,5 +1,6 @@
 """Steps on kept weights are those of Adam, and nothing else in a parameter moves."""
 
+import copy
 import math
 from functools import partial
 
@@ -47,14 +48,17 @@ def give(parameter, gradient):
 
 
 def adam(W, kept, d, gradients, rate=RATE):
-    """The weights in float64 after a step with each of the gradients, by the formula; `kept` are those that move."""
+    """The weights in float64 after a step with each of the gradients, by the formula; `kept` are those that move.
+
+    In a step of several gradients, m takes their sum, and v the sum of their squares.
+    """
     beta, gamma = DECAYS
     W, steps = W.double().clone(), len(gradients)
     rms = W[kept].square().mean().sqrt()
     m, v = torch.zeros_like(W), torch.zeros_like(W)
     for t, gradient in enumerate(gradients):
-        g = torch.where(kept, gradient.double(), 0.0)
-        m, v = beta * m + (1 - beta) * g, gamma * v + (1 - gamma) * g.square()
+        g = torch.where(kept, gradient.double(), 0.0).view(-1, *W.shape)
+        m, v = beta * m + (1 - beta) * g.sum(0), gamma * v + (1 - gamma) * g.square().sum(0)
         step = (m / (1 - beta ** (t + 1))) / (v / (1 - gamma ** (t + 1))).sqrt()
         size = rate * (1 + math.cos(math.pi * t / steps)) / 2 * rms / math.sqrt(d)
         W -= torch.where(v > 0, size * step, 0.0)
@@ -108,6 +112,36 @@ def test_gradients_add_up_and_a_step_without_one_goes_on():
     weights.step()
     expected = adam(W, W != 0, 6, [2 * first + second, none])
     torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_several_windows_and_a_state_to_go_on_from(dtype):
+    """One window has no gradient. The state of every parameter is read from another optimizer after a step."""
+    sources = [pruned(5, 7, dtype=dtype), pruned(4, 6, seed=2, dtype=dtype)]
+    gradients = [drawn(9, *W.shape, seed=n) for n, W in enumerate(sources)]
+    gradients[1][4] = torch.zeros_like(gradients[1][4])
+    results = []
+    for interrupted in (False, True):
+        parameters = [nn.Parameter(W.clone()) for W in sources]
+        matrices = [(x, [x.detach()]) for x in parameters]
+        weights = KeptWeights(matrices, 3, RATE)
+        for n, of_window in enumerate(zip(*gradients, strict=True)):
+            for parameter, gradient in zip(parameters, of_window, strict=True):
+                if gradient.any():
+                    give(parameter, gradient)
+            weights.step(more=n % 3 < 2)
+            if interrupted and n == 2:
+                states = copy.deepcopy(weights.state(slice(None)))
+                weights.put_back()
+                weights = KeptWeights(matrices, 3, RATE)
+                for j in range(2):
+                    weights.restore(slice(j, j + 1), states[j : j + 1], 1)
+        results.append(parameters)
+    for parameter, again, W, own in zip(*results, sources, gradients, strict=True):
+        assert torch.equal(bits(parameter), bits(again))
+        if dtype == torch.float32:
+            expected = adam(W, W != 0, W.shape[1], torch.stack(own).view(3, 3, *W.shape))
+            torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_each_parameter_moves_once_its_gradient_is_complete():

@@ -1,0 +1,281 @@
+"""The recovery at the end of a run: what it gains, how it goes on and ends early, and where there is none."""
+
+import itertools
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.checkpoints import contents
+from helpers.commands import interrupted_at, run, tensors_of
+from helpers.families import TOKENS
+from helpers.pretended_gpu import late_copies, pretended_gpu
+from helpers.ranks import on_ranks
+from helpers.ranks import prune as prune_on_ranks
+from helpers.stacks import small, small_batches
+from helpers.verifying import WANDA
+from transformers import AutoModelForCausalLM
+
+from sparsefw import InputError, arithmetic, evaluate, prune, verify
+from sparsefw.checkpoint.writer import Writer
+from sparsefw.data.tokens import load_tokenizer
+from sparsefw.data.windows import WindowStream, windows_of
+from sparsefw.driver import distill, saves
+from sparsefw.driver.saves import Progress
+from sparsefw.estimate import placement
+from sparsefw.estimate.memory import MemoryNeeds
+from sparsefw.report.content import read_report
+
+DEFAULT = ("--method", "sparsefw", "--steps", "1", "--reconstruct", "0")
+# Windows of 32 tokens.
+FOUR, TWENTY = ("--recover", "128"), ("--recover", "640")
+TIMES = ("report.json", "report.html", "README.md", "SHA256SUMS")
+
+
+@pytest.fixture
+def go(pruned, tmp_path):
+    """go(name, *flags) prunes by Wanda; returns the exit status, and the output's folder."""
+    source, plain = pruned(*WANDA)
+
+    def go(name, *flags):
+        return run(source, plain.parent / "text.txt", tmp_path / name, *WANDA, *flags), tmp_path / name
+
+    return go
+
+
+def report_of(went):
+    status, folder = went
+    assert status == 0
+    return read_report(folder / "report.json")
+
+
+def files_of(went):
+    """What an output holds, but for times and its name."""
+    status, folder = went
+    assert status == 0
+    assert verify.main([str(folder)]) == 0
+    return {name: content for name, content in contents(folder).items() if name not in TIMES}
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(x, two[name]) for name, x in one.items())
+
+
+def divergences(ids, *models):
+    """Kullback and Leibler's divergence of each model's predictions from the first model's, of each token."""
+    dense, *others = (model(ids).logits.double().log_softmax(-1) for model in models)
+    return [(dense.exp() * (dense - x)).sum(-1) for x in others]
+
+
+@torch.no_grad()
+def test_the_report_tells_what_is_gained(go, pruned, capsys):
+    source, plain = pruned(*WANDA)
+    went = go("out", *TWENTY, "--eval", "default", "--eval-windows", "2")
+    report, printed = report_of(went), capsys.readouterr().out
+    output, (text,) = went[1], report.evaluation
+    stream = WindowStream(load_tokenizer(source), str(plain.parent / "text.txt"), 6, 32, 0)
+    # The window after those of the calibration is held out.
+    stream.skip(6)
+    models = [AutoModelForCausalLM.from_pretrained(x, dtype=torch.float64) for x in (source, plain, output)]
+    before, after = (x.mean().item() for x in divergences(stream.take(1).ids, *models))
+    assert [report.recovery.before, report.recovery.after] == pytest.approx([before, after], rel=1e-4)
+    assert after < before
+    assert (report.recovery.steps, report.recovery.data.windows) == (19, 20)
+    card = (output / "README.md").read_text()
+    perplexity = f"{text.perplexity['recovered']:.3f}"
+    assert f"\n| **recovered** | {perplexity} |" in card
+    assert str(plain.parent) not in card
+    for name, x in tensors_of(plain).items():
+        changed = tensors_of(output)[name]
+        assert not changed[x == 0].any()
+        assert torch.equal(changed, x) == (x.dim() == 1 or "proj" not in name)
+    assert verify.main([str(output)]) == 0
+    capsys.readouterr()
+    assert evaluate.main([str(output), "--eval", "default", "--eval-windows", "2", "--seqlen", "32"]) == 0
+    assert perplexity in capsys.readouterr().out
+    assert re.search(rf"^recovered +{perplexity}$", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("first", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in range(9, 16))])
+def test_killed_anywhere_it_ends_with_the_same_bytes(first, go, monkeypatch):
+    """A state is saved after each step. Each run is killed at a later write than the one before it."""
+
+    def killed():
+        raise OSError("killed")
+
+    monkeypatch.setattr(Progress, "is_due", True)
+    expected = files_of(go("undisturbed", *FOUR))
+    for n in range(first, 99):
+        with monkeypatch.context() as patched:
+            interrupted_at(patched, n, killed)
+            status, folder = went = go("killed", *FOUR)
+        if not status:
+            break
+        assert not folder.exists()
+    assert n > first + 3
+    assert report_of(went).recovery.steps == 3
+    assert files_of(went) == expected
+
+
+def test_chunks_make_no_difference(go, monkeypatch):
+    monkeypatch.setattr(distill, "windows_of_step", lambda *given: 3)
+    found = []
+    for chunk in (1, 4, 99):
+        monkeypatch.setattr(distill, "chunk_windows", lambda *given, n=chunk: n)
+        found.append(go(str(chunk), *TWENTY))
+    assert report_of(found[0]).recovery.steps == 6
+    assert files_of(found[0]) == files_of(found[1]) == files_of(found[2])
+
+
+def test_ctrl_c_ends_the_steps_with_the_best_state(go, pruned, monkeypatch, capsys):
+    """The steps after the saved one go astray."""
+
+    def rate(share):
+        if share > 0.5:
+            raise KeyboardInterrupt
+        return 1.0 if share < 0.25 else 1e3
+
+    def again(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "falling", rate)
+    monkeypatch.setattr(Progress, "is_due", property(lambda progress: progress.done == 5))
+    found = report_of(go("once", *TWENTY)).recovery
+    out = capsys.readouterr().out
+    assert "interrupted: the recovery ends here" in out
+    assert f"step 5: saved; divergence on held-out windows: {found.after:.4g}\n" in out
+    assert found.steps == 5
+    assert found.after < found.before
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "take_best", again)
+        assert go("twice", *TWENTY)[0] == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+
+
+def test_another_recovery_or_none_may_end_an_unfinished_run(go, monkeypatch):
+    """Nothing stays of the first one, which has written a block."""
+    write = Writer.write
+
+    def interrupted(writer, n, *given):
+        if n > writer.shards:
+            raise KeyboardInterrupt
+        write(writer, n, *given)
+
+    monkeypatch.setattr(Progress, "is_due", True)
+    # A choice of its steps, which a resumed run takes over.
+    monkeypatch.setattr(arithmetic, "rounds_products", lambda *given: True)
+    for tokens in ("0", "128"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Writer, "write", interrupted)
+            assert go(tokens, *TWENTY)[0] == 130
+        found, direct = go(tokens, "--recover", tokens), go(f"direct-{tokens}", "--recover", tokens)
+        assert files_of(found) == files_of(direct)
+        assert report_of(found).recovery == report_of(direct).recovery
+        assert report_of(found).arguments["recover"] == int(tokens)
+
+
+def test_where_nothing_is_gained_the_pruned_weights_stay(go, pruned, monkeypatch, capsys):
+    monkeypatch.setattr(distill, "falling", lambda share: -1.0)
+    report = report_of(went := go("out", *FOUR))
+    assert report.recovery is None
+    assert same(tensors_of(went[1]), tensors_of(pruned(*WANDA)[1]))
+    assert "nothing is gained, so the pruned weights stay" in capsys.readouterr().out
+
+
+def test_hours_end_the_steps_and_choose_their_number(go, monkeypatch, capsys):
+    """Here a window takes a second, also one that is held out."""
+    step, now = distill._step, [0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+
+    def slow(*given, **options):
+        now[0] += 1
+        return step(*given, **options)
+
+    monkeypatch.setattr(distill, "_step", slow)
+    for module in (distill, saves):
+        monkeypatch.setattr(module, "time", clock)
+    assert report_of(go("at once", *TWENTY, "--hours", "0")).recovery.steps == 1
+    assert "0 hours are over: the recovery ends after 1 step\n" in capsys.readouterr().out
+    # Ten windows in 21 seconds, as the first one takes a second forward and one more on the way back.
+    report = report_of(go("chosen", *DEFAULT, "--hours", str(21 / 3600)))
+    assert (report.recovery.steps, report.recovery.data.windows) == (9, 10)
+    assert report.arguments["hours"] == 21 / 3600
+    # A state is due after each six steps.
+    monkeypatch.setattr(saves, "SHARE", 0.2)
+    with monkeypatch.context() as patched:
+        patched.setattr(saves, "shutil", SimpleNamespace(disk_usage=lambda folder: SimpleNamespace(free=0)))
+        assert report_of(go("full", *TWENTY)).recovery.steps == 19
+    assert capsys.readouterr().out.count("no state is saved: it takes ") == 3
+    monkeypatch.setattr(Progress, "is_due", True)
+    # Saving measures the loss, which takes a second after each step.
+    assert report_of(go("saved", *TWENTY, "--hours", str(10.5 / 3600))).recovery.steps <= 6
+    assert "hours are over: the recovery ends after 6 steps\n" in capsys.readouterr().out
+
+
+def test_by_default_it_takes_what_fits(go, monkeypatch, capsys):
+    assert report_of(go("fits", *DEFAULT)).arguments["recover"] == 2 * 6 * 32
+    monkeypatch.setattr(placement, "recovery_needs", lambda *given: MemoryNeeds({"recover": (0, 2**50)}))
+    capsys.readouterr()
+    assert report_of(go("none", *DEFAULT)).recovery is None
+    (note,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("note: no recovery of the whole model"))
+    assert "this run needs at least 1048576.01 GiB of host memory" in note
+    assert go("refused", *FOUR)[0] == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sparsefw: --recover 128: --host-memory ")
+    assert error.count("\n") == 1
+
+
+def without_recovery(ranks, source, output, text):
+    config = dict(method="sparsefw", steps=1, reconstruct=0)
+    with pytest.raises(InputError, match="recover=128: 2 ranks prune; sparsefw recover does it afterwards"):
+        prune_on_ranks(ranks, source, output, text, config | dict(recover=128))
+    report, lines = prune_on_ranks(ranks, source, output, text, config)
+    return report.recovery, [line for line in lines if line.startswith("note: no recovery of the whole model: 2 ranks")]
+
+
+def test_where_there_is_none(pruned, tmp_path):
+    """Several ranks prune, or a model makes no predictions."""
+    source, plain = pruned(*WANDA)
+    found = on_ranks(2, without_recovery, source, tmp_path / "ranks", str(plain.parent / "text.txt"))
+    assert [(recovery, len(notes)) for recovery, notes in found] == [(None, 1)] * 2
+    batches = small_batches((2, 5), (2, 5))
+    with pytest.raises(InputError, match="recover=128: Small predicts no tokens"):
+        prune(small(), calibration=batches, kernel="torch", recover=128)
+    assert prune(small(), calibration=batches, kernel="torch", steps=1).report.recovery is None
+
+
+@torch.no_grad()
+def test_a_model_in_memory_and_batches_with_padding(pruned):
+    source, _ = pruned(*WANDA)
+    dense, plain, model = (AutoModelForCausalLM.from_pretrained(source).eval() for _ in range(3))
+    mask = torch.ones(1, 24, dtype=torch.int64)
+    mask[:, 17:] = 0
+    batches = [{"input_ids": ids[None], "attention_mask": mask} for ids in TOKENS]
+    options = dict(calibration=batches, kernel="torch", method="wanda", precision="ieee")
+    prune(plain, **options)
+    found = prune(model, recover=480, **options).report.recovery
+    assert (found.steps, found.data.windows) == (19, 20)
+    # The first batch is held out.
+    before, after = (x[0, :17].mean().item() for x in divergences(TOKENS[:1], dense.double(), plain, model))
+    assert [found.before, found.after] == pytest.approx([before, after], rel=1e-4)
+    assert after < before
+
+
+def test_what_is_held_out_never_comes_again():
+    batches = [*windows_of(torch.arange(24).view(6, 4), "tokens").split(1)]
+    held_out, others = batches[:2], batches[2:]
+    found = distill._Windows(held_out, None, itertools.cycle(batches)).learned()
+    assert [*itertools.islice(found, 12)] == 3 * others
+    with pytest.raises(InputError, match="all windows are like those that are held out; give more text"):
+        next(distill._Windows(held_out, None, itertools.cycle(held_out)).learned())
+
+
+def test_a_gpu_gives_the_same(go, monkeypatch):
+    flags = ("--recover", "256", "--precision", "ieee")
+    went = go("cpu", *flags)
+    assert report_of(went).recovery.steps == 7
+    pending = late_copies(monkeypatch)
+    with pretended_gpu():
+        on_gpu = go("gpu", *flags)
+    assert not pending
+    assert same(tensors_of(on_gpu[1]), tensors_of(went[1]))
