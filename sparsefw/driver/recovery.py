@@ -108,6 +108,8 @@ def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
     except (InputError, torch.OutOfMemoryError) as error:
         if run.recovery.asked:
             raise
+        # It may fail at its very end, for example in an evaluation.
+        writer.drop(writer.shards)
         run.say(f"note: no recovery of the whole model: {first_line(error)}")
     peak = {what: max(n, report.peak_memory[what]) for what, n in peak_memory().items()}
     seconds = report.seconds | {"recover": time.perf_counter() - started}
