@@ -20,7 +20,7 @@ from sparsefw import InputError, arithmetic, evaluate, prune, verify
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import WindowStream, windows_of
-from sparsefw.driver import distill, saves
+from sparsefw.driver import distill, recovery, saves
 from sparsefw.driver.saves import Progress
 from sparsefw.estimate import placement
 from sparsefw.estimate.memory import MemoryNeeds
@@ -223,6 +223,34 @@ def test_by_default_it_takes_what_fits(go, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.startswith("sparsefw: --recover 128: --host-memory ")
     assert error.count("\n") == 1
+
+
+def test_windows_are_divided_where_memory_asks_for_it(go, monkeypatch):
+    def needs(shape, workload):
+        return MemoryNeeds({"recover": (0, 2**50 if workload.seqlen > 8 else 0)})
+
+    monkeypatch.setattr(placement, "recovery_needs", needs)
+    monkeypatch.setattr(placement, "LEAST_TOKENS", 8)
+    found = report_of(go("out", *FOUR)).recovery
+    assert (found.data.seqlen, found.data.windows, found.steps) == (8, 16, 15)
+    monkeypatch.setattr(placement, "LEAST_TOKENS", 16)
+    assert go("refused", *FOUR)[0] == 2
+
+
+def test_a_default_one_that_fails_leaves_the_pruned_model(go, monkeypatch, capsys):
+    """Here at the very end, when all blocks are written."""
+
+    def full(*given):
+        raise torch.OutOfMemoryError("full")
+
+    flags = (*DEFAULT, "--eval", "default", "--eval-windows", "1")
+    expected = files_of(go("without", *flags, "--recover", "0"))
+    monkeypatch.setattr(recovery, "_evaluated", full)
+    assert go("asked", *flags, *FOUR)[0] == 1
+    capsys.readouterr()
+    assert files_of(went := go("default", *flags)) == expected
+    assert report_of(went).recovery is None
+    assert "note: no recovery of the whole model: full\n" in capsys.readouterr().out
 
 
 def without_recovery(ranks, source, output, text):
