@@ -76,7 +76,7 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
                 raise InputError(f"{pruned}: nothing is gained; give more windows ({option('nsamples')})")
             assert run.stream
             text = run.stream.source or " + ".join(job.inputs.shares)
-            data = replace(own.data, source=text, seqlen=run.seqlen, seed=job.inputs.seed)
+            data = replace(own.data, source=text, seed=job.inputs.seed)
             report = replace(report, recoveries=[*report.recoveries, replace(own, data=data)])
             durably(writer.folder / "report.json", report.to_json())
             if run.stream.own:
