@@ -45,7 +45,7 @@ from sparsefw.model.stubs import explained
 from sparsefw.solver.kept_weights import KeptWeights
 from sparsefw.solver.layer import LayerResult
 
-# The rate of the first step is that of a reconstruction, over the square root of the number of blocks, since all of them
+# The rate of the first step is that of a reconstruction, over the square root of the number of blocks, since all blocks
 # move. Steps of k windows take sqrt(k) times this rate. It stays until the share FALL of the steps is left, and then
 # falls to 0 in a line.
 RATE, FALL = 0.16, 1 / 3
