@@ -1,13 +1,14 @@
 """The recovery at the end of a run: what it gains, how it goes on and ends early, and where there is none."""
 
 import itertools
+import math
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.checkpoints import contents
-from helpers.commands import interrupted_at, run, tensors_of
+from helpers.commands import interrupt, interrupted_at, run, tensors_of
 from helpers.families import TOKENS
 from helpers.pretended_gpu import late_copies, pretended_gpu
 from helpers.ranks import on_ranks
@@ -33,9 +34,11 @@ TIMES = ("report.json", "report.html", "README.md", "SHA256SUMS")
 
 
 @pytest.fixture
-def go(pruned, tmp_path):
+def go(pruned, tmp_path, monkeypatch):
     """go(name, *flags) prunes by Wanda; returns the exit status, and the output's folder."""
     source, plain = pruned(*WANDA)
+    # Few steps, on models that are made of noise, gain by low rates only.
+    monkeypatch.setattr(distill, "RATE", 0.04)
 
     def go(name, *flags):
         return run(source, plain.parent / "text.txt", tmp_path / name, *WANDA, *flags), tmp_path / name
@@ -55,6 +58,17 @@ def files_of(went):
     assert status == 0
     assert verify.main([str(folder)]) == 0
     return {name: content for name, content in contents(folder).items() if name not in TIMES}
+
+
+def change_rates(patch, rate_of):
+    """The rate of step n becomes rate_of(n, rate)."""
+    step, made = distill._step, itertools.count()
+
+    def changed(*given, rate=None, **options):
+        moves = {} if rate is None else {"rate": rate_of(next(made), rate)}
+        return step(*given, **moves, **options)
+
+    patch.setattr(distill, "_step", changed)
 
 
 def same(one, two):
@@ -118,27 +132,25 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(first, go, monkeypatch):
 
 
 def test_chunks_make_no_difference(go, monkeypatch):
+    """Steps of several windows have a larger rate. It falls in the last third."""
     monkeypatch.setattr(distill, "windows_of_step", lambda *given: 3)
-    found = []
+    found, rates = [], []
+    change_rates(monkeypatch, lambda n, rate: rates.append(rate) or rate)
     for chunk in (1, 4, 99):
         monkeypatch.setattr(distill, "chunk_windows", lambda *given, n=chunk: n)
         found.append(go(str(chunk), *TWENTY))
     assert report_of(found[0]).recovery.steps == 6
     assert files_of(found[0]) == files_of(found[1]) == files_of(found[2])
+    assert rates == pytest.approx(3 * [0.04 * math.sqrt(3 / 2) * min(1, 3 - n // 3 / 2) for n in range(18)])
 
 
 def test_ctrl_c_ends_the_steps_with_the_best_state(go, pruned, monkeypatch, capsys):
     """The steps after the saved one go astray."""
 
-    def rate(share):
-        if share > 0.5:
-            raise KeyboardInterrupt
-        return 1.0 if share < 0.25 else 1e3
+    def astray(n, rate):
+        return rate if n < 5 else 1e3 if n < 9 else interrupt()
 
-    def again(*given):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(distill, "falling", rate)
+    change_rates(monkeypatch, astray)
     monkeypatch.setattr(Progress, "is_due", property(lambda progress: progress.done == 5))
     found = report_of(go("once", *TWENTY)).recovery
     out = capsys.readouterr().out
@@ -147,7 +159,8 @@ def test_ctrl_c_ends_the_steps_with_the_best_state(go, pruned, monkeypatch, caps
     assert found.steps == 5
     assert found.after < found.before
     with monkeypatch.context() as patched:
-        patched.setattr(Progress, "take_best", again)
+        change_rates(patched, lambda n, rate: interrupt())
+        patched.setattr(Progress, "take_best", lambda *given: interrupt())
         assert go("twice", *TWENTY)[0] == 130
     assert "the same command goes on from there" in capsys.readouterr().err
 
@@ -158,7 +171,7 @@ def test_another_recovery_or_none_may_end_an_unfinished_run(go, monkeypatch):
 
     def interrupted(writer, n, *given):
         if n > writer.shards:
-            raise KeyboardInterrupt
+            interrupt()
         write(writer, n, *given)
 
     monkeypatch.setattr(Progress, "is_due", True)
@@ -175,7 +188,7 @@ def test_another_recovery_or_none_may_end_an_unfinished_run(go, monkeypatch):
 
 
 def test_where_nothing_is_gained_the_pruned_weights_stay(go, pruned, monkeypatch, capsys):
-    monkeypatch.setattr(distill, "falling", lambda share: -1.0)
+    change_rates(monkeypatch, lambda n, rate: -rate)
     report = report_of(went := go("out", *FOUR))
     assert report.recovery is None
     assert same(tensors_of(went[1]), tensors_of(pruned(*WANDA)[1]))
