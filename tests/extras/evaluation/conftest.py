@@ -2,7 +2,7 @@
 
 import pytest
 
-QUICK = {"nsamples": 4, "seqlen": 32, "sparsity": "0.5", "steps": 2, "reconstruct": 0, "kernel": "torch"}
+QUICK = {"nsamples": 4, "seqlen": 32, "sparsity": "0.5", "steps": 2, "reconstruct": 0, "recover": 0, "kernel": "torch"}
 
 
 @pytest.fixture(autouse=True, scope="module")
