@@ -219,7 +219,7 @@ def test_placement_does_not_change_the_result(tmp_path, monkeypatch):
         assert (report["memory"]["step_windows"], report["blocks"][0]["reconstruction"]["steps"]) == (1, 4)
         assert gpu.allocated == 0
         contents[place] = [report["evaluation"], *(p.read_bytes() for p in sorted(output.glob("*.safetensors")))]
-    assert set(report["evaluation"][0]["perplexity"]) == {"dense", "sparsefw"}
+    assert set(report["evaluation"][0]["perplexity"]) >= {"dense", "sparsefw"}
     assert contents["host"] == contents["gpu"]
     assert contents["file"] == contents["gpu"]
 

@@ -259,6 +259,8 @@ def test_a_default_one_that_fails_leaves_the_pruned_model(go, monkeypatch, capsy
     flags = (*DEFAULT, "--eval", "default", "--eval-windows", "1")
     expected = files_of(go("without", *flags, "--recover", "0"))
     monkeypatch.setattr(recovery, "_evaluated", full)
+    # Both gain by small steps.
+    change_rates(monkeypatch, lambda n, rate: rate / 8)
     assert go("asked", *flags, *FOUR)[0] == 1
     capsys.readouterr()
     assert files_of(went := go("default", *flags)) == expected
