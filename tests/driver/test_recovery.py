@@ -259,13 +259,12 @@ def test_a_default_one_that_fails_leaves_the_pruned_model(go, monkeypatch, capsy
     flags = (*DEFAULT, "--eval", "default", "--eval-windows", "1")
     expected = files_of(go("without", *flags, "--recover", "0"))
     monkeypatch.setattr(recovery, "_evaluated", full)
-    # Both gain by small steps.
-    change_rates(monkeypatch, lambda n, rate: rate / 8)
     assert go("asked", *flags, *FOUR)[0] == 1
     capsys.readouterr()
     assert files_of(went := go("default", *flags)) == expected
     assert report_of(went).recovery is None
-    assert "note: no recovery of the whole model: full\n" in capsys.readouterr().out
+    # On a GPU the reason names its memory.
+    assert "note: no recovery of the whole model: " in capsys.readouterr().out
 
 
 def without_recovery(ranks, source, output, text):
