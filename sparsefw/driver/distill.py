@@ -68,7 +68,7 @@ class Recovered:
     """The outcome of a recovery: divergence of predictions on held-out windows, mean over tokens, and the work.
 
     Attributes:
-        before, after: the divergence before and after; `after` is not below `before` if nothing is gained.
+        before, after: the divergence before and after. If `after` is not below `before`, nothing is gained.
         windows, steps: number of windows, with the held-out ones, and of steps.
         hash: SHA-256 of the held-out windows, in hex.
     """
@@ -85,8 +85,6 @@ def recovering(
     run: Run, pruned: Pruned, layers: Sequence[LayerResult], windows: Iterator[Batch], folder: Path
 ) -> Iterator[Recovered]:
     """Recover a model. Inside the `with` block its blocks are open and have the new weights, rounded.
-
-    If the loss on held-out windows does not fall, they have the pruned weights.
 
     Args:
         run: the run, with the plan of its recovery. Its model is the dense one.
@@ -112,9 +110,6 @@ def recovering(
                 opened.callback(model.close, i)
                 model.open_alone(i, pruned(i))
             found = _fit(run, layers, folder, _Windows(held_out, states, windows))
-            if not found.after < found.before:
-                for i in model.unique_blocks:
-                    model.open_alone(i, pruned(i))
         yield found
 
 

@@ -141,7 +141,8 @@ class Progress:
     def take_best(self, loss: float) -> None:
         """Go back to the saved state with the lowest loss, if its loss is below the present one."""
         best = min(self._saves.states, key=lambda x: x.loss, default=None)
-        if best and best.loss < loss:
+        # The present loss may be NaN.
+        if best and not loss <= best.loss:
             self._restore(best)
 
     def _path(self, step: int) -> Path:
