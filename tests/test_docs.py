@@ -112,7 +112,7 @@ def test_examples_of_the_readme_run(example, tmp_path, monkeypatch):
     exec(compile(example, "README.md", "exec"), names := {})
     if "result" in names:
         (perplexity,) = names["result"].perplexity.values()
-        assert perplexity.keys() == {"dense", "sparsefw"}
+        assert perplexity.keys() == {"dense", "sparsefw", "recovered"}
     else:
         assert torch.equal(names["mask"].sum(1), torch.full((64,), 64))
 
