@@ -18,7 +18,7 @@ from sparsefw.inputs import Inputs
 from sparsefw.model import Placement
 from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLACES, SOLVER
 from sparsefw.ranks import ALONE, Ranks
-from sparsefw.solver.config import RECOVER
+from sparsefw.solver.config import MANY_WINDOWS, PASSES, PASSES_OF_MANY
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
 # Tokens in a micro-batch that keep a GPU busy. Fewer are chosen only after every other saving but reading ahead.
@@ -114,7 +114,8 @@ def plan_recovery(shape: ModelShape, workload: Workload, limits: dict[str, int],
     config, seqlen, tried = workload.config, workload.seqlen, list[MemoryNeeds]()
     if not shape.logits_itemsize or config.recover == 0:
         return RecoveryPlan()
-    tokens = config.recover or RECOVER * workload.windows * seqlen
+    passes = PASSES_OF_MANY if workload.windows >= MANY_WINDOWS else PASSES
+    tokens = config.recover or passes * workload.windows * seqlen
     while True:
         tried.append(recovery_needs(shape, replace(workload, seqlen=seqlen)))
         if fits(tried[-1], limits):

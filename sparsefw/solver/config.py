@@ -78,11 +78,10 @@ FEW_TOKENS, MAX_DAMP = 32_500, 0.4
 # Damping lowers the quality on the calibration text and raises it on other text. A reconstruction makes up for the
 # loss, so more damping pays before it.
 DAMP_BEFORE_RECONSTRUCTION = 1.6
-# With MANY_WINDOWS windows or more, a reconstruction makes PASSES_OF_MANY passes: one pass over all windows has as many
-# steps as two passes over half of them.
-MANY_WINDOWS, PASSES_OF_MANY = 128, 1
-# Tokens of a recovery, as a multiple of the calibration tokens. It takes at most the time of the run before it.
-RECOVER = 2
+# A reconstruction makes PASSES passes. With MANY_WINDOWS windows or more it makes PASSES_OF_MANY: one pass over all
+# windows has as many steps as two passes over half of them. A recovery takes as many tokens, and about as long as the
+# run before it.
+PASSES, MANY_WINDOWS, PASSES_OF_MANY = 2, 128, 1
 # Minimum number of windows on a rank for a reconstruction: one window to fit weights to, and one held out.
 MIN_WINDOWS = 2
 
@@ -186,8 +185,8 @@ class PruneConfig:
     )  # fmt: skip
     recover: int = flag(
         "accuracy recovery after the last block: fit all kept weights of the model together to the dense model's "
-        "predictions of this many tokens; 0: no recovery (default: twice the calibration tokens if the whole model "
-        "fits into memory, else 0; 0 with --refit 0, and with another --method or --preset)",
+        "predictions of this many tokens; 0: no recovery (default: the calibration tokens, twice with fewer than 128 "
+        "windows, if the whole model fits into memory; else 0; 0 with --refit 0, another --method or --preset)",
         metavar="TOKENS", least=0, most=10**12,
     )  # fmt: skip
     kernel: str = flag(
