@@ -104,8 +104,13 @@ def batches_of(items: Iterable[Any], argument: str) -> Batches:
             what = f"{x.dtype}{tuple(x.shape)}" if isinstance(x, Tensor) else f"{type(x).__name__}{x!r}"
             digest.update(what.encode())
             if isinstance(x, Tensor):
-                digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(bytes_of(x))
     return Batches(batches, digest.hexdigest())
+
+
+def bytes_of(x: Tensor) -> memoryview:
+    """Return the bytes of a tensor in memory order, without a copy if it is contiguous and on the host."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _batch_of(item: Any, name: str) -> Batch:

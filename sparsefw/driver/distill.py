@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsefw import arithmetic
-from sparsefw.data.batches import Batch
+from sparsefw.data.batches import Batch, bytes_of
 from sparsefw.driver.job import Run
 from sparsefw.driver.reconstruct import pruned_matrices
 from sparsefw.driver.saves import Plan, Progress, begun
@@ -261,9 +261,7 @@ def _make_steps(
 
 def _content(batch: Batch) -> bytes:
     """Return the bytes of a batch's tensors."""
-    return b"".join(
-        x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for x in batch.tensors
-    )
+    return b"".join(map(bytes_of, batch.tensors))
 
 
 def _with_dense(run: Run, batches: Iterator[Batch]) -> Iterator[tuple[HiddenStates, int, Batch]]:

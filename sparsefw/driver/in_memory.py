@@ -30,7 +30,7 @@ from sparsefw.checkpoint.source import (
 )
 from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
-from sparsefw.data.batches import Batch, Batches
+from sparsefw.data.batches import Batch, Batches, bytes_of
 from sparsefw.driver.job import Job, Run, Samples
 from sparsefw.driver.resume import computes_in_fp32, resumed
 from sparsefw.driver.run import Describe, carry_out, settled
@@ -194,7 +194,7 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

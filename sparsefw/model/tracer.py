@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefw.data.batches import bytes_of
 from sparsefw.errors import InputError
 from sparsefw.model.nested import (
     ConstantRef,
@@ -252,5 +253,5 @@ def _digest(x: Tensor) -> str:
     if isinstance(x, nn.Parameter) and not x.is_inference():
         # A parameter is large, and the same object in both forwards.
         return f"{id(x)} {x._version}"
-    data = b"" if x.is_meta else x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    data = b"" if x.is_meta else bytes_of(x)
     return f"{x.dtype} {tuple(x.shape)} {zlib.crc32(data)}"
