@@ -110,6 +110,12 @@ def to_host(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
+def is_full(error: RuntimeError) -> bool:
+    """Tell whether an error says that the GPU's memory is full."""
+    # CUDA and Triton raise errors of other classes than torch's, which say "out of memory" as well.
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 def release_pinned() -> None:
     """Return freed pinned memory to the system, which torch would keep for tensors of the same size.
 

@@ -212,13 +212,13 @@ def _fit(run: Run, layers: Sequence[LayerResult], folder: Path, windows: _Window
 
 def _plan(run: Run, folder: Path, held_out: int, seconds: float) -> Plan:
     """Plan the steps: as many as the tokens make, or as many as fit into the hours if a window takes `seconds`."""
-    known, hours, number = begun(folder), run.job.output.hours, _number(run)
+    known, hours, number, seqlen = begun(folder), run.job.output.hours, _number(run), run.recovery.seqlen
     if run.config.recover is None and hours is not None:
-        if known and known.plan.hours == hours:
+        if known and (known.plan.hours, known.plan.seqlen) == (hours, seqlen):
             return known.plan
         number = int(3600 * hours / seconds)
-    of_step = windows_of_step(number, run.recovery.seqlen)
-    return Plan(max(1, (number - held_out) // of_step), of_step, hours)
+    of_step = windows_of_step(number, seqlen)
+    return Plan(max(1, (number - held_out) // of_step), of_step, seqlen, hours)
 
 
 def windows_of_step(windows: int, seqlen: int) -> int:

@@ -19,6 +19,7 @@ from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import Batch, Batches, token_batch
 from sparsefw.driver.distill import recovering
 from sparsefw.driver.job import Run
+from sparsefw.driver.saves import begun
 from sparsefw.errors import InputError, first_line, option
 from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.estimate.placement import RecoveryPlan, plan_recovery
@@ -43,7 +44,10 @@ def settle_recovery(run: Run, workload: Workload) -> Run:
         if hours is not None:
             raise InputError(f"{option('hours', hours)}: ends a recovery, but there is none; give {option('recover')}")
         return run
-    plan = plan_recovery(run.shape, workload, run.limits, not isinstance(run.calibration, Batches))
+    # An unfinished recovery goes on with its windows, also where longer ones would fit now.
+    known = begun(Writer(run.job.output.folder, 0).recovery) if run.job.begun else None
+    longest = known.plan.seqlen if known else None
+    plan = plan_recovery(run.shape, workload, run.limits, not isinstance(run.calibration, Batches), longest)
     if why := _impossible(run):
         plan = RecoveryPlan(refused=InputError(why))
     asked = bool(config.recover) or hours is not None
@@ -105,8 +109,8 @@ def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
     try:
         with limited, torch.no_grad():
             report = _recovered(run, writer, report)
-    except (InputError, torch.OutOfMemoryError) as error:
-        if run.recovery.asked:
+    except (InputError, RuntimeError) as error:
+        if run.recovery.asked or not (isinstance(error, InputError) or memory.is_full(error)):
             raise
         # It may fail at its very end, for example in an evaluation.
         writer.drop(writer.shards)

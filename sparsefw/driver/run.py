@@ -6,8 +6,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from sparsefw import arithmetic, memory
 from sparsefw.checkpoint.files import check_output, durably
 from sparsefw.checkpoint.source import fingerprint, inspect, note_of_others, stamps
@@ -172,9 +170,7 @@ def _can_continue_with_fewer_windows(run: Run, error: RuntimeError) -> bool:
 
     It cannot if a micro-batch has a single window, or if other ranks would wait for this one.
     """
-    # CUDA and Triton raise errors of other classes, which say "out of memory" as well.
-    full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-    return full and run.placement.batch > 1 and run.ranks.alone
+    return memory.is_full(error) and run.placement.batch > 1 and run.ranks.alone
 
 
 def _with_half_the_windows(run: Run, writer: Writer) -> Run:

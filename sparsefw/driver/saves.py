@@ -35,11 +35,13 @@ class Plan:
     Attributes:
         steps: number of steps.
         of_step: number of windows in a step.
+        seqlen: tokens in a window.
         hours: hours for all steps; None: no limit.
     """
 
     steps: int
     of_step: int
+    seqlen: int
     hours: float | None = None
 
 
@@ -100,6 +102,8 @@ class Progress:
         self._bytes = sum(x.nbytes for state in weights.state(slice(None)) for x in state.values())
         self._cost, self.done = seconds + self._bytes / EXPECTED, 0
         found = begun(folder)
+        if found and found.plan != plan:
+            say("the steps of the recovery begin again: their number or the length of their windows has changed")
         self._saves = found if found and found.plan == plan else Saves(plan)
         self._keep(self._saves.states)
         self._before = 0.0

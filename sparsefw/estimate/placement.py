@@ -104,18 +104,21 @@ class RecoveryPlan:
     asked: bool = False
 
 
-def plan_recovery(shape: ModelShape, workload: Workload, limits: dict[str, int], divides: bool = True) -> RecoveryPlan:
+def plan_recovery(
+    shape: ModelShape, workload: Workload, limits: dict[str, int], divides: bool = True, longest: int | None = None
+) -> RecoveryPlan:
     """Plan the recovery of a run, in the longest windows that fit the memory limits.
 
     Args:
         shape, workload, limits: as for `place`.
         divides: whether windows may be divided into shorter ones.
+        longest: tokens in the longest window; None: those of the workload.
     """
-    config, seqlen, tried = workload.config, workload.seqlen, list[MemoryNeeds]()
+    config, seqlen, tried = workload.config, longest or workload.seqlen, list[MemoryNeeds]()
     if not shape.logits_itemsize or config.recover == 0:
         return RecoveryPlan()
     passes = PASSES_OF_MANY if workload.windows >= MANY_WINDOWS else PASSES
-    tokens = config.recover or passes * workload.windows * seqlen
+    tokens = config.recover or passes * workload.windows * workload.seqlen
     while True:
         tried.append(recovery_needs(shape, replace(workload, seqlen=seqlen)))
         if fits(tried[-1], limits):

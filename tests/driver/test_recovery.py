@@ -244,8 +244,17 @@ def test_windows_are_divided_where_memory_asks_for_it(go, monkeypatch):
 
     monkeypatch.setattr(placement, "recovery_needs", needs)
     monkeypatch.setattr(placement, "LEAST_TOKENS", 8)
-    found = report_of(go("out", *FOUR)).recovery
+    monkeypatch.setattr(Progress, "is_due", True)
+    expected = go("out", *FOUR)
+    found = report_of(expected).recovery
     assert (found.data.seqlen, found.data.windows, found.steps) == (8, 16, 15)
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 24, lambda: 1 / 0)
+        assert go("resumed", *FOUR)[0]
+    with monkeypatch.context() as patched:
+        # More memory takes longer windows, but not in the middle of a recovery.
+        patched.setattr(placement, "recovery_needs", lambda *given: MemoryNeeds({"recover": (0, 0)}))
+        assert files_of(go("resumed", *FOUR)) == files_of(expected)
     monkeypatch.setattr(placement, "LEAST_TOKENS", 16)
     assert go("refused", *FOUR)[0] == 2
 
