@@ -1,7 +1,7 @@
 """Recover part of the quality that pruning has cost: `sparsefw recover PRUNED OUTPUT`.
 
 All kept weights are fitted together, so that the pruned model predicts what the dense model does. Zeros stay zeros.
-The model and the optimizer's state have to fit into memory: at 60 % in bf16, 8.8 bytes per weight. More windows give
+The model and the optimizer's state have to fit into memory: at 60 % in bf16, 8.8 bytes per weight. More tokens give
 better results.
 """
 
@@ -10,9 +10,16 @@ from dataclasses import fields
 
 from sparsefw.cli import Parser, add_flag, folder, given, launched, load_libraries, refuse_ranks, say
 from sparsefw.inputs import Inputs, Output
+from sparsefw.solver.config import PruneConfig
 
-# The fields of Inputs that are flags of this command.
-INPUTS = ("model", "dataset", "nsamples", "seqlen", "seed")
+# The flags of this command, and their defaults where these are not those of a run.
+FLAGS = {
+    "model": "the run's",
+    "dataset": "the run's",
+    "seed": "the run's, plus 1",
+    "recover": "twice the calibration tokens; four times with fewer than 128 windows",
+    **dict.fromkeys(("overwrite", "restart", "gpu_memory", "host_memory", "hours"), ""),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,15 +28,13 @@ def main(argv: list[str] | None = None) -> int:
         parser = Parser("recover", __doc__)
         parser.add_argument("pruned", type=folder, metavar="PRUNED", help="folder that sparsefw run wrote")
         parser.add_argument("folder", type=folder, metavar="OUTPUT", help="folder for the result")
-        for f in fields(Inputs):
-            if f.name in INPUTS:
-                add_flag(parser, f, "the run's, plus 1" if f.name == "seed" else "the run's")
-        for f in fields(Output):
-            if f.name in ("overwrite", "restart", "gpu_memory", "host_memory", "hours"):
-                add_flag(parser, f)
+        for f in (*fields(Inputs), *fields(PruneConfig), *fields(Output)):
+            if f.name in FLAGS:
+                add_flag(parser, f, FLAGS[f.name])
         arguments = parser.parse_args(argv)
         refuse_ranks("recover")
-        inputs, output = given(arguments, Inputs), Output(**given(arguments, Output))
+        inputs = given(arguments, Inputs) | given(arguments, PruneConfig)
+        output = Output(**given(arguments, Output))
         load_libraries()
         from sparsefw import memory
         from sparsefw.extras.recover_output import recover_output

@@ -171,7 +171,7 @@ def _fit(run: Run, layers: Sequence[LayerResult], folder: Path, windows: _Window
         pruned_matrices(model, i, (x for x in layers if x.name.startswith(f"{model.names[i]}.")))
         for i in model.unique_blocks
     ]
-    weights = KeptWeights([x for of_block in matrices for x in of_block], 1, RATE, run.config.backend, undo=False)
+    weights = KeptWeights([x for of_block in matrices for x in of_block], run.config.backend, undo=False)
 
     @torch.no_grad()
     def loss() -> float:
@@ -179,7 +179,8 @@ def _fit(run: Run, layers: Sequence[LayerResult], folder: Path, windows: _Window
         return torch.stack(each).mean().item()
 
     began = time.perf_counter()
-    varies = _operation_that_varies(partial(_step, model, windows.states, 0, held_out[0], weights, trial=True))
+    trial = partial(_step, model, windows.states, 0, held_out[0], weights, rate=0.0, trial=True)
+    varies = _operation_that_varies(trial)
     if varies:
         run.say(f"another run may give other bits: {varies}")
     of_trial = time.perf_counter() - began
@@ -320,5 +321,5 @@ def _step(
     add_divergence(total, p, q.detach(), replace=weights is not None)
     if weights:
         with explained(*context):
-            weights.step(partial(torch.autograd.backward, q, p, inputs=slices.leaves), **of_step)
+            weights.step(backward=partial(torch.autograd.backward, q, p, inputs=slices.leaves), **of_step)
     return total / q.shape[1]

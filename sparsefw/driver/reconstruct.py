@@ -12,6 +12,7 @@ are put back; if it lowers the loss by much, another round follows. A few blocks
 as the block that gives the first token its large hidden state.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -41,7 +42,7 @@ from sparsefw.solver.layer import LayerResult
 
 T = TypeVar("T")
 
-# The rate of a round's first step, see `kept_weights`.
+# The rate of a round's first step, see `kept_weights`. It falls to 0 along half a period of a cosine.
 RATE = 0.16
 
 # Steps that fit predictions after a round that has fitted hidden states begin at this share of RATE. A higher rate
@@ -137,9 +138,9 @@ def _rounds(fit: "BlockFit", results: Sequence[LayerResult], planned: Sequence[i
     while len(losses) <= len(planned) or (len(losses) <= MAX_ROUNDS and losses[-1] < (1 - WORTH) * min(losses[:-1])):
         steps, by_hidden = planned[min(len(losses), len(planned)) - 1], len(losses) < len(planned)
         rate = RATE * (AFTER_HIDDEN if fit.hidden_first and not by_hidden else 1)
-        weights = KeptWeights(matrices, steps, rate, fit.run.config.backend)
+        weights = KeptWeights(matrices, fit.run.config.backend)
         try:
-            losses.append(fit.round(weights, steps, min(losses), by_hidden))
+            losses.append(fit.round(weights, rate, steps, min(losses), by_hidden))
         finally:
             weights.close()
         # Without this, the freed memory of this round would stay allocated besides the state of the next round.
@@ -217,13 +218,14 @@ class BlockFit:
         gathered = self.run.ranks.gather((sum(x.item() for x, *_ in losses), sum(tokens for _, tokens, _ in losses)))
         return sum(loss for loss, _ in gathered) / sum(tokens for _, tokens in gathered)
 
-    def round(self, weights: KeptWeights, steps: int, before: float, by_hidden: bool = False) -> float:
+    def round(self, weights: KeptWeights, rate: float, steps: int, before: float, by_hidden: bool = False) -> float:
         """Make all steps of a round, and return the held-out loss after them.
 
         If this loss is not below `before`, the weights are put back.
 
         Args:
             weights: the weights that are fitted.
+            rate: rate of the first step.
             steps: number of steps in the round.
             before: the lowest held-out loss so far.
             by_hidden: whether the steps compare hidden states although the held-out loss may compare predictions.
@@ -238,7 +240,7 @@ class BlockFit:
             fitted.add_gradients(n, of_pass, weights.parameters)
             for handle in [self.run.ranks.all_reduce(gradient) for gradient in weights.gradients()]:
                 handle.wait()
-            weights.step()
+            weights.step(rate * (1 + math.cos(math.pi * step / steps)) / 2)
         if not any(self.run.ranks.gather(bool(self.reached))):
             name = self.run.model.names[self.number]
             raise InputError(f"{name}: unsupported model: its output has no gradients; use {option('reconstruct', 0)}")

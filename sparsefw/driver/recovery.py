@@ -67,8 +67,8 @@ def _impossible(run: Run) -> str:
         return f"{run.ranks.count} ranks prune; sparsefw recover does it afterwards, in one process"
     if run.model.runs is not run.model.model or not run.model.logits_itemsize:
         return f"{type(run.model.model).__name__} predicts no tokens"
-    if run.job.inputs.nsamples < 2:
-        return "it needs two windows or batches, one of them held out"
+    if isinstance(run.calibration, Batches) and run.job.inputs.nsamples < 2:
+        return "it needs two batches, one of them held out"
     return ""
 
 
@@ -142,7 +142,8 @@ def _recovered(run: Run, writer: Writer, report: content.Report) -> content.Repo
             writer.write(writer.shards + n, tensors)
         evaluation = [_evaluated(run, n, text) for n, text in enumerate(report.evaluation)]
     data = replace(report.data, hash=found.hash, windows=found.windows, seqlen=seqlen)
-    own = content.Recovery(run.name, run.job.inputs.dataset, data, found.before, found.after, found.steps)
+    outcome = found.before, found.after, found.steps, run.config.recover or 0
+    own = content.Recovery(run.name, run.job.inputs.dataset, data, *outcome)
     return replace(report, recovery=own, evaluation=evaluation)
 
 

@@ -18,7 +18,7 @@ from sparsefw.inputs import Inputs
 from sparsefw.model import Placement
 from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLACES, SOLVER
 from sparsefw.ranks import ALONE, Ranks
-from sparsefw.solver.config import MANY_WINDOWS, PASSES, PASSES_OF_MANY
+from sparsefw.solver.config import default_recovery
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 
 # Tokens in a micro-batch that keep a GPU busy. Fewer are chosen only after every other saving but reading ahead.
@@ -117,8 +117,7 @@ def plan_recovery(
     config, seqlen, tried = workload.config, longest or workload.seqlen, list[MemoryNeeds]()
     if not shape.logits_itemsize or config.recover == 0:
         return RecoveryPlan()
-    passes = PASSES_OF_MANY if workload.windows >= MANY_WINDOWS else PASSES
-    tokens = config.recover or passes * workload.windows * workload.seqlen
+    tokens = config.recover or default_recovery(workload.windows, workload.seqlen)
     while True:
         tried.append(recovery_needs(shape, replace(workload, seqlen=seqlen)))
         if fits(tried[-1], limits):

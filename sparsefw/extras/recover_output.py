@@ -33,7 +33,7 @@ from sparsefw.inputs import Inputs, Output
 from sparsefw.model import StreamedModel
 from sparsefw.probe import say_kernel
 from sparsefw.report.content import Recovery, Report, report_of
-from sparsefw.solver.config import PruneConfig
+from sparsefw.solver.config import PruneConfig, default_recovery
 
 
 def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[str], None]) -> Recovery:
@@ -42,8 +42,9 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
     Args:
         pruned: folder of a checkpoint that `sparsefw run` wrote.
         output: where to write, and the memory limits.
-        given: fields of Inputs that the user set; "model" names the dense model. Other fields are those of the run,
-            except the seed, which is 1 above that of the run or of its last recovery.
+        given: fields of Inputs that the user set, and "recover", the number of tokens. "model" names the dense model.
+            Other fields are those of the run, except the seed, which is 1 above that of the run or of its last
+            recovery.
         say: called with every line of the log.
 
     Raises:
@@ -73,7 +74,7 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
             own = recover(run, writer, pruned_report(run, writer) or report).recovery
             if own is None or own == report.recovery:
                 writer.discard()
-                raise InputError(f"{pruned}: nothing is gained; give more windows ({option('nsamples')})")
+                raise InputError(f"{pruned}: nothing is gained; give more tokens ({option('recover')})")
             assert run.stream
             text = run.stream.source or " + ".join(job.inputs.shares)
             data = replace(own.data, source=text, seed=job.inputs.seed)
@@ -122,11 +123,14 @@ def _job(
     of_run: dict[str, Any] = {name: report.argument(name, kind) for name, kind in kinds.items()}
     # A new seed draws new windows: the weights are already fitted to the windows of earlier seeds.
     seed = (report.recoveries[-1].data.seed if report.recoveries else report.argument("seed", int)) + 1
+    tokens = given.pop("recover", None)
     inputs = Inputs(**of_run | {"seed": seed, "evaluate": ()} | given)
     if any(text in VARIABLES for text in inputs.shares):
         raise InputError(f"{pruned}: calibrated on data without a name; give a text with {option('dataset')}")
-    if inputs.nsamples < 2:
-        raise InputError(f"{option('nsamples', inputs.nsamples)}: give two windows or more, since one is held out")
+    if tokens is None and output.hours is None:
+        tokens = default_recovery(inputs.nsamples, inputs.seqlen)
+    elif tokens == 0:
+        raise InputError(f"{option('recover', 0)}: there is nothing to do")
     for read in (folder, pruned):
         check_output(output.folder, read, output.overwrite, inputs.paths)
     include, ignore = (report.argument(name, tuple) for name in ("include", "ignore"))
@@ -134,7 +138,7 @@ def _job(
         report.argument("sparsity", str),
         include=include,
         ignore=ignore,
-        recover=inputs.nsamples * inputs.seqlen,
+        recover=tokens,
     ).on(memory.this_device())
     return report, source, resumed(Job(inputs, config, output, folder=folder, say=say))
 

@@ -184,6 +184,7 @@ class Recovery:
         data: the calibration windows.
         before, after: divergence of predictions on held-out windows before and after, mean over tokens.
         steps: number of steps.
+        tokens: number of tokens that were asked for; 0: as many as fit into a number of hours.
     """
 
     model: str
@@ -192,6 +193,7 @@ class Recovery:
     before: float
     after: float
     steps: int
+    tokens: int = 0
 
 
 @dataclass(frozen=True)

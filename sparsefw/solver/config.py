@@ -79,9 +79,9 @@ FEW_TOKENS, MAX_DAMP = 32_500, 0.4
 # loss, so more damping pays before it.
 DAMP_BEFORE_RECONSTRUCTION = 1.6
 # A reconstruction makes PASSES passes. With MANY_WINDOWS windows or more it makes PASSES_OF_MANY: one pass over all
-# windows has as many steps as two passes over half of them. A recovery takes as many tokens, and about as long as the
-# run before it.
-PASSES, MANY_WINDOWS, PASSES_OF_MANY = 2, 128, 1
+# windows has as many steps as two passes over half of them. A recovery takes RECOVERED times as many tokens as these
+# passes, and about as long as the run before it.
+PASSES, MANY_WINDOWS, PASSES_OF_MANY, RECOVERED = 2, 128, 1, 2
 # Minimum number of windows on a rank for a reconstruction: one window to fit weights to, and one held out.
 MIN_WINDOWS = 2
 
@@ -185,8 +185,9 @@ class PruneConfig:
     )  # fmt: skip
     recover: int = flag(
         "accuracy recovery after the last block: fit all kept weights of the model together to the dense model's "
-        "predictions of this many tokens; 0: no recovery (default: the calibration tokens, twice with fewer than 128 "
-        "windows, if the whole model fits into memory; else 0; 0 with --refit 0, another --method or --preset)",
+        "predictions of this many tokens; 0: no recovery (default: twice the calibration tokens, four times with "
+        "fewer than 128 windows, if the whole model fits into memory; else 0; 0 with --refit 0, another --method or "
+        "--preset)",
         metavar="TOKENS", least=0, most=10**12,
     )  # fmt: skip
     kernel: str = flag(
@@ -369,3 +370,8 @@ class PruneConfig:
     def selects(self, layer: str) -> bool:
         """Tell whether a layer of this name is to be pruned."""
         return selection.selected(layer, self.include, self.ignore)
+
+
+def default_recovery(windows: int, seqlen: int) -> int:
+    """Count the tokens that a recovery takes by default, after a run on `windows` windows of `seqlen` tokens."""
+    return RECOVERED * (PASSES_OF_MANY if windows >= MANY_WINDOWS else PASSES) * windows * seqlen

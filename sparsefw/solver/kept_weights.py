@@ -5,9 +5,9 @@ Adam (Kingma and Ba, arXiv 1412.6980) moves every kept weight w with gradient g.
     m <- 0.9 m + 0.1 g;   v <- 0.999 v + 0.001 g^2;   w <- w - rate(t) rms(w) / sqrt(d) m' / sqrt(v')
 
 m' and v' are m and v with Adam's bias correction, as both start at 0. rms(w) is the root mean square, before the first
-step, of the kept weights of the parameter that holds w; d is the width of the layer's input. rate(t) is
-rate (1 + cos(pi t / steps)) / 2. If all weights of a row move together, the row's output changes by the share rate(t).
-So one rate suits weights of any scale and models of any width. Removed weights do not move, and stay exactly 0.
+step, of the kept weights of the parameter that holds w; d is the width of the layer's input. If all weights of a row
+move together, the row's output changes by the share rate(t). So one rate suits weights of any scale and models of any
+width. Removed weights do not move, and stay exactly 0.
 
 A step may take the gradients g_1 .. g_n of several windows, one after another, without a sum of them in memory: in m
 the sum of the gradients takes the place of g, and in v the sum of their squares that of g^2. If gradients differ much
@@ -33,8 +33,6 @@ class KeptWeights:
     Args:
         matrices: (parameter, views) of each parameter. A view is a pruned matrix in the parameter, and its zeros are
             the removed weights. Other entries of the parameter never move.
-        steps: number of steps that will be made.
-        rate: rate of the first step, see the module's docstring.
         backend: the operations.
         undo: whether to keep a copy of the weights for `put_back`.
     """
@@ -42,14 +40,10 @@ class KeptWeights:
     def __init__(
         self,
         matrices: Iterable[tuple[nn.Parameter, list[Tensor]]],
-        steps: int,
-        rate: float,
         backend: Backend = TORCH,
         undo: bool = True,
     ) -> None:
         self._variables = [_Variable(parameter, views, undo) for parameter, views in matrices]
-        self._steps = steps
-        self._rate = rate
         self._backend = backend
         self._done = 0
         for parameter in self.parameters:
@@ -74,24 +68,18 @@ class KeptWeights:
         return gradients
 
     def step(
-        self,
-        backward: Callable[[], None] = lambda: None,
-        trial: bool = False,
-        rate: float | None = None,
-        more: bool = False,
+        self, rate: float, backward: Callable[[], None] = lambda: None, trial: bool = False, more: bool = False
     ) -> None:
         """Move the weights against the gradients, and drop the gradients.
 
         Args:
+            rate: the rate of this step.
             backward: computes the missing gradients. A parameter moves as soon as its gradient is complete, so that few
                 gradients are in memory together. A parameter moves after `backward` if it shares its memory, has a
                 gradient already, or gets its gradient in slices (see `SliceGradients`).
             trial: only call `backward`, to see whether it raises an error. Nothing moves, and no step is counted.
-            rate: the rate of this step; None: the rate falls to 0 along half a period of a cosine.
             more: whether more windows of the same step follow. Then the gradients only join m and v.
         """
-        if rate is None:
-            rate = self._rate * (1 + math.cos(math.pi * self._done / self._steps)) / 2
         self._done += not (trial or more)
         moves: dict[int, Callable[[], None]] = {}
         for x in self._variables:

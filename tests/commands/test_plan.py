@@ -75,7 +75,7 @@ def test_lines_and_json(config, tmp_path, capsys):
     peak = max(peak["gpu"] for peak in content["memory"].values()) / 2**30
     assert re.search(rf"^all +{peak:.2f} ", out, re.MULTILINE)
     assert re.search(r"^placement: 1 window at a time, solves in [\d.e-]+ GiB; activations: gpu", out, re.MULTILINE)
-    tokens = 2 * content["workload"]["windows"] * content["workload"]["seqlen"]
+    tokens = 4 * content["workload"]["windows"] * content["workload"]["seqlen"]
     assert content["recovery"] == {"tokens": tokens, "seqlen": 32}
     assert out.endswith(f"recovery of the whole model: {tokens:,} tokens in windows of 32\n")
     # The pruned blocks stay until the end.

@@ -91,6 +91,8 @@ def test_losses_are_those_of_their_definition(reconstructed, llama):
         assert found.before == pytest.approx(before, rel=1e-4)
         assert found.put_back == (not found.after < found.before)
         assert (found.before if found.put_back else found.after) == pytest.approx(expected, rel=1e-4)
+        rates = [reconstruct.RATE * (1 + math.cos(math.pi * n / found.steps)) / 2 for n in range(found.steps)]
+        assert seen.rates[i * found.steps :][: found.steps] == pytest.approx(rates)
     # It is of use, or this would not show much.
     assert report.blocks[0].reconstruction.after < 0.99 * report.blocks[0].reconstruction.before
 

@@ -64,9 +64,10 @@ def change_rates(patch, rate_of):
     """The rate of step n becomes rate_of(n, rate)."""
     step, made = distill._step, itertools.count()
 
-    def changed(*given, rate=None, **options):
-        moves = {} if rate is None else {"rate": rate_of(next(made), rate)}
-        return step(*given, **moves, **options)
+    def changed(*given, **options):
+        if "rate" in options and "trial" not in options:
+            options["rate"] = rate_of(next(made), options["rate"])
+        return step(*given, **options)
 
     patch.setattr(distill, "_step", changed)
 
@@ -226,7 +227,7 @@ def test_hours_end_the_steps_and_choose_their_number(go, monkeypatch, capsys):
 
 
 def test_by_default_it_takes_what_fits(go, monkeypatch, capsys):
-    assert report_of(go("fits", *DEFAULT)).arguments["recover"] == 2 * 6 * 32
+    assert report_of(go("fits", *DEFAULT)).arguments["recover"] == 4 * 6 * 32
     monkeypatch.setattr(placement, "recovery_needs", lambda *given: MemoryNeeds({"recover": (0, 2**50)}))
     capsys.readouterr()
     assert report_of(go("none", *DEFAULT)).recovery is None

@@ -52,7 +52,7 @@ def change_report(output, **arguments):
 )
 def test_kept_weights_alone_change_and_predictions_come_closer(pruned, tmp_path, capsys, family, dtype):
     _, output = pruned(*WANDA, "--eval", "default", "--eval-windows", "2", family=family, dtype=dtype)
-    folder, report = recovered(output, tmp_path / "recovered", "--nsamples", 20)
+    folder, report = recovered(output, tmp_path / "recovered", "--recover", 640)
     before, after = tensors_of(output), tensors_of(folder)
     assert after.keys() == before.keys()
     for name, tensor in after.items():
@@ -70,12 +70,12 @@ def test_kept_weights_alone_change_and_predictions_come_closer(pruned, tmp_path,
     # Perplexities are of the weights before.
     assert read_report(output / "report.json").evaluation
     assert report.evaluation == []
-    flags = "--dataset text.txt --nsamples 20 --seqlen 32 --seed 1"
+    flags = "--dataset text.txt --recover 640 --seed 1"
     card = (folder / "README.md").read_text()
     assert f"--output pruned\npython -m sparsefw.recover pruned recovered {flags}\n" in card
     assert "recovered on 20 windows of 32 tokens of " in (folder / "report.html").read_text()
     if family == "llama":
-        again, _ = recovered(output, tmp_path / "again", "--nsamples", 20)
+        again, _ = recovered(output, tmp_path / "again", "--recover", 640)
         assert {**contents(again), "README.md": b""} == {**contents(folder), "README.md": b""}
         assert pack.main([str(folder), str(tmp_path / "packed")]) == 0
 
@@ -85,9 +85,9 @@ def test_losses_and_steps_are_those_of_the_definition(pruned, tmp_path, monkeypa
     """In half precision, that of a processor which computes in fp32: the loss is of the rounded weights."""
     monkeypatch.setattr(arithmetic, "computes_in_fp32", lambda dtype, device: True)
     source, output = pruned(*WANDA, dtype=dtype)
-    folder, report = recovered(output, tmp_path / "recovered", "--nsamples", 2)
+    folder, report = recovered(output, tmp_path / "recovered", "--recover", 64)
     text = output.parent / "text.txt"
-    ids = calibration_windows(load_tokenizer(source), str(text), nsamples=2, seqlen=32, seed=1).ids
+    ids = calibration_windows(load_tokenizer(source), str(text), nsamples=6, seqlen=32, seed=1).ids[:2]
     models = [AutoModelForCausalLM.from_pretrained(x, dtype=torch.float64) for x in (source, output, folder)]
     dense, *both = (model(ids).logits.log_softmax(-1) for model in models)
     # Kullback and Leibler's divergence of both windows, the first of which is held out.
@@ -130,7 +130,7 @@ def test_steps_give_the_same_bits_or_name_what_does_not(pruned, tmp_path, capsys
         watched = (modes, varies)
         # Weights of the last MLP would have moved in the step that is refused.
         monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x, w=watched: forward(mlp, Watched.apply(x, *w)))
-        recovered(output, tmp_path / str(varies), "--nsamples", 4)
+        recovered(output, tmp_path / str(varies), "--recover", 128)
         assert modes.count(refuses if varies else warns) == varies
         assert ("another run may give other bits: put_" in capsys.readouterr().out) == varies
     same(tmp_path / "True", tmp_path / "False")
@@ -138,10 +138,10 @@ def test_steps_give_the_same_bits_or_name_what_does_not(pruned, tmp_path, capsys
 
 def test_each_recovery_has_other_windows(pruned, tmp_path):
     _, output = pruned(*WANDA)
-    first, _ = recovered(output, tmp_path / "first", "--nsamples", 4)
-    second, report = recovered(first, tmp_path / "second", "--nsamples", 20)
+    first, _ = recovered(output, tmp_path / "first", "--recover", 128)
+    second, report = recovered(first, tmp_path / "second", "--recover", 640)
     assert [x.data.seed for x in report.recoveries] == [1, 2]
-    flags = "--dataset text.txt --nsamples 20 --seqlen 32 --seed 2"
+    flags = "--dataset text.txt --recover 640 --seed 2"
     assert f"python -m sparsefw.recover recovered-1 second {flags}\n" in (second / "README.md").read_text()
 
 
@@ -152,7 +152,7 @@ def test_what_was_pruned_is_found_in_the_hub_or_named(pruned, copied, tmp_path, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     change_report(output, model="org/name")
     for flags, model in (((), "org/name"), (("--model", source), str(source))):
-        _, report = recovered(output, tmp_path / f"recovered{len(flags)}", "--nsamples", 4, *flags)
+        _, report = recovered(output, tmp_path / f"recovered{len(flags)}", "--recover", 128, *flags)
         assert report.recoveries[0].model == model
 
 
@@ -160,7 +160,7 @@ def test_weights_without_gradients_stay(pruned, tmp_path, monkeypatch):
     """Such as those that choose what a sparse attention looks at."""
     _, output = pruned(*WANDA)
     monkeypatch.setattr(LlamaMLP, "forward", lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.up_proj(x).detach()))
-    folder, _ = recovered(output, tmp_path / "recovered", "--nsamples", 8)
+    folder, _ = recovered(output, tmp_path / "recovered", "--recover", 256)
     before, after = tensors_of(output), tensors_of(folder)
     assert torch.equal(*(x["model.layers.1.mlp.up_proj.weight"] for x in (before, after)))
     assert not torch.equal(before[DOWN], after[DOWN])
@@ -190,8 +190,8 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
         (output, "--model", half, another),
         (output, "--model", retrained, another),
         (output, "--model", output, "is the output itself"),
-        (output, "--model", same, "nothing is gained; give more windows (--nsamples)"),
-        (output, "--nsamples", 1, "--nsamples 1: give two windows or more"),
+        (output, "--model", same, "nothing is gained; give more tokens (--recover)"),
+        (output, "--recover", 0, "--recover 0: there is nothing to do"),
         (output, "--host-memory", 0.1, "--host-memory 0.1: this run needs at least "),
     ):
         capsys.readouterr()
@@ -223,20 +223,20 @@ def test_what_cannot_be_written_is_refused_before_the_steps(pruned, tmp_path, ca
 def test_an_interrupted_one_goes_on(pruned, tmp_path, monkeypatch, capsys, n):
     """While blocks are copied, between the steps and the end, and at the end."""
     _, output = pruned(*WANDA)
-    expected, _ = recovered(output, tmp_path / "x", "--nsamples", 4)
+    expected, _ = recovered(output, tmp_path / "x", "--recover", 128)
     shutil.move(expected, tmp_path / "expected")
     with monkeypatch.context() as patched:
         interrupted_at(patched, n)
-        assert recover.main([str(output), str(tmp_path / "x"), "--nsamples", "4"]) == 130
+        assert recover.main([str(output), str(tmp_path / "x"), "--recover", "128"]) == 130
     assert "shards are finished: the same command goes on from there" in capsys.readouterr().err
-    assert recover.main([str(output), str(tmp_path / "x"), "--nsamples", "20"]) == 2
-    assert "an unfinished run of other input is there: --nsamples was 4, and is 20" in capsys.readouterr().err
-    folder, _ = recovered(output, tmp_path / "x", "--nsamples", 4)
+    assert recover.main([str(output), str(tmp_path / "x"), "--seed", "7"]) == 2
+    assert "an unfinished run of other input is there: --seed was 1, and is 7" in capsys.readouterr().err
+    folder, _ = recovered(output, tmp_path / "x", "--recover", 128)
     assert contents(folder) == contents(tmp_path / "expected")
 
 
 def test_the_model_writes_the_text(pruned, tmp_path):
     _, output = pruned(*WANDA)
-    folder, report = recovered(output, tmp_path / "recovered", "--dataset", "self", "--nsamples", 20)
+    folder, report = recovered(output, tmp_path / "recovered", "--dataset", "self", "--recover", 640)
     assert report.recoveries[0].data.source.startswith("self (T=")
-    assert len((folder / "calibration.jsonl").read_text().splitlines()) == 20
+    assert len((folder / "calibration.jsonl").read_text().splitlines()) == 6

@@ -12,6 +12,7 @@ from sparsefw.driver import reconstruct
 from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.report.content import Report, read_report
 from sparsefw.run import main
+from sparsefw.solver.kept_weights import KeptWeights
 
 SEQLEN, WINDOWS = 48, 8
 SMALL = f"--nsamples {WINDOWS} --seqlen {SEQLEN} --seed 1 --kernel torch --precision ieee".split()
@@ -49,6 +50,7 @@ class Seen:
 
     Attributes:
         weights: by block, the tensors of the block before it is reconstructed.
+        rates: the rates of all steps.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
@@ -59,6 +61,8 @@ class Seen:
             return reconstruct.reconstruct(run, i, *args)
 
         patch.setattr(driver, "reconstruct", spy)
+        self.rates, step = [], KeptWeights.step
+        patch.setattr(KeptWeights, "step", lambda weights, rate: self.rates.append(rate) or step(weights, rate))
 
 
 def run(folder: Path, output: Path, *flags: str) -> tuple[Report, Seen]:

@@ -31,8 +31,8 @@ def commands_of(report: Report, name: str) -> list[str]:
     if from_python(report):
         lines = ["from sparsefw import prune", "", _call(report, report.given, names[0])]
     for n, one in enumerate(report.recoveries):
-        given: dict[str, Argument] = {"dataset": one.dataset, "nsamples": one.data.windows}
-        given |= {"seqlen": one.data.seqlen, "seed": one.data.seed}
+        tokens = one.tokens or one.data.windows * one.data.seqlen
+        given: dict[str, Argument] = {"dataset": one.dataset, "recover": tokens, "seed": one.data.seed}
         if one.model != report.argument("model", str):
             given = {"model": one.model, **given}
         words = ["python -m sparsefw.recover", *map(shlex.quote, names[n : n + 2]), *flags_of(given)]
