@@ -45,11 +45,10 @@ test-llmcompressor:
 versions:
 	tests/versions.sh
 
-# On this machine: every operation, by the command and by pytest-benchmark, and whole solves.
+# On this machine: every operation, by the command and by pytest-benchmark.
 bench:
 	python -m bench
 	pytest --gpu bench/kernels/bench_*.py
-	python bench/runs/solve.py
 
 # Every operation once, at tiny sizes, without timing: a wrong result is an error.
 bench-once:

@@ -5,12 +5,13 @@
 
 A cell of the study is a row of ROWS at one sparsity. The script prunes the model for it. Then it evaluates the result
 on each NEAR.txt, a text of the calibration text's kind; on the language reference of Python; on far texts (texts.py);
-and on tasks made of the far texts (tasks.py). It adds a cell to the results file as soon as the cell is known, and does
-not measure a cell of the file again: the same command resumes a study. FOLDER gets the model, the texts and the pruned
-checkpoints, 270 MB each. A checkpoint there is not pruned again, so another version of the code needs a new FOLDER.
+and on tasks made of the far texts (tasks.py). It measures no cell of the results file again, and prunes no checkpoint
+again that is in FOLDER: the same command resumes a study, and another version of the code needs a new FOLDER. FOLDER
+gets the model, the texts and the checkpoints, 270 MB each.
 
 The far texts have two halves of other documents. Choose settings by `--half choose`, into other --results, and report
 results of the other half.
+With --curve the rows are those of CURVE: starts, recovered on more and more tokens of a mixture of texts.
 With --tiny the built-in model is pruned in seconds, and nothing is downloaded.
 """
 
@@ -27,7 +28,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, linear_regression
 
 # The modules of bench/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,7 +37,7 @@ from host import REPO, commit, cpu
 from report import plain
 from smollm2 import build_checkpoint
 from tasks import CHANCE, write_tasks
-from texts import HALVES, REFERENCE, SOURCES, write_texts
+from texts import DOCUMENTS, HALVES, MIXTURE, REFERENCE, SOURCES, write_texts
 
 RESULTS = REPO / "bench/results/quality.json"
 
@@ -44,6 +45,7 @@ SPARSITIES = ("0.5", "0.6", "0.7", "2:4")
 # The sparsity of the tables that have a column for each text, task or phase.
 DETAILED = "0.6"
 WINDOWS = ["--nsamples", "64", "--seqlen", "512"]
+CURVE_WINDOWS = ["--nsamples", "64", "--seqlen", "256"]
 EVALUATION = ["--seqlen", "512", "--eval-windows", "20", "--limit", "300"]
 TINY_WINDOWS = ["--nsamples", "4", "--seqlen", "32"]
 TINY_EVALUATION = ["--seqlen", "32", "--eval-windows", "2", "--limit", "4"]
@@ -61,10 +63,16 @@ ROWS = {
     "Wanda, reconstructed": "--method wanda --reconstruct 2",
     "SparseGPT, reconstructed": "--method sparsegpt --reconstruct 2",
     "reconstructed, not recovered": "--recover 0",
+    "the default, 65,536 tokens": "--recover 65536",
     "the default": "",
-    "the default, 131,072 tokens": "--recover 131072",
-    "Wanda, recovered, 131,072 tokens": "--method wanda --recover 131072",
-    "SparseGPT, recovered, 131,072 tokens": "--method sparsegpt --recover 131072",
+}
+# The rows of the curve: a start, and after it a recovery on a mixture of texts.
+TOKENS = (0, 32_768, 131_072, 524_288, 1_048_576, 2_097_152, 4_194_304)
+PREDICTED = (4_194_304, 10_000_000, 100_000_000)
+STARTS = {"the default": "--recover 0", "Wanda": "--method wanda", "SparseGPT": "--method sparsegpt"}
+CURVE = {
+    f"{start} + {tokens:,}": f"{flags} then --recover {tokens}" if tokens else flags
+    for (start, flags), tokens in product(STARTS.items(), TOKENS)
 }
 
 
@@ -80,42 +88,46 @@ def check_texts(results: dict[str, dict], paths: list[Path]) -> None:
             sys.exit(f"{path.name}: the results are of another text of this name; give another --results")
 
 
-def measure(row: str, sparsity: str, folder: Path, pruning: list[str], evaluation: list[str]) -> tuple[dict, dict]:
-    """Prune and evaluate.
+def pruned(flags: str, sparsity: str, folder: Path, pruning: list[str], mixture: list[str]) -> tuple[str, dict]:
+    """Prune, and recover on a mixture.
 
     Args:
-        row: the row.
+        flags: flags of the run; after "then" those of the recovery that follows it.
         sparsity: the sparsity.
         folder: folder of the outputs. Rows with the same flags share a pruned checkpoint.
         pruning: flags that all runs have.
-        evaluation: arguments that all evaluations have.
+        mixture: flags that all recoveries have.
 
     Returns:
-        The part of the cell that tells how it was made, and the content of evaluation.json.
+        The folder of the output, and the part of the cell that tells how it was made.
     """
-    flags = ROWS[row]
-    output, commands = folder / re.sub(r"\W+", "-", f"pruned {flags} {sparsity}"), []
+    run, _, recovery = flags.partition(" then ")
+    output, made = folder / re.sub(r"\W+", "-", f"pruned {flags} {sparsity}"), {"commands": {}}
+    program = ["bench/quality/admm.py"] if "admm" in flags else ["-m", "sparsefw.run"]
+    command = [*program, *pruning, *run.split(), "--sparsity", sparsity, "--output", str(output)]
+    if recovery:
+        start, made = pruned(run, sparsity, folder, pruning, mixture)
+        command = ["-m", "sparsefw.recover", start, str(output), *recovery.split(), *mixture]
     if not output.exists():
-        program = ["bench/quality/admm.py"] if "admm" in flags else ["-m", "sparsefw.run"]
-        commands.append([*program, *pruning, *flags.split(), "--sparsity", sparsity, "--output", str(output)])
-    commands.append(["-m", "sparsefw.evaluate", str(output), *evaluation, "--output", str(output), "--overwrite"])
-    seconds = {}
-    for command in commands:
-        started = time.perf_counter()
-        subprocess.run([sys.executable, *command], cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}, check=True)
-        seconds[" ".join(command)] = round(time.perf_counter() - started, 1)
+        made["commands"][" ".join(command)] = measured(command)
     report = json.loads((output / "report.json").read_text("utf-8"))
-    made = {
+    made |= {
         "commit": commit(),
         "machine": {"cpu": cpu(), "device": report["device"], **report["versions"]},
-        "commands": seconds,
         "seconds": report["seconds"],
     }
     layers = [layer for layer in report["layers"] if layer["method"] == report["arguments"]["method"]]
     # An error compares with Wanda's only where a layer approximates its own product.
     if all(layer["target"] == "layer" for layer in layers):
         made["error"] = fmean(layer["relative_error"] for layer in layers)
-    return made, json.loads((output / "evaluation.json").read_text("utf-8"))
+    return str(output), made
+
+
+def measured(command: list[str]) -> float:
+    """Run a command of Python, and return its seconds."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, *command], cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}, check=True)
+    return round(time.perf_counter() - started, 1)
 
 
 def evaluated(evaluation: dict, model: str, half: str) -> dict:
@@ -176,7 +188,27 @@ def tables(cells: dict[str, dict]) -> str:
             for key in ordered
             if key.endswith(DETAILED)
         }
+    made["perplexity of far texts after more tokens, as a line predicts"] = predictions(cells)
     return "\n".join(f"{name}\n\n{markdown(rows)}" for name, rows in made.items())
+
+
+def predictions(cells: dict[str, dict]) -> dict[str, dict[str, str]]:
+    """Predict ratios of far texts after recoveries on more tokens, from those of the curve.
+
+    They are a tokens^-b in their logarithms: a line, by least squares, if tokens have a logarithm, too.
+    """
+    points, made = {}, {}
+    for key, cell in cells.items():
+        start, more, tokens = key.partition(" | ")[0].partition(" + ")
+        if more:
+            point = math.log(int(tokens.replace(",", ""))), math.log(math.log(cell["ratio"]))
+            points.setdefault(f"{start}, {key.partition(' | ')[2]}", []).append(point)
+    for name, found in points.items():
+        if len(found) > 1:
+            slope, at_one = linear_regression(*zip(*found, strict=True))
+            of = {tokens: math.exp(math.exp(slope * math.log(tokens) + at_one)) for tokens in PREDICTED}
+            made[name] = {f"{tokens:>11,}": f"{ratio:.2f}" for tokens, ratio in of.items()}
+    return made
 
 
 def markdown(rows: dict[str, dict[str, str]]) -> str:
@@ -187,39 +219,50 @@ def markdown(rows: dict[str, dict[str, str]]) -> str:
 
 
 def study(arguments: argparse.Namespace, results: dict[str, dict]) -> None:
-    """Measure the cells that are missing, and write the results after each."""
+    """Measure the cells that are missing: prune for each, evaluate all models together, and write the results."""
     folder, half = arguments.folder.resolve(), arguments.half
     calibration, *held_out = (path.resolve() for path in arguments.texts)
-    model, windows, evaluation = str(folder / "smollm2"), WINDOWS, EVALUATION
-    sources = [REFERENCE, *(source for source in SOURCES if source.name.startswith(half))]
+    model, windows, evaluation = str(folder / "smollm2"), CURVE_WINDOWS if arguments.curve else WINDOWS, EVALUATION
+    sources, mixture = [REFERENCE, *(source for source in SOURCES if source.name.startswith(half))], MIXTURE
     if arguments.tiny:
         model, windows, evaluation = "default", TINY_WINDOWS, TINY_EVALUATION
-        sources = [replace(REFERENCE, name=f"{half}_reference")]
+        sources, mixture = [replace(REFERENCE, name=f"{half}_reference")], ()
     elif not Path(model).exists():
         build_checkpoint(Path(model))
     suite = folder / half
     if not suite.exists():
-        documents = write_texts(suite, sources, calibration)
+        documents = write_texts(suite, sources, [calibration])
         # In comments of code there is English, too.
         prose = [name for name in documents if name.startswith(half) and "code" not in name]
         write_tasks(suite, half, [document for name in prose for document in documents[name]])
     held_out += sorted(suite.glob("*.txt"))
     check_texts(results, [calibration, *held_out])
+    if arguments.curve and not (folder / "mixture").exists():
+        write_texts(folder / "mixture", mixture, [calibration, *held_out], DOCUMENTS)
     texts = [flag for path in held_out for flag in ("--eval", str(path))]
     evaluation = ["--against", model, *texts, "--tasks", half, "--include-path", str(suite), *evaluation]
     pruning = ["--model", model, "--dataset", str(calibration), *windows]
-    for sparsity, row in product(SPARSITIES, ROWS):
+    of_mixture = [calibration, *sorted((folder / "mixture").glob("*.txt"))]
+    mixed = ["--model", model, *(flag for path in of_mixture for flag in ("--dataset", str(path)))]
+    rows, made = CURVE if arguments.curve else ROWS, {}
+    for sparsity, row in product(SPARSITIES, rows):
         key = f"{row} | {sparsity}"
-        if arguments.only not in key or key in results["cells"]:
-            continue
-        made, found = measure(row, sparsity, folder, pruning, evaluation)
-        pruned = next(name for name in found["models"] if name != model)
-        results["cells"].setdefault(f"dense | {DETAILED}", evaluated(found, model, half))
-        results["cells"][key] = made | evaluated(found, pruned, half)
-        # The file is never there in part.
-        partial = arguments.results.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-        partial.replace(arguments.results)
+        if arguments.only in key and key not in results["cells"]:
+            made[key] = pruned(rows[row], sparsity, folder, pruning, mixed)
+    if not made:
+        return
+    outputs = list(dict.fromkeys(output for output, _ in made.values()))
+    command = ["-m", "sparsefw.evaluate", *outputs, *evaluation, "--output", str(folder / "evaluated"), "--overwrite"]
+    seconds = measured(command)
+    found = json.loads((folder / "evaluated/evaluation.json").read_text("utf-8"))
+    results["cells"].setdefault(f"dense | {DETAILED}", evaluated(found, model, half))
+    for key, (output, how) in made.items():
+        how["commands"][" ".join(command)] = seconds
+        results["cells"][key] = how | evaluated(found, output, half)
+    # The file is never there in part.
+    partial = arguments.results.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    partial.replace(arguments.results)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -231,6 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="default: bench/results/quality.json")
     add("--only", default="", metavar="TEXT", help="measure cells with this in their name, such as 'Wanda | 0.6'")
     add("--half", choices=HALVES, default="report", help="half of the far texts (default: report)")
+    add("--curve", action="store_true", help="measure the rows of CURVE")
     add("--table", action="store_true", help="measure nothing, and print the tables of the results")
     add("--tiny", action="store_true", help="prune the built-in model in place of SmolLM2")
     arguments = parser.parse_intermixed_args(argv)

