@@ -277,7 +277,8 @@ def _packing(job: "Job") -> Iterator[None]:
         except BaseException as error:
             # Drop notes that say that the same command resumes: the run is complete, and only packing is not.
             getattr(error, "__notes__", []).clear()
-            remedy = "" if isinstance(error, InputError) else f"; sparsefw pack {folder} {packed} resumes packing"
+            resumes = f"; python -m sparsefw.pack {folder} {packed} resumes packing"
+            remedy = "" if isinstance(error, InputError) else resumes
             error.add_note(f"{folder} is complete{remedy}")
             raise
     job.ranks.barrier()

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sparsefw import __version__
 from sparsefw.environment import set_environment
 from sparsefw.errors import (
     InputError,
@@ -35,7 +36,17 @@ from sparsefw.fields import DEPENDS, checked_path
 from sparsefw.inputs import Inputs, Output
 from sparsefw.solver.config import PruneConfig
 
-COMMANDS = ("run", "plan", "verify", "evaluate", "recover", "pack", "unpack")
+# What each command does.
+COMMANDS = {
+    "run": "prune a checkpoint",
+    "plan": "tell memory, placement and disk of a run beforehand",
+    "verify": "check an output against its report and its source",
+    "evaluate": "measure perplexities and tasks of checkpoints",
+    "recover": "fit all kept weights of an output together",
+    "pack": "leave out the zeros of an output",
+    "unpack": "make a packed output dense again",
+    "lm_eval": "the command of lm-evaluation-harness, with the model sparsefw",
+}
 
 # Exit statuses. MISTAKE is EX_SOFTWARE in sysexits.h. INTERRUPTED is the status that shells use for Ctrl-C.
 FAILED, BAD_INPUT, MISTAKE, INTERRUPTED = 1, 2, 70, 130
@@ -52,8 +63,13 @@ def main() -> int:
     name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if name in COMMANDS:
         return int(importlib.import_module(f"sparsefw.{name}").main())
-    print(f"usage: sparsefw {{{','.join(COMMANDS)}}} ... (--help after a command lists its options)", file=sys.stderr)
-    return 0 if name in ("-h", "--help") else BAD_INPUT
+    if name == "--version":
+        print(f"sparsefw {__version__}")
+        return 0
+    helped = name in ("-h", "--help")
+    lines = ["usage: python -m sparsefw.COMMAND ...", "", *(f"  {x:<9} {what}" for x, what in COMMANDS.items())]
+    print("\n".join([*lines, "", "--help after a command lists its flags"]), file=sys.stdout if helped else sys.stderr)
+    return 0 if helped else BAD_INPUT
 
 
 @dataclass
@@ -152,7 +168,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str | None) -> None:
         super().__init__(
-            prog=f"sparsefw {command}",
+            prog=f"python -m sparsefw.{command}",
             description=description,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -168,7 +184,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_parser(description: str | None, command: str = "run") -> Parser:
-    """Make the parser of `sparsefw run`, with flags for all fields of Inputs, PruneConfig and Output."""
+    """Make the parser of a run, with flags for all fields of Inputs, PruneConfig and Output."""
     parser = Parser(command, description)
     for f in (*fields(Inputs), *fields(PruneConfig), *fields(Output)):
         add_flag(parser, f)

@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: `sparsefw evaluate MODEL --tasks hellaswag,arc_easy --eval wikitext`.
+"""Evaluate checkpoints: `python -m sparsefw.evaluate MODEL --tasks hellaswag,arc_easy --eval wikitext`.
 
 MODEL is a folder or a Hub id, dense or pruned. One block is in memory at a time: all requests of all tasks go through
 block 0, then through block 1, and so on. Tasks are those of lm-evaluation-harness that need likelihoods only.

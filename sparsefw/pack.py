@@ -1,8 +1,8 @@
-"""Pack a pruned checkpoint, so that its zeros take no space: `sparsefw pack PRUNED PACKED`.
+"""Pack a pruned checkpoint, so that its zeros take no space: `python -m sparsefw.pack PRUNED PACKED`.
 
 Each pruned matrix is stored as its kept weights and one bit for each weight: at 60 % in bf16, 0.46 of its bytes. Other
-tensors are copied. After `import sparsefw.packed` transformers loads the folder. `sparsefw unpack` restores the same
-bits. After an interruption the same command resumes.
+tensors are copied. After `import sparsefw.packed` transformers loads the folder. `python -m sparsefw.unpack` restores
+the same bits. After an interruption the same command resumes.
 """
 
 import sys

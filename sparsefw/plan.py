@@ -1,4 +1,4 @@
-"""Plan a run: `sparsefw plan --model MODEL --gpu h100`, with the flags of `sparsefw run`.
+"""Plan a run: `python -m sparsefw.plan --model MODEL --gpu h100`, with the flags of a run.
 
 A plan reads only the model's config.json, and downloads nothing else; --model may also name this file. It prints peak
 memory by phase, the placement (how much is in memory at a time, and where), and disk space.

@@ -1,4 +1,4 @@
-"""Recover part of the quality that pruning has cost: `sparsefw recover PRUNED OUTPUT`.
+"""Recover part of the quality that pruning has cost: `python -m sparsefw.recover PRUNED OUTPUT`.
 
 All kept weights are fitted together, so that the pruned model predicts what the dense model does. Zeros stay zeros.
 The model and the optimizer's state have to fit into memory: at 60 % in bf16, 8.8 bytes per weight. More tokens give
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     """Recover from the command line; returns the exit status, see `Outcome`."""
     with launched(argv) as outcome:
         parser = Parser("recover", __doc__)
-        parser.add_argument("pruned", type=folder, metavar="PRUNED", help="folder that sparsefw run wrote")
+        parser.add_argument("pruned", type=folder, metavar="PRUNED", help="folder that sparsefw wrote")
         parser.add_argument("folder", type=folder, metavar="OUTPUT", help="folder for the result")
         for f in (*fields(Inputs), *fields(PruneConfig), *fields(Output)):
             if f.name in FLAGS:

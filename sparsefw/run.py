@@ -1,4 +1,4 @@
-"""Prune a Hugging Face checkpoint: `sparsefw run --model MODEL --sparsity 0.6 --output pruned/`.
+"""Prune a Hugging Face checkpoint: `python -m sparsefw.run --model MODEL --sparsity 0.6 --output pruned/`.
 
 Without arguments it prunes the built-in model, a tiny Llama, on text that comes with every CPython.
 """

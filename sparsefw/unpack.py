@@ -1,4 +1,4 @@
-"""Make a packed checkpoint dense again: `sparsefw unpack PACKED OUTPUT`. Tensors get the same bits back."""
+"""Make a packed checkpoint dense again: `python -m sparsefw.unpack PACKED OUTPUT`. Tensors get the same bits back."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Check a pruned checkpoint against its report and its source: `sparsefw verify OUTPUT [--against MODEL]`.
+"""Check a pruned checkpoint against its report and its source: `python -m sparsefw.verify OUTPUT [--against MODEL]`.
 
 It checks the digests of all files. Then it reads the checkpoint block by block, and checks that
 
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Verify from the command line; returns the exit status, see `Outcome`."""
     with launched(argv) as outcome:
         parser = Parser("verify", __doc__)
-        parser.add_argument("output", type=folder, metavar="OUTPUT", help="folder written by sparsefw run")
+        parser.add_argument("output", type=folder, metavar="OUTPUT", help="folder that sparsefw wrote")
         parser.add_argument(
             "--against",
             metavar="ID|PATH",

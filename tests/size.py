@@ -15,11 +15,11 @@ REPO = Path(__file__).resolve().parents[1]
 
 # Round numbers. They move by a decision alone. Words are those of README.md and docs/.
 LIMITS = {
-    "core of sparsefw: tokens": 109_000,
+    "core of sparsefw: tokens": 111_000,
     "extras of sparsefw: tokens": 22_000,
     "kernels: tokens": 35_000,
     "bench: tokens": 28_000,
-    "tests: tokens": 163_000,
+    "tests: tokens": 165_000,
     "C++ of kernels: lines": 500,
     "documents: words": 15_000,
 }

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from sparsefw.cli import launched
+from sparsefw import __version__
+from sparsefw.cli import COMMANDS, launched
 from sparsefw.errors import InputError
 
 
@@ -71,6 +72,9 @@ for command in {HELPED}:
     sys.argv = ["sparsefw", command, "--help"]
     with suppress(SystemExit):
         main()
+for flag in ("--help", "--version"):
+    sys.argv = ["sparsefw", flag]
+    assert main() == 0
 assert "torch" not in sys.modules
 sys.argv = ["sparsefw", "prune"]
 assert main() == 2
@@ -79,7 +83,11 @@ assert main() == 2
 
 def test_help_does_not_wait_for_torch():
     done = subprocess.run([sys.executable, "-c", HELP], check=True, capture_output=True, text=True)
-    assert all(f"usage: sparsefw {command} " in done.stdout for command in HELPED)
+    assert all(f"usage: python -m sparsefw.{command} " in done.stdout for command in HELPED)
+    assert all(f"  {command:<9} " in done.stdout for command in COMMANDS)
+    assert done.stdout.endswith(f"sparsefw {__version__}\n")
+    whole = subprocess.run([sys.executable, "-m", "sparsefw"], check=False, capture_output=True, text=True)
+    assert (whole.returncode, whole.stdout, whole.stderr[:6]) == (2, "", "usage:")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Prune by ADMM, with the flags of `sparsefw run`: `python bench/quality/admm.py --method admm ...`.
+"""Prune by ADMM, with the flags of a run: `python bench/quality/admm.py --method admm ...`.
 
 ADMM (Boza 2024, arXiv 2401.02938) is a rival in the quality study. The package does not offer it.
 """

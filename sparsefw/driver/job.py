@@ -163,7 +163,7 @@ def workload_of(job: Job, windows: Sequence[int], seqlen: int, device: torch.dev
     ranks, sizes_here = job.ranks, (memory.resident(), memory.held_on_gpu(device))
     has, held = (max(sizes) for sizes in zip(*ranks.gather(sizes_here), strict=True))
     if job.folder is not None and job.dataset is None:
-        # Counts at least what `sparsefw plan` counts: a process with all libraries loaded.
+        # Counts at least what a plan counts: a process with all libraries loaded.
         has = max(has, process_bytes(job.inputs, windows[1:], seqlen, 0))
     return Workload(
         windows=-(-windows[0] // ranks.count),

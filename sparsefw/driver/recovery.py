@@ -64,7 +64,7 @@ def settle_recovery(run: Run, workload: Workload) -> Run:
 def _impossible(run: Run) -> str:
     """Tell why a model cannot be recovered, apart from memory; empty if it can."""
     if not run.ranks.alone:
-        return f"{run.ranks.count} ranks prune; sparsefw recover does it afterwards, in one process"
+        return f"{run.ranks.count} ranks prune; python -m sparsefw.recover does it afterwards, in one process"
     if run.model.runs is not run.model.model or not run.model.logits_itemsize:
         return f"{type(run.model.model).__name__} predicts no tokens"
     if isinstance(run.calibration, Batches) and run.job.inputs.nsamples < 2:

@@ -1,4 +1,4 @@
-"""Plan a run from the model's config alone: the content that `sparsefw plan` prints and writes as JSON."""
+"""Plan a run from the model's config alone: the content that the command prints and writes as JSON."""
 
 import os
 from collections.abc import Iterator

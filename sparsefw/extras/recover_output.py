@@ -1,4 +1,4 @@
-"""Recover an output that is there: `sparsefw recover PRUNED OUTPUT`.
+"""Recover an output that is there: `python -m sparsefw.recover PRUNED OUTPUT`.
 
 The pruned blocks are copied into the output's folder, as if a run had just finished them. Then follows the recovery at
 the end of a run (`driver.recovery`), with other windows than the run's.
@@ -40,7 +40,7 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
     """Fit all kept weights of a pruned checkpoint together, and write it with its report.
 
     Args:
-        pruned: folder of a checkpoint that `sparsefw run` wrote.
+        pruned: folder of a pruned checkpoint.
         output: where to write, and the memory limits.
         given: fields of Inputs that the user set, and "recover", the number of tokens. "model" names the dense model.
             Other fields are those of the run, except the seed, which is 1 above that of the run or of its last
@@ -109,7 +109,7 @@ def _job(
     """Read a pruned checkpoint and its report, and make the job of its recovery."""
     report, source = report_of(pruned), inspect(pruned)
     if source.quantization:
-        raise InputError(f"{pruned}: packed; sparsefw unpack makes it dense again")
+        raise InputError(f"{pruned}: packed; python -m sparsefw.unpack makes it dense again")
     model = given.get("model", None if report.in_memory else report.argument("model", str))
     try:
         folder, missing = find_source(report, pruned, model, "model")

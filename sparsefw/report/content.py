@@ -217,7 +217,7 @@ class Report:
         ranks: the processes of a run on several processes; empty for one process.
         in_memory: whether the caller passed a model in memory; else the model came from the checkpoint in `model`.
         recovery: the run's own recovery; None: it had none, or it gained nothing.
-        recoveries: later recoveries, by `sparsefw recover`, in order.
+        recoveries: recoveries of the finished output, in order.
         given: by name, the arguments that the user gave; None: an older version wrote the report without this field.
     """
 
@@ -304,9 +304,9 @@ def report_of(folder: Path) -> Report:
         InputError: there is no report, or as for `read_report`.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give one that sparsefw run wrote")
+        raise InputError(f"{folder}: no such folder; give one that sparsefw wrote")
     if not (folder / "report.json").is_file():
-        raise InputError(f"{folder}: no report.json in it; give a folder that sparsefw run wrote")
+        raise InputError(f"{folder}: no report.json in it; give a folder that sparsefw wrote")
     return read_report(folder / "report.json")
 
 

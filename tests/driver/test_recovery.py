@@ -278,7 +278,7 @@ def test_a_default_one_that_fails_leaves_the_pruned_model(go, monkeypatch, capsy
 
 def without_recovery(ranks, source, output, text):
     config = dict(method="sparsefw", steps=1, reconstruct=0)
-    with pytest.raises(InputError, match="recover=128: 2 ranks prune; sparsefw recover does it afterwards"):
+    with pytest.raises(InputError, match="recover=128: 2 ranks prune; python"):
         prune_on_ranks(ranks, source, output, text, config | dict(recover=128))
     report, lines = prune_on_ranks(ranks, source, output, text, config)
     return report.recovery, [line for line in lines if line.startswith("note: no recovery of the whole model: 2 ranks")]

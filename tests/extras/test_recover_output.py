@@ -182,7 +182,7 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
     another = "not the model that was pruned; give the dense model with --model"
     for pruned_folder, *flags, message in (
         (source, "no report.json in it"),
-        (tmp_path / "packed", "sparsefw unpack makes it dense again"),
+        (tmp_path / "packed", "python -m sparsefw.unpack makes it dense again"),
         (old, "arguments.seqlen: expected int"),
         (damaged, "the pruned model: its predictions are NaN or Inf"),
         (output, "--model", half, another),

@@ -46,7 +46,7 @@ ADVICE = "packed by sparsefw: pip install sparsefw, and import sparsefw.packed b
 
 
 def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart: bool = False) -> tuple[int, int]:
-    """Pack a checkpoint that `sparsefw run` has pruned.
+    """Pack a pruned checkpoint.
 
     Args:
         pruned: the checkpoint's folder.
@@ -63,7 +63,7 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
     """
     report, checkpoint = report_of(pruned), inspect(pruned)
     if checkpoint.quantization:
-        raise InputError(f"{pruned}: packed already; sparsefw unpack makes it dense again")
+        raise InputError(f"{pruned}: packed already; python -m sparsefw.unpack makes it dense again")
     pattern = patterns.parse(report.argument("sparsity", str))
     skeleton = build(checkpoint, as_named=report.arguments["dataset"] == (BATCHES,))
     whole = not METHODS[report.method].rows_independent or pattern.scope == "layer"
@@ -99,7 +99,7 @@ def unpack_folder(packed: Path, output: Path, *, overwrite: bool = False, restar
     """
     checkpoint = inspect(packed)
     if checkpoint.quantization is None or checkpoint.quantization.method != METHOD:
-        raise InputError(f"{packed}: not packed; give a folder that sparsefw pack wrote")
+        raise InputError(f"{packed}: not packed; give a folder that sparsefw has packed")
     config = without_quantization(checkpoint.config)
     return rewrite(
         checkpoint, output, config, lambda name, tensor: {name: tensor}, overwrite=overwrite, restart=restart

@@ -139,7 +139,7 @@ class PackedQuantizer(HfQuantizer):
                     module.__class__ = PackedLinear
                 elif isinstance(module, nn.Linear) or parameter.dim() < 3:
                     raise InputError(
-                        f"{path}.{name}: packed, but not a linear layer; unpack the folder: sparsefw unpack"
+                        f"{path}.{name}: packed, but not a linear layer; unpack the folder: python -m sparsefw.unpack"
                     )
         if not found:
             raise InputError(
