@@ -8,7 +8,7 @@ better results.
 import sys
 from dataclasses import fields
 
-from sparsefw.cli import Parser, add_flag, folder, given, launched, load_libraries, refuse_ranks, say
+from sparsefw.cli import FAILED, Parser, add_flag, folder, given, launched, load_libraries, refuse_ranks, say
 from sparsefw.inputs import Inputs, Output
 from sparsefw.solver.config import PruneConfig
 
@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         from sparsefw.extras.recover_output import recover_output
 
         memory.share_freed()
-        recover_output(arguments.pruned, output, inputs, say)
+        if recover_output(arguments.pruned, output, inputs, say) is None:
+            outcome.status = FAILED
     return outcome.status
 
 

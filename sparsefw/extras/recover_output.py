@@ -4,6 +4,7 @@ The pruned blocks are copied into the output's folder, as if a run had just fini
 the end of a run (`driver.recovery`), with other windows than the run's.
 """
 
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -36,7 +37,7 @@ from sparsefw.report.content import Recovery, Report, report_of
 from sparsefw.solver.config import PruneConfig, default_recovery
 
 
-def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[str], None]) -> Recovery:
+def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[str], None]) -> Recovery | None:
     """Fit all kept weights of a pruned checkpoint together, and write it with its report.
 
     Args:
@@ -47,9 +48,12 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
             recovery.
         say: called with every line of the log.
 
+    Returns:
+        The recovery. None if the loss on held-out windows does not fall; then nothing is written.
+
     Raises:
-        InputError: `pruned` has no report of a run, the two checkpoints are of different models, a memory limit is too
-            low, or the loss on held-out windows does not fall.
+        InputError: `pruned` has no report of a run, the two checkpoints are of different models, or a memory limit is
+            too low.
     """
     report, source, job = _job(pruned, output, given, say)
     say_kernel(job.config, say)
@@ -70,11 +74,12 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
                     read = read_tensors({name: source.tensors[name] for name in names})
                     writer.write(n, {name: dequantized(x) for name, x in read.items()})
             # The perplexities in the report were measured before the weights changed.
+            texts = [f" --eval {shlex.quote(text)}" for text in report.argument("evaluate", tuple)] or [" --eval TEXT"]
             report = replace(report, evaluation=[])
             own = recover(run, writer, pruned_report(run, writer) or report).recovery
             if own is None or own == report.recovery:
                 writer.discard()
-                raise InputError(f"{pruned}: nothing is gained; give more tokens ({option('recover')})")
+                return None
             assert run.stream
             text = run.stream.source or " + ".join(job.inputs.shares)
             data = replace(own.data, source=text, seed=job.inputs.seed)
@@ -84,6 +89,8 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
                 durably(writer.folder / OWN_TEXT, run.stream.own)
             writer.finish(partial(write_pages, report, writer.output, pruned, say))
     say(f"checkpoint: {output.folder}")
+    folders = f"{shlex.quote(str(output.folder))} --against {shlex.quote(str(pruned))}"
+    say(f"perplexity: python -m sparsefw.evaluate {folders}{''.join(texts)}")
     say(f"SHA-256 of {output.folder / SUMS}: {file_digest(output.folder / SUMS)}")
     return own
 

@@ -63,8 +63,10 @@ def test_kept_weights_alone_change_and_predictions_come_closer(pruned, tmp_path,
         assert torch.equal(tensor, before[name]) != (tensor.dim() > 1 and bool(zero.float().mean() > 0.3))
     (recovery,) = report.recoveries
     assert recovery.after < recovery.before
+    printed = capsys.readouterr().out
+    assert f"python -m sparsefw.evaluate {folder} --against {output} --eval default\n" in printed
     assert (recovery.steps, recovery.data.windows, recovery.data.seed) == (19, 20, 1)
-    assert verify.main([str(folder), "--digest", capsys.readouterr().out.split()[-1]]) == 0
+    assert verify.main([str(folder), "--digest", printed.split()[-1]]) == 0
     # Perplexities are of the weights before.
     assert read_report(output / "report.json").evaluation
     assert report.evaluation == []
@@ -188,7 +190,6 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
         (output, "--model", half, another),
         (output, "--model", retrained, another),
         (output, "--model", output, "is the output itself"),
-        (output, "--model", same, "nothing is gained; give more tokens (--recover)"),
         (output, "--recover", 0, "--recover 0: there is nothing to do"),
         (output, "--host-memory", 0.1, "--host-memory 0.1: this run needs at least "),
     ):
@@ -196,6 +197,10 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
         assert recover.main([str(pruned_folder), str(tmp_path / "x"), "--restart", *map(str, flags)]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "x").exists()
+    # The dense model is what was pruned.
+    assert recover.main([str(output), str(tmp_path / "x"), "--model", str(same), "--restart"]) == 1
+    assert "nothing is gained" in capsys.readouterr().out
+    assert not (tmp_path / "x").exists()
     assert recover.main([str(output), str(source), "--overwrite"]) == 2
     assert ", which is read; choose another folder" in capsys.readouterr().err
 

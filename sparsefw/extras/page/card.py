@@ -76,7 +76,9 @@ def card_of(folder: Path, name: str, report: Report, source: Path | None) -> str
     facts: dict[str, Any] = dict(report=report, log=log, amount=amount, name=name, kind=kind, packed=KEY in config)
     facts["files"] = {path.name for path in folder.iterdir()}
     facts["origin"] = origin or ("The built-in model of sparsefw" if model == DEFAULT else model)
-    facts |= dict(commands=commands_of(report, name), language="python" if from_python(report) else "sh")
+    facts |= dict(
+        commands=commands_of(report, name, facts["packed"]), language="python" if from_python(report) else "sh"
+    )
     return str(ModelCard.from_template(data, str(TEMPLATE), **facts))
 
 

@@ -19,25 +19,27 @@ def from_python(report: Report) -> bool:
     return report.in_memory or not VARIABLES.keys().isdisjoint(report.argument("dataset", tuple))
 
 
-def commands_of(report: Report, name: str) -> list[str]:
+def commands_of(report: Report, name: str, packed: bool = False) -> list[str]:
     """Return the lines that make an output with this name; empty if the report does not store the arguments."""
     if report.given is None:
         return []
-    # A report does not store the folders that its recoveries read, so they get these names.
-    names = ["pruned", *(f"recovered-{n}" for n in range(1, len(report.recoveries)))] if report.recoveries else []
-    names.append(name)
+    # A report does not store the folders that its recoveries and packing read, so they get these names.
+    names = ["pruned", *(f"recovered-{n}" for n in range(1, 1 + len(report.recoveries)))]
+    names = [*names[: len(report.recoveries) + packed], name]
     launcher = f"torchrun --nproc-per-node {len(report.ranks)}" if report.ranks else "python"
     lines = [" ".join([launcher, "-m sparsefw.run", *flags_of({**report.given, "output": names[0]})])]
     if from_python(report):
         lines = ["from sparsefw import prune", "", _call(report, report.given, names[0])]
+    later = []
     for n, one in enumerate(report.recoveries):
         tokens = one.tokens or one.data.windows * one.data.seqlen
         given: dict[str, Argument] = {"dataset": one.dataset, "recover": tokens, "seed": one.data.seed}
         if one.model != report.argument("model", str):
             given = {"model": one.model, **given}
-        words = ["python -m sparsefw.recover", *map(shlex.quote, names[n : n + 2]), *flags_of(given)]
-        lines.append(f"{'# ' if from_python(report) else ''}{' '.join(words)}")
-    return lines
+        later.append(["python -m sparsefw.recover", *map(shlex.quote, names[n : n + 2]), *flags_of(given)])
+    if packed:
+        later.append(["python -m sparsefw.pack", *map(shlex.quote, names[-2:])])
+    return [*lines, *(f"{'# ' if from_python(report) else ''}{' '.join(words)}" for words in later)]
 
 
 def flags_of(arguments: Mapping[str, Argument]) -> list[str]:

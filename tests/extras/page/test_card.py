@@ -57,6 +57,7 @@ def test_a_run_and_its_packed_copy(pruned, tmp_path, capsys):
     card = written(packed, capsys)
     assert card.data.to_dict() == {"library_name": "transformers", "license": "mit", "tags": tags}
     assert "import sparsefw.packed  # first" in card.text
+    assert "--output pruned\npython -m sparsefw.pack pruned packed\n" in card.text
     # One that nobody has edited is written anew.
     (packed / "README.md").write_bytes((output / "README.md").read_bytes())
     assert pack.main([str(folder), str(packed), "--overwrite"]) == 0
