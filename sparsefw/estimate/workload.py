@@ -11,9 +11,9 @@ from sparsefw.selection import check_used
 from sparsefw.solver import patterns
 from sparsefw.solver.config import PruneConfig
 
-# Measured bytes of host memory. PROCESS: Python with torch and transformers after tokenizing a text. BEYOND_PLAN: what
-# a run allocates later than a plan. READERS: the libraries that read texts from the Hub or from parquet.
-PROCESS, BEYOND_PLAN, READERS = 500 * 2**20, 64 * 2**20, 100 * 2**20
+# Measured bytes of host memory. PROCESS: Python with torch and transformers after tokenizing a text. READERS: the
+# libraries that read texts from the Hub or from parquet.
+PROCESS, READERS = 500 * 2**20, 100 * 2**20
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def process_bytes(inputs: Inputs, evaluation: Sequence[int], seqlen: int, taken:
         inputs: names the texts that the run reads.
         evaluation: number of windows of each evaluation text.
         seqlen: tokens in a window.
-        taken: bytes that this process takes now. Libraries that load later are added.
+        taken: bytes that this process takes now.
     """
     readers = READERS * any(map(takes_library, (*inputs.shares, *inputs.evaluate)))
-    return max(PROCESS, taken + BEYOND_PLAN) + readers + window_bytes(inputs.nsamples, evaluation, seqlen)
+    return max(PROCESS, taken) + readers + window_bytes(inputs.nsamples, evaluation, seqlen)
 
 
 def pruned_shape(whole: ModelShape, config: PruneConfig) -> ModelShape:

@@ -107,10 +107,18 @@ def test_without_flags_it_is_the_built_in_models_run(tmp_path, capsys):
     assert "reconstruct" not in planned(capsys, tmp_path, "--reconstruct", "0")["memory"]
 
 
+def test_a_run_refuses_what_a_plan_refuses(capsys, tmp_path):
+    least = []
+    for command in (main, sparsefw.run.main):
+        assert command(["--host-memory", "0.1", "--output", str(tmp_path / "out")]) == 2
+        least.append(float(re.search(r"needs at least ([\d.]+) GiB of host", capsys.readouterr().err)[1]))
+    assert least[1] == pytest.approx(least[0], abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--gpu-memory 8", "--gpu-memory: no CUDA device"),
+        ("--gpu-memory 8", "--gpu-memory 8.0: this machine has no CUDA device; name a card to plan for (--gpu)"),
         ("--gpu nothing", "argument --gpu: invalid choice: 'nothing' (choose from "),
         ("--host-memory 0.01", "--host-memory 0.01: this run needs at least"),
         ("--eval text.txt", "--eval text.txt: a plan reads no texts; give the number of its windows with --eval-win"),
