@@ -140,13 +140,13 @@ def prune(
 
     Raises:
         InputError: an argument is wrong; the message is one line that names the argument.
-        TypeError: an option is unknown, both a config and options are given, or an argument has a wrong type.
+        TypeError: an option is unknown, or two arguments exclude each other.
         FloatingPointError: a layer's error is not finite.
     """
     own = [name for name in inspect.signature(prune).parameters if name != "options"]
     check_names("prune", options, [*own, *(f.name for f in fields(PruneConfig))])
     if config is not None and not isinstance(config, PruneConfig):
-        raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
+        raise InputError(f"config: expected a PruneConfig, got {type(config).__name__}")
     if config is not None and options:
         raise TypeError(f"prune() got a config and {next(iter(options))!r}; set it in the config")
     progress = progress if callable(progress) else progress and bars_wanted()
@@ -157,7 +157,7 @@ def prune(
     if calibration is not None and of_text:
         raise TypeError(f"prune() got calibration and {of_text[0]!r}, which is for texts only; leave it out")
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
-        raise TypeError(f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}")
+        raise InputError(f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}")
     folder = None if output is None else checked_path("output", output)
     if packed is not None:
         packed = checked_path("packed", packed)

@@ -61,8 +61,8 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
     """Make windows of records with tokens. Texts and records with text are returned unchanged.
 
     Raises:
-        TypeError: the data is of another kind.
-        InputError: there is no record, a record is a name, or the tokens do not fill a window.
+        InputError: the data is of another kind, there is no record, a record is a name, or the tokens do not fill a
+            window.
     """
     from sparsefw.data.text import NAMES, TEXT_COLUMNS
     from sparsefw.data.windows import windows_of_records
@@ -70,7 +70,7 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
     kind = type(dataset).__name__
     # Iteration over a data frame yields the names of its columns.
     if not isinstance(dataset, Iterable) or kind in ("DataFrame", "bytes"):
-        raise TypeError(f"dataset: got {kind}, expected {EXPECTED}")
+        raise InputError(f"dataset: got {kind}, expected {EXPECTED}")
     # Tokenizers and slices of datasets return a mapping of columns, which holds several records.
     data = [dataset] if isinstance(dataset, Mapping) else dataset
     records = iter(data)
@@ -90,7 +90,7 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
         return _Records(records, data)
     of = kind if item is dataset else f"{kind} of {type(item).__name__}"
     of += f" with {shown(', '.join(map(str, columns)))}" if columns else ""
-    raise TypeError(f"dataset: got {of}, expected {EXPECTED}")
+    raise InputError(f"dataset: got {of}, expected {EXPECTED}")
 
 
 class _Records:

@@ -144,9 +144,9 @@ def checked_path(name: str, value: str | Path) -> Path:
     """Convert a text or path to a path, and expand `~` at its beginning.
 
     Raises:
-        TypeError: the value is neither a text nor a path.
+        InputError: the value is neither a text nor a path.
     """
     if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{option(name)}: expected a path, got {type(value).__name__}")
+        raise InputError(f"{option(name)}: expected a path, got {type(value).__name__}")
     # A shell leaves `--output=~/pruned` as it is.
     return Path(os.path.expanduser(value))

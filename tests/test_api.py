@@ -156,10 +156,10 @@ def test_arguments_of_other_kinds_are_refused(source, tmp_path):
         with pytest.raises(TypeError, match=rf"'{name}'; did you mean {hint}\?$"):
             prune_to_out(dataset=TOKENS, **{name: 3})
     for name, other in dict(tokenizer="gpt2", config="2:4", dataset=5).items():
-        with pytest.raises(TypeError, match=f"^{name}: "):
+        with refused(f"{name}: "):
             prune_to_out(**{name: other})
     for other in (b"a", DatasetDict(train=RECORDS), [{"body": "a"}]):
-        with pytest.raises(TypeError, match=r"^dataset: "):
+        with refused("dataset: "):
             prune_to_out(dataset=other)
     with refused("output: "):
         prune(source)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sparsefw"
 # The core from the top down. A module imports from its own package or from a lower level, never from another package of
 # its level.
 LEVELS = [
-    ["run", "plan"],
+    ["run", "plan", "__main__"],
     ["cli", "api"],
     ["call_inputs"],
     ["driver"],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.caller import without_autocast
+from sparsefw.errors import InputError
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.masks import masked
 from sparsefw.solver import patterns
@@ -92,9 +93,8 @@ def solve_layer(
         The mask (rows, d) bool, True keeps a weight; the pruned weight (rows, d) in the dtype of W; and the errors.
 
     Raises:
-        TypeError: an argument is not a tensor of an allowed dtype, or the config is not a PruneConfig.
-        ValueError: a shape is wrong.
-        InputError: d does not divide into the pattern's groups.
+        InputError: an argument is no tensor of an allowed dtype and shape, the config is not a PruneConfig, or d does
+            not divide into the pattern's groups.
         FloatingPointError: W, G or B holds NaN or Inf, or values so large that the errors overflow.
     """
     _check_matrix("W", W, None, torch.float32, torch.bfloat16, torch.float16)
@@ -102,7 +102,7 @@ def solve_layer(
     if B is not None:
         _check_matrix("B", B, W.shape, torch.float32)
     if config is not None and not isinstance(config, PruneConfig):
-        raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
+        raise InputError(f"config: expected a PruneConfig, got {type(config).__name__}")
     # Without `reconstruct=0` the defaults would make fewer steps, in the belief that a reconstruction follows.
     config = (config or PruneConfig()).replace(reconstruct=0).on(W.device)
     pruned = W.detach().clone()
@@ -116,9 +116,9 @@ def solve_layer(
 def _check_matrix(name: str, x: Any, shape: tuple[int, ...] | None, *dtypes: torch.dtype) -> None:
     if not isinstance(x, Tensor) or x.dtype not in dtypes:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name}: expected a tensor in {', '.join(map(str, dtypes))}, got {got}")
+        raise InputError(f"{name}: expected a tensor in {', '.join(map(str, dtypes))}, got {got}")
     if x.ndim != 2 or not x.numel() or shape not in (None, x.shape):
-        raise ValueError(f"{name}: expected a matrix of shape {shape or '(rows, d)'}, not empty, got {tuple(x.shape)}")
+        raise InputError(f"{name}: expected a matrix of shape {shape or '(rows, d)'}, not empty, got {tuple(x.shape)}")
 
 
 def prune_layers(
