@@ -26,6 +26,7 @@ from sparsefw.model.stages import stages, survey
 from sparsefw.model.swap import DenseBlock
 from sparsefw.ranks import DONE, Handle
 from sparsefw.report import log
+from sparsefw.selection import without_index
 from sparsefw.solver.layer import LayerResult, prune_layers
 
 # A dense copy of a block, and the calibration windows of the dense model at the block's input.
@@ -39,6 +40,14 @@ def read_block(run: Run, i: int) -> DenseBlock | None:
     block = run.model.open(i, run.placement.ahead)
     with run.model.timeline.span("read", i):
         return DenseBlock(block) if run.config.uses_dense_target or len(run.config.methods) > 1 else None
+
+
+def share_of_zeros(run: Run, i: int) -> float:
+    """Compute the share of zeros in the weights of block i, which is open and not pruned yet, that will be pruned."""
+    names = {without_index(name) for name in run.selected(i)}
+    weights = [run.model.blocks[i].get_parameter(name) for name in names]
+    zeros = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights)
+    return zeros / sum(weight.numel() for weight in weights)
 
 
 def measure_stage(

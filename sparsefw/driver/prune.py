@@ -13,6 +13,7 @@ from sparsefw.driver.block import (
     kept_dense,
     measure_stage,
     read_block,
+    share_of_zeros,
     solve,
     tensors_of,
     unused_matrices,
@@ -25,6 +26,8 @@ from sparsefw.driver.streams import DENSE, Streams, embedded, pass_block
 from sparsefw.errors import InputError
 from sparsefw.memory import trim_memory
 from sparsefw.model.activations import held_out_batches
+from sparsefw.report import log
+from sparsefw.report.content import SPARSE
 from sparsefw.solver.layer import LayerResult
 
 
@@ -74,6 +77,10 @@ def prune_block(run: Run, i: int, streams: Streams, writes: bool) -> tuple[Finis
     model, config, tensors = run.model, run.config, TensorsByMethod()
     block = FinishedBlock.of(i, model.names[i])
     dense = read_block(run, i)
+    if i == next(n for n in range(len(model.blocks)) if run.selected(n)):
+        block.block = replace(block.block, zeros=share_of_zeros(run, i))
+        if block.block.zeros > SPARSE:
+            run.say(f"note: {log.zeros_line(block.block.zeros)}")
     streams.evaluate(run, i, DENSE)
     if config.uses_dense_stream and not config.uses_dense_target:
         # No stage moves the dense windows, so they move here.

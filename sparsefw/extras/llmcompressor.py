@@ -57,6 +57,8 @@ class SparseFWModifier(SparsityModifierBase):
         offload_hessians: whether Gram matrices are on the host between two batches.
         preset, warm_start, steps, penalty, swaps, refit, rounds, damp, kernel, precision: see `PruneConfig`; None: the
             preset's value, or for `kernel` the default on the layer's device.
+        dampening_frac, block_size: for recipes of SparseGPTModifier. The first is `damp`; the second has no
+            effect, since all columns of a layer are chosen together.
     """
 
     sparsity: float | list[float] | None = None
@@ -73,6 +75,8 @@ class SparseFWModifier(SparsityModifierBase):
     damp: float | None = None
     kernel: str | None = None
     precision: str | None = None
+    dampening_frac: float | None = None
+    block_size: int | None = None
 
     # pydantic copies mutable defaults, such as this one, for every instance.
     _calibrated: dict[nn.Module, Calibrated] = {}  # noqa: RUF012
@@ -83,6 +87,11 @@ class SparseFWModifier(SparsityModifierBase):
         if isinstance(self.targets, str):
             # The base class would read a string as a list of letters.
             self.targets = [self.targets]
+        if None not in (self.damp, self.dampening_frac):
+            raise InputError(f"dampening_frac={self.dampening_frac}: is damp, which is given, too; leave one out")
+        self.damp = self.dampening_frac if self.damp is None else self.damp
+        if self.block_size is not None:
+            logger.info(f"block_size={self.block_size}: has no effect, since all columns are chosen together")
         n, m, sparsity = self._prune_n, self._prune_m, self.sparsity
         if sparsity is None and not n:
             raise InputError('sparsity: missing; give a fraction of the weights to remove, or mask_structure="2:4"')

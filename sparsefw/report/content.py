@@ -30,6 +30,9 @@ LIBRARIES = ("torch", "triton", "transformers", "datasets", "safetensors")
 # Results are named by method. Results of the dense model, and of the recovered one, have these names.
 DENSE, RECOVERED = "dense", "recovered"
 
+# A model with this share of zeros is not called dense.
+SPARSE = 0.05
+
 # The two losses of a reconstruction. Each compares the pruned and the dense model: by hidden states or by predictions.
 HIDDEN, PREDICTIONS = "hidden states", "predictions"
 
@@ -69,6 +72,7 @@ class BlockRecord:
         gpu_bytes: peak bytes of tensors on the GPU in this block; 0 without a GPU.
         gpu_reserved_bytes: peak bytes that torch reserved on the GPU in this block, which the memory limit bounds.
         reconstruction: the reconstruction of the block; None: the block was not reconstructed.
+        zeros: of the first block with layers to prune, the share of zeros in their weights before the run.
     """
 
     block: int
@@ -79,6 +83,7 @@ class BlockRecord:
     gpu_bytes: int
     gpu_reserved_bytes: int = 0
     reconstruction: Reconstruction | None = None
+    zeros: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -272,6 +277,11 @@ class Report:
     def written(self) -> str:
         """Return the name of the results of the written weights."""
         return RECOVERED if any(RECOVERED in text.perplexity for text in self.evaluation) else self.method
+
+    @property
+    def zeros(self) -> float:
+        """The share of zeros in the source, by its first block with layers to prune."""
+        return max((block.zeros for block in self.blocks), default=0.0)
 
     @property
     def all_recoveries(self) -> list[Recovery]:

@@ -25,6 +25,7 @@ from sparsefw.report.content import (
     DENSE,
     HIDDEN,
     RECOVERED,
+    SPARSE,
     BlockRecord,
     RankRecord,
     Reconstruction,
@@ -99,8 +100,13 @@ def progress_of(
 
 
 def percent(share: float) -> str:
-    """Write a relative error in %."""
-    return f"{100 * share:.2f}"
+    """Write a relative error in %; "-" if the warm start has none, since the source is sparse already."""
+    return f"{100 * share:.2f}" if math.isfinite(share) else "-"
+
+
+def zeros_line(share: float) -> str:
+    """Tell that a source is not dense."""
+    return f"the source is sparse already: {100 * share:.0f} % zeros in the layers to prune of its first block"
 
 
 def layer_cells(layer: LayerResult) -> list[str]:
@@ -169,6 +175,8 @@ def result_notes(report: Report) -> Iterator[str]:
     """Explain the columns of `result_rows`, a line for each."""
     for name, text in zip(result_columns(report), report.evaluation, strict=False):
         yield f"{name}: {amount(text.source, text.windows, text.seqlen)} of {text.source}"
+    if report.zeros > SPARSE:
+        yield zeros_line(report.zeros)
     yield "error: relative to that of the warm start's mask, mean of layers; mask only: before weight updates"
     if line := reconstruction_line(report):
         yield line
@@ -186,7 +194,8 @@ def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
         errors = ([layer.relative_mask for layer in layers], [layer.relative_error for layer in layers])
         # Neither the dense nor the recovered model has errors.
         cells = [percent(fmean(of_layers)) if of_layers else "" for of_layers in errors]
-        yield name, [f"{text.perplexity[name]:.3f}" for text in report.evaluation] + cells
+        shown = "source" if name == DENSE and report.zeros > SPARSE else name
+        yield shown, [f"{text.perplexity[name]:.3f}" for text in report.evaluation] + cells
 
 
 def summary(report: Report) -> Iterator[str]:

@@ -1,10 +1,15 @@
 """The command line from end to end on tiny models: what it writes, prints and refuses."""
 
+import math
+
 import pytest
 import torch
 from helpers.commands import TEXT, report_of, run, shards, tensors_of
 from helpers.families import FAMILIES, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparsefw.report import log
+from sparsefw.report.content import read_report
 
 
 def perplexities(report):
@@ -75,3 +80,18 @@ def test_bad_flags_are_one_line_and_leave_nothing_behind(flags, named, tmp_path,
     assert line.startswith("sparsefw: ")
     assert named in line
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))]
+
+
+def test_a_source_that_is_sparse_already(tmp_path, text, capsys):
+    """It is not called dense, and where the warm start loses nothing no error is relative to it."""
+    source = save_model(tmp_path / "model", "llama", torch.float32)
+    flags = ["--method", "sparsegpt", "--eval", str(text), "--eval-windows", "1"]
+    said = "the source is sparse already: 60 % zeros in the layers to prune of its first block"
+    for name, first in (("once", "dense"), ("twice", "source")):
+        assert run(source, text, tmp_path / name, *flags) == 0
+        source, out = tmp_path / name, capsys.readouterr().out
+        assert (f"note: {said}\n" in out) == (name == "twice")
+        rows = dict(log.result_rows(read_report(source / "report.json")))
+        assert [*rows] == [first, "sparsegpt"]
+    assert log.percent(math.inf) == "-"
+    assert said in (source / "README.md").read_text()

@@ -69,6 +69,12 @@ def test_a_recipe_in_yaml_is_written_beside_the_model(tmp_path):
     assert "SparseFWModifier" in (tmp_path / "recipe.yaml").read_text()
 
 
+def test_a_recipe_of_sparsegpt_runs_under_our_name():
+    theirs = dict(block_size=128, dampening_frac=0.05)
+    expected, found = (pruned(dict(sparsity=0.5, preset="fast") | own) for own in (dict(damp=0.05), theirs))
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
 def test_every_block_has_its_own_sparsity():
     weights = pruned(dict(preset="fast", targets=["LlamaDecoderLayer"], sparsity=[0, 0.25, 0.5, 0.75]))
     assert [zeros(weights, f".{block}.") for block in range(4)] == [{0.0}, {0.25}, {0.5}, {0.75}]
@@ -118,6 +124,7 @@ def test_the_example_prunes_and_quantises(tmp_path, capsys):
         (dict(sparsity=[0.5, 1.5]), "sparsity='1.5': expected a fraction between 0 and 1"),
         (dict(sparsity=0.5, preset="fastest"), "preset='fastest': expected one of"),
         (dict(sparsity=0.5, stps=3), "stps"),
+        (dict(sparsity=0.5, damp=0.1, dampening_frac=0.1), "dampening_frac=0.1: is damp, which is given, too"),
     ],
 )
 def test_mistakes_are_found_before_the_calibration(fields, message):

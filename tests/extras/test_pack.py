@@ -100,7 +100,7 @@ def test_without_sparsefw_loading_fails(pruned, tmp_path, monkeypatch):
     # As if sparsefw.packed were not imported: it makes two entries, and a process without it takes seconds.
     for entries in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(entries, METHOD)
-    hint = "packed by sparsefw: pip install sparsefw, and import sparsefw.packed before from_pretrained$"
+    hint = "packed by sparsefw: install it from its repository, and import sparsefw.packed before from_pretrained$"
     with pytest.raises(ValueError, match=hint):
         AutoModelForCausalLM.from_pretrained(folder)
 

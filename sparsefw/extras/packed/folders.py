@@ -42,7 +42,7 @@ REPORT = "report.json"
 COPIED = (REPORT, OWN_TEXT)
 
 # transformers prints this if `sparsefw.packed` is not imported. A config has no entry that asks for a package.
-ADVICE = "packed by sparsefw: pip install sparsefw, and import sparsefw.packed before from_pretrained"
+ADVICE = "packed by sparsefw: install it from its repository, and import sparsefw.packed before from_pretrained"
 
 
 def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart: bool = False) -> tuple[int, int]:
