@@ -5,8 +5,11 @@ import functools
 import pytest
 import torch
 from helpers.families import first_is_fast
-from helpers.stacks import Block, check_pruned, small, small_batches
+from helpers.stacks import WANDA, Block, check_pruned, small, small_batches
 from safetensors.torch import load_model
+from torch import nn
+
+from sparsefw import InputError, prune
 
 
 @pytest.mark.parametrize("scale", [(-1, -1, 1), pytest.param((-1, 1, 8), marks=pytest.mark.slow)])
@@ -102,3 +105,36 @@ def test_names_of_a_compiled_model_are_its_own(where, tmp_path):
     for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b)
     assert all(part is parts[name] for name, part in given.named_modules())
+
+
+class Int8(nn.Module):
+    """A linear layer of bytes, as others quantize one."""
+
+    def __init__(self, linear, parameter):
+        super().__init__()
+        values = (linear.weight.detach() * 100).to(torch.int8)
+        self.weight = nn.Parameter(values, requires_grad=False) if parameter else nn.Buffer(values)
+
+    def forward(self, x):
+        return x @ (self.weight.float() / 100).T
+
+
+@pytest.mark.parametrize("parameter", [True, False])
+def test_quantized_layers_stay_and_are_named(parameter):
+    model, lines = small(), []
+    for block in model.blocks:
+        block.fc2 = Int8(block.fc2, parameter)
+    result = check_pruned(model, small_batches(), log=lines.append)
+    assert result.report.kept_dense == ["blocks.0.fc2.weight", "blocks.1.fc2.weight"]
+    note = "note: kept dense in blocks.0 and blocks like it, since they are quantized: fc2.weight"
+    assert note in lines
+
+
+def test_a_quantized_model_is_refused_by_name():
+    class Quantized(nn.Parameter):
+        """As those of libraries that quantize."""
+
+    model = small()
+    model.blocks[1].fc2.weight = Quantized(model.blocks[1].fc2.weight.detach())
+    with pytest.raises(InputError, match=r"^blocks.1.fc2.weight: is quantized or distributed \(Quantized\)"):
+        prune(model, calibration=small_batches(), **WANDA)

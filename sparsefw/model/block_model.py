@@ -14,7 +14,9 @@ from sparsefw.arithmetic import check_finite, computed, computes_in_fp32
 from sparsefw.caller import as_python
 from sparsefw.checkpoint.tensors import Loadable, dequantized
 from sparsefw.data.batches import Batch
+from sparsefw.errors import InputError
 from sparsefw.memory import release_pinned, to_host
+from sparsefw.model.layers import quantized
 from sparsefw.model.path import Path, path_through
 from sparsefw.model.settings import asked_for_no_more, attention_by_calls, masks_kept
 from sparsefw.model.skeleton import max_seqlen
@@ -273,7 +275,8 @@ def resident(
         in_fp32: returns whether a model computes in fp32, see `InFp32`.
 
     Raises:
-        InputError: as `path_through`; or weights outside of the blocks hold NaN or Inf.
+        InputError: as `path_through`; or a parameter is no plain tensor, or weights outside of the blocks hold NaN or
+            Inf.
     """
     with (
         as_python(),
@@ -302,6 +305,11 @@ class ResidentModel(BlockModel):
         set_back: Callable[[], None],
     ) -> None:
         self.set_back = set_back
+        for name, parameter in model.named_parameters():
+            # Libraries that quantize or distribute a model have their own classes.
+            if type(parameter) is not nn.Parameter:
+                kind = type(parameter).__name__
+                raise InputError(f"{name}: is quantized or distributed ({kind}); give the model with plain weights")
         dtypes = dict.fromkeys(x.dtype for x in model.parameters())
         slow = next((dtype for dtype in dtypes if in_fp32(dtype, device)), None)
         ready = partial(on_device, device=device, in_fp32=slow is not None)
@@ -311,6 +319,11 @@ class ResidentModel(BlockModel):
         super().__init__(model, path, shared_parameters(model, path.order, {}, everything), device, slow is not None)
         self.notes = [f"not pruned: {reason}" for reason in path.passed_over.values()] + self.shared.notes
         self.notes += [arithmetic.note(slow)] if slow else []
+        for name, block in zip(self.names, self.blocks, strict=True):
+            if found := quantized(block):
+                where = f"in {name} and blocks like it"
+                self.notes.append(f"kept dense {where}, since they are quantized: {', '.join(found)}")
+                break
         prefixes = tuple(f"{name}." for name in self.names)
         others = [(name, x) for name, x in model.named_parameters() if not name.startswith(prefixes)]
         for name, parameter in others:

@@ -1,5 +1,6 @@
 """Layers of a block: their names, their roles, and the stages in which they are pruned."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from sparsefw.model.partial_forward import INPUT, Point
@@ -93,7 +95,13 @@ def not_pruned(block: nn.Module, layers: Mapping[str, int]) -> list[str]:
             names.append(name)
         else:
             names += [expert for expert in slices if expert not in layers]
-    return names
+    return list(dict.fromkeys([*names, *quantized(block)]))
+
+
+def quantized(block: nn.Module) -> list[str]:
+    """List the block's matrices of single bytes, parameters or buffers. They are not pruned."""
+    tensors = itertools.chain(block.named_parameters(), block.named_buffers())
+    return [name for name, x in tensors if x.dim() >= 2 and x.dtype.itemsize == 1 and x.dtype != torch.bool]
 
 
 def slices_of(name: str, parameter: Tensor, size: int | None = None) -> list[str]:
