@@ -12,9 +12,9 @@ import sparsefw.run
 from sparsefw.errors import InputError
 from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend
-from sparsefw.solver.config import METHODS, Method, PruneConfig
+from sparsefw.solver.config import PruneConfig
 from sparsefw.solver.frank_wolfe import Choice, Problem
-from sparsefw.solver.methods import CHOOSE, check_finite, choice_of
+from sparsefw.solver.methods import add_method, check_finite, choice_of
 
 # Steps in all, and steps in which the mask is chosen.
 STEPS, RAMP = 20, 15
@@ -75,6 +75,5 @@ def choose_admm(problem: Problem, config: PruneConfig, backend: Backend) -> Choi
 
 if __name__ == "__main__":
     # ADMM factors G in every call, so rows are not solved in chunks.
-    METHODS["admm"] = Method(saliency="wanda", rows_independent=False, changes_weights=True)
-    CHOOSE["admm"] = choose_admm
+    add_method("admm", choose_admm, saliency="wanda", rows_independent=False, changes_weights=True)
     sys.exit(sparsefw.run.main(sys.argv[1:]))

@@ -48,7 +48,7 @@ class Method:
 
 
 # All saliencies, each of which is also a method; and the saliencies that need the sums of a matrix's columns.
-WARM_STARTS, COLUMN_SALIENCIES = ("magnitude", "wanda", "ria"), ("ria",)
+WARM_STARTS, COLUMN_SALIENCIES = ["magnitude", "wanda", "ria"], ["ria"]
 
 METHODS: dict[str, Method] = {
     "sparsefw": Method(frank_wolfe=True, dense_target=True),

@@ -4,8 +4,8 @@
 
 The minimum is over masks M with entries in [0, 1] and a budget for each row or group. In every step the linear
 minimization oracle (LMO) returns a vertex V, and M moves towards it. R = E G is updated along with M, so a step costs
-one product, that of a binary mask. A penalty on entries between 0 and 1 grows over the steps: it drives M to a vertex,
-so that rounding loses little.
+one product, that of a binary mask; `reference` in `kernels/step.py` is its plain form. A penalty on entries between 0
+and 1 grows over the steps: it drives M to a vertex, so that rounding loses little.
 
 A mask may be chosen on H, which is G with damping: such a mask is better on other texts. Errors and bounds are
 always measured on G. `methods.py` calls these functions, `refit.py` fits the kept weights, and `paper.py` has the steps

@@ -8,6 +8,7 @@ over its inputs (Frantar & Alistarh 2023, arXiv 2301.00774). The steps of Frank-
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from sparsefw.kernels import cpu
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.masks import masked
 from sparsefw.solver import frank_wolfe, paper
-from sparsefw.solver.config import PruneConfig
+from sparsefw.solver.config import COLUMN_SALIENCIES, METHODS, WARM_STARTS, Method, PruneConfig
 from sparsefw.solver.frank_wolfe import Choice, Problem, check_errors, mask_error
 from sparsefw.solver.patterns import Pattern
 from sparsefw.solver.refit import reselect
@@ -25,17 +26,17 @@ from sparsefw.solver.refit import reselect
 RIA_POWER = 0.5
 
 
-def magnitude(W: Tensor, diag: Tensor) -> Tensor:
+def magnitude(W: Tensor, G: Tensor) -> Tensor:
     """Saliency |W|."""
     return W.float().abs()
 
 
-def wanda(W: Tensor, diag: Tensor) -> Tensor:
+def wanda(W: Tensor, G: Tensor) -> Tensor:
     """Saliency |W_ij| ||X_j||_2 (Sun et al., arXiv 2306.11695)."""
-    return W.float().abs() * diag.sqrt()
+    return W.float().abs() * G.diagonal().sqrt()
 
 
-def ria(W: Tensor, diag: Tensor) -> Tensor:
+def ria(W: Tensor, G: Tensor) -> Tensor:
     """Saliency |W_ij| (1 / sum_k |W_ik| + 1 / sum_k |W_kj|) ||X_j||_2^0.5 (Zhang et al., ICLR 2024).
 
     A row or column of zeros has saliency 0.
@@ -43,11 +44,13 @@ def ria(W: Tensor, diag: Tensor) -> Tensor:
     A = W.float().abs()
     tiny = torch.finfo(torch.float32).tiny
     relative = A / A.sum(1, keepdim=True).clamp(min=tiny) + A / A.sum(0, keepdim=True).clamp(min=tiny)
-    return relative * diag.sqrt().pow(RIA_POWER)
+    return relative * G.diagonal().sqrt().pow(RIA_POWER)
 
 
-# A saliency takes W (rows, d) and diag (d,), the diagonal of the Gram matrix, and returns (rows, d) fp32, at least 0.
-SALIENCIES = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
+# A saliency takes the weight W (rows, d) and the Gram matrix G (d, d) of its inputs, which are not kept themselves. It
+# returns (rows, d) fp32, at least 0.
+Saliency = Callable[[Tensor, Tensor], Tensor]
+SALIENCIES: dict[str, Saliency] = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
 
 
 def choose_frank_wolfe(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
@@ -253,8 +256,35 @@ def _costliest(Z: Tensor, factor: Tensor, k: int, group: int, allowed: Tensor | 
 
 
 # The function of each method.
-CHOOSE: dict[str, Callable[[Problem, PruneConfig, Backend], Choice]] = {
+Choose = Callable[[Problem, PruneConfig, Backend], Choice]
+CHOOSE: dict[str, Choose] = {
     "sparsefw": choose_frank_wolfe,
     "sparsegpt": choose_sparsegpt,
     **dict.fromkeys(SALIENCIES, choose_saliency),
 }
+
+
+def add_method(name: str, choose: Choose, **properties: Any) -> None:
+    """Add a method, for `--method` and `--compare`.
+
+    Args:
+        name: its name.
+        choose: chooses the masks and, if it changes weights, the weights of a problem; `choice_of` makes a `Choice`.
+        properties: fields of `Method`.
+    """
+    METHODS[name], CHOOSE[name] = Method(**properties), choose
+
+
+def add_saliency(name: str, saliency: Saliency, rows_independent: bool = True) -> None:
+    """Add a saliency, for `--warm-start`, and as a method that keeps the weights of the highest saliency.
+
+    Args:
+        name: its name.
+        saliency: the function, see `Saliency`.
+        rows_independent: whether it knows a row's saliency from this row alone. If not, it gets whole matrices.
+    """
+    SALIENCIES[name] = saliency
+    WARM_STARTS.append(name)
+    if not rows_independent:
+        COLUMN_SALIENCIES.append(name)
+    add_method(name, choose_saliency, saliency=name)

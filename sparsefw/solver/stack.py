@@ -106,7 +106,7 @@ def stack_rows(stack: Stack) -> Problem:
     saliency = SALIENCIES[stack.method.saliency or config.warm_start]
     S = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
     for layer in layers:
-        S[layer] = saliency(W[layer], G.diagonal())
+        S[layer] = saliency(W[layer], G)
     k = kept(S, layers, config.pattern)
     return Problem(W, G, H, S, k, config.pattern.group, exact, own, target_gap, support)
 

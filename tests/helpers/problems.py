@@ -33,7 +33,7 @@ def make_problem(rows, d, sparsity="0.6", alpha=0.0, seed=0, warm_start="wanda",
     X = (1 - correlation) * X + correlation * torch.randn(4 * d, 1, generator=draws)
     G = X.T @ X
     G = (G + G.T) / 2
-    saliency = SALIENCIES[warm_start](W, G.diagonal())
+    saliency = SALIENCIES[warm_start](W, G)
     pattern = patterns.parse(sparsity)
     problem, backend = problem_of(W, G, saliency, stack.kept(saliency, [slice(None)], pattern), pattern.group), TORCH
     if whole:

@@ -1,10 +1,17 @@
 """Saliencies, damping and targets."""
 
+from contextlib import ExitStack
+from unittest.mock import patch
+
 import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, gram, normal, uniform
 
-from sparsefw.solver.methods import SALIENCIES
+from sparsefw.errors import InputError
+from sparsefw.kernels.lmo import reference
+from sparsefw.solver.config import METHODS, WARM_STARTS, PruneConfig
+from sparsefw.solver.layer import solve_layer
+from sparsefw.solver.methods import CHOOSE, SALIENCIES, add_method, add_saliency, choice_of
 from sparsefw.solver.refit import refit
 from sparsefw.solver.targets import damped, find_target
 
@@ -12,14 +19,14 @@ ROWS, D = 13, 40
 
 
 def test_saliencies_by_definition():
-    W, diag = torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([4.0, 9.0])
-    assert torch.equal(SALIENCIES["magnitude"](W, diag), torch.tensor([[1.0, 2], [3, 4]]))
-    assert torch.equal(SALIENCIES["wanda"](W, diag), torch.tensor([[2.0, 6], [6, 12]]))
+    W, G = torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([[4.0, 5.0], [5.0, 9.0]])
+    assert torch.equal(SALIENCIES["magnitude"](W, G), torch.tensor([[1.0, 2], [3, 4]]))
+    assert torch.equal(SALIENCIES["wanda"](W, G), torch.tensor([[2.0, 6], [6, 12]]))
     relative = torch.tensor([[1 / 3 + 1 / 4, 2 / 3 + 2 / 6], [3 / 7 + 3 / 4, 4 / 7 + 4 / 6]])
-    torch.testing.assert_close(SALIENCIES["ria"](W, diag), relative * torch.tensor([2.0, 3.0]).sqrt())
+    torch.testing.assert_close(SALIENCIES["ria"](W, G), relative * torch.tensor([2.0, 3.0]).sqrt())
     # Rows and columns of zeros stay zero.
     for saliency in SALIENCIES.values():
-        S = saliency(torch.tensor([[0.0, 0.0], [0.0, 4.0]]).bfloat16(), torch.tensor([0.0, 9.0]))
+        S = saliency(torch.tensor([[0.0, 0.0], [0.0, 4.0]]).bfloat16(), torch.tensor([0.0, 9.0]).diag())
         assert S.dtype == torch.float32
         assert (S > 0).tolist() == [[False, False], [False, True]]
 
@@ -78,3 +85,28 @@ class TestTargets:
         assert torch.equal(T[:, 3], W[:, 3])
         assert T.isfinite().all()
         assert (T[:, 4] != W[:, 4]).any()
+
+
+def test_a_caller_adds_a_saliency_and_a_method():
+    """The saliency sees the whole Gram matrix; the method negates the weights of the highest saliency."""
+
+    def negated(problem, config, backend):
+        mask = backend.lmo(problem.saliency, problem.k, group=problem.group)
+        return choice_of(problem, mask, -problem.W * mask, backend)
+
+    W, G = normal(ROWS, D), gram(D)
+    with ExitStack() as kept:
+        for table in (METHODS, CHOOSE, SALIENCIES):
+            kept.enter_context(patch.dict(table))
+        add_saliency("mine", lambda W, G: W.abs() * G.abs().sum(0))
+        kept.callback(WARM_STARTS.remove, "mine")
+        add_method("ours", negated, saliency="mine", changes_weights=True)
+        expected = reference((W.abs() * G.abs().sum(0)).cpu(), D // 2)
+        for method, sign in (("mine", 1), ("ours", -1)):
+            mask, weight, result = solve_layer(W, G, PruneConfig(method=method, sparsity="0.5"))
+            assert torch.equal(mask.cpu(), expected)
+            assert torch.equal(weight, sign * W * mask)
+        _, _, begun = solve_layer(W, G, PruneConfig(warm_start="mine", sparsity="0.5"))
+        assert begun.error_warm_start == pytest.approx(result.error_warm_start)
+    with pytest.raises(InputError, match="method='mine': expected one of"):
+        PruneConfig(method="mine")
