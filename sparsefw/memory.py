@@ -1,6 +1,7 @@
 """Measure the memory that this process has taken, and the memory that it may take."""
 
 import ctypes
+import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
@@ -8,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 import torch
 
-from sparsefw.errors import option
+from sparsefw.errors import InputError, option
 
 # Number of the option in glibc's malloc.h.
 M_ARENA_MAX = -8
@@ -46,6 +47,26 @@ def peak_memory() -> dict[str, int]:
         "gpu_bytes": torch.cuda.max_memory_allocated() if here else 0,
         "gpu_reserved_bytes": torch.cuda.max_memory_reserved() if here else 0,
     }
+
+
+@contextmanager
+def bounded(what: str, room: int) -> Iterator[None]:
+    """Let this process take at most `room` bytes more in the `with` block, of its address space.
+
+    Raises:
+        InputError: the block takes more; the message begins with `what`.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = psutil.Process().memory_info().vms + room
+    resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(soft, limit), hard))
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise InputError(f"{what} takes more than {gib(room)} GiB without its weights") from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @contextmanager

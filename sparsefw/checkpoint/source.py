@@ -25,13 +25,18 @@ from sparsefw.errors import InputError, errors_in_one_line, first_line, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# transformers passes the entries of both to the tokenizer's class.
 TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIGS = (TOKENIZER_CONFIG, "special_tokens_map.json")
 ADAPTER = "adapter_config.json"
 
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 FILE_DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
 FILE_DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
 AGAIN = "download or copy it again"
+
+# No model has more layers; to build one takes milliseconds.
+MOST_LAYERS = 2000
 
 # timm downloads and opens the files that a name with such a beginning leads to.
 TIMM = ("local-dir:", "hf-hub:", "hf_hub:")
@@ -157,8 +162,9 @@ def inspect(folder: Path) -> Checkpoint:
         raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face checkpoint in safetensors")
     config = read_json(folder / CONFIG)
     check_config(config, folder / CONFIG)
-    if os.path.lexists(folder / TOKENIZER_CONFIG):
-        check_config(read_json(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
+    for name in TOKENIZER_CONFIGS:
+        if os.path.lexists(folder / name):
+            check_config(read_json(folder / name), folder / name)
     quantization = quantization_of(config, folder / CONFIG)
     tensors = _find_tensors(folder, FILE_DTYPES | (FP8_DTYPES if quantization else {}))
     dtype = most_bytes(tensors.values())
@@ -171,10 +177,10 @@ def inspect(folder: Path) -> Checkpoint:
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
-    """Refuse a config for which transformers would run code, or open files outside of the checkpoint.
+    """Refuse a config for which transformers would run code, open files elsewhere, or build layers for minutes.
 
     Args:
-        config: the content of config.json or tokenizer_config.json.
+        config: the content of config.json or of one of TOKENIZER_CONFIGS.
         path: the file's path.
 
     Raises:
@@ -184,7 +190,8 @@ def check_config(config: dict[str, Any], path: Path) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if isinstance(kind, str) and kind not in CONFIG_MAPPING and path.name != TOKENIZER_CONFIG:
+    of_tokenizer = path.name in TOKENIZER_CONFIGS
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING and not of_tokenizer:
         raise InputError(
             f"{path}: transformers {transformers.__version__} has no class for model_type {shown(kind)}; give another "
             "model, or install a later version: code of a checkpoint (auto_map) is never run"
@@ -193,11 +200,15 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         text = str(value)
         # The implementation of an attention may be a kernel on the Hub.
         elsewhere = (key.endswith("_implementation") and "/" in text) or text.startswith(TIMM)
-        # A path may be that of the machine on which the config was saved. Then the file next to the config is read.
-        if key.endswith("_file") and "/" in text and os.path.isfile(text):
-            elsewhere = not (path.parent / os.path.basename(text)).exists()
+        of_file = key.endswith(("_file", "_spm"))
+        if isinstance(value, str) and os.path.isfile(text) and (of_tokenizer or (of_file and "/" in text)):
+            # A path may be that of the machine on which the config was saved. Then the file next to the config is read.
+            elsewhere = not (of_file and (path.parent / os.path.basename(text)).exists())
         if elsewhere:
             raise InputError(f"{path}: {key} {shown(text)} lies outside of the checkpoint; remove the entry")
+        of_layers = key.endswith(("layers", "layer", "blocks", "depth", "depths"))
+        if of_layers and isinstance(value, int) and value > MOST_LAYERS:
+            raise InputError(f"{path}: {key} {value}: more than {MOST_LAYERS}; give the config of a real model")
 
 
 def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

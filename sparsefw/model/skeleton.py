@@ -8,7 +8,8 @@ Nearly all private names of transformers that the package `model` uses are in th
 and `streamed`. They were tested with transformers 5.17 to 5.24, and another version may change them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,16 @@ from sparsefw.checkpoint.quantization import GUARD, KEY, ORIGINAL
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
 from sparsefw.checkpoint.tensors import Loadable, TensorInfo
 from sparsefw.errors import InputError, errors_in_one_line, first_line, shown
-from sparsefw.memory import to_host
+from sparsefw.memory import bounded, to_host
 from sparsefw.model.settings import ONE_BY_ONE, ask_for_no_more
 from sparsefw.model.swap import restore, slots_of
 
 # Bytes that computed buffers may take beyond the checkpoint's size. In real models they take a few MiB; a config that
 # asks for more is damaged or malicious.
 BUFFERS_ALLOWED = 64 * 2**20
+
+# Bytes that a model without its weights may take, with the modules that are imported for it: ten times a large one's.
+MOST_BYTES = 2 * 2**30
 
 # transformers' lists of classes that generate text; each maps a type of config to classes. If a config names no class,
 # the first list with an entry for it counts.
@@ -113,8 +117,19 @@ def build(checkpoint: Checkpoint, as_named: bool = False) -> Skeleton:
     # transformers would draw a progress bar for every block.
     logging.disable_progress_bar()
     config: Any = read_config(checkpoint)
-    with errors_in_one_line(f"{checkpoint.folder}: transformers cannot load this model", limit=600):
+    with _of_library(checkpoint, "model"):
         return _build(checkpoint, config, as_named)
+
+
+@contextmanager
+def _of_library(checkpoint: Checkpoint, what: str) -> Iterator[None]:
+    """Bound the memory of what transformers makes of a config, and turn its errors into one line."""
+    large = f"{checkpoint.folder / CONFIG}: its {what}"
+    with (
+        bounded(large, MOST_BYTES),
+        errors_in_one_line(f"{checkpoint.folder}: transformers cannot load this {what}", limit=600),
+    ):
+        yield
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
@@ -126,7 +141,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     Raises:
         InputError: transformers cannot load the config.
     """
-    with errors_in_one_line(f"{checkpoint.folder}: transformers cannot load this config", limit=600):
+    with _of_library(checkpoint, "config"):
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         for part in (config, getattr(config, "text_config", None)):
             for key in (KEY, GUARD):

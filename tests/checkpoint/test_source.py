@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sparsefw.checkpoint.source import INDEX, SINGLE, companions, inspect, locat
 from sparsefw.checkpoint.tensors import read_shard, read_tensors
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.errors import InputError
+from sparsefw.model import skeleton
 
 
 class TestLocate:
@@ -265,7 +267,7 @@ class TestConfigs:
         (tmp_path / "bait.json").write_text("{}")
         return tmp_path / "bait.json"
 
-    @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "special_tokens_map.json"])
     @pytest.mark.parametrize(
         "entries",
         [
@@ -279,6 +281,26 @@ class TestConfigs:
         (folder / name).write_text(json.dumps(entries).replace("BAIT", str(bait)))
         with refused(f"{name}: .* lies outside of the checkpoint; remove the entry"):
             inspect(folder)
+
+    def test_a_vocabulary_elsewhere_by_any_key(self, folder, bait, monkeypatch):
+        """transformers would open it. The path may be relative to where the run starts."""
+        monkeypatch.chdir(bait.parent)
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            (folder / name).write_text(json.dumps({"vocab": bait.name}))
+            with refused(f"{name}: vocab .* lies outside of the checkpoint"):
+                inspect(folder)
+            (folder / name).unlink()
+
+    def test_counts_that_a_class_makes_objects_of(self, folder, monkeypatch):
+        """Layers take time before they take memory; the labels of a classifier take memory."""
+        (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 10**6}))
+        with refused("num_hidden_layers 1000000: more than 2000"):
+            inspect(folder)
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_labels": 10**9}))
+        monkeypatch.setattr(skeleton, "MOST_BYTES", 2**27)
+        with refused("config.json: its config takes more than 0.12 GiB without its weights"):
+            skeleton.read_config(inspect(folder))
+        assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
     def test_paths_of_the_machine_that_they_were_saved_on(self, folder, bait):
         """Real configs hold them. The file in the folder of the config is used."""
