@@ -64,7 +64,8 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
         InputError: the data is of another kind, there is no record, a record is a name, or the tokens do not fill a
             window.
     """
-    from sparsefw.data.text import NAMES, TEXT_COLUMNS
+    from sparsefw.data.records import TEXT_COLUMNS
+    from sparsefw.data.text import NAMES
     from sparsefw.data.windows import windows_of_records
 
     kind = type(dataset).__name__

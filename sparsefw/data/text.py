@@ -5,14 +5,12 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from sparsefw.data.records import ARGUMENTS, TEXT_COLUMNS, TOOLS, Records
 from sparsefw.errors import InputError, errors_in_one_line, option, shown
-
-if TYPE_CHECKING:
-    from sparsefw.data.tokens import Tokenizer
 
 # Part of a dataset: for calibration, or for evaluation.
 Split = Literal["train", "test"]
@@ -30,10 +28,6 @@ SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "v
 # Mixture with a short name: web text, instructions with answers, and code. No part of it needs a log-in.
 GENERAL = "general"
 MIXTURE = ("c4", "neuralmagic/LLM_compression_calibration", "codeparrot/codeparrot-clean-valid")
-
-# Columns of a record that may hold its text; the first one that exists is read. The tokenizer's chat template makes a
-# text of messages.
-TEXT_COLUMNS = ("text", "messages", "content")
 
 # Name of the calibration text that the dense model writes itself.
 SELF = "self"
@@ -57,7 +51,7 @@ CHARACTERS, ROWS = 2**16, 64
 Text = tuple[str, Iterator[Iterable[str]]]
 
 
-def read_text(dataset: str | Iterable[Any], split: Split, tokenizer: "Tokenizer | None" = None) -> Text:
+def read_text(dataset: str | Iterable[Any], split: Split, records: Records | None = None) -> Text:
     """Open a text.
 
     Args:
@@ -65,13 +59,14 @@ def read_text(dataset: str | Iterable[Any], split: Split, tokenizer: "Tokenizer 
             or .parquet file (one document in each record, in one of TEXT_COLUMNS); a Hub id ORG/NAME of a dataset with
             such records; or the documents or records themselves.
         split: the split of a dataset with a name. A file is read from its start for both splits.
-        tokenizer: makes a text of the messages of a record, by its chat template.
+        records: reads the records of the text; None: records have no messages.
 
     Raises:
         InputError: there is no such text. Reading the documents raises it if they cannot be read.
     """
+    records = records or Records()
     if not isinstance(dataset, str):
-        return TEXTS, _documents(dataset, TEXTS, tokenizer)
+        return TEXTS, records.texts(dataset, TEXTS)
     if dataset == "default":
         from sparsefw.default.text import evaluation_text, training_text
 
@@ -79,14 +74,14 @@ def read_text(dataset: str | Iterable[Any], split: Split, tokenizer: "Tokenizer 
         return f"default, {'training' if split == 'train' else 'held-out'} text", iter([[document]])
     path = Path(os.path.expanduser(dataset))
     if (dataset, split) not in NAMED and dataset and os.path.exists(path):
-        return dataset, _of_file(dataset, path, tokenizer)
+        return dataset, _of_file(dataset, path, records)
     if dataset.startswith((".", "/", "~")) or dataset.lower().endswith(FILES):
         raise InputError(f"{dataset}: no such file; check the path")
     # A single word never reaches `datasets`: it would read "text" or "json" as all such files of the current folder.
     if (dataset, split) not in NAMED and not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
         names = ", ".join(NAMES if split == "train" else NAMES[:-2])
         raise InputError(f"{shown(repr(dataset), 60)}: unknown dataset; give {names}, a file or a Hub id ORG/NAME")
-    return _from_hub(dataset, split, tokenizer)
+    return _from_hub(dataset, split, records)
 
 
 def takes_library(dataset: str) -> bool:
@@ -105,40 +100,14 @@ def _read(items: Iterable[Any], source: str) -> Iterator[Any]:
         yield item
 
 
-def _documents(records: Iterable[Any], source: str, tokenizer: "Tokenizer | None") -> Iterator[list[str]]:
-    """Yield the texts of records, which are strings, or mappings with one of TEXT_COLUMNS, or batches of either.
-
-    Raises:
-        InputError: a record has no text, or the tokenizer has no chat template for messages.
-    """
-    for number, record in enumerate(records, 1):
-        texts = record
-        if isinstance(record, Mapping):
-            found = [name for name in TEXT_COLUMNS if name in record]
-            if not found:
-                others = shown(", ".join(map(str, record)))
-                raise InputError(
-                    f"{source}: no column {', '.join(TEXT_COLUMNS)}, only {others}; rename the one with the text"
-                )
-            column = next((name for name in found if record[name] is not None), found[0])
-            texts = record[column]
-            if column == "messages" and tokenizer:
-                with errors_in_one_line(f"{source}: record {number}: no text can be made of its messages"):
-                    texts = tokenizer.apply_chat_template(texts, tokenize=False)
-        for text in texts if isinstance(texts, list | tuple) else (texts,):
-            if not isinstance(text, str):
-                raise InputError(f"{source}: record {number} is {type(text).__name__}, expected a text")
-            yield [text]
-
-
-def _of_file(dataset: str, path: Path, tokenizer: "Tokenizer | None") -> Iterator[Iterable[str]]:
+def _of_file(dataset: str, path: Path, records: Records) -> Iterator[Iterable[str]]:
     """Read the documents of a file."""
     name = path.name.lower()
     if not name.endswith(FILES) or not path.is_file():
         raise InputError(f"{dataset}: not a file of text; give one of {', '.join(FILES)}")
     if name.endswith(".txt"):
         return iter([_read(_strings(path), dataset)])
-    return _documents(_read(_records(path), dataset), dataset, tokenizer)
+    return records.texts(_read(_records(path), dataset), dataset)
 
 
 def _strings(path: Path) -> Iterator[str]:
@@ -156,8 +125,10 @@ def _records(path: Path) -> Iterator[Any]:
 
         # Without a buffer a column would be read whole.
         with ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
-            # Only the column with the text is read.
-            columns = next(([name] for name in TEXT_COLUMNS if name in file.schema_arrow.names), None)
+            # Only the column with the text is read, and those for the template of messages.
+            names = file.schema_arrow.names
+            text = next((name for name in TEXT_COLUMNS if name in names), None)
+            columns = [name for name in (text, "messages", TOOLS, ARGUMENTS) if name in names] if text else None
             for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
                 yield from batch.to_pylist()
         return
@@ -171,7 +142,7 @@ def _records(path: Path) -> Iterator[Any]:
             yield from map(json.loads, itertools.chain([first], lines))
 
 
-def _from_hub(dataset: str, split: Split, tokenizer: "Tokenizer | None") -> Text:
+def _from_hub(dataset: str, split: Split, records: Records) -> Text:
     import datasets
 
     name, detail, part = NAMED.get((dataset, split), (dataset, "", None))
@@ -185,11 +156,11 @@ def _from_hub(dataset: str, split: Split, tokenizer: "Tokenizer | None") -> Text
         f"{dataset}: cannot be read from the Hub (check the name, log in with `hf auth login` if it is gated, or give "
         f"a local file{own})"
     ):
-        records = datasets.load_dataset(name, split=part, **options)
+        found = datasets.load_dataset(name, split=part, **options)
     if part is None:
-        part = next((one for one in SPLITS[split] if one in records), None)
+        part = next((one for one in SPLITS[split] if one in found), None)
         if part is None:
-            raise InputError(f"{dataset}: no split {' or '.join(SPLITS[split])}, only {shown(', '.join(records))}")
-        records = records[part]
+            raise InputError(f"{dataset}: no split {' or '.join(SPLITS[split])}, only {shown(', '.join(found))}")
+        found = found[part]
     source = " ".join(filter(None, (name, detail, part)))
-    return source, _documents(_read(records, source), source, tokenizer)
+    return source, records.texts(_read(found, source), source)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsefw.data.batches import Batch, token_batch
+from sparsefw.data.records import Records
 from sparsefw.data.text import SELF, read_text
 from sparsefw.data.tokens import Tokenizer, start_tokens, tokens_of
 from sparsefw.errors import InputError, errors_in_one_line, option
@@ -228,12 +229,14 @@ class WindowStream:
 
     def _drawn(self, text: str | Iterable[Any], generator: torch.Generator) -> Iterator[Tensor]:
         # Each pool is written over the one before.
-        pool, size = array("i"), TOKENS_READ * self.nsamples * self.seqlen
+        pool, size, records = array("i"), TOKENS_READ * self.nsamples * self.seqlen, Records(self.tokenizer)
         for number in itertools.count():
-            self.source, documents = read_text(text, "train", self.tokenizer)
+            self.source, documents = read_text(text, "train", records)
             tokens, total = _tokens(self.tokenizer, _separated(documents)), 0
             while (filled := _fill(pool, tokens, size)) >= self.seqlen or not total:
                 _check_length(len(pool), self.source, self.nsamples, self.seqlen)
+                for line in [] if total else records.notes(self.source):
+                    self.say(line)
                 total += filled
                 # If the text cannot be read again, the whole pool is used again.
                 end = filled if filled >= self.seqlen else size
@@ -339,7 +342,7 @@ def evaluation_windows(
     Raises:
         InputError: the text cannot be read, or is shorter than a window.
     """
-    source, documents = read_text(dataset, "test", tokenizer)
+    source, documents = read_text(dataset, "test", Records(tokenizer))
     joined = itertools.chain.from_iterable(_separated(documents))
     tokens = _tokens(tokenizer, [joined])
     ids = _as_tensor(array("i", itertools.islice(tokens, None if limit is None else limit * seqlen)))
