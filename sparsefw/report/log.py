@@ -33,7 +33,7 @@ from sparsefw.report.content import (
     amount,
 )
 from sparsefw.solver import patterns
-from sparsefw.solver.config import METHODS, PruneConfig
+from sparsefw.solver.config import METHODS, Method, PruneConfig
 from sparsefw.solver.layer import LayerResult
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def result_columns(report: Report) -> list[str]:
     """Return the names of the columns of `result_rows`."""
     several = len(report.evaluation) > 1
     texts = [f"perplexity {n}" if several else "perplexity" for n, _ in enumerate(report.evaluation, 1)]
-    return [*texts, "mask only, %", "error, %"]
+    return [*texts, "mask only, %", "error, %", "done"]
 
 
 def result_notes(report: Report) -> Iterator[str]:
@@ -184,9 +184,9 @@ def result_notes(report: Report) -> Iterator[str]:
 
 
 def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
-    """Yield the dense model, every method and the recovered model, with their perplexities and their mean errors in %.
+    """Yield the dense model, every method and the recovered model, with the cells of `result_columns`.
 
-    The errors are those of the mask and those of the weights after a solve.
+    The errors in %, means over layers, are those of the mask and those of the weights after a solve.
     """
     recovered = [RECOVERED] if report.written == RECOVERED else []
     for name in ([DENSE] if report.evaluation else []) + report.methods + recovered:
@@ -195,14 +195,30 @@ def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
         # Neither the dense nor the recovered model has errors.
         cells = [percent(fmean(of_layers)) if of_layers else "" for of_layers in errors]
         shown = "source" if name == DENSE and report.zeros > SPARSE else name
-        yield shown, [f"{text.perplexity[name]:.3f}" for text in report.evaluation] + cells
+        yield shown, [*(f"{text.perplexity[name]:.3f}" for text in report.evaluation), *cells, _done(report, name)]
+
+
+def _done(report: Report, name: str) -> str:
+    """List what was done to the weights of a row of `result_rows`."""
+    if name == DENSE:
+        return ""
+    own = name in (report.method, RECOVERED)
+    method = METHODS.get(report.method if own else name, Method())
+    done = {
+        "mask": True,
+        "weights": method.changes_weights,
+        "refit": method.frank_wolfe and bool(report.argument("refit", int)),
+        "reconstruction": own and any(block.reconstruction for block in report.blocks),
+        "recovery": name == RECOVERED,
+    }
+    return ", ".join(step for step, was_done in done.items() if was_done)
 
 
 def summary(report: Report) -> Iterator[str]:
     """Write the table at the end of a run, with notes on its columns, peaks of memory, and seconds."""
-    yield "".join(f"{name:>14}" for name in ("", *result_columns(report)))
-    for name, cells in result_rows(report):
-        yield f"{name:14}{''.join(f'{cell:>14}' for cell in cells)}".rstrip()
+    for name, cells in [("", result_columns(report)), *result_rows(report)]:
+        *numbers, done = cells
+        yield f"{name:14}{''.join(f'{cell:>14}' for cell in numbers)}  {done}".rstrip()
     yield ""
     yield from result_notes(report)
     yield f"peak memory: {_peaks(report)}"

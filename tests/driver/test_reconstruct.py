@@ -22,6 +22,7 @@ from sparsefw.model import StreamedModel
 from sparsefw.model.activations import HELD_OUT, split_batches
 from sparsefw.model.forward import embed_batches
 from sparsefw.ranks import ALONE
+from sparsefw.report import log
 from sparsefw.solver.kept_weights import KeptWeights
 
 CPU = torch.device("cpu")
@@ -62,6 +63,13 @@ def divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> float:
 
 # A budget of each kind.
 SPARSITY = {"dense targets": "0.6", "masks only": "layer:0.5", "sparsegpt": "2:4", "compared with sparsefw": "0.7"}
+# What the rows of its table say was done.
+DONE = {
+    "dense targets": ["mask, refit, reconstruction"],
+    "masks only": ["mask, reconstruction"],
+    "sparsegpt": ["mask, weights, reconstruction"],
+    "compared with sparsefw": ["mask, refit", "mask, reconstruction"],
+}
 
 
 @pytest.fixture(scope="module", params=first_is_fast(SPARSITY))
@@ -79,6 +87,7 @@ def test_losses_are_those_of_their_definition(reconstructed, llama):
     dense, sparse = behind_blocks(loaded(llama / "model"), ids), loaded(output)
     after = behind_blocks(sparse, ids)
     assert len(report.blocks) == 2
+    assert [cells[-1] for _, cells in log.result_rows(report)] == DONE[output.name]
     for i, block in enumerate(report.blocks):
         found, last = block.reconstruction, i == len(report.blocks) - 1
         assert found.steps == 2 * len(learned)

@@ -25,6 +25,7 @@ from sparsefw.driver import distill, recovery, saves
 from sparsefw.driver.saves import Progress
 from sparsefw.estimate import placement
 from sparsefw.estimate.memory import MemoryNeeds
+from sparsefw.report import log
 from sparsefw.report.content import read_report
 
 DEFAULT = ("--method", "sparsefw", "--steps", "1", "--reconstruct", "0")
@@ -95,6 +96,7 @@ def test_the_report_tells_what_is_gained(go, pruned, capsys):
     before, after = (x.mean().item() for x in divergences(stream.take(1).ids, *models))
     assert [report.recovery.before, report.recovery.after] == pytest.approx([before, after], rel=1e-4)
     assert after < before
+    assert [cells[-1] for _, cells in log.result_rows(report)] == ["", "mask", "mask, recovery"]
     assert (report.recovery.steps, report.recovery.data.windows) == (19, 20)
     card = (output / "README.md").read_text()
     perplexity = f"{text.perplexity['recovered']:.3f}"
