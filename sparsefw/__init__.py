@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = ["InputError", "PruneConfig", "PruneResult", "__version__", "prune", "solve_layer"]
 

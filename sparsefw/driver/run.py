@@ -214,7 +214,7 @@ def _report(run: Run, outcome: Outcome) -> content.Report:
     return content.Report(
         arguments=arguments,
         given=job.given,
-        versions=content.versions(),
+        versions=content.versions() | content.commit(),
         device=device,
         data=content.CalibrationText(calibration.source, calibration.hash, calibration.n, run.seqlen, job.inputs.seed),
         evaluation=[

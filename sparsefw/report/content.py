@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import platform
+import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -207,7 +209,7 @@ class Report:
 
     Attributes:
         arguments: values of Inputs, PruneConfig and the output's flags, by name, with defaults resolved.
-        versions: by name, the versions of this package, of Python and of LIBRARIES.
+        versions: by name, the versions of this package, of Python and of LIBRARIES, and this package's commit.
         device: name of the GPU or processor.
         data: the calibration windows.
         evaluation: the evaluation texts with perplexities.
@@ -329,6 +331,17 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             by_name[name] = "not installed"
     return by_name
+
+
+def commit() -> dict[str, str]:
+    """Return the commit of the checkout that this package is in, by "commit"; empty if it is in none."""
+    checkout = Path(sparsefw.__file__).resolve().parents[1]
+    with suppress(OSError, subprocess.CalledProcessError):
+        if (checkout / ".git").exists():
+            command = ["git", "describe", "--always", "--dirty"]
+            done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
+            return {"commit": done.stdout.strip()}
+    return {}
 
 
 def device_name(device: torch.device) -> str:

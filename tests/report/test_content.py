@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
+import subprocess
 from dataclasses import replace
 
 import pytest
 from helpers.pages import report_of_run
 
+import sparsefw
 from sparsefw.errors import InputError
-from sparsefw.report.content import Reconstruction, read_report
+from sparsefw.report.content import Reconstruction, commit, read_report
 
 
 @pytest.fixture
@@ -89,3 +92,13 @@ def test_arguments(path):
     report.arguments.pop("compare")
     with pytest.raises(InputError, match=r"^arguments\.compare: missing; prune again with this version of sparsefw$"):
         _ = report.methods
+
+
+def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
+    package = tmp_path / "sparsefw"
+    monkeypatch.setattr(sparsefw, "__file__", str(package / "__init__.py"))
+    assert commit() == {}
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--allow-empty", "--message", "first"]
+    for arguments in (["init", "--quiet"], identity):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    assert re.fullmatch(r"[0-9a-f]{7,}", commit()["commit"])
