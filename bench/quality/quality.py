@@ -242,7 +242,7 @@ def study(arguments: argparse.Namespace, results: dict[str, dict]) -> None:
     texts = [flag for path in held_out for flag in ("--eval", str(path))]
     evaluation = ["--against", model, *texts, "--tasks", half, "--include-path", str(suite), *evaluation]
     pruning = ["--model", model, "--dataset", str(calibration), *windows]
-    of_mixture = [calibration, *sorted((folder / "mixture").glob("*.txt"))]
+    of_mixture = [calibration, *(folder / f"mixture/{source.name}.txt" for source in mixture)]
     mixed = ["--model", model, *(flag for path in of_mixture for flag in ("--dataset", str(path)))]
     rows, made = CURVE if arguments.curve else ROWS, {}
     for sparsity, row in product(SPARSITIES, rows):

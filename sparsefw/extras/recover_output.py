@@ -130,8 +130,9 @@ def _job(
     of_run: dict[str, Any] = {name: report.argument(name, kind) for name, kind in kinds.items()}
     # A new seed draws new windows: the weights are already fitted to the windows of earlier seeds.
     seed = (report.recoveries[-1].data.seed if report.recoveries else report.argument("seed", int)) + 1
-    tokens = given.pop("recover", None)
-    inputs = Inputs(**of_run | {"seed": seed, "evaluate": ()} | given)
+    named = of_run | {"seed": seed, "evaluate": (), "recover": None} | given
+    tokens = named.pop("recover")
+    inputs = Inputs(**named)
     if any(text in VARIABLES for text in inputs.shares):
         raise InputError(f"{pruned}: calibrated on data without a name; give a text with {option('dataset')}")
     if tokens is None and output.hours is None:
