@@ -162,7 +162,7 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
 def _changes_kept_weights(report: Report) -> bool:
     """Whether the run, or a recovery after the run, may have changed kept weights."""
     method = METHODS[report.method]
-    refits = method.frank_wolfe and report.argument("refit", int) > 0
+    refits = method.refits and report.argument("refit", int) > 0
     reconstructs = report.arguments.get("reconstruct", 0) != 0
     return method.changes_weights or refits or reconstructs or bool(report.all_recoveries)
 

@@ -207,7 +207,7 @@ def _done(report: Report, name: str) -> str:
     done = {
         "mask": True,
         "weights": method.changes_weights,
-        "refit": method.frank_wolfe and bool(report.argument("refit", int)),
+        "refit": method.refits and bool(report.argument("refit", int)),
         "reconstruction": own and any(block.reconstruction for block in report.blocks),
         "recovery": name == RECOVERED,
     }

@@ -34,15 +34,16 @@ class Method:
             are stacked and solved in chunks. If not, a fraction is one budget for all rows together. Under n:m each
             group keeps its budget.
         frank_wolfe: whether the method uses the fields of `PruneConfig` that are marked `frank_wolfe`.
+        refits: whether it fits kept weights to a mask, unless `PruneConfig.refit` is 0.
         dense_target: whether the method damps the Gram matrix, and its layers may approximate the dense model's
             outputs, see `targets`.
-        changes_weights: whether the method always changes kept weights. It is False for Frank-Wolfe, where `refit`
-            decides.
+        changes_weights: whether the method always changes kept weights.
     """
 
     saliency: str | None = None
     rows_independent: bool = True
     frank_wolfe: bool = False
+    refits: bool = False
     dense_target: bool = False
     changes_weights: bool = False
 
@@ -51,10 +52,14 @@ class Method:
 WARM_STARTS, COLUMN_SALIENCIES = ["magnitude", "wanda", "ria"], ["ria"]
 
 METHODS: dict[str, Method] = {
-    "sparsefw": Method(frank_wolfe=True, dense_target=True),
+    "sparsefw": Method(frank_wolfe=True, refits=True, dense_target=True),
+    "frank-wolfe": Method(frank_wolfe=True),
     "sparsegpt": Method(saliency="wanda", rows_independent=False, changes_weights=True),
     **{name: Method(saliency=name) for name in WARM_STARTS},
 }
+
+# Fields that only methods with refits use.
+OF_REFITS = ("refit", "rounds", "target", "damp")
 
 PRESETS = ("sparsefw", "fast", "paper")
 # Defaults of the fields in _NAMES, by preset and by whether kept weights are refitted.
@@ -106,7 +111,7 @@ class PruneConfig:
     method: str = flag("how masks are chosen", "sparsefw", choices=METHODS)
     compare: tuple[str, ...] = flag(
         "another method to prune with, for the table of results; may be repeated (default: none; built-in model: "
-        "wanda)",
+        "wanda and frank-wolfe)",
         (), metavar="METHOD", choices=METHODS, several=True,
     )  # fmt: skip
     preset: str = flag(
@@ -216,24 +221,29 @@ class PruneConfig:
 
     def _defaults(self) -> dict[str, Any]:
         """Find the defaults that depend on other fields."""
+        method = METHODS[self.method]
         refit = self.preset != "paper" if self.refit is DEPENDS else self.refit
+        # Where a method is none of Frank-Wolfe's, these are the values of a compared one.
+        refit = refit and (method.refits or not method.frank_wolfe)
         values = DEFAULTS[self.preset, bool(refit)]
         defaults: dict[str, Any] = dict(zip(_NAMES, values, strict=True))
         defaults["warm_start"] = "wanda"
-        frank_wolfe = METHODS[self.method].frank_wolfe
-        if not frank_wolfe:
+        if not method.refits:
             defaults["reconstruct"] = 0
-        if not (frank_wolfe and self.preset == "sparsefw" and refit):
+        if not (method.refits and self.preset == "sparsefw" and refit):
             defaults["recover"] = 0
         elif self.reconstruct is DEPENDS or self.reconstruct:
             defaults |= BEFORE_RECONSTRUCTION
         return defaults
 
     def _check_together(self) -> None:
-        unused = [f.name for f in fields(self) if f.metadata.get("frank_wolfe") and f.name in self.given]
-        if unused and not self.uses_frank_wolfe:
-            others = ", ".join(name for name, method in METHODS.items() if method.frank_wolfe)
-            raise InputError(f"{option(unused[0])}: not used by {option('method', self.method)}, only by {others}")
+        of_frank_wolfe = [f.name for f in fields(self) if f.metadata.get("frank_wolfe")]
+        for names, kind in ((of_frank_wolfe, "frank_wolfe"), (OF_REFITS, "refits")):
+            unused = [name for name in names if name in self.given]
+            able = [name for name, method in METHODS.items() if getattr(method, kind)]
+            if unused and not {*able} & {*self.methods}:
+                own = option("method", self.method)
+                raise InputError(f"{option(unused[0])}: not used by {own}, only by {', '.join(able)}")
         if self.rounds and not self.refit:
             raise InputError(f"{option('rounds')}: needs refitted weights, but {option('refit', 0)} turns refits off")
         for name in ("penalty", "swaps", "refit"):

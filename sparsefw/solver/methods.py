@@ -8,6 +8,7 @@ over its inputs (Frantar & Alistarh 2023, arXiv 2301.00774). The steps of Frank-
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,8 +54,9 @@ Saliency = Callable[[Tensor, Tensor], Tensor]
 SALIENCIES: dict[str, Saliency] = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
 
 
-def choose_frank_wolfe(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
-    """Choose masks by Frank-Wolfe and, with `config.refit`, weights as well."""
+def choose_frank_wolfe(problem: Problem, config: PruneConfig, backend: Backend, refits: bool = True) -> Choice:
+    """Choose masks by Frank-Wolfe and, with `refits` and `config.refit`, weights as well."""
+    refits = refits and bool(config.refit)
     if not config.steps:
         # The error of a step shows NaN and Inf in all weights. The error of the warm start's mask does not show them in
         # the kept weights.
@@ -69,11 +71,11 @@ def choose_frank_wolfe(problem: Problem, config: PruneConfig, backend: Backend) 
     if config.step_rule == "open-loop":
         schedule = paper.open_loop(schedule)
     # With a refit the mask is chosen again, on H. Choosing the first mask on H as well made no measurable difference.
-    first = replace(problem, H=problem.G) if config.refit else problem
+    first = replace(problem, H=problem.G) if refits else problem
     choice = frank_wolfe.solve(first, warm, schedule, swaps=config.swaps, backend=backend)
     if config.preset != "paper":
         choice = frank_wolfe.or_warm_start(choice, warm, backend=backend)
-    if not config.refit:
+    if not refits:
         return choice
     fit = reselect(
         problem,
@@ -259,6 +261,7 @@ def _costliest(Z: Tensor, factor: Tensor, k: int, group: int, allowed: Tensor | 
 Choose = Callable[[Problem, PruneConfig, Backend], Choice]
 CHOOSE: dict[str, Choose] = {
     "sparsefw": choose_frank_wolfe,
+    "frank-wolfe": partial(choose_frank_wolfe, refits=False),
     "sparsegpt": choose_sparsegpt,
     **dict.fromkeys(SALIENCIES, choose_saliency),
 }

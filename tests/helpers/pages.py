@@ -38,7 +38,7 @@ def parsed(arguments: list[str]) -> dict[str, dict]:
     """The arguments of a report and those that were given, from a command line."""
     inputs, config, output = settings_of(run_parser(None).parse_args(arguments))
     found = asdict(inputs) | asdict(config.for_calibration(8, 128)) | asdict(output)
-    found |= {"output": str(found.pop("folder"))}
+    found |= {"output": str(found.pop("folder")), "compare": config.compare[:1]}
     return {"arguments": found, "given": given_arguments(inputs, config)}
 
 

@@ -95,10 +95,9 @@ def test_arguments(path):
 
 
 def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
-    package = tmp_path / "sparsefw"
-    monkeypatch.setattr(sparsefw, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(sparsefw, "__file__", str(tmp_path / "sparsefw/__init__.py"))
     assert commit() == {}
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--allow-empty", "--message", "first"]
-    for arguments in (["init", "--quiet"], identity):
-        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init"], ["commit", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *arguments], check=True)
     assert re.fullmatch(r"[0-9a-f]{7,}", commit()["commit"])

@@ -34,6 +34,7 @@ PAPER = dict(step_rule="open-loop", alpha=0.9, steps=2000, penalty=0, refit=0, s
         # The run reconstructs Wanda's blocks.
         (dict(method="wanda", reconstruct=3, compare=("sparsefw",)), dict(steps=24, refit=4, reconstruct=3)),
         (dict(method="wanda", compare=("sparsefw",)), dict(reconstruct=0)),
+        (dict(method="frank-wolfe"), dict(steps=40, swaps=100, refit=0, reconstruct=0, recover=0)),
         (dict(preset="fast"), dict(steps=3, penalty=1, refit=4, rounds=0, target="layer", damp=0.1, reconstruct=0)),
         (dict(preset="paper"), PAPER | dict(target="layer", damp=0)),
         (dict(preset="paper", refit=2), PAPER | dict(refit=2, target="dense", damp=0.1)),
@@ -71,6 +72,7 @@ def test_every_field_that_depends_has_a_default(preset, refit):
         (dict(sparsity="4:2"), "sparsity='4:2'"),
         (dict(include=("down_proj", "")), "include"),
         (dict(refit=0, rounds=2), "rounds"),
+        (dict(method="frank-wolfe", damp=1), "damp"),
         (dict(preset="paper", sparsity="layer:0.6", swaps=1), "swaps"),
     ],
     ids=str,
@@ -85,7 +87,7 @@ def test_options_of_frank_wolfe_go_with_it_alone():
     """Options that are not marked go with any method."""
     assert set(FRANK_WOLFE) == set(OTHER)
     for name, value in OTHER.items():
-        with refused(f"^{name}: not used by method='wanda', only by sparsefw$"):
+        with refused(f"^{name}: not used by method='wanda', only by sparsefw"):
             PruneConfig(method="wanda", **{name: value})
         # A compared method may use it.
         assert getattr(PruneConfig(method="wanda", compare="sparsefw", **{name: value}), name) == value

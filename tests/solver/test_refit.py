@@ -149,7 +149,7 @@ def mixed_gram(d, seed):
 
 def make_problem(rows=48, d=40, sparsity="0.6", k=None):
     W, G, pattern = normal(rows, d), mixed_gram(d, 10), patterns.parse(sparsity)
-    saliency = wanda(W, G.diagonal())
+    saliency = wanda(W, G)
     k = stack.kept(saliency, [slice(None)], pattern) if k is None else k
     return problem_of(W, G, saliency, k, pattern.group)
 
