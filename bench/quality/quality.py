@@ -67,11 +67,12 @@ ROWS = {
     "the default": "",
 }
 # The rows of the curve: a start, and after it a recovery on a mixture of texts.
-TOKENS = (0, 32_768, 131_072, 524_288, 1_048_576, 2_097_152, 4_194_304)
+TOKENS = (32_768, 131_072, 524_288, 1_048_576, 2_097_152, 4_194_304)
 PREDICTED = (4_194_304, 10_000_000, 100_000_000)
 STARTS = {"the default": "--recover 0", "Wanda": "--method wanda", "SparseGPT": "--method sparsegpt"}
-CURVE = {
-    f"{start} + {tokens:,}": f"{flags} then --recover {tokens}" if tokens else flags
+CURVE = {f"{start}, not recovered": flags for start, flags in STARTS.items()}
+CURVE |= {
+    f"{start} + {tokens:,}": f"{flags} then --recover {tokens}"
     for (start, flags), tokens in product(STARTS.items(), TOKENS)
 }
 
