@@ -130,10 +130,12 @@ def test_quantized_layers_stay_and_are_named(parameter):
 
 
 def test_a_quantized_model_is_refused_by_name():
-    class Quantized(nn.Parameter):
-        """As those of libraries that quantize."""
+    class Quantized(torch.Tensor):
+        """As those of torchao, which wrap the integers."""
+
+        __tensor_flatten__ = __tensor_unflatten__ = None
 
     model = small()
-    model.blocks[1].fc2.weight = Quantized(model.blocks[1].fc2.weight.detach())
+    model.blocks[1].fc2.weight = nn.Parameter(model.blocks[1].fc2.weight.detach().as_subclass(Quantized))
     with pytest.raises(InputError, match=r"^blocks.1.fc2.weight: is quantized or distributed \(Quantized\)"):
         prune(model, calibration=small_batches(), **WANDA)

@@ -44,8 +44,8 @@ def read_block(run: Run, i: int) -> DenseBlock | None:
 
 def share_of_zeros(run: Run, i: int) -> float:
     """Compute the share of zeros in the weights of block i, which is open and not pruned yet, that will be pruned."""
-    names = {without_index(name) for name in run.selected(i)}
-    weights = [run.model.blocks[i].get_parameter(name) for name in names]
+    parameters = dict(run.model.blocks[i].named_parameters())
+    weights = [parameters[name] for name in {without_index(name) for name in run.selected(i)}]
     zeros = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights)
     return zeros / sum(weight.numel() for weight in weights)
 

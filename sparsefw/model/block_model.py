@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparsefw import arithmetic
 from sparsefw.arithmetic import check_finite, computed, computes_in_fp32
@@ -306,8 +307,8 @@ class ResidentModel(BlockModel):
     ) -> None:
         self.set_back = set_back
         for name, parameter in model.named_parameters():
-            # Libraries that quantize or distribute a model have their own classes.
-            if type(parameter) is not nn.Parameter:
+            # Libraries that quantize or distribute a model have their own classes, which wrap other tensors.
+            if is_traceable_wrapper_subclass(parameter):
                 kind = type(parameter).__name__
                 raise InputError(f"{name}: is quantized or distributed ({kind}); give the model with plain weights")
         dtypes = dict.fromkeys(x.dtype for x in model.parameters())

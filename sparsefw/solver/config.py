@@ -289,7 +289,7 @@ class PruneConfig:
         elif passes and "reconstruct" not in self.given and most >= MANY_WINDOWS:
             passes = PASSES_OF_MANY
         config = self.replace(reconstruct=passes) if self.reconstruct else self
-        if "damp" in self.given or not self.refit or not self.uses_frank_wolfe:
+        if "damp" in self.given or not self.uses_refits:
             return config
         if config.reconstruct and METHODS[config.method].frank_wolfe:
             return config.replace(damp=DAMP_BEFORE_RECONSTRUCTION)
@@ -331,9 +331,9 @@ class PruneConfig:
         return self.rows_independent(method) and self.pattern.scope != "layer" and by_row
 
     @property
-    def uses_frank_wolfe(self) -> bool:
-        """Tell whether any method of the run uses the fields that are marked `frank_wolfe`."""
-        return any(METHODS[method].frank_wolfe for method in self.methods)
+    def uses_refits(self) -> bool:
+        """Tell whether any method of the run refits kept weights."""
+        return bool(self.refit) and any(METHODS[method].refits for method in self.methods)
 
     def dense_target(self, method: str) -> bool:
         """Tell whether layers that a method prunes approximate the dense model's outputs."""

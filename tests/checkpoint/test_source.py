@@ -293,7 +293,7 @@ class TestConfigs:
 
     def test_counts_that_a_class_makes_objects_of(self, folder, monkeypatch):
         """Layers take time before they take memory; the labels of a classifier take memory."""
-        (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 10**6}))
+        (folder / "config.json").write_text('{"num_hidden_layers": 1000000}')
         with refused("num_hidden_layers 1000000: more than 2000"):
             inspect(folder)
         (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_labels": 10**9}))

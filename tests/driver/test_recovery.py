@@ -110,7 +110,7 @@ def test_the_report_tells_what_is_gained(go, pruned, capsys):
     capsys.readouterr()
     assert evaluate.main([str(output), "--eval", "default", "--eval-windows", "2", "--seqlen", "32"]) == 0
     assert perplexity in capsys.readouterr().out
-    assert re.search(rf"^recovered +{perplexity}$", printed, re.MULTILINE)
+    assert re.search(rf"^recovered +{perplexity} +mask, recovery$", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize("first", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in range(9, 16))])

@@ -234,7 +234,7 @@ def test_a_source_that_is_not_there_and_another_model(copied, tmp_path, capsys):
 def test_bad_input_is_one_line(copied, capsys):
     source, output = copied(*WANDA)
     for message, *arguments in (
-        ("no report.json in it; give a folder that sparsefw.run wrote", source),
+        ("no report.json in it; give a folder that sparsefw wrote", source),
         ("--digest A+: expected 64 digits", output, f"--digest={'A' * 64}"),
         ("out: is the output itself", output, "--against", output),
         (r"report\.json: has no layers of the method in its arguments, wanda", output),
