@@ -30,7 +30,7 @@ def test_a_line_predicts_what_more_tokens_gain():
 
 
 def test_the_page_has_the_figures_of_the_results(capsys):
-    for name in ("near-texts", "far-texts"):
+    for name in ("near-texts", "far-texts", "curve"):
         quality.main(["--table", "--results", str(quality.REPO / f"bench/results/{name}.json")])
     printed = capsys.readouterr().out.splitlines()
     page = (quality.REPO / "docs/results.md").read_text().replace("**", "")
