@@ -36,7 +36,7 @@ from sparsefw.fields import DEPENDS, checked_path
 from sparsefw.inputs import Inputs, Output
 from sparsefw.solver.config import PruneConfig
 
-# What each command does.
+# A line about each command.
 COMMANDS = {
     "run": "prune a checkpoint",
     "plan": "tell memory, placement and disk of a run beforehand",

@@ -107,13 +107,13 @@ def test_names_of_a_compiled_model_are_its_own(where, tmp_path):
     assert all(part is parts[name] for name, part in given.named_modules())
 
 
-class Int8(nn.Module):
-    """A linear layer of bytes, as others quantize one."""
+class Quantized(nn.Module):
+    """A linear layer of bytes, or of integers that others pack."""
 
     def __init__(self, linear, parameter):
         super().__init__()
         values = (linear.weight.detach() * 100).to(torch.int8)
-        self.weight = nn.Parameter(values, requires_grad=False) if parameter else nn.Buffer(values)
+        self.weight = nn.Parameter(values, requires_grad=False) if parameter else nn.Buffer(values.int())
 
     def forward(self, x):
         return x @ (self.weight.float() / 100).T
@@ -123,19 +123,19 @@ class Int8(nn.Module):
 def test_quantized_layers_stay_and_are_named(parameter):
     model, lines = small(), []
     for block in model.blocks:
-        block.fc2 = Int8(block.fc2, parameter)
+        block.fc2 = Quantized(block.fc2, parameter)
     result = check_pruned(model, small_batches(), log=lines.append)
     assert result.report.kept_dense == ["blocks.0.fc2.weight", "blocks.1.fc2.weight"]
     assert "note: kept dense in blocks.0 and blocks like it, since they are quantized: fc2.weight" in lines
 
 
 def test_a_quantized_model_is_refused_by_name():
-    class Quantized(torch.Tensor):
+    class Wrapper(torch.Tensor):
         """As those of torchao, which wrap the integers."""
 
         __tensor_flatten__ = __tensor_unflatten__ = None
 
     model = small()
-    model.blocks[1].fc2.weight = nn.Parameter(model.blocks[1].fc2.weight.detach().as_subclass(Quantized))
-    with pytest.raises(InputError, match=r"^blocks.1.fc2.weight: is quantized or distributed \(Quantized\)"):
+    model.blocks[1].fc2.weight = nn.Parameter(model.blocks[1].fc2.weight.detach().as_subclass(Wrapper))
+    with pytest.raises(InputError, match=r"^blocks.1.fc2.weight: is quantized or distributed \(Wrapper\)"):
         prune(model, calibration=small_batches(), **WANDA)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from sparsefw import __version__
-from sparsefw.cli import COMMANDS, launched
+from sparsefw.cli import launched
 from sparsefw.errors import InputError
 
 
@@ -89,7 +89,7 @@ assert main() == 2
 def test_help_does_not_wait_for_torch():
     done = subprocess.run([sys.executable, "-c", HELP], check=True, capture_output=True, text=True)
     assert all(f"usage: python -m sparsefw.{command} " in done.stdout for command in HELPED)
-    assert all(f"  {command:<9} " in done.stdout for command in COMMANDS)
+    assert "\n  unpack    make a packed output dense again\n" in done.stdout
     assert done.stdout.endswith(f"sparsefw {__version__}\n")
 
 

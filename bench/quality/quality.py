@@ -33,7 +33,7 @@ from statistics import fmean, linear_regression
 # The modules of bench/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from host import REPO, commit, cpu
+from host import REPO, cpu
 from report import plain
 from smollm2 import build_checkpoint
 from tasks import CHANCE, write_tasks
@@ -113,7 +113,6 @@ def pruned(flags: str, sparsity: str, folder: Path, pruning: list[str], mixture:
         made["commands"][" ".join(command)] = measured(command)
     report = json.loads((output / "report.json").read_text("utf-8"))
     made |= {
-        "commit": commit(),
         "machine": {"cpu": cpu(), "device": report["device"], **report["versions"]},
         "seconds": report["seconds"],
     }

@@ -7,6 +7,7 @@ checked.
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -35,8 +36,8 @@ FILE_DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32,
 FILE_DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
 AGAIN = "download or copy it again"
 
-# No model has more layers; to build one takes milliseconds.
-MOST_LAYERS = 2000
+# Keys whose values count layers. No model has more than MOST_LAYERS; to build one takes milliseconds.
+LAYERS, MOST_LAYERS = re.compile(r"((?<!per_)layers?|blocks|depths?)$"), 2000
 
 # timm downloads and opens the files that a name with such a beginning leads to.
 TIMM = ("local-dir:", "hf-hub:", "hf_hub:")
@@ -206,8 +207,7 @@ def check_config(config: dict[str, Any], path: Path) -> None:
             elsewhere = not (of_file and (path.parent / os.path.basename(text)).exists())
         if elsewhere:
             raise InputError(f"{path}: {key} {shown(text)} lies outside of the checkpoint; remove the entry")
-        of_layers = key.endswith(("layers", "layer", "blocks", "depth", "depths"))
-        if of_layers and isinstance(value, int) and value > MOST_LAYERS:
+        if isinstance(value, int) and value > MOST_LAYERS and LAYERS.search(key):
             raise InputError(f"{path}: {key} {value}: more than {MOST_LAYERS}; give the config of a real model")
 
 

@@ -5,7 +5,7 @@ drop the reasoning of all turns but the last. What it leaves out is counted, lin
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ TEXT_COLUMNS = ("text", "messages", "content")
 # Columns of a record with messages that are for the template: tools, and other arguments by their names.
 TOOLS, ARGUMENTS = "tools", "chat_template_kwargs"
 
+# Entries of a message that say nothing by themselves.
+LABELS = ("role", "name", "id", "type", "tool_call_id")
+
 
 @dataclass
 class Records:
@@ -29,12 +32,14 @@ class Records:
         tokenizer: has the chat template; None: messages are no text.
         characters, left_out: characters of all messages so far, and of those that the template has left out.
         passed_over: whether a record has had messages besides its text.
+        told: whether `tell` was called.
     """
 
     tokenizer: "Tokenizer | None" = None
     characters: int = 0
     left_out: int = 0
     passed_over: bool = False
+    told: bool = False
 
     def texts(self, records: Iterable[Any], source: str) -> Iterator[list[str]]:
         """Yield the texts of records, or of batches of records.
@@ -49,13 +54,14 @@ class Records:
                     raise InputError(f"{source}: record {number} is {type(text).__name__}, expected a text")
                 yield [text]
 
-    def notes(self, source: str) -> Iterator[str]:
-        """Tell what was left out so far."""
-        if self.passed_over:
-            yield f"note: {source}: records have a text and messages; the text is read"
-        if 1000 * self.left_out > self.characters:
+    def tell(self, source: str, say: Callable[[str], None]) -> None:
+        """Say at the first call what was left out so far."""
+        if self.passed_over and not self.told:
+            say(f"note: {source}: records have a text and messages; the text is read")
+        if 1000 * self.left_out > self.characters and not self.told:
             share = f"{100 * self.left_out / self.characters:.1f} % of the characters of messages"
-            yield f"note: {source}: the chat template leaves out {share}; records with a text keep all"
+            say(f"note: {source}: the chat template leaves out {share}; records with a text keep all")
+        self.told = True
 
     def _of(self, record: Mapping[str, Any], source: str, number: int) -> Any:
         found = [name for name in TEXT_COLUMNS if name in record]
@@ -90,10 +96,10 @@ def _each(column: list[Any] | None) -> Iterable[Any]:
 
 
 def _strings(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield what messages say: their strings, but for the role, and the texts among the parts of a content."""
+    """Yield what messages say: their strings, but for LABELS, and the texts among the parts of a content."""
     for message in messages:
         for name, value in message.items():
-            if isinstance(value, str) and name != "role":
+            if isinstance(value, str) and name not in LABELS:
                 yield value
             for part in value if isinstance(value, list) else ():
                 if isinstance(part, Mapping) and isinstance(part.get("text"), str):

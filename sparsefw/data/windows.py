@@ -235,8 +235,7 @@ class WindowStream:
             tokens, total = _tokens(self.tokenizer, _separated(documents)), 0
             while (filled := _fill(pool, tokens, size)) >= self.seqlen or not total:
                 _check_length(len(pool), self.source, self.nsamples, self.seqlen)
-                for line in [] if total else records.notes(self.source):
-                    self.say(line)
+                records.tell(self.source, self.say)
                 total += filled
                 # If the text cannot be read again, the whole pool is used again.
                 end = filled if filled >= self.seqlen else size

@@ -105,9 +105,6 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
         InputError: there is no such model or layer, memory is too little, or `output` limits a GPU that does not exist.
     """
     free = {"gpu": CARDS[card] * 10**9, "host": ENDLESS} if card else memory.free_memory(memory.this_device())
-    if output.gpu_memory is not None and "gpu" not in free:
-        limit = option("gpu_memory", output.gpu_memory)
-        raise InputError(f"{limit}: this machine has no CUDA device; name a card to plan for ({option('gpu')})")
     limits = memory_limits(output.gpu_memory, output.host_memory, free)
     gpu = "gpu" in limits
     model = str(DEFAULT_MODEL) if inputs.built_in else inputs.model

@@ -74,7 +74,8 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
                     read = read_tensors({name: source.tensors[name] for name in names})
                     writer.write(n, {name: dequantized(x) for name, x in read.items()})
             # The perplexities in the report were measured before the weights changed.
-            texts = [f" --eval {shlex.quote(text)}" for text in report.argument("evaluate", tuple)] or [" --eval TEXT"]
+            named = [text for text in report.argument("evaluate", tuple) if text not in VARIABLES] or ["TEXT"]
+            texts = "".join(f" --eval {shlex.quote(text)}" for text in named)
             report = replace(report, evaluation=[])
             own = recover(run, writer, pruned_report(run, writer) or report).recovery
             if own is None or own == report.recovery:
@@ -90,7 +91,7 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
             writer.finish(partial(write_pages, report, writer.output, pruned, say))
     say(f"checkpoint: {output.folder}")
     folders = f"{shlex.quote(str(output.folder))} --against {shlex.quote(str(pruned))}"
-    say(f"perplexity: python -m sparsefw.evaluate {folders}{''.join(texts)}")
+    say(f"perplexity: python -m sparsefw.evaluate {folders}{texts}")
     say(f"SHA-256 of {output.folder / SUMS}: {file_digest(output.folder / SUMS)}")
     return own
 

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from sparsefw.model.partial_forward import INPUT, Point
 from sparsefw.selection import without_index
 
+# Dtypes of quantized weights: single bytes, or integers that pack several weights.
+QUANTIZED = {getattr(torch, name) for name in dir(torch) if re.match(r"u?int(8|16|32)$|float8", name)}
+
 # The index of a slice in a layer's name, such as "[3]".
 _SLICE = re.compile(r"\[\d+\]")
 
@@ -99,9 +102,9 @@ def not_pruned(block: nn.Module, layers: Mapping[str, int]) -> list[str]:
 
 
 def quantized(block: nn.Module) -> list[str]:
-    """List the block's matrices of single bytes, parameters or buffers. They are not pruned."""
+    """List the block's matrices of bytes or of packed integers, parameters or buffers. They are not pruned."""
     tensors = itertools.chain(block.named_parameters(), block.named_buffers())
-    return [name for name, x in tensors if x.dim() >= 2 and x.dtype.itemsize == 1 and x.dtype != torch.bool]
+    return [name for name, x in tensors if x.dim() >= 2 and x.dtype in QUANTIZED]
 
 
 def slices_of(name: str, parameter: Tensor, size: int | None = None) -> list[str]:

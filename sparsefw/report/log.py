@@ -206,7 +206,7 @@ def _done(report: Report, name: str) -> str:
     method = METHODS.get(report.method if own else name, Method())
     done = {
         "mask": True,
-        "weights": method.changes_weights,
+        "weight updates": method.changes_weights,
         "refit": method.refits and bool(report.argument("refit", int)),
         "reconstruction": own and any(block.reconstruction for block in report.blocks),
         "recovery": name == RECOVERED,

@@ -223,7 +223,7 @@ class PruneConfig:
         """Find the defaults that depend on other fields."""
         method = METHODS[self.method]
         refit = self.preset != "paper" if self.refit is DEPENDS else self.refit
-        # Where a method is none of Frank-Wolfe's, these are the values of a compared one.
+        # A compared method gets these values, too.
         refit = refit and (method.refits or not method.frank_wolfe)
         values = DEFAULTS[self.preset, bool(refit)]
         defaults: dict[str, Any] = dict(zip(_NAMES, values, strict=True))

@@ -118,7 +118,7 @@ def test_a_run_refuses_what_a_plan_refuses(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--gpu-memory 8", "--gpu-memory 8.0: this machine has no CUDA device; name a card to plan for (--gpu)"),
+        ("--gpu-memory 8", "--gpu-memory 8.0: no CUDA device; a plan for another machine names its card (--gpu)"),
         ("--gpu nothing", "argument --gpu: invalid choice: 'nothing' (choose from "),
         ("--host-memory 0.01", "--host-memory 0.01: this run needs at least"),
         ("--eval text.txt", "--eval text.txt: a plan reads no texts; give the number of its windows with --eval-win"),

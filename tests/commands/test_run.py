@@ -85,13 +85,15 @@ def test_bad_flags_are_one_line_and_leave_nothing_behind(flags, named, tmp_path,
 def test_a_source_that_is_sparse_already(tmp_path, text, capsys):
     """It is not called dense, and where the warm start loses nothing no error is relative to it."""
     source = save_model(tmp_path / "model", "llama", torch.float32)
-    flags = ["--method", "sparsegpt", "--eval", str(text), "--eval-windows", "1"]
+    flags = ["--method", "sparsegpt", "--compare", "frank-wolfe", "--eval", str(text), "--eval-windows", "1"]
     said = "the source is sparse already: 60 % zeros in the layers to prune of its first block"
     for name, first in (("once", "dense"), ("twice", "source")):
         assert run(source, text, tmp_path / name, *flags) == 0
         source, out = tmp_path / name, capsys.readouterr().out
         assert (f"note: {said}\n" in out) == (name == "twice")
         rows = dict(log.result_rows(read_report(source / "report.json")))
-        assert [*rows] == [first, "sparsegpt"]
+        assert [*rows] == [first, "frank-wolfe", "sparsegpt"]
+        # A compared mask of Frank-Wolfe has no refit, though others may have one.
+        assert rows["frank-wolfe"][1] == rows["frank-wolfe"][2]
     assert log.percent(math.inf) == "-"
     assert said in (source / "README.md").read_text()

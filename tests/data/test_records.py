@@ -10,7 +10,7 @@ from sparsefw.data.records import Records
 from sparsefw.data.text import read_text
 from sparsefw.data.windows import WindowStream
 
-# Of all turns but the last the reasoning is dropped, as by templates of reasoning models.
+# It drops the reasoning of all turns but the last, as templates of reasoning models do.
 TEMPLATE = """
 {%- for turn in messages %}{{ turn.role }}: {{ turn.content if loop.last else turn.content.split("</think>")[-1] }}
 {% endfor %}{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{{ style }}"""
@@ -37,7 +37,7 @@ def place(request, tmp_path):
         if path.suffix == ".parquet":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
         else:
-            path.write_text("".join(map("{}\n".format, map(json.dumps, records))))
+            path.write_text("\n".join(map(json.dumps, records)))
         return str(path)
 
     return put
@@ -52,15 +52,19 @@ def test_tools_and_arguments_reach_the_template(tokenizer, place):
 
 def test_what_the_template_leaves_out_is_said(tokenizer, place):
     """Nothing of the last answer, and the reasoning before it: 24 of 45 characters."""
-    turns = [ANSWER, {"role": "user", "content": "and"}, {"role": "assistant", "content": "<think>x</think>"}]
+    turns = [
+        ANSWER,
+        {"role": "user", "content": "and", "id": "17"},
+        {"role": "assistant", "content": "<think>x</think>"},
+    ]
     lines = []
     for records in ([{"messages": [ANSWER]}] * 9, [{"messages": turns}] * 9, [{"messages": turns, "text": "kept"}] * 9):
         given = place(records)
-        WindowStream(tokenizer, given, 1, 8, 0, say=lines.append).take(1)
+        WindowStream(tokenizer, given, 1, 8, 0, say=lines.append).take(99)
     name = given if isinstance(given, str) else "texts"
     said = "the chat template leaves out 53.3 % of the characters of messages; records with a text keep all"
     both = "records have a text and messages; the text is read"
-    assert lines == [f"note: {name}: {said}", f"note: {name}: {both}"]
+    assert [line for line in lines if "is read again" not in line] == [f"note: {name}: {said}", f"note: {name}: {both}"]
 
 
 def test_a_batch_of_conversations(tokenizer):

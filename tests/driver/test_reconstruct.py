@@ -63,11 +63,11 @@ def divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> float:
 
 # A budget of each kind.
 SPARSITY = {"dense targets": "0.6", "masks only": "layer:0.5", "sparsegpt": "2:4", "compared with sparsefw": "0.7"}
-# What the rows of its table say was done.
+# The last column of its table.
 DONE = {
     "dense targets": ["mask, refit, reconstruction"],
     "masks only": ["mask, reconstruction"],
-    "sparsegpt": ["mask, weights, reconstruction"],
+    "sparsegpt": ["mask, weight updates, reconstruction"],
     "compared with sparsefw": ["mask, refit", "mask, reconstruction"],
 }
 
