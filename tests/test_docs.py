@@ -1,18 +1,16 @@
 """The documents are true of the code: links, commands, the table of flags, Python examples."""
 
+import hashlib
 import importlib
 import importlib.util
-import json
 import re
 from dataclasses import fields
 from pathlib import Path
 
-import expected
+import pages
 import pytest
-import report
 import torch
 
-from bench.__main__ import catalogue
 from sparsefw.cli import run_parser
 from sparsefw.errors import flag_of
 from sparsefw.inputs import Inputs
@@ -86,11 +84,17 @@ def test_the_table_of_flags_is_current():
             assert told[1] == (f"{default:g}" if isinstance(default, float) else str(default)), field.name
 
 
-def test_tables_of_operations_are_current():
-    page = text_of(REPO / "docs/operations.md")
-    runs = [json.loads((REPO / f"bench/results/{name}.json").read_text("utf-8")) for name in ("cpu", "packed")]
-    for table in (catalogue(), expected.table(), *(report.summary(run["rows"]) for run in runs)):
-        assert f"\n{table}\n" in page
+@every_page
+def test_what_a_page_has_of_results_files_is_current(page):
+    """A figure that is typed over would be written anew."""
+    text = text_of(page)
+    typed_over = re.sub(r"(?s)(<!-- .+? -->.*?)\d(.*?<!-- end -->)", r"\1?\2", text)
+    assert pages.written(typed_over) == text
+
+
+def test_the_picture_is_of_the_run_whose_table_the_readme_has():
+    picture = (REPO / "docs/report.png").read_bytes()
+    assert hashlib.sha256(picture).hexdigest() == pages.results("first-run")["picture"]
 
 
 # Text in the README's examples, and the text that a test puts in its place.

@@ -278,7 +278,7 @@ class Report:
     @property
     def written(self) -> str:
         """Return the name of the results of the written weights."""
-        return RECOVERED if any(RECOVERED in text.perplexity for text in self.evaluation) else self.method
+        return RECOVERED if self.all_recoveries else self.method
 
     @property
     def zeros(self) -> float:

@@ -327,7 +327,7 @@ class PruneConfig:
 
         They may if neither the solution of a row nor its saliency nor its budget depends on other rows.
         """
-        by_row = (METHODS[method].saliency or self.warm_start) not in COLUMN_SALIENCIES
+        by_row = {METHODS[method].saliency, self.warm_start}.isdisjoint(COLUMN_SALIENCIES)
         return self.rows_independent(method) and self.pattern.scope != "layer" and by_row
 
     @property

@@ -34,7 +34,7 @@ RAMP = 0.8
 CERTIFIED = (0.2, 0.3, 0.4, 1.0)
 
 # Attributes of `Problem` with an entry for each row. `Problem.__getitem__` slices them.
-BY_ROW = ("W", "saliency", "k", "target_gap", "support", "fixed")
+BY_ROW = ("W", "saliency", "k", "target_gap", "support", "fixed", "warm")
 
 # Arguments of `row_step` for each step: theta and next_theta, the penalty's weights in this step and in the next one,
 # and without a line search eta, the step size.
@@ -60,6 +60,7 @@ class Problem:
             None: T is W.
         support: (rows, d) bool, True where a weight may be nonzero; None: everywhere.
         fixed: (rows, d) bool, True for entries that every mask keeps; None: no entry.
+        warm: (rows, d) bool, the warm start's mask, where `saliency` is not the warm start's; None: it is.
     """
 
     W: Tensor
@@ -73,6 +74,7 @@ class Problem:
     target_gap: Tensor | None = None
     support: Tensor | None = None
     fixed: Tensor | None = None
+    warm: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> "Problem":
         """Select a slice of the rows."""

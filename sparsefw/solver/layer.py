@@ -226,7 +226,7 @@ def _result(
         pattern=config.pattern.text,
         kept=int(kept),
         method=method,
-        warm_start=METHODS[method].saliency or config.warm_start,
+        warm_start=config.warm_start,
         alpha=config.alpha if takes_steps else None,
         steps=config.steps if takes_steps else 0,
         target=target,

@@ -99,9 +99,11 @@ def choose_saliency(problem: Problem, config: PruneConfig, backend: Backend) -> 
     """Choose the weights of the highest saliency."""
     check_finite(problem)
     mask = backend.lmo(problem.saliency, problem.k, group=problem.group)
-    error = mask_error(problem.W, mask, problem.exact, backend=backend)
+    error = warm = mask_error(problem.W, mask, problem.exact, backend=backend)
+    if problem.warm is not None:
+        warm = mask_error(problem.W, problem.warm, problem.exact, backend=backend)
     check_errors(error)
-    return Choice(mask, None, error, error, error, None)
+    return Choice(mask, None, error, error, warm, None)
 
 
 def choose_sparsegpt(problem: Problem, config: PruneConfig, backend: Backend) -> Choice:
@@ -114,7 +116,9 @@ def choose_sparsegpt(problem: Problem, config: PruneConfig, backend: Backend) ->
 def choice_of(problem: Problem, mask: Tensor, Z: Tensor, backend: Backend) -> Choice:
     """Make the `Choice` of a mask and its weights Z, (rows, d) each: round the weights and measure the errors."""
     # The warm start is needed only for its error, which the report has.
-    warm = backend.lmo(problem.saliency, problem.k, group=problem.group)
+    warm = problem.warm
+    if warm is None:
+        warm = backend.lmo(problem.saliency, problem.k, group=problem.group)
     written = Z.to(problem.dtype)
     error = backend.errors(problem.W.float() - written.float(), problem.exact)
     error_mask, error_warm_start = (mask_error(problem.W, m, problem.exact, backend=backend) for m in (mask, warm))

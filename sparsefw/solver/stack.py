@@ -103,12 +103,17 @@ def stack_rows(stack: Stack) -> Problem:
         only_products = config.refit and backend.precision == "bf16"
         H = damped(G, config.damp, torch.bfloat16 if only_products else torch.float32)
     target_gap = _to_targets(stack, W, exact, H, support)
-    saliency = SALIENCIES[stack.method.saliency or config.warm_start]
-    S = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
-    for layer in layers:
-        S[layer] = saliency(W[layer], G)
-    k = kept(S, layers, config.pattern)
-    return Problem(W, G, H, S, k, config.pattern.group, exact, own, target_gap, support)
+    own_saliency, warm = stack.method.saliency or config.warm_start, None
+    # The last one is the method's own.
+    for name in dict.fromkeys([config.warm_start, own_saliency]):
+        S = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
+        for layer in layers:
+            S[layer] = SALIENCIES[name](W[layer], G)
+        k = kept(S, layers, config.pattern)
+        if name != own_saliency:
+            # The errors of all methods are relative to this mask's. The method finds NaN.
+            warm = backend.lmo(S, k, group=config.pattern.group, check_nan=False)
+    return Problem(W, G, H, S, k, config.pattern.group, exact, own, target_gap, support, warm=warm)
 
 
 def kept(saliency: Tensor, layers: list[slice], pattern: Pattern) -> int | Tensor:

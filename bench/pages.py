@@ -1,0 +1,101 @@
+"""Write what pages have of results files into README.md and docs/: `python bench/pages.py`.
+
+A page has `<!-- NAME -->` before such a part, and `<!-- end -->` after it. NAME is a key of PARTS.
+"""
+
+import json
+import re
+import sys
+from contextlib import chdir, redirect_stdout
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+# The package of this checkout, and the modules of bench/quality/, which lead to those of bench/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
+
+import expected
+import quality
+import report
+import tables
+from host import REPO
+
+import sparsefw.plan
+from bench.__main__ import catalogue
+
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+
+
+def results(name: str) -> dict[str, Any]:
+    """Read a results file."""
+    return json.loads((REPO / f"bench/results/{name}.json").read_text("utf-8"))
+
+
+def timed(name: str) -> str:
+    """Write the command, the machine and the summary of a run of `python -m bench`."""
+    run = results(name)
+    return f"`{run['command']}`\n\n{report.heading(run)}\n\n{report.summary(run['rows'])}\n"
+
+
+LARGE = ["--model", "bench/configs/Meta-Llama-3-70B.json"]
+PLANS = [
+    "--gpu rtx4090",
+    "--gpu rtx4090 --gpu-memory 14.4 --host-memory 48 --reconstruct 0",
+    "--gpu h100 --gpu-memory 24 --host-memory 64",
+    "--gpu h100",
+]
+
+
+def planned(flags: str) -> str:
+    """Return the peaks of memory in the plan of a large model, as the command prints them."""
+    with redirect_stdout(StringIO()) as printed, chdir(REPO):
+        sparsefw.plan.main([*LARGE, *flags.split()])
+    return printed.getvalue().partition("\n\ndevice")[0]
+
+
+def plan() -> str:
+    """Write the first one of PLANS."""
+    return f"```\n$ python -m sparsefw.plan {' '.join(LARGE)} {PLANS[0]}\n{planned(PLANS[0])}\n...\n```\n"
+
+
+def plans() -> str:
+    """Write the peak of all phases of PLANS, in GiB."""
+    peaks = (re.findall(r"^all +(.+?) +(.+)$", planned(flags), re.MULTILINE) for flags in PLANS)
+    return report.plain(
+        [["flags", "GPU", "host"], *([f"`{flags}`", *peak] for flags, (peak,) in zip(PLANS, peaks, strict=True))]
+    )
+
+
+CELLS = results("quality")["cells"]
+PARTS = {
+    "first run": lambda: "```\n" + "\n".join(results("first-run")["table"]) + "\n```\n",
+    "compared": partial(tables.table, CELLS, rows=quality.ROWS),
+    **{f"quality at {sparsity}": partial(tables.table, CELLS, sparsity) for sparsity in quality.SPARSITIES},
+    "curve": partial(tables.curve, CELLS),
+    "predictions": partial(tables.predictions, CELLS),
+    "plan": plan,
+    "plans": plans,
+    "operations": lambda: f"{catalogue()}\n",
+    "expected": lambda: f"{expected.table()}\n",
+    **{f"timed {name}": partial(timed, name) for name in ("cpu", "packed")},
+}
+
+
+def written(page: str) -> str:
+    """Write all parts of a page anew.
+
+    Raises:
+        KeyError: there is no part of this name.
+    """
+    return re.sub(
+        r"<!-- (.+) -->\n(?s:.*?)<!-- end -->",
+        lambda part: f"<!-- {part[1]} -->\n{PARTS[part[1]]()}<!-- end -->",
+        page,
+    )
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(written(path.read_text("utf-8")), "utf-8")
