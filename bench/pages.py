@@ -68,6 +68,14 @@ def plans() -> str:
     )
 
 
+def generated(name: str) -> str:
+    """Write the command, the machine and the rows of a run of bench/runs/packed.py."""
+    run = results(name)
+    rows = [[path, f"{row['gb']:.2f}", f"{row['rate']:.2f}"] for path, row in run["rows"].items()]
+    table = report.plain([["checkpoint", "GB of the process", "tokens a second"], *rows])
+    return f"`{run['command']}` by commit {run['commit']}, {run['cpu']}:\n\n{table}"
+
+
 CELLS = results("quality")["cells"]
 PARTS = {
     "first run": lambda: "```\n" + "\n".join(results("first-run")["table"]) + "\n```\n",
@@ -77,6 +85,8 @@ PARTS = {
     "predictions": partial(tables.predictions, CELLS),
     "plan": plan,
     "plans": plans,
+    "text in memory": partial(generated, "text-in-memory"),
+    "text from the disk": partial(generated, "text-from-disk"),
     "operations": lambda: f"{catalogue()}\n",
     "expected": lambda: f"{expected.table()}\n",
     **{f"timed {name}": partial(timed, name) for name in ("cpu", "packed")},

@@ -123,7 +123,7 @@ def pruned(flags: str, sparsity: str, folder: Path, pruning: list[str], mixture:
     if not cost.exists():
         resumed = output.exists()
         seconds = measured(command)
-        cost.write_text(json.dumps({" ".join(command): None if resumed else seconds}), "utf-8")
+        cost.write_text(json.dumps({told(command): None if resumed else seconds}), "utf-8")
     made["commands"] |= json.loads(cost.read_text("utf-8"))
     report = read_report(output / "report.json")
     *_, (_, figures) = result_rows(report)
@@ -134,6 +134,11 @@ def pruned(flags: str, sparsity: str, folder: Path, pruning: list[str], mixture:
     if not fitted and all(layer.target == "layer" for layer in layers):
         made["error"] = fmean(layer.relative_error for layer in layers)
     return str(output), made
+
+
+def told(command: list[str]) -> str:
+    """Write a command without this machine's folders."""
+    return re.sub(r"\S+/", "", " ".join(command))
 
 
 def measured(command: list[str]) -> float:
@@ -214,7 +219,7 @@ def study(arguments: argparse.Namespace) -> None:
         results = read(arguments.results, [calibration, *held_out])
         results["cells"].setdefault("dense", {"commands": {}, "done": ""} | evaluated(found, model, half))
         for key, (output, how) in made.items():
-            results["cells"][key] = how | {"evaluation": {" ".join(command): seconds}} | evaluated(found, output, half)
+            results["cells"][key] = how | {"evaluation": {told(command): seconds}} | evaluated(found, output, half)
         # The file is never there in part.
         partial = arguments.results.with_suffix(".partial")
         partial.write_text(json.dumps(results, indent=1) + "\n", "utf-8")

@@ -1,7 +1,7 @@
 """Time the text that checkpoints generate, packed and dense, in turns: `python bench/runs/packed.py PACKED DENSE`.
 
 Every turn is a process of its own, which prints the memory of the process and tokens a second of greedy text; the
-results are medians over the turns. Products with packed matrices are timed by `python -m bench packed_product`.
+results, medians over the turns, are printed as JSON. Products with packed matrices are timed by `python -m bench packed_product`.
 With --disk all layers stay on the disk, and accelerate reads each for every token, as it does for a model that does not
 fit into memory. The system forgets what it has read before each token.
 """
@@ -53,13 +53,12 @@ def one_turn(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Take turns, print a line for each checkpoint, and write a JSON file."""
+    """Take turns, and print the results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
     add("--threads", type=int, default=1)
     add("--disk", action="store_true", help="keep all layers on the disk")
-    add("--json", type=Path, metavar="FILE")
     add("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -72,11 +71,9 @@ def main() -> None:
         printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         found.setdefault(path.name, []).append(json.loads(printed.splitlines()[-1]))
     rows = {name: {key: median(turn[key] for turn in turns) for key in turns[0]} for name, turns in found.items()}
-    for name, row in rows.items():
-        print(f"{name}: {row['gb']:.2f} GB, {row['rate']:.2f} tokens a second")
-    if arguments.json:
-        machine = {"cpu": cpu(), "commit": commit(), "command": " ".join(["python", *sys.argv])}
-        arguments.json.write_text(json.dumps(machine | {"rows": rows}, indent=1) + "\n", "utf-8")
+    machine = {"cpu": cpu(), "commit": commit()}
+    results = {"command": " ".join(["python bench/runs/packed.py", *found, *options])} | machine | {"rows": rows}
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
