@@ -1,7 +1,7 @@
 """Time the text that checkpoints generate, packed and dense, in turns: `python bench/runs/packed.py PACKED DENSE`.
 
 Every turn is a process of its own, which prints the memory of the process and tokens a second of greedy text; the
-results, medians over the turns, are printed as JSON. Products with packed matrices are timed by `python -m bench packed_product`.
+medians over the turns are printed as JSON. Products with packed matrices are timed by `python -m bench packed_product`.
 With --disk all layers stay on the disk, and accelerate reads each for every token, as it does for a model that does not
 fit into memory. The system forgets what it has read before each token.
 """
