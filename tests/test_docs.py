@@ -88,13 +88,11 @@ def test_the_table_of_flags_is_current():
 def test_what_a_page_has_of_results_files_is_current(page):
     """A figure that is typed over would be written anew."""
     text = text_of(page)
-    typed_over = re.sub(r"(?s)(<!-- .+? -->.*?)\d(.*?<!-- end -->)", r"\1?\2", text)
-    assert pages.written(typed_over) == text
+    assert pages.written(re.sub(r"(?s)(<!-- .+? -->.*?)\d(.*?<!-- end -->)", r"\1?\2", text)) == text
 
 
 def test_the_picture_is_of_the_run_whose_table_the_readme_has():
-    picture = (REPO / "docs/report.png").read_bytes()
-    assert hashlib.sha256(picture).hexdigest() == pages.results("first-run")["picture"]
+    assert hashlib.sha256((REPO / "docs/report.png").read_bytes()).hexdigest() == pages.results("first-run")["picture"]
 
 
 # Text in the README's examples, and the text that a test puts in its place.

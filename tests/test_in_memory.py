@@ -124,8 +124,14 @@ def test_quantized_layers_stay_and_are_named(parameter):
     model, lines = small(), []
     for block in model.blocks:
         block.fc2 = Quantized(block.fc2, parameter)
-    result = check_pruned(model, small_batches(), log=lines.append)
-    assert result.report.kept_dense == ["blocks.0.fc2.weight", "blocks.1.fc2.weight"]
+    if parameter:
+        # Nothing is left to prune in the last block.
+        block.fc1 = Quantized(block.fc1, parameter)
+    assert sorted(check_pruned(model, small_batches(), log=lines.append).report.kept_dense) == [
+        "blocks.0.fc2.weight",
+        *["blocks.1.fc1.weight"] * parameter,
+        "blocks.1.fc2.weight",
+    ]
     assert "note: kept dense in blocks.0 and blocks like it, since they are quantized: fc2.weight" in lines
 
 

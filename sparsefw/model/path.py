@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from sparsefw.arithmetic import computed
 from sparsefw.data.batches import Batch, token_batch
 from sparsefw.errors import InputError
+from sparsefw.model.layers import QUANTIZED, quantized
 from sparsefw.model.nested import objects_of, rebuilt
 from sparsefw.model.stubs import (
     BATCHES,
@@ -41,7 +42,7 @@ from sparsefw.model.tracer import Tracer
 FEW_TOKENS = token_batch(torch.zeros(1, 8, dtype=torch.int64))
 
 # Types of modules whose weights are not pruned.
-_NO_LAYERS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NO_LAYERS = (nn.Embedding, nn.modules.conv._ConvNd)
 
 # Functions that read only a tensor's metadata. The device is not among them: a tensor has the right one only if loaded.
 _METADATA = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "requires_grad", "is_meta")}
@@ -63,7 +64,7 @@ class Path:
         input_kind: the kind of input in words, `TEXT` or `BATCHES`.
         blocks: the blocks by name.
         order: names of the blocks in the order of their calls. A block that is called twice is listed twice.
-        unused: blocks of the same lists that the forward does not call, by name.
+        unused: blocks of the same lists that the forward does not call, or with quantized matrices only, by name.
         reads: names of all parameters and stored buffers that the forward reads outside of the blocks. A tied tensor is
             listed under all its names.
         flow: the trace of the forward.
@@ -137,11 +138,15 @@ def _path(model: nn.Module, runs: nn.Module, batch: Batch, input_kind: str, outs
 def _stacks(model: nn.Module, passed_over: dict[str, str]) -> Stacks:
     """Find the outermost lists of modules that may be blocks."""
     found: Stacks = {}
-    inside: set[nn.Module] = set()
+    inside = set[nn.Module]()
     for name, module in model.named_modules():
         if module in inside or name in passed_over or not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
-        stack = {f"{name}.{n}".removeprefix("."): child for n, child in module.named_children() if _may_be_block(child)}
+        stack = {
+            f"{name}.{n}".removeprefix("."): child
+            for n, child in module.named_children()
+            if _may_be_block(child) or quantized(child)
+        }
         if stack:
             found[name] = stack
             inside.update(module.modules())
@@ -150,10 +155,9 @@ def _stacks(model: nn.Module, passed_over: dict[str, str]) -> Stacks:
 
 def _may_be_block(module: nn.Module) -> bool:
     """Whether a module has submodules, and contains a weight matrix."""
-    if not any(module.children()):
-        return False
     owners = (m for m in module.modules() if not isinstance(m, _NO_LAYERS))
-    return any(x.dim() in (2, 3) for m in owners for x in m.parameters(recurse=False))
+    parameters = (x for m in owners for x in m.parameters(recurse=False))
+    return any(module.children()) and any(x.dim() in (2, 3) and x.dtype not in QUANTIZED for x in parameters)
 
 
 class _Forward:
@@ -170,7 +174,8 @@ class _Forward:
     def __init__(self, runs: nn.Module, stacks: Stacks, batch: Batch, input_kind: str, inside: Ready) -> None:
         self._runs, self._kind, self._stacks = runs, type(runs).__name__, stacks
         self._batch, self._input_kind, self._inside = batch, input_kind, inside
-        self._blocks = {name: block for stack in stacks.values() for name, block in stack.items()}
+        # A block whose matrices are all quantized runs as a part of what is around blocks.
+        self._blocks = {n: block for stack in stacks.values() for n, block in stack.items() if _may_be_block(block)}
         self._templates = Templates()
         # The attributes of the blocks' modules before the blocks ran, to be restored afterwards.
         self._before: dict[nn.Module, dict[str, Any]] = {}
@@ -227,13 +232,18 @@ class _Forward:
         read = {stored[name] for name in first.read}
         logits = getattr(returned, "logits", None)
         windows_first = self._input_kind != TEXT or trace.hidden.shape[:2] == FEW_TOKENS.tensors[0].shape
-        used = [stack for stack in self._stacks.values() if not stack.keys().isdisjoint(names)]
         return Path(
             runs=self._runs,
             input_kind=self._input_kind,
             blocks={name: self._blocks[name] for name in names},
             order=names,
-            unused={name: block for stack in used for name, block in stack.items() if name not in names},
+            unused={
+                name: block
+                for stack in self._stacks.values()
+                if not stack.keys().isdisjoint(names)
+                for name, block in stack.items()
+                if name not in names
+            },
             reads=frozenset(name for name, key in stored.items() if key in read),
             # The constants belong to a few tokens only, and may be copies of weights.
             flow=replace(trace, constants={}, windows_first=windows_first),

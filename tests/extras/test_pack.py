@@ -40,8 +40,7 @@ def logits(model):
 def test_layers_may_be_on_the_disk(pruned, tmp_path):
     """Accelerate reads them there for every forward."""
     _, output = pruned(*WANDA)
-    folder = packed_of(output, tmp_path)
-    packed = AutoModelForCausalLM.from_pretrained(folder, device_map="auto", max_memory={"cpu": 0})
+    packed = AutoModelForCausalLM.from_pretrained(packed_of(output, tmp_path), device_map="auto", max_memory={"cpu": 0})
     assert next(packed.parameters()).is_meta
     assert torch.equal(logits(packed), logits(AutoModelForCausalLM.from_pretrained(output)))
 
