@@ -32,6 +32,7 @@ from tempfile import TemporaryDirectory
 # The modules of bench/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import admm  # noqa: F401  # adds the method
 from host import REPO, cpu
 from smollm2 import build_checkpoint
 from tasks import CHANCE, write_tasks
