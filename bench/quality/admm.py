@@ -73,8 +73,12 @@ def choose_admm(problem: Problem, config: PruneConfig, backend: Backend) -> Choi
     return choice_of(problem, *admm(problem.W, problem.G, problem.k, problem.group), backend)
 
 
-# ADMM factors G in every call, so rows are not solved in chunks.
-add_method("admm", choose_admm, saliency="wanda", rows_independent=False, changes_weights=True)
+def add_admm() -> None:
+    """Add the method to those of this process."""
+    # ADMM factors G in every call, so rows are not solved in chunks.
+    add_method("admm", choose_admm, saliency="wanda", rows_independent=False, changes_weights=True)
+
 
 if __name__ == "__main__":
+    add_admm()
     sys.exit(sparsefw.run.main(sys.argv[1:]))

@@ -32,7 +32,7 @@ from tempfile import TemporaryDirectory
 # The modules of bench/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import admm  # noqa: F401  # adds the method
+from admm import add_admm
 from host import REPO, cpu
 from smollm2 import build_checkpoint
 from tasks import CHANCE, write_tasks
@@ -114,7 +114,11 @@ def pruned(flags: str, sparsity: str, folder: Path, pruning: list[str], mixture:
     """
     run, _, recovery = flags.partition(" then ")
     output, made = folder / re.sub(r"\W+", "-", f"pruned {flags} {sparsity}"), {"commands": {}}
-    program = ["bench/quality/admm.py"] if "admm" in flags else ["-m", "sparsefw.run"]
+    program = ["-m", "sparsefw.run"]
+    if "admm" in flags:
+        # The report is read here.
+        add_admm()
+        program = ["bench/quality/admm.py"]
     of_run = run.format(mixture=" ".join(mixture)).split()
     command = [*program, *pruning, *of_run, "--sparsity", sparsity, "--output", str(output)]
     if recovery:

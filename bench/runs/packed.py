@@ -42,7 +42,7 @@ def one_turn(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return scores
 
-    prompt, rate = torch.arange(1, 17).view(1, 16), 0.0
+    prompt = torch.arange(1, 17).view(1, 16)
     # The first tokens warm up.
     for tokens in (2, 4 if arguments.disk else 32):
         begin = time.perf_counter()

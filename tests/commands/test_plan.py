@@ -51,20 +51,6 @@ def refused(capsys, *argv):
     return err
 
 
-def test_the_plans_in_the_docs_are_what_the_command_prints(capsys, monkeypatch):
-    monkeypatch.chdir(REPO)
-    page = Path("docs/memory.md").read_text()
-    command, printed = re.search(r"^\$ python -m sparsefw.plan (.*)\n((?:.*\n)+?)```", page, re.MULTILINE).groups()
-    # The page has the upper part.
-    assert said(capsys, *command.split()).startswith(printed.removesuffix("...\n"))
-    assert "limit" in printed
-    rows = re.findall(r"^\| `(--gpu .*?)`.*? \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
-    assert len(rows) == 4
-    for flags, *sizes in rows:
-        plan = said(capsys, *command.split()[:2], *flags.split())
-        assert [f"{float(size):.1f}" for size in re.search(r"^all +(.*)$", plan, re.MULTILINE)[1].split()] == sizes
-
-
 def test_lines_and_json(config, tmp_path, capsys):
     path = tmp_path / "plan.json"
     out = said(capsys, "--model", config, "--gpu", "h100", *SMALL, "--json", path)
