@@ -102,7 +102,7 @@ class Inputs:
     @property
     def options(self) -> dict[str, Any]:
         """Return defaults of PruneConfig that depend on the model: a run of the built-in model compares with Wanda."""
-        return {"compare": ("wanda", "frank-wolfe")} if self.built_in else {}
+        return {"compare": ("wanda", "frank-wolfe", "refitted")} if self.built_in else {}
 
     @property
     def shares(self) -> dict[str, float]:

@@ -319,7 +319,7 @@ def _solve_bytes(stage: Sequence[LayerShape], workload: Workload, placement: Pla
     # The damped Gram matrix; and the Gram matrix as a sum of two bf16 matrices, for exact products.
     damped = 2 if gpu and config.precision == "bf16" and config.refit else 4
     terms = 4 if gpu and config.precision in ("tf32", "bf16") else 0
-    matrices = d * d * (damped * METHODS[method].dense_target + terms)
+    matrices = d * d * (damped * METHODS[method].refits + terms)
     # Weights, target gap, and the mask of --keep-zeros. Saliencies come after the cross matrices are freed.
     weights = rows * d * ((2 if gpu else 4) + 4 * (dense and not config.refit) + config.keep_zeros)
     saliencies = max(0, 4 * rows * d - stacked * _cross_bytes(stage, dense))

@@ -34,9 +34,9 @@ class Method:
             are stacked and solved in chunks. If not, a fraction is one budget for all rows together. Under n:m each
             group keeps its budget.
         frank_wolfe: whether the method uses the fields of `PruneConfig` that are marked `frank_wolfe`.
-        refits: whether it fits kept weights to a mask, unless `PruneConfig.refit` is 0.
-        dense_target: whether the method damps the Gram matrix, and its layers may approximate the dense model's
-            outputs, see `targets`.
+        refits: whether it damps the Gram matrix, and fits kept weights to a mask, unless `PruneConfig.refit` is 0.
+        dense_target: whether its layers may approximate the dense model's outputs, see `targets`. By default blocks are
+            then reconstructed, and the model is recovered.
         changes_weights: whether the method always changes kept weights.
     """
 
@@ -54,6 +54,7 @@ WARM_STARTS, COLUMN_SALIENCIES = ["magnitude", "wanda", "ria"], ["ria"]
 METHODS: dict[str, Method] = {
     "sparsefw": Method(frank_wolfe=True, refits=True, dense_target=True),
     "frank-wolfe": Method(frank_wolfe=True),
+    "refitted": Method(frank_wolfe=True, refits=True),
     "sparsegpt": Method(saliency="wanda", rows_independent=False, changes_weights=True),
     **{name: Method(saliency=name) for name in WARM_STARTS},
 }
@@ -111,7 +112,7 @@ class PruneConfig:
     method: str = flag("how masks are chosen", "sparsefw", choices=METHODS)
     compare: tuple[str, ...] = flag(
         "another method to prune with, for the table of results; may be repeated (default: none; built-in model: "
-        "wanda and frank-wolfe)",
+        "wanda, frank-wolfe and refitted)",
         (), metavar="METHOD", choices=METHODS, several=True,
     )  # fmt: skip
     preset: str = flag(
@@ -225,13 +226,10 @@ class PruneConfig:
         refit = self.preset != "paper" if self.refit is DEPENDS else self.refit
         # A compared method gets these values, too.
         refit = refit and (method.refits or not method.frank_wolfe)
-        values = DEFAULTS[self.preset, bool(refit)]
-        defaults: dict[str, Any] = dict(zip(_NAMES, values, strict=True))
+        defaults: dict[str, Any] = dict(zip(_NAMES, DEFAULTS[self.preset, bool(refit)], strict=True))
         defaults["warm_start"] = "wanda"
-        if not method.refits:
-            defaults["reconstruct"] = 0
-        if not (method.refits and self.preset == "sparsefw" and refit):
-            defaults["recover"] = 0
+        if not (method.dense_target and self.preset == "sparsefw" and refit):
+            defaults["reconstruct"] = defaults["recover"] = 0
         elif self.reconstruct is DEPENDS or self.reconstruct:
             defaults |= BEFORE_RECONSTRUCTION
         return defaults

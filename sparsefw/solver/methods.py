@@ -99,9 +99,8 @@ def choose_saliency(problem: Problem, config: PruneConfig, backend: Backend) -> 
     """Choose the weights of the highest saliency."""
     check_finite(problem)
     mask = backend.lmo(problem.saliency, problem.k, group=problem.group)
-    error = warm = mask_error(problem.W, mask, problem.exact, backend=backend)
-    if problem.warm is not None:
-        warm = mask_error(problem.W, problem.warm, problem.exact, backend=backend)
+    error = mask_error(problem.W, mask, problem.exact, backend=backend)
+    warm = error if problem.warm is None else mask_error(problem.W, problem.warm, problem.exact, backend=backend)
     check_errors(error)
     return Choice(mask, None, error, error, warm, None)
 
@@ -266,6 +265,7 @@ Choose = Callable[[Problem, PruneConfig, Backend], Choice]
 CHOOSE: dict[str, Choose] = {
     "sparsefw": choose_frank_wolfe,
     "frank-wolfe": partial(choose_frank_wolfe, refits=False),
+    "refitted": choose_frank_wolfe,
     "sparsegpt": choose_sparsegpt,
     **dict.fromkeys(SALIENCIES, choose_saliency),
 }

@@ -98,7 +98,7 @@ def stack_rows(stack: Stack) -> Problem:
         W[layer] = weight
     support = W != 0 if config.keep_zeros else None
     exact, H = backend.exact_operand(G, own), G
-    if stack.method.dense_target:
+    if stack.method.refits:
         # Without a refit, swaps need H exactly. With a refit, H is only a factor of products.
         only_products = config.refit and backend.precision == "bf16"
         H = damped(G, config.damp, torch.bfloat16 if only_products else torch.float32)

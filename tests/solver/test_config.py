@@ -35,6 +35,7 @@ PAPER = dict(step_rule="open-loop", alpha=0.9, steps=2000, penalty=0, refit=0, s
         (dict(method="wanda", reconstruct=3, compare=("sparsefw",)), dict(steps=24, refit=4, reconstruct=3)),
         (dict(method="wanda", compare=("sparsefw",)), dict(reconstruct=0)),
         (dict(method="frank-wolfe"), dict(steps=40, swaps=100, refit=0, reconstruct=0, recover=0)),
+        (dict(method="refitted"), dict(steps=24, refit=4, reconstruct=0, recover=0)),
         (dict(preset="fast"), dict(steps=3, penalty=1, refit=4, rounds=0, target="layer", damp=0.1, reconstruct=0)),
         (dict(preset="paper"), PAPER | dict(target="layer", damp=0)),
         (dict(preset="paper", refit=2), PAPER | dict(refit=2, target="dense", damp=0.1)),
