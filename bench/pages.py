@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from contextlib import chdir, redirect_stdout
-from functools import partial
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ PLANS = [
 ]
 
 
+@cache
 def planned(flags: str) -> str:
     """Return the peaks of memory in the plan of a large model, as the command prints them."""
     with redirect_stdout(StringIO()) as printed, chdir(REPO):
