@@ -133,6 +133,10 @@ def test_quantized_layers_stay_and_are_named(parameter):
         "blocks.1.fc2.weight",
     ]
     assert "note: kept dense in blocks.0 and blocks like it, since they are quantized: fc2.weight" in lines
+    for block in model.blocks:
+        block.fc1 = Quantized(block.fc1, parameter)
+    with pytest.raises(InputError, match="; the model is quantized"):
+        prune(model, calibration=small_batches(), **WANDA)
 
 
 def test_a_quantized_model_is_refused_by_name():

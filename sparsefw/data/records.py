@@ -56,12 +56,14 @@ class Records:
 
     def tell(self, source: str, say: Callable[[str], None]) -> None:
         """Say at the first call what was left out so far."""
-        if self.passed_over and not self.told:
+        if self.told:
+            return
+        self.told = True
+        if self.passed_over:
             say(f"note: {source}: records have a text and messages; the text is read")
-        if 1000 * self.left_out > self.characters and not self.told:
+        if 1000 * self.left_out > self.characters:
             share = f"{100 * self.left_out / self.characters:.1f} % of the characters of messages"
             say(f"note: {source}: the chat template leaves out {share}; records with a text keep all")
-        self.told = True
 
     def _of(self, record: Mapping[str, Any], source: str, number: int) -> Any:
         found = [name for name in TEXT_COLUMNS if name in record]

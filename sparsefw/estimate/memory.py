@@ -320,11 +320,12 @@ def _solve_bytes(stage: Sequence[LayerShape], workload: Workload, placement: Pla
     damped = 2 if gpu and config.precision == "bf16" and config.refit else 4
     terms = 4 if gpu and config.precision in ("tf32", "bf16") else 0
     matrices = d * d * (damped * METHODS[method].refits + terms)
-    # Weights, target gap, and the mask of --keep-zeros. Saliencies come after the cross matrices are freed.
-    weights = rows * d * ((2 if gpu else 4) + 4 * (dense and not config.refit) + config.keep_zeros)
+    # Of an entry: weight, target gap, and the masks of --keep-zeros and of another warm start.
+    entry = (2 if gpu else 4) + 4 * (dense and not config.refit) + config.keep_zeros + bool(METHODS[method].saliency)
+    # Saliencies come after the cross matrices are freed.
     saliencies = max(0, 4 * rows * d - stacked * _cross_bytes(stage, dense))
     before = BYTES_OF_SALIENCY if config.rows_shared(method) else BYTES_OF_BUDGETS
-    return matrices + weights + saliencies + max(state, before * min(rows, largest) * d)
+    return matrices + rows * d * entry + saliencies + max(state, before * min(rows, largest) * d)
 
 
 def _up_to(n: int, unit: int) -> int:

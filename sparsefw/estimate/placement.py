@@ -45,8 +45,9 @@ def memory_limits(
         InputError: the user limits a GPU's memory, and there is no GPU.
     """
     if gpu_memory is not None and "gpu" not in free:
-        limit = option("gpu_memory", gpu_memory)
-        raise InputError(f"{limit}: no CUDA device; a plan for another machine names its card (--gpu)")
+        raise InputError(
+            f"{option('gpu_memory', gpu_memory)}: no CUDA device; a plan for another machine names its card (--gpu)"
+        )
     limits = {what: int(size * (1 - memory.MARGIN)) for what, size in free.items()}
     if gpu_memory is not None:
         limits["gpu"] = int(gpu_memory * GIB)

@@ -131,7 +131,7 @@ def _path(model: nn.Module, runs: nn.Module, batch: Batch, input_kind: str, outs
         raise InputError(next(iter(passed_over.values())))
     raise InputError(
         f"unsupported model {type(model).__name__}: its forward on {input_kind} calls no modules of a ModuleList or "
-        "Sequential that contain weight matrices"
+        f"Sequential that contain weight matrices{'; the model is quantized' if quantized(model) else ''}"
     )
 
 

@@ -331,7 +331,7 @@ class PruneConfig:
     @property
     def uses_refits(self) -> bool:
         """Tell whether any method of the run refits kept weights."""
-        return bool(self.refit) and any(METHODS[method].refits for method in self.methods)
+        return self.refit > 0 and any(METHODS[method].refits for method in self.methods)
 
     def dense_target(self, method: str) -> bool:
         """Tell whether layers that a method prunes approximate the dense model's outputs."""

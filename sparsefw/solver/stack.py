@@ -113,6 +113,7 @@ def stack_rows(stack: Stack) -> Problem:
         if name != own_saliency:
             # The errors of all methods are relative to this mask's. The method finds NaN.
             warm = backend.lmo(S, k, group=config.pattern.group, check_nan=False)
+            del S
     return Problem(W, G, H, S, k, config.pattern.group, exact, own, target_gap, support, warm=warm)
 
 

@@ -48,6 +48,9 @@ class TestWritten:
         pruned, results = run(layers, G, method, make_config(text))
         assert torch.equal(G, before)
         _, of_wanda = run(layers, G, "wanda", make_config(text))
+        config = config_of("sparsefw", text, warm_start="ria")
+        of_ria, row = (run(layers, G, name, config)[1][0] for name in ("ria", method))
+        assert row.error_warm_start == pytest.approx(of_ria.error, rel=1e-6)
         for (name, W), row, base in zip(layers, results, of_wanda, strict=True):
             Z = pruned[name]
             # Whatever mask the method starts from.
