@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import pandas
     from transformers import PreTrainedTokenizerBase
 
-    from sparsefw.driver.job import Job
     from sparsefw.report.content import Report
     from sparsefw.report.log import Progress
     from sparsefw.solver.layer import LayerResult
@@ -94,7 +93,6 @@ def prune(
     overwrite: bool = False,
     restart: bool = False,
     hours: float | None = None,
-    packed: str | Path | None = None,
     log: Callable[[str], None] = to_logger,
     progress: "bool | Callable[[Progress], None]" = True,
     **options: Any,
@@ -128,7 +126,6 @@ def prune(
         overwrite: whether an older checkpoint in `output` may be replaced.
         restart: whether to discard the finished blocks of an interrupted run.
         hours: hours after which a recovery of the whole model ends; None: no limit.
-        packed: folder for a packed copy of the output, see `packing`.
         log: called with every line of the log. By default lines go to the logger "sparsefw", which shows warnings, and
             every line after `logging.basicConfig(level=logging.INFO)`.
         progress: whether to show a progress bar over the blocks, which huggingface_hub's setting can turn off; or a
@@ -159,12 +156,8 @@ def prune(
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
         raise InputError(f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}")
     folder = None if output is None else checked_path("output", output)
-    if packed is not None:
-        packed = checked_path("packed", packed)
-        if folder is None:
-            raise InputError("packed: a copy of the output, but there is no output; give output")
     places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
-    places |= dict(hours=hours, packed=packed)
+    places["hours"] = hours
     if isinstance(model, str | Path) and calibration is None:
         inputs, documents = text_inputs(str(model), dataset, evaluate, **numbers)
         if folder is None:
@@ -189,8 +182,8 @@ def prune(
         say_kernel(config, say)
         check_model(module, calibration is not None)
         source = os.path.expanduser(str(getattr(module, "name_or_path", "")))
-        for path in filter(None, (folder, packed) if os.path.isdir(source) else ()):
-            check_output(path, Path(source), overwrite)
+        if folder and os.path.isdir(source):
+            check_output(folder, Path(source), overwrite)
         if calibration is not None:
             inputs, batches = batch_inputs(type(module).__name__, calibration, evaluate)
         elif tokenizer is None and not (isinstance(documents, Tensor) and not inputs.evaluate):
@@ -199,8 +192,7 @@ def prune(
             shown, given = ranks.first and progress, given_arguments(inputs, config)
             target = Output(written, **places)
             job = Job(inputs, config, target, documents, tokenizer, None, say, shown, ranks, given, write_pages)
-            with _packing(job):
-                report = run_in_memory(module, job, batches, folder is not None)
+            report = run_in_memory(module, job, batches, folder is not None)
     # Without an output the run wrote to a temporary folder, which the report does not name.
     return PruneResult(report if folder else replace(report, arguments=report.arguments | {"output": None}), folder)
 
@@ -241,8 +233,7 @@ def prune_checkpoint(
         folder = ranks.local_first(lambda: locate(inputs.model))
         shown, given = ranks.first and progress, given_arguments(inputs, config)
         job = Job(inputs, config, output, dataset, tokenizer, folder, say, shown, ranks, given, write_pages)
-        with _packing(job):
-            return run_job(job)
+        return run_job(job)
 
 
 def given_arguments(inputs: Inputs, config: PruneConfig) -> dict[str, Any]:
@@ -256,32 +247,6 @@ def given_arguments(inputs: Inputs, config: PruneConfig) -> dict[str, Any]:
         defaults["dataset"] = None
     given = {name: value for name, value in asdict(inputs).items() if value != defaults[name]}
     return given | {name: value for name, value in config.given.items() if value != inputs.options.get(name)}
-
-
-@contextmanager
-def _packing(job: "Job") -> Iterator[None]:
-    """Make the packed copy after the `with` block, which writes the checkpoint; nothing if the job needs no copy."""
-    folder, packed = job.output.folder, job.output.packed
-    if packed is None:
-        yield
-        return
-    from sparsefw.checkpoint.files import check_output
-    from sparsefw.extras.packed.folders import pack_folder
-
-    for read in filter(None, (job.folder, folder)):
-        check_output(packed, read, job.output.overwrite, job.inputs.paths)
-    yield
-    if job.ranks.first:
-        try:
-            pack_folder(folder, packed, overwrite=job.output.overwrite, restart=job.output.restart)
-        except BaseException as error:
-            # Drop notes that say that the same command resumes: the run is complete, and only packing is not.
-            getattr(error, "__notes__", []).clear()
-            resumes = f"; python -m sparsefw.pack {folder} {packed} resumes packing"
-            remedy = "" if isinstance(error, InputError) else resumes
-            error.add_note(f"{folder} is complete{remedy}")
-            raise
-    job.ranks.barrier()
 
 
 @contextmanager

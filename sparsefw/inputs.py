@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from sparsefw.data.text import GENERAL, MIXTURE, SELF
+from sparsefw.data.text import GENERAL, MIXTURE, SELF, is_own
 from sparsefw.errors import InputError, option, shown
 from sparsefw.fields import DEPENDS, check_fields, check_needs, flag, set_field
 
@@ -59,8 +59,9 @@ class Inputs:
     model: str = flag("checkpoint folder or Hub id (default: the built-in model)", DEFAULT, metavar="ID|PATH")
     dataset: tuple[str, ...] = flag(
         "calibration text: c4, wikitext, a .txt, .jsonl or .parquet file, or a datasets id; general: a mixture of the "
-        "Hub; self: the model writes it; may be repeated: each has as many of the windows, or its share of them where "
-        "=N follows (default: c4; self with HF_HUB_OFFLINE=1; the built-in text for the built-in model)",
+        "Hub; self: the model writes it, self=PROMPTS: as answers to a text's prompts; may be repeated: each has as "
+        "many of the windows, or its share of them where =N follows (default: c4; self with HF_HUB_OFFLINE=1; the "
+        "built-in text for the built-in model)",
         metavar="NAME|PATH[=N]", several=True,
     )  # fmt: skip
     nsamples: int = flag(
@@ -110,9 +111,15 @@ class Inputs:
         return dict(map(name_and_share, self.dataset))
 
     @property
+    def own(self) -> str | None:
+        """Return the name of the text that the model writes itself; None: it writes none."""
+        return next(filter(is_own, self.shares), None)
+
+    @property
     def paths(self) -> list[Path]:
         """List the names of all texts as paths; a text may be a file."""
-        return [Path(os.path.expanduser(name)) for name in (*self.shares, *self.evaluate)]
+        names = (*self.shares, *self.evaluate)
+        return [Path(os.path.expanduser(name.removeprefix(f"{SELF}="))) for name in names]
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,6 @@ class Output:
         restart: whether to discard the finished blocks of an unfinished run.
         gpu_memory, host_memory: memory limits in GiB; None: the free memory, less a tenth.
         hours: hours of a recovery; None: no limit.
-        packed: folder for a packed copy; None: no copy.
 
     Raises:
         InputError: a value is out of range.
@@ -142,7 +148,6 @@ class Output:
         "end the recovery after this many hours with the best weights so far; without --recover it takes as many "
         "tokens as fit into them (default: no limit)", None, metavar="H", least=0, most=10**6,
     )  # fmt: skip
-    packed: Path | None = flag("folder for a packed copy, whose zeros take no space", None, metavar="DIR")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -242,12 +247,12 @@ def _check_datasets(datasets: Sequence[str]) -> None:
     """
     if not datasets:
         raise InputError(f"{option('dataset')}: no text is named; give one")
-    names = set()
+    names = set[str]()
     for dataset in datasets:
         name, share = name_and_share(dataset)
         if not 0 < share < math.inf:
             raise InputError(f"{option('dataset', dataset)}: expected a share above 0 after the last =")
-        if name in names:
+        if name in names or (is_own(name) and any(map(is_own, names))):
             of_mixture = f"; {GENERAL} includes it" if name in MIXTURE else ""
             once = f"give it once, with a share: {shown(name)}=2{of_mixture}"
             raise InputError(f"{option('dataset', name)}: given twice; {once}")

@@ -30,8 +30,6 @@ def main(argv: list[str] | None = None) -> int:
 
         say_fitted([*filter(None, [log.kept_dense_line(report)]), "", *log.summary(report)])
         say(f"checkpoint: {output.folder}")
-        if output.packed:
-            say(f"packed: {output.packed}")
         say(f"report: {output.folder / 'report.html'}, {output.folder / 'report.json'}")
         say(f"SHA-256 of {output.folder / SUMS}: {file_digest(output.folder / SUMS)}")
     return outcome.status

@@ -12,11 +12,11 @@ from datasets import Dataset, DatasetDict
 from helpers.checkpoints import refused
 from helpers.commands import TEXT, run, shards
 from helpers.families import TOKENS, change_config, save_model
+from helpers.texts import calibration_windows
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw import InputError, PruneConfig, prune
-from sparsefw.data.windows import calibration_windows
 from sparsefw.driver import run as driver_run
 
 SMALL = dict(nsamples=6, seqlen=32)

@@ -31,6 +31,7 @@ class Records:
     Attributes:
         tokenizer: has the chat template; None: messages are no text.
         characters, left_out: characters of all messages so far, and of those that the template has left out.
+        answered: whether the model answers the messages, so that the template begins its turn.
         passed_over: whether a record has had messages besides its text.
         told: whether `tell` was called.
     """
@@ -38,6 +39,7 @@ class Records:
     tokenizer: "Tokenizer | None" = None
     characters: int = 0
     left_out: int = 0
+    answered: bool = False
     passed_over: bool = False
     told: bool = False
 
@@ -83,9 +85,10 @@ class Records:
             # A batch has a list in each column.
             return [self._of_messages(*one) for one in zip(messages, _each(tools), _each(arguments), strict=False)]
 
-    def _of_messages(self, messages: Any, tools: Any, arguments: Mapping[str, Any] | None) -> str:
+    def _of_messages(self, messages: Any, tools: Any, arguments: dict[str, Any] | None) -> str:
         assert self.tokenizer
-        text = str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **(arguments or {})))
+        own = dict(tools=tools, tokenize=False, add_generation_prompt=self.answered) | (arguments or {})
+        text = str(self.tokenizer.apply_chat_template(messages, **own))
         present = {line.strip() for line in text.splitlines()}
         for line in (line.strip() for string in _strings(messages) for line in string.splitlines()):
             self.characters += len(line)

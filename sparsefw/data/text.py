@@ -29,7 +29,7 @@ SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "v
 GENERAL = "general"
 MIXTURE = ("c4", "neuralmagic/LLM_compression_calibration", "codeparrot/codeparrot-clean-valid")
 
-# Name of the calibration text that the dense model writes itself.
+# Name of the calibration text that the dense model writes itself; with prompts, SELF=PROMPTS.
 SELF = "self"
 # File with that text, next to the report: a record for each window, with its text and its tokens.
 OWN_TEXT = "calibration.jsonl"
@@ -82,6 +82,11 @@ def read_text(dataset: str | Iterable[Any], split: Split, records: Records | Non
         names = ", ".join(NAMES if split == "train" else NAMES[:-2])
         raise InputError(f"{shown(repr(dataset), 60)}: unknown dataset; give {names}, a file or a Hub id ORG/NAME")
     return _from_hub(dataset, split, records)
+
+
+def is_own(dataset: Any) -> bool:
+    """Tell whether the dense model writes a text itself."""
+    return isinstance(dataset, str) and dataset.partition("=")[0] == SELF
 
 
 def takes_library(dataset: str) -> bool:

@@ -9,7 +9,6 @@ import itertools
 import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from sparsefw.data.batches import Batch, token_batch
 from sparsefw.data.records import Records
-from sparsefw.data.text import SELF, read_text
+from sparsefw.data.text import is_own, read_text
 from sparsefw.data.tokens import Tokenizer, start_tokens, tokens_of
 from sparsefw.errors import InputError, errors_in_one_line, option
 
@@ -156,7 +155,7 @@ class WindowStream:
         dataset: a text, see `read_text`; or weights of texts, by their names; or windows, which repeat in other orders.
         nsamples, seqlen: number of windows of a run, and tokens of a window.
         seed: seed of all draws.
-        write: has the model write the text SELF, whose windows repeat, too; None: there is no such text.
+        write: has the model write its own text, whose windows repeat, too; None: there is no such text.
         say: called with a line when a text has ended for the first time and more is asked for.
         taken: number of windows that were taken or skipped.
         source, own: of a stream of one text, as for Windows; set with the first window.
@@ -206,7 +205,7 @@ class WindowStream:
                 raise InputError(f"{share}; give a larger share, or more windows")
         self._texts = [replace(self, dataset=name, nsamples=n) for name, n in numbers.items()]
         # The text that the model writes is last: it takes longest, and another text may turn out to be missing.
-        in_turn = sorted(self._texts, key=lambda text: text.dataset == SELF)
+        in_turn = sorted(self._texts, key=lambda text: is_own(text.dataset))
         generator = torch.Generator().manual_seed(self.seed)
         while True:
             drawn = [window for text in in_turn for window in itertools.islice(text._stream, text.nsamples)]
@@ -216,7 +215,7 @@ class WindowStream:
 
     def _of_text(self) -> Iterator[Tensor]:
         generator, text = torch.Generator().manual_seed(self.seed), self.dataset
-        if self.write and text == SELF:
+        if self.write and is_own(text):
             text = self.write(self.tokenizer, self.seqlen, self.nsamples)
         if not isinstance(text, Windows):
             yield from self._drawn(text, generator)
@@ -242,14 +241,6 @@ class WindowStream:
                 yield from _cut(_as_tensor(pool)[:end], self.nsamples, self.seqlen, generator)
             if not number:
                 self.say(f"{self.source}: ends after {total:,} tokens, and is read again")
-
-
-def calibration_windows(
-    tokenizer: Tokenizer, dataset: str | Iterable[Any], write: Generate = None, *, nsamples: int, seqlen: int, seed: int
-) -> Windows:
-    """Draw the calibration windows of a run: the first `nsamples` of a WindowStream, which has the same arguments."""
-    with closing(WindowStream(tokenizer, dataset, nsamples, seqlen, seed, write)) as stream:
-        return stream.take(nsamples)
 
 
 def _cut(ids: Tensor, nsamples: int, seqlen: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -285,7 +276,7 @@ def windows_of_records(records: Iterable[Any], source: str, *, nsamples: int, se
 
     Args:
         records: rows of tokens, mappings with rows of tokens in `input_ids`, or batches of either. Tokens that an
-            `attention_mask` hides are dropped. As many tokens are read as `calibration_windows` reads of a text.
+            `attention_mask` hides are dropped. As many tokens are read as a WindowStream reads of a text.
         source: name of the records, for messages.
         nsamples: number of windows.
         seqlen: tokens of a window; None: those of the longest record.

@@ -1,15 +1,19 @@
-"""Calibration text that the dense model generates itself: `--dataset self`.
+"""Calibration text that the dense model generates itself: `--dataset self`, or `self=PROMPTS` to answer prompts.
 
 A window is one sequence, sampled token by token. It begins with the model's first token, and when a document ends, the
 next one begins. If the tokenizer has a chat template, half of the windows are conversations instead: the template opens
 the user's turn, the model generates this turn and then the answer, and the next conversation follows.
 
+With prompts, a window begins with a prompt. The model answers it, and when the answer ends, the next prompt follows;
+after the last prompt, the first one.
+
 The random numbers of a window depend only on the seed and the window's number. But the last bits of the model's
 predictions depend on the machine. So a resumed run takes the text of the unfinished run.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +22,20 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sparsefw.data.text import SELF
+from sparsefw.data.records import Records
+from sparsefw.data.text import SELF, read_text
 from sparsefw.data.tokens import Tokenizer, start_tokens, tokenize
-from sparsefw.errors import errors_in_one_line, option
+from sparsefw.errors import InputError, errors_in_one_line, option
 from sparsefw.model.block_model import BlockModel
 
 # Logits are divided by TEMPERATURE. Tokens are drawn from the likeliest ones, whose probabilities add up to TOP_P.
 TEMPERATURE, TOP_P = 0.8, 0.95
 
-# A token is drawn again, at most DRAWS times in all, until it is one of these. After that the likeliest token is taken.
-DRAWS = 4
+# Less likely tokens are never drawn. To find the LIKELIEST takes less time than to sort all tokens.
+LIKELIEST = 4096
+
+# Prompts that are read for each window, at most.
+PROMPTS = 16
 
 # The token between documents in many models whose tokenizer puts no token before a text.
 SEPARATOR = "<|endoftext|>"
@@ -36,13 +44,20 @@ SEPARATOR = "<|endoftext|>"
 Row = Generator[int, int, None]
 
 
-def own_source(seed: int) -> str:
+def own_source(name: str, seed: int) -> str:
     """Name the text that a model generates, for the report and for messages."""
-    return f"{SELF} (T={TEMPERATURE:g}, top_p={TOP_P:g}, seed {seed})"
+    return f"{name} (T={TEMPERATURE:g}, top_p={TOP_P:g}, seed {seed})"
 
 
 def write_tokens(
-    model: BlockModel, tokenizer: Tokenizer, n: int, seqlen: int, seed: int, batch: int, say: Callable[[str], None]
+    model: BlockModel,
+    tokenizer: Tokenizer,
+    n: int,
+    seqlen: int,
+    seed: int,
+    batch: int,
+    say: Callable[[str], None],
+    name: str = SELF,
 ) -> Tensor:
     """Generate windows of tokens by the dense model.
 
@@ -53,18 +68,23 @@ def write_tokens(
         seed: seed of all random numbers.
         batch: number of windows that are generated in one batch.
         say: called with every line of the log.
+        name: SELF, or SELF=PROMPTS for answers to the documents of the text PROMPTS, see `read_text`.
 
     Returns:
         (n, seqlen) int64 on the host.
 
     Raises:
-        InputError: the model cannot generate text.
+        InputError: the model cannot generate text, or there are no prompts in the text.
     """
     writer: Any = model.model
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(n, seqlen, DRAWS, generator=generator, dtype=torch.float64)
+    draws = torch.rand(n, seqlen, generator=generator, dtype=torch.float64)
     begins = [partial(_document, _first_token(tokenizer))] * n
-    if conversation := _conversation(tokenizer, say):
+    if source := name.partition("=")[2]:
+        prompts, ends = _prompts(tokenizer, source, PROMPTS * n), _ends(writer, tokenizer)
+        # Every window begins at another place of the prompts.
+        begins = [partial(_answers, prompts, i * len(prompts) // n, ends) for i in range(n)]
+    elif conversation := _conversation(tokenizer, say):
         for i in torch.randperm(n, generator=generator)[: n // 2].tolist():
             begins[i] = partial(_chat, *conversation)
     ids = list[Tensor]()
@@ -83,7 +103,7 @@ def write_tokens(
 
 
 def _generate(writer: Any, rows: Sequence[Row], draws: Tensor) -> Tensor:
-    """Generate the windows of a batch, (rows, seqlen). `draws` are random numbers in [0, 1), (rows, seqlen, DRAWS)."""
+    """Generate the windows of a batch, (rows, seqlen). `draws` are random numbers in [0, 1), (rows, seqlen)."""
     first = torch.tensor([next(row) for row in rows], device=draws.device)[:, None]
     # A dynamic cache is copied with every token, but not all models have a static one.
     config = dict(cache_implementation="static" if writer._can_compile_fullgraph else None, disable_compile=True)
@@ -102,19 +122,12 @@ class _Sampler(LogitsProcessor):
         self._rows, self._draws = rows, draws
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        likely = (scores.float() / TEMPERATURE).softmax(-1)
-        sums = likely.cumsum(-1, dtype=torch.float64)
-        # To reject draws until one is among the likeliest tokens takes less time than to sort all tokens.
-        sampled = likely.argmax(-1, keepdim=True)
-        rejected = torch.ones_like(sampled, dtype=torch.bool)
-        for draws in self._draws[:, input_ids.shape[1]].split(1, dim=1):
-            found = torch.searchsorted(sums, draws * sums[:, -1:]).clamp(max=scores.shape[1] - 1)
-            # A draw is accepted if all likelier tokens together have a probability below TOP_P.
-            accepted = likely.where(likely > likely.gather(1, found), 0).sum(-1, keepdim=True) < TOP_P
-            sampled = found.where(rejected & accepted, sampled)
-            rejected &= ~accepted
-            if not rejected.any():
-                break
+        logits, tokens = scores.float().topk(min(LIKELIEST, scores.shape[1]))
+        likely = (logits / TEMPERATURE).softmax(-1, dtype=torch.float64)
+        # A token belongs to the nucleus if all likelier ones together have a probability below TOP_P.
+        sums = likely.where(likely.cumsum(-1) - likely < TOP_P, 0).cumsum(-1)
+        places = torch.searchsorted(sums, sums[:, -1:] * self._draws[:, input_ids.shape[1], None])
+        sampled = tokens.gather(1, places)
         chosen = [[row.send(token)] for row, (token,) in zip(self._rows, sampled.tolist(), strict=True)]
         return torch.full_like(scores, -torch.inf).scatter_(1, torch.tensor(chosen, device=scores.device), 0)
 
@@ -137,6 +150,33 @@ def _chat(header: list[int], middle: list[int], closing: list[int]) -> Row:
             while sampled != end:
                 sampled = yield sampled
         before = closing
+
+
+def _answers(prompts: Sequence[list[int]], n: int, ends: Collection[int | None]) -> Row:
+    """Yield the tokens of prompts from the nth on, and after each those of the model's answer, up to one of `ends`."""
+    while True:
+        for token in prompts[n % len(prompts)]:
+            sampled = yield token
+        while sampled not in ends:
+            sampled = yield sampled
+        yield sampled
+        n += 1
+
+
+def _prompts(tokenizer: Tokenizer, name: str, most: int) -> list[list[int]]:
+    """Read the tokens of at most `most` prompts."""
+    _, documents = read_text(name, "train", Records(tokenizer, answered=True))
+    prompts = (tokenize(tokenizer, ["".join(document)])[0] for document in documents)
+    found = [*itertools.islice(filter(None, prompts), most)]
+    if not found:
+        raise InputError(f"{name}: no prompts; give texts, or messages up to the user's turn")
+    return found
+
+
+def _ends(writer: Any, tokenizer: Tokenizer) -> set[int | None]:
+    """Find the tokens that end an answer."""
+    named = writer.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
 
 
 def _first_token(tokenizer: Tokenizer) -> int:

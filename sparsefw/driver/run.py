@@ -208,7 +208,7 @@ def _report(run: Run, outcome: Outcome) -> content.Report:
     own_record = content.RankRecord(socket.gethostname(), device, windows, seconds, ranks.waited, memory.peak_memory())
     records, timelines = ranks.gather(own_record), ranks.gather(timeline.spans)
     arguments = asdict(job.inputs) | {"seqlen": run.seqlen} | asdict(job.config) | asdict(job.output)
-    arguments |= {"output": str(arguments.pop("folder")), "packed": job.output.packed and str(job.output.packed)}
+    arguments["output"] = str(arguments.pop("folder"))
     blocks = [finished.block for finished in outcome.finished]
     peak = {what: max(record.peak_memory[what] for record in records) for what in own_record.peak_memory}
     return content.Report(

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsefw import memory
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data import windows
-from sparsefw.data.text import OWN_TEXT, SELF
+from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.tokens import Tokenizer, load_tokenizer
 from sparsefw.data.windows import Generate, Windows, WindowStream
 from sparsefw.driver import generation
@@ -101,17 +101,18 @@ def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tup
         InputError: the model does not fit into memory with a single window.
     """
     inputs, output = job.inputs, job.output
-    if job.dataset is not None or SELF not in inputs.shares:
+    name = inputs.own if job.dataset is None else None
+    if name is None:
         return None, 0
     limits = limits_of(job, model.device)
     batch = generation_batch(shape, workload_of(job, [inputs.nsamples], seqlen, model.device), limits, inputs)
 
     def generate(tokenizer: Tokenizer, seqlen: int, n: int) -> Windows:
-        path, source = Writer(output.folder, 0).folder / OWN_TEXT, generation.own_source(inputs.seed)
+        path, source = Writer(output.folder, 0).folder / OWN_TEXT, generation.own_source(name, inputs.seed)
         ids = generation.tokens_in(path) if job.begun and path.exists() else None
         if ids is None or ids.shape != (n, seqlen):
             with memory.gpu_limited(limits.get("gpu"), output.gpu_memory is not None):
-                ids = generation.write_tokens(model, tokenizer, n, seqlen, inputs.seed, batch, job.say)
+                ids = generation.write_tokens(model, tokenizer, n, seqlen, inputs.seed, batch, job.say, name)
             memory.trim_memory()
         return replace(windows.windows_of(ids, source), own=generation.records_of(tokenizer, ids))
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from sparsefw import memory
-from sparsefw.data.text import SELF
 from sparsefw.errors import InputError, counted, option
 from sparsefw.estimate.memory import GIB, MemoryNeeds, kept_widths, memory_needs, recovery_needs, state_bytes
 from sparsefw.estimate.shapes import ModelShape
@@ -136,7 +135,7 @@ def generation_batch(shape: ModelShape, workload: Workload, limits: dict[str, in
     Raises:
         InputError: not one window fits, since the whole model has to be in memory.
     """
-    if SELF not in inputs.shares:
+    if inputs.own is None:
         return 0
     batch = min(MOST_GENERATED, 1 << (inputs.nsamples - 1).bit_length())
     while True:
@@ -145,7 +144,7 @@ def generation_batch(shape: ModelShape, workload: Workload, limits: dict[str, in
         if fits(needs, limits):
             return batch
         if batch == 1:
-            remedy = f"another text than {option('dataset', SELF)}, which the whole model in memory would write"
+            remedy = f"another text than {option('dataset', inputs.own)}, which the whole model in memory would write"
             raise too_little([needs], limits, remedy, workload.ranks_here)
         batch //= 2
 

@@ -8,8 +8,6 @@ Its gradient with respect to q's logits is q - p. `divergence` backpropagates it
 So memory holds the logits of one window only, and fp32 distributions for one piece of these logits.
 """
 
-import math
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -36,9 +34,6 @@ COMPARED = 4
 # torch's loss functions. A model's forward calls them in fp32, see `_in_fp32`.
 LOSSES = {F.cross_entropy, F.nll_loss, F.log_softmax, F.kl_div, F.mse_loss, F.l1_loss, F.smooth_l1_loss}
 LOSSES |= {F.binary_cross_entropy, F.binary_cross_entropy_with_logits}
-
-# The largest x for which math.exp(x) does not overflow.
-LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def perplexity(states: HiddenStates, samples: Windows | Batches, ranks: Ranks = ALONE) -> float:
@@ -108,7 +103,8 @@ def _in_fp32(func: Any, args: tuple, kwargs: dict) -> Any:
 
 def exp(x: float) -> float:
     """exp(x); infinity if exp(x) is larger than the largest float."""
-    return math.inf if x > LARGEST_EXPONENT else math.exp(x)
+    # math.exp would raise an error.
+    return torch.tensor(x, dtype=torch.float64).exp().item()
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.texts import BOS, make_tokenizer, records, refused, replace_hub
+from helpers.texts import BOS, calibration_windows, make_tokenizer, records, refused, replace_hub
 from transformers import PreTrainedTokenizerFast
 
 from sparsefw.call_inputs import text_inputs
@@ -18,7 +18,6 @@ from sparsefw.data.windows import (
     TOKENS_READ,
     Windows,
     WindowStream,
-    calibration_windows,
     counts,
     evaluation_windows,
     windows_of,
@@ -155,8 +154,10 @@ def test_windows_of_any_length_are_of_several_places(nsamples, seqlen, pieces, s
 def test_nothing_stays_open_once_the_windows_are_drawn():
     closed: list[bool] = []
     weakref.finalize(tokenizer := Numbers(), closed.append, True)
-    calibration_windows(tokenizer, NUMBERS, nsamples=2, seqlen=10, seed=0)
-    del tokenizer
+    stream = WindowStream(tokenizer, NUMBERS, 2, 10, 0)
+    stream.take(2)
+    stream.close()
+    del stream, tokenizer
     assert closed
 
 

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from helpers.checkpoints import refused
 from helpers.commands import interrupted_at, report_of, tensors_of
 from transformers import AutoModelForCausalLM
 
@@ -40,12 +41,9 @@ def own(output):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The output of a run on one thread."""
-    threads, folder = torch.get_num_threads(), tmp_path_factory.mktemp("own") / "out"
-    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("own") / "out"
     assert run(folder) == 0
-    yield folder
-    torch.set_num_threads(threads)
+    return folder
 
 
 def test_the_same_seed_writes_the_same_bytes(written, tmp_path):
@@ -60,7 +58,7 @@ def test_the_same_seed_writes_the_same_bytes(written, tmp_path):
     # Documents begin with the token that the model knows as the end of one.
     assert ids[:, 0].tolist() == 4 * [0]
     assert ids.shape == (4, 24)
-    assert report.data.source == report_of(written)["data"]["source"] == generation.own_source(0)
+    assert report.data.source == report_of(written)["data"]["source"] == generation.own_source("self", 0)
     assert windows_of(ids, "").hash == report.data.hash == report_of(written)["data"]["hash"]
 
 
@@ -111,10 +109,29 @@ def test_half_are_conversations_by_the_template():
     assert "no conversations" in lines[-1]
 
 
+def test_prompts_are_answered(tmp_path):
+    tokenizer, file = load_tokenizer(DEFAULT_MODEL), tmp_path / "prompts.jsonl"
+    tokenizer.chat_template, asked = TEMPLATE, "<|user|>One<|end|><|assistant|>"
+    file.write_text('{"messages": [{"role": "user", "content": "One"}]}\n{"text": "Two"}\n')
+    with StreamedModel(inspect(DEFAULT_MODEL), torch.device("cpu")) as model:
+        # Any token ends an answer.
+        model.model.generation_config.eos_token_id = [*range(10000)]
+        ids, others = (write_tokens(model, tokenizer, 2, 40, 0, batch, print, f"self={file}") for batch in (2, 1))
+        file.write_text("")
+        with refused("prompts.jsonl: no prompts"):
+            write_tokens(model, tokenizer, 2, 40, 0, 2, print, f"self={file}")
+    assert torch.equal(ids, others)
+    first, second = map(tokenizer.decode, ids)
+    assert first.startswith(asked)
+    assert second.startswith("Two")
+    # After an answer the next prompt follows.
+    assert asked in second
+
+
 def test_tokens_are_drawn_from_the_nucleus(monkeypatch):
     monkeypatch.setattr(generation, "TEMPERATURE", 0.5)
     monkeypatch.setattr(generation, "TOP_P", 0.9)
-    draws = torch.rand(2000, 2, generation.DRAWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draws = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sampler = generation._Sampler([generation._document(0) for _ in draws], draws)
     for row in sampler._rows:
         next(row)

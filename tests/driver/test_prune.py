@@ -9,10 +9,10 @@ import pytest
 import torch
 from helpers.commands import TEXT, report_of
 from helpers.families import save_model
+from helpers.texts import calibration_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama import modeling_llama
 
-from sparsefw.data.windows import calibration_windows
 from sparsefw.driver import prune as driver
 from sparsefw.model import HiddenStates
 from sparsefw.model.activations import BATCH_TOKENS

@@ -10,11 +10,11 @@ from helpers import verifying
 from helpers.commands import tensors_of
 from helpers.families import first_is_fast
 from helpers.reconstructed import METHODS, SEQLEN, WINDOWS, make_place, run
+from helpers.texts import calibration_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.data.batches import token_batch
-from sparsefw.data.windows import calibration_windows
 from sparsefw.driver import reconstruct
 from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.estimate import steps as steps_of

@@ -10,13 +10,13 @@ import torch
 from helpers.checkpoints import contents, make_hub_cache
 from helpers.commands import interrupted_at, tensors_of
 from helpers.families import first_is_fast, save_model
+from helpers.texts import calibration_windows
 from helpers.verifying import DOWN, WANDA, change_tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparsefw import arithmetic, pack, recover, verify
 from sparsefw.data.tokens import load_tokenizer
-from sparsefw.data.windows import calibration_windows
 from sparsefw.driver import distill
 from sparsefw.report.content import read_report
 
@@ -240,5 +240,5 @@ def test_an_interrupted_one_goes_on(pruned, tmp_path, monkeypatch, capsys, n):
 
 def test_the_model_writes_the_text(pruned, tmp_path):
     _, output = pruned(*WANDA)
-    folder, _ = recovered(output, tmp_path / "recovered", "--dataset", "self", "--recover", 640)
+    folder, _ = recovered(output, tmp_path / "recovered", "--dataset", "self", "--recover", 1280)
     assert len((folder / "calibration.jsonl").read_text().splitlines()) == 6

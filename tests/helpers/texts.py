@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sparsefw.data.text import Text
+from sparsefw.data.windows import Windows, WindowStream
 
 BOS = 256
 
@@ -33,6 +34,11 @@ def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
         model_max_length=7,
         clean_up_tokenization_spaces=False,
     )
+
+
+def calibration_windows(tokenizer, dataset, write=None, **sizes) -> Windows:
+    """The calibration windows of a run."""
+    return WindowStream(tokenizer, dataset, write=write, **sizes).take(sizes["nsamples"])
 
 
 def records(path: Path, rows: list) -> str:

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from sparsefw.checkpoint.files import CARD, CONFIG, MAX_JSON_BYTES, durably
 from sparsefw.checkpoint.quantization import KEY
 from sparsefw.checkpoint.source import check_file, read_json
-from sparsefw.data.text import NAMED
+from sparsefw.data.text import NAMED, SELF
 from sparsefw.extras.page.command import commands_of, from_python
 from sparsefw.inputs import DEFAULT, name_and_share
 from sparsefw.model.skeleton import has_class
@@ -110,7 +110,7 @@ def _published(report: Report) -> Report:
             for name in local:
                 short = _hub_id(paths[name]) or paths[name].name
                 # The share of a text, or its number of windows, may follow its name.
-                value = re.sub(rf"(?<!\S){re.escape(name)}(?=[\s=]|$)", short.replace("\\", "/"), value)
+                value = re.sub(rf"(?<![^\s=]){re.escape(name)}(?=[\s=]|$)", short.replace("\\", "/"), value)
         elif isinstance(value, list | tuple):
             return type(value)(map(public, value))
         elif isinstance(value, dict):
@@ -123,8 +123,9 @@ def _published(report: Report) -> Report:
 
 
 def _texts(report: Report) -> list[str]:
-    """Return the calibration texts of the run and of all recoveries, with their shares."""
-    return [*report.argument("dataset", tuple), *(text for one in report.recoveries for text in one.dataset)]
+    """Return the texts of the run's calibration and of all recoveries, with their shares; of SELF the prompts."""
+    texts = [*report.argument("dataset", tuple), *(text for one in report.recoveries for text in one.dataset)]
+    return [text.removeprefix(f"{SELF}=") for text in texts]
 
 
 def _datasets(report: Report) -> list[str]:
