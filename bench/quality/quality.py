@@ -1,4 +1,4 @@
-"""Measure the quality of pruned SmolLM2-135M-Instruct, for the tables of docs/results.md.
+"""Measure the quality of a pruned model, SmolLM2-135M-Instruct or Gemma 3 270M, for the tables of docs/results.md.
 
     python bench/quality/quality.py FOLDER CALIBRATION.txt NEAR.txt ...
 
@@ -11,7 +11,7 @@ gets the model, the texts and the checkpoints, 270 MB each. Then `python bench/p
 The far texts have two halves of other documents. Choose settings by `--half choose`, into other --results, and report
 results of the other half.
 With --curve the rows are those of CURVE: rows of ROWS, recovered on more and more tokens of a mixture of texts.
-With --tiny the built-in model is pruned in seconds, and nothing is downloaded.
+With --model tiny the built-in model is pruned in seconds, and nothing is downloaded.
 """
 
 import argparse
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from admm import add_admm
 from host import REPO, cpu
-from smollm2 import build_checkpoint
+from models import WHEELS, checkpoint
 from tasks import CHANCE, write_tasks
 from texts import DOCUMENTS, HALVES, MIXTURE, REFERENCE, SOURCES, write_texts
 
@@ -46,6 +46,7 @@ RESULTS = REPO / "bench/results/quality.json"
 SPARSITIES = ("0.6", "2:4", "0.5", "0.7")
 WINDOWS = ["--nsamples", "64", "--seqlen", "256"]
 EVALUATION = ["--seqlen", "512", "--eval-windows", "20", "--limit", "300"]
+TINY = "tiny"
 TINY_WINDOWS = ["--nsamples", "4", "--seqlen", "32"]
 TINY_EVALUATION = ["--seqlen", "32", "--eval-windows", "2", "--limit", "4"]
 
@@ -182,34 +183,20 @@ def evaluated(evaluation: dict, model: str, half: str) -> dict:
 
 def study(arguments: argparse.Namespace) -> None:
     """Measure the cells that are missing, one sparsity after another: prune for each, and evaluate all together."""
-    folder, half = arguments.folder.resolve(), arguments.half
-    calibration, *held_out = (path.resolve() for path in arguments.texts)
-    model, windows, evaluation = str(folder / "smollm2"), WINDOWS, EVALUATION
-    sources, mixture = [REFERENCE, *(source for source in SOURCES if source.name.startswith(half))], MIXTURE
-    if arguments.tiny:
-        model, windows, evaluation = "default", TINY_WINDOWS, TINY_EVALUATION
-        sources, mixture = [replace(REFERENCE, name=f"{half}_reference")], ()
-    elif not Path(model).exists():
-        build_checkpoint(Path(model))
-    suite = folder / half
-    if not suite.exists():
-        documents = write_texts(suite, sources, [calibration])
-        # In comments of code there is English, too.
-        prose = [name for name in documents if name.startswith(half) and "code" not in name]
-        write_tasks(suite, half, [document for name in prose for document in documents[name]])
-    held_out += sorted(suite.glob("*.txt"))
-    if not (folder / "mixture").exists():
-        write_texts(folder / "mixture", mixture, [calibration, *held_out], DOCUMENTS)
+    folder, half, tiny = arguments.folder.resolve(), arguments.half, arguments.model == TINY
+    model = "default" if tiny else str(checkpoint(arguments.model, folder))
+    calibration, *near = (path.resolve() for path in arguments.texts)
+    held_out, mixture = write_suite(folder, half, tiny, calibration, near)
+    windows, evaluation = (TINY_WINDOWS, TINY_EVALUATION) if tiny else (WINDOWS, EVALUATION)
     texts = [flag for path in held_out for flag in ("--eval", str(path))]
-    evaluation = ["--against", model, *texts, "--tasks", half, "--include-path", str(suite), *evaluation]
+    evaluation = ["--against", model, *texts, "--tasks", half, "--include-path", str(folder / half), *evaluation]
     pruning = ["--model", model, "--dataset", str(calibration), *windows]
-    mixed = [flag for source in mixture for flag in ("--dataset", str(folder / f"mixture/{source.name}.txt"))]
     for sparsity in SPARSITIES:
         rows = CURVE if arguments.curve else ROWS | (DETAILS if sparsity == DETAILED else {})
         wanted = {row: f"{row} | {sparsity}" for row in rows}
         known = read(arguments.results, [calibration, *held_out])["cells"]
         made = {
-            key: pruned(rows[row], sparsity, folder, pruning, mixed)
+            key: pruned(rows[row], sparsity, folder, pruning, mixture)
             for row, key in wanted.items()
             if key not in known and any(text in key for text in arguments.only)
         }
@@ -218,7 +205,7 @@ def study(arguments: argparse.Namespace) -> None:
         outputs = [output for output, _ in made.values()]
         command = ["-m", "sparsefw.evaluate", *outputs, *evaluation]
         with TemporaryDirectory(dir=folder) as written:
-            seconds = measured([*command, "--output", written, "--overwrite"])
+            seconds = measured([*command, "--output", written])
             found = json.loads(Path(written, "evaluation.json").read_text("utf-8"))
         # Another study may have written cells by now.
         results = read(arguments.results, [calibration, *held_out])
@@ -231,6 +218,35 @@ def study(arguments: argparse.Namespace) -> None:
         partial.replace(arguments.results)
 
 
+def write_suite(
+    folder: Path, half: str, tiny: bool, calibration: Path, near: list[Path]
+) -> tuple[list[Path], list[str]]:
+    """Write the texts and tasks that are missing in the folder.
+
+    Args:
+        folder, half: folder of the study, and half of the far texts.
+        tiny: whether the language reference is the only text.
+        calibration, near: the calibration text, and texts of its kind to evaluate on.
+
+    Returns:
+        All texts to evaluate on, and the flags of the texts of the mixture.
+    """
+    suite, mixture = folder / half, () if tiny else MIXTURE
+    if not suite.exists():
+        sources = [REFERENCE, *(source for source in SOURCES if source.name.startswith(half))]
+        if tiny:
+            sources = [replace(REFERENCE, name=f"{half}_reference")]
+        documents = write_texts(suite, sources, [calibration])
+        # In comments of code there is English, too.
+        prose = [name for name in documents if name.startswith(half) and "code" not in name]
+        write_tasks(suite, half, [document for name in prose for document in documents[name]])
+    held_out = [*near, *sorted(suite.glob("*.txt"))]
+    if not (folder / "mixture").exists():
+        write_texts(folder / "mixture", mixture, [calibration, *held_out], DOCUMENTS)
+    mixed = [flag for source in mixture for flag in ("--dataset", str(folder / f"mixture/{source.name}.txt"))]
+    return held_out, mixed
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -241,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--only", nargs="+", default=[""], metavar="TEXT", help="measure cells with this in their name: 'Wanda | 0.6'")
     add("--half", choices=HALVES, default="report", help="half of the far texts (default: report)")
     add("--curve", action="store_true", help="measure the rows of CURVE")
-    add("--tiny", action="store_true", help="prune the built-in model in place of SmolLM2")
+    add("--model", choices=(*WHEELS, TINY), default="smollm2", help="another one needs other --results and FOLDER")
     study(parser.parse_intermixed_args(argv))
 
 

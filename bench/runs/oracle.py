@@ -2,7 +2,6 @@
 
     python bench/runs/oracle.py --write          # before a change
     python bench/runs/oracle.py [NAME ...]       # after it: exit status 1 if a checkpoint has other tensors
-    python bench/runs/oracle.py --smollm2 FOLDER smollm2
 
 The runs prune the built-in model and tiny random models, one thread each, with the kernels of torch. A digest covers
 names, dtypes, shapes and bytes of all tensors of the output, and the perplexities of the run. The division of tensors
@@ -152,14 +151,6 @@ RUNS = {
 }
 
 
-def smollm2(folder: Path, model: str) -> dict[str, Any]:
-    """Make a run on the first two blocks of SmolLM2, see bench/quality/smollm2.py."""
-    (folder / "a.txt").write_text(TEXT)
-    blocks = ["--include", r"re:model\.layers\.[01]\.", "--nsamples", "8", "--seqlen", "256"]
-    # Otherwise the processor would decide whether steps round their operands.
-    return run(folder, ["--model", model, "--dataset", "a.txt", *blocks, "--precision", "ieee"])
-
-
 def machine() -> dict[str, str]:
     """Name the machine and the versions on which digests depend."""
     from host import cpu
@@ -172,24 +163,20 @@ def main() -> int:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}, smollm2 (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)} (default: all)")
     parser.add_argument("--write", action="store_true", help="write the digests")
-    parser.add_argument("--smollm2", type=Path, metavar="FOLDER", help="checkpoint of SmolLM2: one more run")
     arguments = parser.parse_args()
-    runs = dict(RUNS)
-    if arguments.smollm2:
-        runs["smollm2"] = partial(smollm2, model=str(arguments.smollm2.resolve()))
-    if unknown := [name for name in arguments.names if name not in runs]:
-        parser.error(f"{', '.join(unknown)}: no such run; there are {', '.join(runs)}")
+    if unknown := [name for name in arguments.names if name not in RUNS]:
+        parser.error(f"{', '.join(unknown)}: no such run; there are {', '.join(RUNS)}")
     known = json.loads(DIGESTS.read_text())
     if known["machine"] != machine():
         if not arguments.write:
             sys.exit(f"{DIGESTS}: made on {known['machine']}, this is {machine()}: --write them before the change")
         known = {"machine": machine(), "runs": {}}
     changed = []
-    for name in arguments.names or runs:
+    for name in arguments.names or RUNS:
         with tempfile.TemporaryDirectory() as scratch:
-            result = runs[name](Path(scratch))
+            result = RUNS[name](Path(scratch))
         same = known["runs"].get(name) == result
         print(f"{name:14} {'same' if same else 'DIFFERS' if name in known['runs'] else 'new'}", flush=True)
         if arguments.write:

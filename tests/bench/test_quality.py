@@ -15,7 +15,7 @@ def test_a_cell_of_the_quality_study(tmp_path, monkeypatch):
     monkeypatch.setitem(quality.CURVE, "Wanda + 999", "--method wanda then --recover 999")
     text, results = tmp_path / "text.txt", tmp_path / "results.json"
     text.write_text("One number is small, and another one is large.\n" * 3000)
-    options = ["--tiny", "--curve", "--only", "Wanda + 999 | 0.6", "--results", str(results)]
+    options = ["--model", "tiny", "--curve", "--only", "Wanda + 999 | 0.6", "--results", str(results)]
     quality.main([str(tmp_path), str(text), str(text), *options])
     cells = json.loads(results.read_text())["cells"]
     assert cells.keys() == {"dense", "Wanda + 999 | 0.6"}
