@@ -11,7 +11,6 @@ gets the model, the texts and the checkpoints, 270 MB each. Then `python bench/p
 The far texts have two halves of other documents. Choose settings by `--half choose`, into other --results, and report
 results of the other half.
 With --curve the rows are those of CURVE: rows of ROWS, recovered on more and more tokens of a mixture of texts.
-With --model tiny the built-in model is pruned in seconds, and nothing is downloaded.
 """
 
 import argparse
@@ -23,7 +22,6 @@ import re
 import resource
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -46,9 +44,6 @@ RESULTS = REPO / "bench/results/quality.json"
 SPARSITIES = ("0.6", "2:4", "0.5", "0.7")
 WINDOWS = ["--nsamples", "64", "--seqlen", "256"]
 EVALUATION = ["--seqlen", "512", "--eval-windows", "20", "--limit", "300"]
-TINY = "tiny"
-TINY_WINDOWS = ["--nsamples", "4", "--seqlen", "32"]
-TINY_EVALUATION = ["--seqlen", "32", "--eval-windows", "2", "--limit", "4"]
 
 # The flags of each row's run. After "then" there are those of a recovery on a mixture, {mixture} in a run.
 ROWS = {
@@ -169,8 +164,7 @@ def evaluated(evaluation: dict, model: str, half: str) -> dict:
     logs = [math.log(by[model]["value"] / by[dense]["value"]) for name, by in texts.items() if name.startswith(half)]
     lost, errors = [], []
     for name, by in tasks.items():
-        # The tiny model knows less than nothing of some tasks.
-        above = max(by[dense]["value"] - CHANCE[name.removeprefix(f"{half}_")], 0.01)
+        above = by[dense]["value"] - CHANCE[name.removeprefix(f"{half}_")]
         lost.append((by[dense]["value"] - by[model]["value"]) / above)
         errors.append((by[model]["difference"] or {"stderr": 0})["stderr"] / above)
     return {
@@ -183,14 +177,13 @@ def evaluated(evaluation: dict, model: str, half: str) -> dict:
 
 def study(arguments: argparse.Namespace) -> None:
     """Measure the cells that are missing, one sparsity after another: prune for each, and evaluate all together."""
-    folder, half, tiny = arguments.folder.resolve(), arguments.half, arguments.model == TINY
-    model = "default" if tiny else str(checkpoint(arguments.model, folder))
+    folder, half = arguments.folder.resolve(), arguments.half
+    model = str(checkpoint(arguments.model, folder))
     calibration, *near = (path.resolve() for path in arguments.texts)
-    held_out, mixture = write_suite(folder, half, tiny, calibration, near)
-    windows, evaluation = (TINY_WINDOWS, TINY_EVALUATION) if tiny else (WINDOWS, EVALUATION)
+    held_out, mixture = write_suite(folder, half, calibration, near)
     texts = [flag for path in held_out for flag in ("--eval", str(path))]
-    evaluation = ["--against", model, *texts, "--tasks", half, "--include-path", str(folder / half), *evaluation]
-    pruning = ["--model", model, "--dataset", str(calibration), *windows]
+    evaluation = ["--against", model, *texts, "--tasks", half, "--include-path", str(folder / half), *EVALUATION]
+    pruning = ["--model", model, "--dataset", str(calibration), *WINDOWS]
     for sparsity in SPARSITIES:
         rows = CURVE if arguments.curve else ROWS | (DETAILS if sparsity == DETAILED else {})
         wanted = {row: f"{row} | {sparsity}" for row in rows}
@@ -218,32 +211,27 @@ def study(arguments: argparse.Namespace) -> None:
         partial.replace(arguments.results)
 
 
-def write_suite(
-    folder: Path, half: str, tiny: bool, calibration: Path, near: list[Path]
-) -> tuple[list[Path], list[str]]:
+def write_suite(folder: Path, half: str, calibration: Path, near: list[Path]) -> tuple[list[Path], list[str]]:
     """Write the texts and tasks that are missing in the folder.
 
     Args:
         folder, half: folder of the study, and half of the far texts.
-        tiny: whether the language reference is the only text.
         calibration, near: the calibration text, and texts of its kind to evaluate on.
 
     Returns:
         All texts to evaluate on, and the flags of the texts of the mixture.
     """
-    suite, mixture = folder / half, () if tiny else MIXTURE
+    suite = folder / half
     if not suite.exists():
         sources = [REFERENCE, *(source for source in SOURCES if source.name.startswith(half))]
-        if tiny:
-            sources = [replace(REFERENCE, name=f"{half}_reference")]
         documents = write_texts(suite, sources, [calibration])
         # In comments of code there is English, too.
         prose = [name for name in documents if name.startswith(half) and "code" not in name]
         write_tasks(suite, half, [document for name in prose for document in documents[name]])
     held_out = [*near, *sorted(suite.glob("*.txt"))]
     if not (folder / "mixture").exists():
-        write_texts(folder / "mixture", mixture, [calibration, *held_out], DOCUMENTS)
-    mixed = [flag for source in mixture for flag in ("--dataset", str(folder / f"mixture/{source.name}.txt"))]
+        write_texts(folder / "mixture", MIXTURE, [calibration, *held_out], DOCUMENTS)
+    mixed = [flag for source in MIXTURE for flag in ("--dataset", str(folder / f"mixture/{source.name}.txt"))]
     return held_out, mixed
 
 
@@ -257,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--only", nargs="+", default=[""], metavar="TEXT", help="measure cells with this in their name: 'Wanda | 0.6'")
     add("--half", choices=HALVES, default="report", help="half of the far texts (default: report)")
     add("--curve", action="store_true", help="measure the rows of CURVE")
-    add("--model", choices=(*WHEELS, TINY), default="smollm2", help="another one needs other --results and FOLDER")
+    add("--model", choices=WHEELS, default="smollm2", help="another one needs other --results and FOLDER")
     study(parser.parse_intermixed_args(argv))
 
 

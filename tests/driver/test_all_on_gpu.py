@@ -7,8 +7,6 @@ from helpers.all_on_gpu import run_on_gpu
 FILES = (
     "test_in_memory.py",
     "test_unusual_models.py",
-    "driver/test_prune.py",
-    "driver/test_ranks.py",
     "driver/test_reconstruct.py",
     "driver/test_reconstruct_in_memory.py",
     "extras/test_pack.py",

@@ -23,6 +23,7 @@ LEFT_OUT = {
     "interrupted_while_it_wrote": "takes long, and nothing of it is a GPU's",
     "many_passes": "what the interpreter alone does",
     "may_start_from_any_threshold": "takes ten seconds; `compiled.py --only step --test` runs it with these tiles",
+    "one chunk-row_swaps": "takes as long as all others; `compiled.py --only swaps --test` runs it with these tiles",
     "swaps_are_the_best": "changes the shape of a tensor in place, which only a tensor with data can",
 }
 
