@@ -252,11 +252,13 @@ def _check_datasets(datasets: Sequence[str]) -> None:
         name, share = name_and_share(dataset)
         if not 0 < share < math.inf:
             raise InputError(f"{option('dataset', dataset)}: expected a share above 0 after the last =")
-        if name in names or (is_own(name) and any(map(is_own, names))):
+        if name in names:
             of_mixture = f"; {GENERAL} includes it" if name in MIXTURE else ""
             once = f"give it once, with a share: {shown(name)}=2{of_mixture}"
             raise InputError(f"{option('dataset', name)}: given twice; {once}")
         names.add(name)
+    if sum(map(is_own, names)) > 1:
+        raise InputError(f"{option('dataset', SELF)}: given twice; give one of them")
 
 
 def locate(model: str) -> Path:

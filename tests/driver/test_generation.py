@@ -18,7 +18,7 @@ from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import windows_of
 from sparsefw.driver import generation
 from sparsefw.driver.generation import write_tokens
-from sparsefw.inputs import DEFAULT_MODEL
+from sparsefw.inputs import DEFAULT_MODEL, Inputs
 from sparsefw.model import StreamedModel
 from sparsefw.run import main
 
@@ -126,6 +126,11 @@ def test_prompts_are_answered(tmp_path):
     assert second.startswith("Two")
     # After an answer the next prompt follows.
     assert asked in second
+
+
+def test_the_model_writes_one_text():
+    with refused("self.*given twice"):
+        Inputs(model="m", dataset=("self=a.jsonl", "self"))
 
 
 def test_tokens_are_drawn_from_the_nucleus(monkeypatch):

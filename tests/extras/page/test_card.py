@@ -70,7 +70,8 @@ def test_what_it_has_of_the_source(tmp_path, cached):
     source = tmp_path / ("hub/models--org--name/snapshots/abc" if cached else "source")
     source.mkdir(parents=True)
     (source / "README.md").write_text(SOURCE)
-    datasets = ("--dataset", "c4=2", "--dataset", "org/texts", "--dataset", str(tmp_path / "own.txt"))
+    own = ("--dataset", str(tmp_path / "own.txt"), "--dataset", f"self={tmp_path / 'asked.jsonl'}=2")
+    datasets = ("--dataset", "c4=2", "--dataset", "org/texts", *own)
     report = report_of_run(arguments=("--model", str(source), "--sparsity", "2:4", *datasets))
     card = ModelCard(card_of(source, "out", report, source))
     assert card.data.to_dict() == {
@@ -83,7 +84,9 @@ def test_what_it_has_of_the_source(tmp_path, cached):
     }
     assert str(tmp_path) not in card.content
     name = "org/name" if cached else "source"
-    assert f"--model {name} --dataset c4=2 --dataset org/texts --dataset own.txt" in card.text
+    assert (
+        f"--model {name} --dataset c4=2 --dataset org/texts --dataset own.txt --dataset self=asked.jsonl=2" in card.text
+    )
 
 
 @pytest.mark.parametrize(
