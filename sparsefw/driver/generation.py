@@ -44,11 +44,6 @@ SEPARATOR = "<|endoftext|>"
 Row = Generator[int, int, None]
 
 
-def own_source(name: str, seed: int) -> str:
-    """Name the text that a model generates, for the report and for messages."""
-    return f"{name} (T={TEMPERATURE:g}, top_p={TOP_P:g}, seed {seed})"
-
-
 def write_tokens(
     model: BlockModel,
     tokenizer: Tokenizer,

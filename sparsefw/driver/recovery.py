@@ -20,9 +20,9 @@ from sparsefw.data.batches import Batch, Batches, token_batch
 from sparsefw.driver.distill import recovering
 from sparsefw.driver.job import Run
 from sparsefw.driver.saves import begun
-from sparsefw.errors import InputError, first_line, option
+from sparsefw.errors import InputError, first_line
 from sparsefw.estimate.memory import MemoryNeeds
-from sparsefw.estimate.placement import RecoveryPlan, plan_recovery
+from sparsefw.estimate.placement import RecoveryPlan, notes_of_recovery, plan_recovery
 from sparsefw.estimate.workload import Workload
 from sparsefw.memory import peak_memory, trim_memory
 from sparsefw.model import perplexity
@@ -41,8 +41,7 @@ def settle_recovery(run: Run, workload: Workload) -> Run:
     """
     config, hours = run.config, run.job.output.hours
     if config.recover == 0:
-        if hours is not None:
-            raise InputError(f"{option('hours', hours)}: ends a recovery, but there is none; give {option('recover')}")
+        notes_of_recovery(run.recovery, 0, hours)
         return run
     # An unfinished recovery goes on with its windows, also where longer ones would fit now.
     known = begun(Writer(run.job.output.folder, 0).recovery) if run.job.begun else None
@@ -50,11 +49,8 @@ def settle_recovery(run: Run, workload: Workload) -> Run:
     plan = plan_recovery(run.shape, workload, run.limits, not isinstance(run.calibration, Batches), longest)
     if why := _impossible(run):
         plan = RecoveryPlan(refused=InputError(why))
+    notes = run.notes + notes_of_recovery(plan, config.recover, hours)
     asked = bool(config.recover) or hours is not None
-    if plan.refused and asked:
-        flag = option("recover", config.recover) if config.recover else option("hours", hours)
-        raise InputError(f"{flag}: {plan.refused}")
-    notes = [*run.notes, f"no recovery of the whole model: {plan.refused}"] if plan.refused else run.notes
     if not asked:
         run = replace(run, job=replace(run.job, config=config.replace(recover=plan.tokens)))
     needs = MemoryNeeds(run.needs.phases | plan.needs.phases)

@@ -108,7 +108,8 @@ def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tup
     batch = generation_batch(shape, workload_of(job, [inputs.nsamples], seqlen, model.device), limits, inputs)
 
     def generate(tokenizer: Tokenizer, seqlen: int, n: int) -> Windows:
-        path, source = Writer(output.folder, 0).folder / OWN_TEXT, generation.own_source(name, inputs.seed)
+        path = Writer(output.folder, 0).folder / OWN_TEXT
+        source = f"{name} (T={generation.TEMPERATURE:g}, top_p={generation.TOP_P:g}, seed {inputs.seed})"
         ids = generation.tokens_in(path) if job.begun and path.exists() else None
         if ids is None or ids.shape != (n, seqlen):
             with memory.gpu_limited(limits.get("gpu"), output.gpu_memory is not None):

@@ -129,6 +129,22 @@ def plan_recovery(
         seqlen //= 2
 
 
+def notes_of_recovery(plan: RecoveryPlan, recover: int | None, hours: float | None) -> list[str]:
+    """Return a note that there is no recovery; empty if there is one, or the config rules it out.
+
+    Raises:
+        InputError: the user asks for one, by its tokens or its hours.
+    """
+    if recover == 0 and hours is not None:
+        raise InputError(f"{option('hours', hours)}: ends a recovery, but there is none; give {option('recover')}")
+    if not plan.refused:
+        return []
+    if recover or hours is not None:
+        flag = option("recover", recover) if recover else option("hours", hours)
+        raise InputError(f"{flag}: {plan.refused}")
+    return [f"no recovery of the whole model: {plan.refused}"]
+
+
 def generation_batch(shape: ModelShape, workload: Workload, limits: dict[str, int], inputs: Inputs) -> int:
     """Choose how many windows of calibration text the dense model generates in a batch; 0: it generates no text.
 

@@ -16,7 +16,14 @@ from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows, window_length
 from sparsefw.errors import InputError, counted, fitted, option
 from sparsefw.estimate.memory import GIB, MemoryNeeds, disk_space, memory_needs
-from sparsefw.estimate.placement import generation_batch, memory_limits, place, placement_words, plan_recovery
+from sparsefw.estimate.placement import (
+    generation_batch,
+    memory_limits,
+    notes_of_recovery,
+    place,
+    placement_words,
+    plan_recovery,
+)
 from sparsefw.estimate.profile import shape_of_text, without_weights
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.steps import reconstruction_line, reconstruction_steps
@@ -121,10 +128,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
     generated = generation_batch(shape, workload, limits, inputs)
     needs = memory_needs(shape, replace(workload, generated=generated), placement)
     recovery = plan_recovery(shape, workload, limits)
-    if recovery.refused:
-        if config.recover:
-            raise InputError(f"{option('recover', config.recover)}: {recovery.refused}")
-        notes.append(f"no recovery of the whole model: {recovery.refused}")
+    notes += notes_of_recovery(recovery, config.recover, output.hours)
     workload = replace(workload, config=config.replace(recover=recovery.tokens))
     needs = MemoryNeeds(needs.phases | recovery.needs.phases)
     return {

@@ -71,6 +71,14 @@ def test_lines_and_json(config, tmp_path, capsys):
     assert 0 < content["disk"]["kept"] < content["disk"]["output"]
 
 
+def test_hours_of_no_recovery_are_refused_as_by_a_run(tmp_path, capsys):
+    flags = "--hours", 1, "--recover", 0
+    line = refused(capsys, *flags)
+    assert "ends a recovery, but there is none" in line
+    assert sparsefw.run.main([*map(str, flags), "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == line
+
+
 def test_defaults_are_those_of_a_run_on_that_device(config, tmp_path, capsys):
     def workload(*flags):
         return planned(capsys, tmp_path, "--model", config, *SMALL, *flags)["workload"]

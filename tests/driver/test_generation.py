@@ -58,7 +58,7 @@ def test_the_same_seed_writes_the_same_bytes(written, tmp_path):
     # Documents begin with the token that the model knows as the end of one.
     assert ids[:, 0].tolist() == 4 * [0]
     assert ids.shape == (4, 24)
-    assert report.data.source == report_of(written)["data"]["source"] == generation.own_source("self", 0)
+    assert report.data.source == report_of(written)["data"]["source"] == "self (T=0.8, top_p=0.95, seed 0)"
     assert windows_of(ids, "").hash == report.data.hash == report_of(written)["data"]["hash"]
 
 
