@@ -26,6 +26,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,21 +86,27 @@ def launches() -> dict[str, tuple[Operation, Launch]]:
     return every
 
 
+@cache
+def needed(file: str) -> set[str]:
+    """List a file of kernels/, and all files there that it imports, itself or by others."""
+    path = REPO / f"kernels/{file}.py"
+    # cpu is a folder, whose files are no kernels.
+    source = path.read_text("utf-8") if path.exists() else ""
+    return {file}.union(*map(needed, re.findall(r"^from \.(\w+) import", source, re.MULTILINE)))
+
+
 def select(text: str) -> dict[str, tuple[Operation, Launch]]:
-    """Find launches by their operation or its file, by a text in their name, or by a file that their file imports.
+    """Find launches by their operation, by a file that their operation needs, or else by a part of their name.
 
     Raises:
         SystemExit: there is no such launch.
     """
-    every, words, imported = launches(), {}, {}
-    for name, (each, _) in every.items():
-        module = inspect.getmodule(each.run)
-        words[name] = [each.name, module.__name__.rpartition(".")[2]]
-        imported[name] = re.findall(r"^from \.(\w+) import", inspect.getsource(module), re.MULTILINE)
-    for suits in (lambda name: text in words[name], lambda name: text in name, lambda name: text in imported[name]):
+    every = launches()
+    words = {name: {each.name} | needed(Path(inspect.getfile(each.run)).stem) for name, (each, _) in every.items()}
+    for suits in (lambda name: text in words[name], lambda name: text in name):
         if chosen := {name: every[name] for name in filter(suits, every)}:
             return chosen
-    known = sorted({word for name in every for word in words[name] + imported[name]})
+    known = sorted(set().union(*words.values()))
     sys.exit(f"{text}: no launch, no operation and no file of kernels/; there are {', '.join(known)}")
 
 

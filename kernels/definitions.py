@@ -43,11 +43,11 @@ class RowState:
         M, R: (rows, d) fp32, the relaxed mask, and (target_gap + W * (1 - M)) G.
         U: (rows, d) fp32, E G. The caller computes U before a step; after the step U is undefined.
         V: (rows, d) bool, the vertex. A step replaces V by the next vertex.
-        E: (rows, d), fp32 / bf16 / fp16, target_gap + W * (1 - V). A step replaces E with V.
-        k: number of entries that a vertex keeps in a row, an int or an int tensor (rows,). With `group` it is an int,
-            the number of entries that a vertex keeps in a group.
-        eta, error: (rows,) fp32. A step writes its step size, and error(M) after the step, which is NaN if an input is
-            NaN.
+        E: (rows, d), fp32 / bf16 / fp16, target_gap + W * (1 - V). A step replaces it by that of the next vertex.
+        k: the most entries that a vertex keeps in a row, an int or an int tensor (rows,). With `group` it is an int,
+            the most entries that a vertex keeps in a group.
+        eta, error: (rows,) fp32. A step writes its step size, and after the step sum(W * (1 - M) * R), which is
+            error(M) without a target gap. The solver reads it only for NaN, which any NaN of the inputs makes of it.
         group: 0 for whole rows, m for n:m; up to 32.
         fixed: (rows, d) bool, True for entries that every vertex keeps; None: no entry.
         target_gap: (rows, d) fp32, target minus W; None counts as 0.
@@ -84,7 +84,10 @@ def widened(X: Tensor) -> Tensor:
 
 
 def round_operand(X: Tensor, precision: str) -> Tensor:
-    """Convert X to fp32 (fp64 stays), rounded as tensor cores round it at `precision`."""
+    """Convert X to fp32 (fp64 stays), rounded to the nearest value of `precision`.
+
+    Tensor cores cut the bits off that tf32 lacks, which at most doubles the error.
+    """
     check_precision(precision)
     X = widened(X)
     if precision == "ieee":

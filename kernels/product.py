@@ -2,11 +2,11 @@
 
     E (rows, d) fp32 / bf16 / fp16     G (d, d) symmetric, fp32 or bf16     U (rows, d) fp32
 
-There are two kernels. One runs on sm_90 and later, except sm_120, if large tiles fill the GPU, tensor cores multiply
-and rows are aligned to 16 bytes. It launches a program on each multiprocessor, and each program computes several tiles.
-Bulk copies through tensor descriptors load both operands, so no thread computes an address or masks an edge. The stores
-of a tile overlap with the loads of the next tile. In all other cases the other kernel runs: every program computes one
-tile, and its threads load operands through pointers, ahead of the dot.
+There are two kernels. One runs on sm_90 and later, except sm_120, in bf16 or tf32, if large tiles fill the GPU and rows
+are aligned to 16 bytes. It launches a program on each multiprocessor, and each program computes several tiles. Bulk
+copies through tensor descriptors load both operands, so no thread computes an address or masks an edge. The stores of a
+tile overlap with the loads of the next tile. In all other cases the other kernel runs: every program computes one tile,
+and its threads load operands through pointers, ahead of the dot.
 
 Sums are accumulated in fp32. `precision` says how operands are multiplied: "ieee" multiplies in fp32, without tensor
 cores for fp32 operands; "tf32x3" splits each operand into two tf32 values and multiplies three times, within 2^-21;
@@ -219,8 +219,8 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
     rows, d = out.shape
     low = options["DTYPE"] == tl.bfloat16
     split = options["PRECISION"] == "tf32x3"
-    tensor_cores = low or options["PRECISION"] == "tf32"
-    described = platform() in DESCRIPTORS and tensor_cores and describable(E) and describable(G)
+    unsplit = low or options["PRECISION"] == "tf32"
+    described = platform() in DESCRIPTORS and unsplit and describable(E) and describable(G)
     config = configuration(
         rows, d, 2 if low else 4, described=described, vectors=vectorized(E) and vectorized(G),
         stored=(E.element_size(), G.element_size()), split=split,

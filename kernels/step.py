@@ -153,7 +153,7 @@ def configuration(rows: int, d: int, group: int) -> dict[str, int]:
         chunk = min(width, 1024)
         return dict(BLOCK_R=1, BLOCK_D=chunk, SEARCH_D=chunk, num_warps=warps(max(1, chunk // 128)))
     if width <= (4096 if group else 8192):
-        # The whole row stays in registers, with 16 entries in a thread.
+        # The whole row stays in registers, with 8 to 16 entries in a thread.
         tile = dict(BLOCK_R=max(1, 1024 // width), BLOCK_D=width, SEARCH_D=width)
         return tile | dict(num_warps=warps(max(4, width // 512)))
     if group:

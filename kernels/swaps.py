@@ -1,4 +1,4 @@
-"""row_swaps: make the best 1-swaps of every row's mask, in place, until no swap lowers the error.
+"""row_swaps: make 1-swaps of every row's mask, in place, each the best of the pairs that hold the lowest a or b.
 
     a = q + 2 W R of kept entries      b = q - 2 W R of removed entries      q = W^2 diag(G)
     remove i, keep p:  change = a_i + b_p - 2 W_i W_p G_ip      R += W_i G_i - W_p G_p      V_i = 0, V_p = 1

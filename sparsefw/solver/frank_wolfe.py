@@ -4,8 +4,8 @@
 
 The minimum is over masks M with entries in [0, 1] and a budget for each row or group. In every step the linear
 minimization oracle (LMO) returns a vertex V, and M moves towards it. R = E G is updated along with M, so a step costs
-one product, that of a binary mask; `reference` in `kernels/step.py` is its plain form. A penalty on entries between 0
-and 1 grows over the steps: it drives M to a vertex, so that rounding loses little.
+one product, that of a binary mask; `reference` in `kernels/step.py` is the plain form of the rest. A penalty on
+entries between 0 and 1 grows over the steps: it drives M to a vertex, so that rounding loses little.
 
 A mask may be chosen on H, which is G with damping: such a mask is better on other texts. Errors and bounds are
 always measured on G. `methods.py` calls these functions, `refit.py` fits the kept weights, and `paper.py` has the steps
@@ -29,8 +29,8 @@ from sparsefw.kernels.masks import as_float
 RAMP = 0.8
 
 # The lower bound is computed after each of these shares of the steps. Each bound costs one LMO. Without a penalty the
-# last bound is the largest. With a penalty the largest bound comes early (measured: after 0.3 of the steps), before the
-# penalty pulls M away from the convex optimum.
+# last bound is nearly always the largest. With a penalty the largest bound comes early (measured: after 0.3 of the
+# steps), before the penalty pulls M away from the convex optimum.
 CERTIFIED = (0.2, 0.3, 0.4, 1.0)
 
 # Attributes of `Problem` with an entry for each row. `Problem.__getitem__` slices them.

@@ -5,9 +5,9 @@ Adam (Kingma and Ba, arXiv 1412.6980) moves every kept weight w with gradient g.
     m <- 0.9 m + 0.1 g;   v <- 0.999 v + 0.001 g^2;   w <- w - rate(t) rms(w) / sqrt(d) m' / sqrt(v')
 
 m' and v' are m and v with Adam's bias correction, as both start at 0. rms(w) is the root mean square, before the first
-step, of the kept weights of the parameter that holds w; d is the width of the layer's input. If all weights of a row
-move together, the row's output changes by the share rate(t). So one rate suits weights of any scale and models of any
-width. Removed weights do not move, and stay exactly 0.
+step, of the kept weights of the parameter that holds w; d is the width of the layer's input. If all n kept weights of a
+row move together, the row's output changes by the share rate(t) sqrt(n / d). So one rate suits weights of any scale and
+models of any width. Removed weights do not move, and stay exactly 0.
 
 A step may take the gradients g_1 .. g_n of several windows, one after another, without a sum of them in memory: in m
 the sum of the gradients takes the place of g, and in v the sum of their squares that of g^2. If gradients differ much

@@ -1,7 +1,7 @@
 """Prune layers that read the same input, and measure their errors.
 
 The layers are stacked. If rows are independent, the stack is solved in chunks that fit a memory limit; on a CPU several
-chunks are solved at the same time. Neither the stacking nor the chunks change a result.
+chunks are solved at the same time. With torch in place of Triton, neither the stacking nor the chunks change a result.
 """
 
 import math
@@ -78,7 +78,7 @@ def solve_layer(
 ) -> tuple[Tensor, Tensor, LayerResult]:
     """Prune one layer, for callers that loop over the layers of a model themselves.
 
-    `torch.set_float32_matmul_precision` decides how exact products in fp32 are.
+    With kernel="torch", `torch.set_float32_matmul_precision` decides how exact products in fp32 are.
 
     Args:
         W: (rows, d) weight, fp32 / bf16 / fp16; it is not changed.
@@ -93,8 +93,8 @@ def solve_layer(
         The mask (rows, d) bool, True keeps a weight; the pruned weight (rows, d) in the dtype of W; and the errors.
 
     Raises:
-        InputError: an argument is no tensor of an allowed dtype and shape, the config is not a PruneConfig, or d does
-            not divide into the pattern's groups.
+        InputError: an argument is no tensor of an allowed dtype and shape, the config is not a PruneConfig, d does not
+            divide into the pattern's groups, or the method takes no B.
         FloatingPointError: W, G or B holds NaN or Inf, or values so large that the errors overflow.
     """
     _check_matrix("W", W, None, torch.float32, torch.bfloat16, torch.float16)
@@ -152,14 +152,14 @@ def prune_layers(
         A result for each layer.
 
     Raises:
-        InputError: the rows do not divide into the pattern's groups, or the memory is too small for the smallest chunk.
-        ValueError: a layer has a cross matrix, but the method takes no targets (`Method.dense_target`).
+        InputError: the rows do not divide into the pattern's groups, the memory is too small for the smallest chunk, or
+            a layer has a cross matrix, but the method takes no targets (`Method.dense_target`).
         FloatingPointError: an error is not finite, or G is not positive definite for a method that needs it. The
             message names the layers.
     """
     crosses = crosses or [None] * len(layers)
     if any(crosses) and not METHODS[method].dense_target:
-        raise ValueError(f"crosses: {method} takes none, as it approximates the layers' own outputs")
+        raise InputError(f"B: {method} approximates the layer's own output; leave B out")
     for name, weight in layers:
         patterns.check_width(config.pattern, weight.shape[1], name)
     targets = ["dense" if cross else "layer" for cross in crosses]

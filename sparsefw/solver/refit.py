@@ -11,9 +11,9 @@ Damping draws Z towards W, and stops weights whose inputs are nearly the same fr
 The best mask for unchanged weights is not the best one for refitted weights. So `reselect` chooses again:
 
 1. Frank-Wolfe on W has chosen a mask (`frank_wolfe.solve`). Refit it.
-2. Run Frank-Wolfe on the candidates C = Z + R / diag(H), R = (W - Z) H. The candidate of a kept weight is the weight in
-   Z. The candidate of a removed weight is its value after an exact step along its coordinate. Frank-Wolfe minimises
-   ||(W - M * C) X||_F^2 over M. Refit the mask that it finds.
+2. Run Frank-Wolfe on candidates C: it minimises ||(W - M * C) X||_F^2 over M. C is Z at kept weights. At removed ones
+   it is Z + R / diag(H), R = (W - Z) H, the value after an exact step along the coordinate. Refit the mask that it
+   finds.
 3. In each round, keep the k largest |C_j| sqrt(H_jj) and refit them. A row accepts a round that lowers its error. In a
    row that rejects it, the round has exchanged too many weights: in the next round, a removed weight must beat a kept
    weight by a margin.

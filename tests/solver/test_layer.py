@@ -264,7 +264,7 @@ class TestSolveLayer:
     def test_refuses_bad_input(self, name, value):
         with pytest.raises(InputError, match=f"^{name}: "):
             solve_layer(**dict(W=torch.ones(2, 4), G=torch.eye(4)) | {name: value})
-        with pytest.raises(ValueError, match="crosses: wanda"):
+        with pytest.raises(InputError, match="B: wanda"):
             solve_layer(torch.ones(2, 4), torch.eye(4), PruneConfig(method="wanda"), B=torch.ones(2, 4))
 
 
