@@ -89,10 +89,9 @@ def launches() -> dict[str, tuple[Operation, Launch]]:
 @cache
 def needed(file: str) -> set[str]:
     """List a file of kernels/, and all files there that it imports, itself or by others."""
-    path = REPO / f"kernels/{file}.py"
-    # cpu is a folder, whose files are no kernels.
-    source = path.read_text("utf-8") if path.exists() else ""
-    return {file}.union(*map(needed, re.findall(r"^from \.(\w+) import", source, re.MULTILINE)))
+    source = (REPO / f"kernels/{file}.py").read_text("utf-8")
+    # The files in cpu are no kernels.
+    return {file}.union(*map(needed, re.findall(r"^from \.(?!cpu)(\w+) import", source, re.MULTILINE)))
 
 
 def select(text: str) -> dict[str, tuple[Operation, Launch]]:
@@ -106,8 +105,7 @@ def select(text: str) -> dict[str, tuple[Operation, Launch]]:
     for suits in (lambda name: text in words[name], lambda name: text in name):
         if chosen := {name: every[name] for name in filter(suits, every)}:
             return chosen
-    known = sorted(set().union(*words.values()))
-    sys.exit(f"{text}: no launch, no operation and no file of kernels/; there are {', '.join(known)}")
+    sys.exit(f"{text}: no launch, no file of kernels/ and no operation; python -m bench --list names these")
 
 
 class Compiled(Exception):

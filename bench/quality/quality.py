@@ -59,7 +59,7 @@ ROWS = {
     "Frank-Wolfe, reconstructed": "--recover 0",
     "the default": "",
 }
-# Rows at DETAILED only, the sparsity of the tables that have a column for each text and task.
+# Rows at DETAILED only, the sparsity of the table that has a column for each text.
 DETAILED = "0.6"
 DETAILS = {
     "the fast preset": "--preset fast",

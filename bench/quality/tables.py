@@ -21,6 +21,15 @@ def table(cells: Cells, sparsity: str = DETAILED, rows: Iterable[str] = (*ROWS, 
     return _lines(cells, {row: f"{row} | {sparsity}" for row in rows})
 
 
+def by_text(cells: Cells) -> str:
+    """Write the perplexity of every text, at DETAILED."""
+    lines = [["", *(NAMES.get(name, name.partition("_")[2]) for name in cells["dense"]["perplexity"])]]
+    for row in ("dense", *ROWS, *DETAILS):
+        if cell := cells.get(row) or cells.get(f"{row} | {DETAILED}"):
+            lines.append([row, *(f"{figure:.1f}" for figure in cell["perplexity"].values())])
+    return plain(lines)
+
+
 def curve(cells: Cells) -> str:
     """Write the rows of CURVE, each after the row that it starts from."""
     keys = {}

@@ -106,10 +106,10 @@ def test_a_kernel_is_selected_by_its_file_or_operation():
     assert selected("gram") == {"gram_accumulate"}
     # The file of both operations.
     assert selected("packed") == {"packed_product", "unpack"}
-    # No operation is in this file, but their files import it.
-    assert selected("topk") == {"lmo", "row_step"}
+    # No operation is in this file, but their files import it, that of swaps by another one.
+    assert selected("topk") == {"lmo", "row_step", "row_swaps"}
     assert selected("tf32x3") == {"product"}
-    with pytest.raises(SystemExit, match=r"^grm: no .* accumulate, adam, adam_step, .*, gram, gram_accumulate, "):
+    with pytest.raises(SystemExit, match="^grm: no launch, no file"):
         compiler.select("grm")
 
 
