@@ -45,7 +45,8 @@ class Calibrated:
 class SparseFWModifier(SparsityModifierBase):
     """Choose masks of linear layers by Frank-Wolfe, and refit the kept weights. Replaces SparseGPTModifier.
 
-    Each layer approximates its own dense output on its own inputs, as in a run with `--target layer --reconstruct 0`.
+    Each layer approximates its own dense output on its own inputs, as in a run with `--target layer` and
+    without reconstruction and recovery.
     llm-compressor's other pruning modifiers describe the fields that are missing here.
 
     Args:
