@@ -109,7 +109,7 @@ def test_a_kernel_is_selected_by_its_file_or_operation():
     # No operation is in this file, but their files import it, that of swaps by another one.
     assert selected("topk") == {"lmo", "row_step", "row_swaps"}
     assert selected("tf32x3") == {"product"}
-    with pytest.raises(SystemExit, match="^grm: no launch, no file"):
+    with pytest.raises(SystemExit, match=r"^grm: no launch, "):
         compiler.select("grm")
 
 
