@@ -156,8 +156,9 @@ def prune(
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
         raise InputError(f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}")
     folder = None if output is None else checked_path("output", output)
-    places: dict[str, Any] = dict(overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory)
-    places["hours"] = hours
+    places: dict[str, Any] = dict(
+        overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory, hours=hours
+    )
     if isinstance(model, str | Path) and calibration is None:
         inputs, documents = text_inputs(str(model), dataset, evaluate, **numbers)
         if folder is None:
@@ -182,11 +183,11 @@ def prune(
         say_kernel(config, say)
         check_model(module, calibration is not None)
         source = os.path.expanduser(str(getattr(module, "name_or_path", "")))
-        if folder and os.path.isdir(source):
-            check_output(folder, Path(source), overwrite)
         if calibration is not None:
             inputs, batches = batch_inputs(type(module).__name__, calibration, evaluate)
-        elif tokenizer is None and not (isinstance(documents, Tensor) and not inputs.evaluate):
+        if folder:
+            check_output(folder, Path(source) if os.path.isdir(source) else None, overwrite, inputs.paths)
+        if not batches and tokenizer is None and not (isinstance(documents, Tensor) and not inputs.evaluate):
             tokenizer = tokenizer_of(module)
         with _folder(folder, ranks) as written, nullcontext() if batches else on_cpu_by_default():
             shown, given = ranks.first and progress, given_arguments(inputs, config)

@@ -143,12 +143,12 @@ def roots_of(folder: Path) -> tuple[Path, Path]:
     return folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()
 
 
-def check_output(output: Path, source: Path, overwrite: bool, texts: Iterable[Path] = ()) -> None:
+def check_output(output: Path, source: Path | None, overwrite: bool, texts: Iterable[Path] = ()) -> None:
     """Refuse an output folder that would damage what the run reads, or other files.
 
     Args:
         output: folder for the pruned checkpoint.
-        source: folder of the checkpoint that is read.
+        source: folder of the checkpoint that is read; None: no folder is read.
         overwrite: whether an older checkpoint may be replaced.
         texts: paths of texts that are read, where they exist.
 
@@ -156,12 +156,14 @@ def check_output(output: Path, source: Path, overwrite: bool, texts: Iterable[Pa
         InputError: output and source are the same folder or one lies in the other, a text lies in the output, or
             `check_free` refuses the output.
     """
-    target, (root, cache) = output.resolve(), roots_of(source)
-    if cache in root.parents:
-        # The folder of the Hub's cache with all files of the model.
-        root = cache / root.relative_to(cache).parts[0]
-    if target.is_relative_to(root) or root.is_relative_to(target):
-        raise InputError(f"{output}: is, holds or lies in {source}, which is read; choose another folder")
+    target = output.resolve()
+    if source:
+        root, cache = roots_of(source)
+        if cache in root.parents:
+            # The folder of the Hub's cache with all files of the model.
+            root = cache / root.relative_to(cache).parts[0]
+        if target.is_relative_to(root) or root.is_relative_to(target):
+            raise InputError(f"{output}: is, holds or lies in {source}, which is read; choose another folder")
     # os.path.exists returns False for a text that is too long for a path, where Path.exists would raise.
     for text in filter(os.path.exists, texts):
         # The text's own path counts too: it may be a link in the output.

@@ -170,7 +170,7 @@ def _prompts(tokenizer: Tokenizer, name: str, most: int) -> list[list[int]]:
 
 def _ends(writer: Any, tokenizer: Tokenizer) -> set[int | None]:
     """Find the tokens that end an answer."""
-    named = writer.generation_config.eos_token_id
+    named = getattr(getattr(writer, "generation_config", None), "eos_token_id", None)
     return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
 
 

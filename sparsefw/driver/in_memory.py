@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsefw.checkpoint.files import check_free
 from sparsefw.checkpoint.source import (
     PROCESSORS,
     SMALL_FILES,
@@ -66,7 +65,6 @@ def run_in_memory(
         InputError: an input is wrong; the message names it.
         FloatingPointError: a layer's error is not finite.
     """
-    check_free(job.output.folder, job.output.overwrite)
     if saves:
         check_configs(model)
     job, batch = resumed(job), None if batches is None else _largest(batches[0])

@@ -67,7 +67,9 @@ def identity(run: Run) -> dict[str, Any]:
         values[name] = sorted(values[name])
     flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT | {RECOVER}}
     texts = {f"the evaluation text {samples.source}": samples.hash for samples in run.evaluation}
-    read = {"the model": run.fingerprint, "the calibration text": run.calibration.hash} | texts
+    # Text that the unfinished run has generated is taken over, so its hash tells nothing of other prompts.
+    own = {"the text that the model writes": run.job.inputs.own}
+    read = {"the model": run.fingerprint, "the calibration text": run.calibration.hash} | own | texts
     work = {IN_FP32: run.model.in_fp32, ROUNDED: run.rounded, "the number of ranks": run.ranks.count}
     return flags | read | work | content.device_and_versions(run.model.device)
 

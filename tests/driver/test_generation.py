@@ -82,7 +82,8 @@ def test_a_killed_run_is_resumed_with_its_text(written, tmp_path, monkeypatch, c
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     # It is read.
     monkeypatch.setattr(generation, "write_tokens", None)
-    capsys.readouterr()
+    assert run(tmp_path / "out", dataset=(f"self={__file__}",)) == 2
+    assert "the text that the model writes" in capsys.readouterr().err
     assert run(tmp_path / "out") == 0
     assert "resuming an unfinished run" in capsys.readouterr().out
     first, second = tensors_of(written), tensors_of(tmp_path / "out")
@@ -126,6 +127,12 @@ def test_prompts_are_answered(tmp_path):
     assert second.startswith("Two")
     # After an answer the next prompt follows.
     assert asked in second
+
+
+def test_a_text_in_the_output_of_a_model_in_memory_stays(written):
+    model = AutoModelForCausalLM.from_pretrained(DEFAULT_MODEL)
+    with refused("would be deleted with it"):
+        prune(model, written, dataset=str(written / OWN_TEXT), overwrite=True)
 
 
 def test_the_model_writes_one_text():
