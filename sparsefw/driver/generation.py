@@ -75,11 +75,14 @@ def write_tokens(
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(n, seqlen, generator=generator, dtype=torch.float64)
     begins = [partial(_document, _first_token(tokenizer))] * n
+    conversation = _conversation(tokenizer, say)
     if source := name.partition("=")[2]:
-        prompts, ends = _prompts(tokenizer, source, PROMPTS * n), _ends(writer, tokenizer)
+        prompts = _prompts(tokenizer, source, PROMPTS * n, seqlen, say)
+        # An answer ends like a document, or like a turn of the template.
+        ends = {tokenizer.eos_token_id, *(conversation[2][:1] if conversation else ())}
         # Every window begins at another place of the prompts.
         begins = [partial(_answers, prompts, i * len(prompts) // n, ends) for i in range(n)]
-    elif conversation := _conversation(tokenizer, say):
+    elif conversation:
         for i in torch.randperm(n, generator=generator)[: n // 2].tolist():
             begins[i] = partial(_chat, *conversation)
     ids = list[Tensor]()
@@ -158,20 +161,16 @@ def _answers(prompts: Sequence[list[int]], n: int, ends: Collection[int | None])
         n += 1
 
 
-def _prompts(tokenizer: Tokenizer, name: str, most: int) -> list[list[int]]:
-    """Read the tokens of at most `most` prompts."""
-    _, documents = read_text(name, "train", Records(tokenizer, answered=True))
+def _prompts(tokenizer: Tokenizer, name: str, most: int, seqlen: int, say: Callable[[str], None]) -> list[list[int]]:
+    """Read the tokens of at most `most` prompts, all shorter than a window."""
+    records = Records(tokenizer, answered=True)
+    _, documents = read_text(name, "train", records)
     prompts = (tokenize(tokenizer, ["".join(document)])[0] for document in documents)
-    found = [*itertools.islice(filter(None, prompts), most)]
+    found = [*itertools.islice((prompt for prompt in prompts if 0 < len(prompt) < seqlen), most)]
+    records.tell(name, say)
     if not found:
-        raise InputError(f"{name}: no prompts; give texts, or messages up to the user's turn")
+        raise InputError(f"{name}: no prompts of fewer than {seqlen} tokens; give shorter ones")
     return found
-
-
-def _ends(writer: Any, tokenizer: Tokenizer) -> set[int | None]:
-    """Find the tokens that end an answer."""
-    named = getattr(getattr(writer, "generation_config", None), "eos_token_id", None)
-    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
 
 
 def _first_token(tokenizer: Tokenizer) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -57,7 +58,6 @@ def test_the_same_seed_writes_the_same_bytes(written, tmp_path):
     assert model.generation_config is config
     # Documents begin with the token that the model knows as the end of one.
     assert ids[:, 0].tolist() == 4 * [0]
-    assert ids.shape == (4, 24)
     assert report.data.source == report_of(written)["data"]["source"] == "self (T=0.8, top_p=0.95, seed 0)"
     assert windows_of(ids, "").hash == report.data.hash == report_of(written)["data"]["hash"]
 
@@ -69,7 +69,6 @@ def test_a_share_of_a_mixture_by_another_seed(written, tmp_path, capsys):
     assert "windows of 24 tokens of self (T=" in said
     assert "seed 1) (3) + default, training text (1)" in said
     ids, other = own(written)[1], own(tmp_path / "out")[1]
-    assert len(other) == 3
     assert not any((row == ids).all(1).any() for row in other)
 
 
@@ -110,17 +109,19 @@ def test_half_are_conversations_by_the_template():
     assert "no conversations" in lines[-1]
 
 
-def test_prompts_are_answered(tmp_path):
+def test_prompts_are_answered(tmp_path, monkeypatch):
     tokenizer, file = load_tokenizer(DEFAULT_MODEL), tmp_path / "prompts.jsonl"
     tokenizer.chat_template, asked = TEMPLATE, "<|user|>One<|end|><|assistant|>"
     file.write_text('{"messages": [{"role": "user", "content": "One"}]}\n{"text": "Two"}\n')
     with StreamedModel(inspect(DEFAULT_MODEL), torch.device("cpu")) as model:
-        # Any token ends an answer.
-        model.model.generation_config.eos_token_id = [*range(10000)]
-        ids, others = (write_tokens(model, tokenizer, 2, 40, 0, batch, print, f"self={file}") for batch in (2, 1))
-        file.write_text("")
+        write = partial(write_tokens, model, tokenizer, 2, 40, 0, say=print, name=f"self={file}")
+        # The sixth token of the second window, which the model has written, ends a turn.
+        parts = [[0], [0], [int(write(2)[1, 5])]]
+        monkeypatch.setattr(generation, "_conversation", lambda *_: parts)
+        ids, others = map(write, (2, 1))
+        file.write_text('"0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1 2 3 4"')
         with refused("prompts.jsonl: no prompts"):
-            write_tokens(model, tokenizer, 2, 40, 0, 2, print, f"self={file}")
+            write(2)
     assert torch.equal(ids, others)
     first, second = map(tokenizer.decode, ids)
     assert first.startswith(asked)
