@@ -40,8 +40,8 @@ import sparsefw.driver.run
 RESULTS, PAGE = REPO / "bench" / "results" / "sweep.json", REPO / "docs" / "models.md"
 # Name in the folder of a class.
 ROW = "row.json"
-# Limits of one class: seconds of wall time, and GiB of memory beyond that of the imports.
-SECONDS, MEMORY = 180, 4
+# Limits of one class: seconds of wall time, and GiB of addresses beyond those of the imports, mapped files included.
+SECONDS, MEMORY = 180, 16
 
 
 def examine_in_process(case: Case) -> dict[str, Any]:
