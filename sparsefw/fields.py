@@ -42,11 +42,11 @@ def flag(
 
 # Names of arguments in other libraries, and their names here; "" for arguments that do not exist here.
 ELSEWHERE = {
-    "block_size": "", "blocksize": "", "dampening_frac": "damp", "percdamp": "damp", "targets": "include",
-    "max_seq_length": "seqlen", "num_calibration_samples": "nsamples", "output_dir": "output", "verbose": "progress",
+    "block_size": "", "dampening_frac": "damp", "percdamp": "damp", "targets": "include",
+    "max_seq_length": "seqlen", "num_calibration_samples": "nsamples", "output_dir": "output",
     "processing_class": "tokenizer", "processor": "tokenizer",
-    "prune_method": "method", "mask_structure": "sparsity", "prunem": "sparsity", "prunen": "sparsity",
-    "sparsity_profile": "sparsity", "sparsity_ratio": "sparsity", "sparsity_type": "sparsity",
+    "prune_method": "method", "mask_structure": "sparsity",
+    "sparsity_ratio": "sparsity", "sparsity_type": "sparsity",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from sparsefw.solver.config import PruneConfig
 MIN_CAPABILITY = (8, 0)
 
 # The oldest driver for each major version of CUDA that torch may be built for.
-DRIVERS = {"11": 450, "12": 525, "13": 580}
+DRIVERS = {"12": 525, "13": 580}
 
 CHECK_DRIVER = "check the GPU's driver (nvidia-smi)"
 _NO_LIBRARY = "run ldconfig, or set TRITON_LIBCUDA_PATH to the folder of libcuda.so.1"

@@ -189,7 +189,8 @@ def _fit(run: Run, layers: Sequence[LayerResult], folder: Path, windows: _Window
         if not math.isfinite(before):
             raise InputError("the pruned model: its predictions are NaN or Inf; prune again")
         of_loss = time.perf_counter() - began - of_trial
-        plan = _plan(run, folder, len(held_out), of_trial + of_loss / len(held_out))
+        digest = hashlib.sha256(b"".join(map(_content, held_out))).hexdigest()
+        plan = _plan(run, folder, len(held_out), digest, of_trial + of_loss / len(held_out))
         progress = Progress(folder, plan, weights, [len(of_block) for of_block in matrices], of_loss, run.say)
         made = f"; {progress.done} are made already" if progress.done else ""
         run.say(
@@ -207,19 +208,21 @@ def _fit(run: Run, layers: Sequence[LayerResult], folder: Path, windows: _Window
         for i in model.unique_blocks:
             model.round(i)
         after = loss()
-    digest = hashlib.sha256(b"".join(map(_content, held_out))).hexdigest()
     return Recovered(before, after, len(held_out) + progress.done * plan.of_step, progress.done, digest)
 
 
-def _plan(run: Run, folder: Path, held_out: int, seconds: float) -> Plan:
-    """Plan the steps: as many as the tokens make, or as many as fit into the hours if a window takes `seconds`."""
+def _plan(run: Run, folder: Path, held_out: int, digest: str, seconds: float) -> Plan:
+    """Plan the steps: as many as the tokens make, or as many as fit into the hours if a window takes `seconds`.
+
+    `held_out` is the number of the held-out windows, and `digest` their hash.
+    """
     known, hours, number, seqlen = begun(folder), run.job.output.hours, _number(run), run.recovery.seqlen
     if run.config.recover is None and hours is not None:
-        if known and (known.plan.hours, known.plan.seqlen) == (hours, seqlen):
+        if known and (known.plan.hours, known.plan.seqlen, known.plan.hash) == (hours, seqlen, digest):
             return known.plan
         number = int(3600 * hours / seconds)
     of_step = windows_of_step(number, seqlen)
-    return Plan(max(1, (number - held_out) // of_step), of_step, seqlen, hours)
+    return Plan(max(1, (number - held_out) // of_step), of_step, seqlen, digest, hours)
 
 
 def windows_of_step(windows: int, seqlen: int) -> int:

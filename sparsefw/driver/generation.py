@@ -76,8 +76,8 @@ def write_tokens(
     draws = torch.rand(n, seqlen, generator=generator, dtype=torch.float64)
     begins = [partial(_document, _first_token(tokenizer))] * n
     conversation = _conversation(tokenizer, say)
-    if source := name.partition("=")[2]:
-        prompts = _prompts(tokenizer, source, PROMPTS * n, seqlen, say)
+    if "=" in name:
+        prompts = _prompts(tokenizer, name.partition("=")[2], PROMPTS * n, seqlen, say)
         # An answer ends like a document, or like a turn of the template.
         ends = {tokenizer.eos_token_id, *(conversation[2][:1] if conversation else ())}
         # Every window begins at another place of the prompts.
@@ -197,7 +197,7 @@ def _conversation(tokenizer: Tokenizer, say: Callable[[str], None]) -> list[list
     if all(parts) and {parts[1][0], parts[2][0]} <= tokenizer.added_tokens_decoder.keys():
         return parts
     # A marker of plain text may be split into other tokens when the model samples it, so its end is not found.
-    say("note: turns of the chat template do not end with a special token: no conversations are generated")
+    say("note: turns of the chat template do not end with a special token: no end of one is found, and none is written")
     return None
 
 

@@ -36,12 +36,14 @@ class Plan:
         steps: number of steps.
         of_step: number of windows in a step.
         seqlen: tokens in a window.
+        hash: SHA-256 of the held-out windows, in hex.
         hours: hours for all steps; None: no limit.
     """
 
     steps: int
     of_step: int
     seqlen: int
+    hash: str
     hours: float | None = None
 
 
@@ -103,7 +105,7 @@ class Progress:
         self._cost, self.done = seconds + self._bytes / EXPECTED, 0
         found = begun(folder)
         if found and found.plan != plan:
-            say("the steps of the recovery begin again: their number or the length of their windows has changed")
+            say("the steps of the recovery begin again: their number, text or length of windows has changed")
         self._saves = found if found and found.plan == plan else Saves(plan)
         self._keep(self._saves.states)
         self._before = 0.0

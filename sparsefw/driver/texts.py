@@ -101,7 +101,7 @@ def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tup
         InputError: the model does not fit into memory with a single window.
     """
     inputs, output = job.inputs, job.output
-    name = inputs.own if job.dataset is None else None
+    name = inputs.own
     if name is None:
         return None, 0
     limits = limits_of(job, model.device)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sparsefw import arithmetic, memory
+from sparsefw import memory
 from sparsefw.checkpoint.files import SUMS, check_output, durably, file_digest
 from sparsefw.checkpoint.source import Checkpoint, fingerprint, inspect, stamps
 from sparsefw.checkpoint.tensors import dequantized, read_tensors
@@ -22,7 +22,7 @@ from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.windows import Windows, window_length
 from sparsefw.driver.job import Job, Run, limits_of, workload_of
 from sparsefw.driver.recovery import pruned_report, recover, settle_recovery
-from sparsefw.driver.resume import resumed
+from sparsefw.driver.resume import IN_FP32, ROUNDED, computes_in_fp32, resumed, rounds_products
 from sparsefw.driver.texts import own_text, stream_of, tokenizer_of
 from sparsefw.errors import InputError, flag_of, option
 from sparsefw.estimate.profile import shape_of
@@ -33,7 +33,7 @@ from sparsefw.extras.verification import find_source
 from sparsefw.inputs import Inputs, Output
 from sparsefw.model import StreamedModel
 from sparsefw.probe import say_kernel
-from sparsefw.report.content import Recovery, Report, report_of
+from sparsefw.report.content import Recovery, Report, device_and_versions, report_of
 from sparsefw.solver.config import PruneConfig, default_recovery
 
 
@@ -59,12 +59,13 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
     say_kernel(job.config, say)
     assert job.folder is not None
     dense, device = inspect(job.folder), memory.this_device()
-    in_fp32 = arithmetic.computes_in_fp32(dense.dtype, device)
+    in_fp32 = computes_in_fp32(job, dense.dtype, device)
     with StreamedModel(dense, device, in_fp32=in_fp32) as model:
         _check_models(job.folder, model, source)
         run = _run(job, model, dense)
         values = {flag_of(name): value for name, value in asdict(job.inputs).items() if name != "model"}
         values |= {"the dense model": run.fingerprint, "what was pruned": stamps(source)}
+        values |= {IN_FP32: in_fp32, ROUNDED: run.rounded} | device_and_versions(device)
         shards = len(model.unique_blocks) + len(model.pieces)
         overwrite, restart = output.overwrite, output.restart
         with Writer(output.folder, shards, values, source=pruned, overwrite=overwrite, restart=restart) as writer:
@@ -104,7 +105,7 @@ def _run(job: Job, model: StreamedModel, dense: Checkpoint) -> Run:
     stream = stream_of(job, tokenizer_of(job), seqlen, generate)
     # The recovery takes all windows from the stream.
     none = Windows(torch.empty(0, seqlen, dtype=torch.int64), "", "")
-    rounded = arithmetic.rounds_products(torch.float32 if model.in_fp32 else dense.dtype, model.device, shape.hidden)
+    rounded = rounds_products(job, model, dense.dtype, shape.hidden)
     names = job.inputs.model, dense.dtype, shape
     run = Run(job, model, *names, none, [], seqlen, [], fingerprint(dense), stream=stream, rounded=rounded)
     run = replace(run, limits=limits_of(job, model.device))

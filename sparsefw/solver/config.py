@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
 }
 
 # Fields that only methods with refits use.
-OF_REFITS = ("refit", "rounds", "target", "damp")
+OF_REFITS = ("refit", "rounds", "damp")
 
 PRESETS = ("sparsefw", "fast", "paper")
 # Defaults of the fields in _NAMES, by preset and by whether kept weights are refitted.
@@ -119,7 +119,7 @@ class PruneConfig:
         "sparsefw: line search, integrality penalty, 12 steps, alpha 0, refit 2, 3 rounds (24 steps and refit 4 with "
         "--reconstruct 0; 40 steps and swaps with --refit 0); fast: 3 steps, one refit and --target layer, in about "
         "SparseGPT's time; paper: open loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded, no refit",
-        "sparsefw", choices=PRESETS,
+        "sparsefw", choices=PRESETS, frank_wolfe=True,
     )  # fmt: skip
     include: tuple[str, ...] = flag(
         "prune only these layers; may be repeated. NAME selects every layer that has it as whole parts of its dotted "
@@ -236,7 +236,7 @@ class PruneConfig:
 
     def _check_together(self) -> None:
         of_frank_wolfe = [f.name for f in fields(self) if f.metadata.get("frank_wolfe")]
-        for names, kind in ((of_frank_wolfe, "frank_wolfe"), (OF_REFITS, "refits")):
+        for names, kind in ((of_frank_wolfe, "frank_wolfe"), (OF_REFITS, "refits"), (("target",), "dense_target")):
             unused = [name for name in names if name in self.given]
             able = [name for name, method in METHODS.items() if getattr(method, kind)]
             if unused and not {*able} & {*self.methods}:

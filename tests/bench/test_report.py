@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import base
-import plots
 import pytest
 import report
 
@@ -82,14 +81,6 @@ def test_files_and_the_base_are_compared(printed):
     head, _, row = report.comparison(runs)[1].splitlines()
     assert [cell.strip() for cell in head.split("|")[2:5]] == ["old: ours", "new: base", "new: ours"]
     assert [cell.strip() for cell in row.split("|")[1:5]] == [STEP, "2.000 (1.00)", "8.000 (0.25)", "1.000 (2.00)"]
-
-
-def test_plot(save, tmp_path):
-    """Nothing wrong is drawn, and no operation of which ours is wrong."""
-    others = [RIVAL | {"operation": "gram"}, WRONG | {"operation": "gram", "provider": "ours", "flops": 1}]
-    files = save("one.json", ROW, RIVAL, SLOWER, *others), save("two.json", ROW, ROW | {"d": 32})
-    plots.plot([report.read(Path(file)) for file in files], tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 WORKER = """

@@ -106,7 +106,7 @@ def test_half_are_conversations_by_the_template():
     assert not any("note: " in line for line in lines)
     tokenizer.chat_template = TEMPLATE.replace("<|end|>", "plain")
     assert generation._conversation(tokenizer, lines.append) is None
-    assert "no conversations" in lines[-1]
+    assert "no end of one" in lines[-1]
 
 
 def test_prompts_are_answered(tmp_path, monkeypatch):
@@ -131,9 +131,13 @@ def test_prompts_are_answered(tmp_path, monkeypatch):
 
 
 def test_a_text_in_the_output_of_a_model_in_memory_stays(written):
-    model = AutoModelForCausalLM.from_pretrained(DEFAULT_MODEL)
     with refused("would be deleted with it"):
-        prune(model, written, dataset=str(written / OWN_TEXT), overwrite=True)
+        prune(
+            AutoModelForCausalLM.from_pretrained(DEFAULT_MODEL),
+            written,
+            dataset=str(written / OWN_TEXT),
+            overwrite=True,
+        )
 
 
 def test_the_model_writes_one_text():

@@ -238,6 +238,20 @@ def test_an_interrupted_one_goes_on(pruned, tmp_path, monkeypatch, capsys, n):
     assert contents(folder) == contents(tmp_path / "expected")
 
 
+def test_no_step_goes_on_with_another_text(pruned, tmp_path, monkeypatch, capsys):
+    _, output = pruned(*WANDA)
+    text = tmp_path / "t.txt"
+    flags = [f"{output}", f"{tmp_path}/x", f"--dataset={text}", "--recover=640"]
+    monkeypatch.setattr("sparsefw.driver.saves.Progress.is_due", True)
+    text.write_text("One two three. " * 9999)
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 26, lambda: [][0])
+        assert recover.main(flags)
+    text.write_text("Four five six. " * 9999)
+    recover.main(flags)
+    assert "begin again: their number, text" in capsys.readouterr().out
+
+
 def test_the_model_writes_the_text(pruned, tmp_path):
     _, output = pruned(*WANDA)
     folder, _ = recovered(output, tmp_path / "recovered", "--dataset", "self", "--recover", 1280)

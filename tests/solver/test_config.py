@@ -18,7 +18,7 @@ FRANK_WOLFE = [name for name, f in FIELDS.items() if f.metadata.get("frank_wolfe
 # For each field a value that is none of its defaults.
 OTHER = dict(
     warm_start="ria", steps=7, step_rule="open-loop", alpha=0.3, penalty=0.4, swaps=5, refit=3, rounds=1,
-    target="layer", damp=0.7,
+    target="layer", damp=0.7, preset="fast",
 )  # fmt: skip
 
 
@@ -92,6 +92,8 @@ def test_options_of_frank_wolfe_go_with_it_alone():
             PruneConfig(method="wanda", **{name: value})
         # A compared method may use it.
         assert getattr(PruneConfig(method="wanda", compare="sparsefw", **{name: value}), name) == value
+    with refused("^target: not used by method='refitted', only by sparsefw"):
+        PruneConfig(method="refitted", target="dense")
 
 
 class TestValues:
