@@ -71,6 +71,7 @@ DETAILS = {
     "the default, seed 2": "--seed 2",
     "the default, windows of 512": "--seqlen 512",
     "the default on a mixture": "{mixture}",
+    "the default, half of the text the model's own": "--dataset self",
 }
 # The rows of the curve: a row, and after it a recovery of more and more tokens.
 TOKENS = (32_768, 131_072, 524_288, 1_048_576, 2_097_152, 4_194_304)

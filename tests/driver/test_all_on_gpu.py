@@ -10,7 +10,6 @@ FILES = (
     "driver/test_reconstruct.py",
     "driver/test_reconstruct_in_memory.py",
     "extras/test_pack.py",
-    "extras/evaluation/test_streaming.py",
 )
 
 
