@@ -83,7 +83,7 @@ def check_fields(settings: Any) -> None:
             continue
         if f.metadata["least"] is not None:
             whole = f.type in (int, int | None)
-            value = checked_number(f.name, value, f.metadata["least"], f.metadata["most"], whole=whole)
+            value = checked_number(f.name, value, f.metadata["least"], f.metadata["most"], whole)
             set_field(settings, f.name, value)
         elif f.type is bool:
             # numpy's bool is no subclass of Python's.
@@ -124,7 +124,7 @@ def _check_text(f: Field, text: Any) -> None:
         raise InputError(f"{option(f.name, text)}: expected one of {', '.join(choices)}")
 
 
-def checked_number(name: str, value: Any, least: float, most: float | None, *, whole: bool = False) -> Any:
+def checked_number(name: str, value: Any, least: float, most: float | None, whole: bool) -> Any:
     """Convert a number to Python's int or float, which JSON can hold.
 
     Raises:

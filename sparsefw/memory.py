@@ -70,21 +70,22 @@ def bounded(what: str, room: int) -> Iterator[None]:
 
 
 @contextmanager
-def gpu_limited(limit: int | None, asked: bool) -> Iterator[None]:
+def gpu_limited(limits: dict[str, int], asked: float | None) -> Iterator[None]:
     """Limit the bytes that torch takes of the current GPU in the `with` block.
 
     Args:
-        limit: the limit in bytes for which the work was planned; None: there is no GPU.
-        asked: whether the user has set the limit. Otherwise it is the free memory less `MARGIN`, and torch may also
-            take half of the margin, since no plan counts the memory that kernels take for themselves.
+        limits: the limits in bytes for which the work was planned; without "gpu" there is no GPU.
+        asked: the limit that the user has set. If None, it is the free memory less `MARGIN`, and torch may also take
+            half of the margin, since no plan counts the memory that kernels take for themselves.
 
     Raises:
         OutOfMemoryError: the limit was too low; the message is one line.
     """
+    limit = limits.get("gpu")
     if limit is None:
         yield
         return
-    if not asked:
+    if asked is None:
         limit = int(limit * (1 - MARGIN / 2) / (1 - MARGIN))
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))

@@ -62,9 +62,9 @@ class Ranks:
         """Tell whether this is rank 0, which prints for all."""
         return not self.number
 
-    def share(self, total: int, unit: int = 1) -> slice:
+    def share(self, total: int) -> slice:
         """Return the slice of a list of `total` items that belongs to this rank, see `shares`."""
-        return shares(total, self.count, unit)[self.number]
+        return shares(total, self.count)[self.number]
 
     def all_reduce(self, tensor: Tensor) -> "Handle":
         """Begin to sum a tensor over all ranks, in place.

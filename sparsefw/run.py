@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
         memory.share_freed()
         # tqdm.write prints a line above the progress bar.
-        report = prune_checkpoint(inputs, config, output, log=tqdm.write, progress=None)
+        report = prune_checkpoint(inputs, config, output, log=tqdm.write)
 
         from sparsefw.checkpoint.files import SUMS, file_digest
         from sparsefw.report import log

@@ -5,7 +5,7 @@ re:.*layers\.(0|1)\.                       a regular expression: layers whose na
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
 from sparsefw.errors import InputError, first_line, option
@@ -37,9 +37,8 @@ def without_index(layer: str) -> str:
     return _INDEX.sub("", layer)
 
 
-def selected(layer: str, include: Iterable[str], ignore: Iterable[str]) -> bool:
+def selected(layer: str, include: Collection[str], ignore: Iterable[str]) -> bool:
     """Tell whether a layer is pruned: if `include` is empty or matches it, and `ignore` does not match it."""
-    include = tuple(include)
     included = not include or any(matches(pattern, layer) for pattern in include)
     return included and not any(matches(pattern, layer) for pattern in ignore)
 
@@ -58,7 +57,7 @@ def check_patterns(name: str, patterns: Iterable[str]) -> None:
 
 
 def check_used(
-    layers: Iterable[str], include: Iterable[str], ignore: Iterable[str], modules: Iterable[str] = ()
+    layers: Sequence[str], include: Collection[str], ignore: Collection[str], modules: Collection[str] = ()
 ) -> None:
     """Refuse patterns that match no layer, and selections without a layer.
 
@@ -70,7 +69,6 @@ def check_used(
     Raises:
         InputError: a pattern matches no layer, or no layer is selected.
     """
-    layers, include, ignore, modules = list(layers), tuple(include), tuple(ignore), list(modules)
     for name, patterns in (("include", include), ("ignore", ignore)):
         for pattern in patterns:
             dense = any(matches(pattern, module) for module in modules)
@@ -81,7 +79,7 @@ def check_used(
         raise InputError(f"{option('include')}, {option('ignore')}: no layer is left to prune")
 
 
-def _example(pattern: str, layers: list[str]) -> str:
+def _example(pattern: str, layers: Sequence[str]) -> str:
     """Suggest, for a message, names that are similar to a pattern, or else the name of any layer."""
     plain = re.sub(rf"^{REGEX}|[^\w.]", "", pattern).strip(".")
     names, length = [name.removesuffix(".weight").split(".") for name in layers], plain.count(".") + 1

@@ -53,10 +53,10 @@ class Timeline:
             with self._lock:
                 self.spans.append(Span(block, lane, phase, start - self._started, end - self._started))
 
-    def seconds(self, block: int | None = None, lane: str = MAIN) -> dict[str, float]:
-        """Sum the seconds of a lane by phase, for one block, or for everything if block is None."""
+    def seconds(self, block: int | None = None) -> dict[str, float]:
+        """Sum the seconds of the main lane by phase, for one block, or for everything if block is None."""
         sums: dict[str, float] = defaultdict(float)
         for span in list(self.spans):
-            if span.lane == lane and block in (None, span.block):
+            if span.lane == MAIN and block in (None, span.block):
                 sums[span.phase] += span.end - span.start
         return dict(sums)

@@ -52,7 +52,7 @@ def test_other_names(layer, patterns):
 )
 def test_included_and_not_ignored(include, ignore, expected):
     layers = ("a.q", "a.k", "b.q", "b.k")
-    assert [layer for layer in layers if selected(layer, iter(include), iter(ignore))] == expected
+    assert [layer for layer in layers if selected(layer, include, ignore)] == expected
 
 
 LAYERS = ("model.layers.0.q.weight", "model.layers.0.k.weight", "model.layers.10.q.weight")
@@ -66,7 +66,7 @@ def test_patterns_that_are_none_are_refused(pattern):
 
 def test_every_pattern_stands_for_something():
     for include, ignore in (((), ()), (("q",), ()), (("layers.0",), ("k",)), ((), ("re:.*k",))):
-        check_used(iter(LAYERS), iter(include), iter(ignore))
+        check_used(LAYERS, include, ignore)
     for include, ignore, hint in (
         (("k", "down_proj"), (), LAYERS[0]),
         ((), ("layers.1",), r"did you mean layers\.10"),

@@ -82,9 +82,9 @@ def convert(kind: type[T], value: Any, where: str) -> T:
         raise InputError(f"{where}{error}; it is of another version of sparsefw, or damaged") from error
 
 
-def parse(kind: type[T], content: bytes, path: Path) -> T:
-    """Make a dataclass of a file that holds a JSON object, see `parse_object` and `convert`."""
-    return convert(kind, parse_object(content, path), f"{path}: ")
+def parse(kind: type[T], path: Path, limit: int) -> T:
+    """Make a dataclass of a file that holds a JSON object, see `read_bounded`, `parse_object` and `convert`."""
+    return convert(kind, parse_object(read_bounded(path, limit), path), f"{path}: ")
 
 
 def durably(path: Path, write: Callable[[Path], object] | str) -> None:

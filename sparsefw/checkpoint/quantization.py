@@ -9,7 +9,7 @@ quantized.
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -326,9 +326,8 @@ def most_bytes(tensors: Iterable[TensorInfo]) -> torch.dtype | None:
     return bytes_of.most_common(1)[0][0] if bytes_of else None
 
 
-def note(used: Iterable[TensorInfo], quantization: Quantization | None) -> str:
+def note(infos: Collection[TensorInfo], quantization: Quantization | None) -> str:
     """Describe the dequantized tensors of a model in one line; empty if there is none."""
-    infos = list(used)
     quantized = [info for info in infos if info.dequantize]
     if not quantized or quantization is None:
         return ""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsefw.arithmetic import computed
 from sparsefw.errors import InputError
@@ -39,7 +39,7 @@ class Batch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with each of its tensors changed by a function."""
-        args, kwargs = tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
+        args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
         return Batch(args, kwargs, self.windows, self.name)
 
 

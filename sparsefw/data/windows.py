@@ -147,8 +147,8 @@ class WindowStream:
     A mixture has groups of `nsamples` windows. Each has windows of all texts by their shares, in a random order.
 
     The windows do not depend on how many are taken at a time. Memory holds a pool (int32), a group of a mixture, and
-    the windows that are taken. Taking and skipping raise InputError: a text cannot be read or is too short, or its
-    share is less than a window.
+    the windows that are taken. Taking raises InputError: a text cannot be read or is too short, or its share is less
+    than a window.
 
     Attributes:
         tokenizer: the model's tokenizer; not used if `dataset` are windows.
@@ -157,7 +157,6 @@ class WindowStream:
         seed: seed of all draws.
         write: has the model write its own text, whose windows repeat, too; None: there is no such text.
         say: called with a line when a text has ended for the first time and more is asked for.
-        taken: number of windows that were taken or skipped.
         source, own: of a stream of one text, as for Windows; set with the first window.
     """
 
@@ -168,7 +167,6 @@ class WindowStream:
     seed: int
     write: Generate = None
     say: Callable[[str], None] = lambda _: None
-    taken: int = 0
     source: str = ""
     own: str = ""
 
@@ -183,14 +181,9 @@ class WindowStream:
     def take(self, n: int) -> Windows:
         """Return the next n windows, at least one."""
         texts, rows = zip(*itertools.islice(self._stream, n), strict=True)
-        self.taken += n
         mixed = " + ".join(f"{text.source} ({texts.count(text)})" for text in self._texts)
         windows = _windows(torch.stack(rows), self.source or mixed)
         return replace(windows, own="".join(text.own for text in self._texts))
-
-    def skip(self, n: int) -> None:
-        """Pass over the next n windows. Texts are read, but no window is kept."""
-        self.taken += sum(1 for _ in itertools.islice(self._stream, n))
 
     def close(self) -> None:
         """End the stream. A stream and its generators refer to each other, so its pools would stay in memory."""

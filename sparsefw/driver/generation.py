@@ -130,9 +130,8 @@ class _Sampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, torch.tensor(chosen, device=scores.device), 0)
 
 
-def _document(begin: int) -> Row:
-    """Yield the tokens of documents: first `begin`, then every sampled token."""
-    token = begin
+def _document(token: int) -> Row:
+    """Yield the tokens of documents: first this one, then every sampled token."""
     while True:
         token = yield token
 

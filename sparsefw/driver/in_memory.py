@@ -141,8 +141,7 @@ def _settled(
         source=source,
     )
     saved = sum(tensor.nbytes for tensor in tensors.values()) if saves else 0
-    # Batches of a caller are not divided into micro-batches.
-    return settled(run, generated, saved, {"batch": 1} if batches else {})
+    return settled(run, generated, saved)
 
 
 def _tokens_without_padding(calibration: Batches, seqlen: int, notes: list[str]) -> int:

@@ -23,7 +23,7 @@ from sparsefw.solver.stack import ROW_UNIT, places
 from sparsefw.solver.targets import Cross
 
 
-@dataclass(frozen=True)
+@dataclass
 class Solve:
     """Layers of one dtype that read the same input and are solved together, as a stack.
 
@@ -76,9 +76,9 @@ def find_solves(
         together = [[layer] for layers in together for layer in layers]
     rows_shared = config.rows_shared(method)
     solves = [Solve(layers) for layers in together]
-    undivided = [n for n, solve in enumerate(solves) if not rows_shared or is_expert(solve.gram, experts)]
-    for n, owner in zip(undivided, balanced([solves[n].cost for n in undivided], ranks.count), strict=True):
-        solves[n] = Solve(solves[n].layers, owner)
+    undivided = [solve for solve in solves if not rows_shared or is_expert(solve.gram, experts)]
+    for solve, owner in zip(undivided, balanced([solve.cost for solve in undivided], ranks.count), strict=True):
+        solve.owner = owner
     return solves
 
 
@@ -95,12 +95,7 @@ def combine(block: nn.Module, captured: Captured, ranks: Ranks, experts: frozens
     # For each layer: its Gram matrix, the kind of its cross matrix, the weight's shape, and whether it is transposed.
     own_layers = {layer.name: layer for layer in captured.layers}
     of = {name: cross.of for name, cross in captured.crosses.items()}
-    seen = ranks.gather(
-        {
-            name: (x.gram, of.get(name), (len(x.weight), x.weight.shape[1]), x.transposed)
-            for name, x in own_layers.items()
-        }
-    )
+    seen = ranks.gather({name: (x.gram, of.get(name), x.weight.shape, x.transposed) for name, x in own_layers.items()})
     descriptions = {name: description for layers in seen for name, description in layers.items()}
     for name, description in descriptions.items():
         if not is_expert(name, experts) and any(layers.get(name) != description for layers in seen):

@@ -4,8 +4,6 @@ Each method has its own copy of the calibration windows, which runs through the 
 checkpoint gets the weights of the config's method. A resumed run only moves its windows through the finished blocks.
 """
 
-from dataclasses import replace
-
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.driver.block import (
     calibration_mode,
@@ -31,7 +29,7 @@ from sparsefw.report.content import SPARSE
 from sparsefw.solver.layer import LayerResult
 
 
-def prune_model(run: Run, writer: Writer, on_block: OnBlock = lambda block, layers: None) -> Outcome:
+def prune_model(run: Run, writer: Writer, on_block: OnBlock) -> Outcome:
     """Prune every block of a model by every method of the config.
 
     Args:
@@ -78,7 +76,7 @@ def prune_block(run: Run, i: int, streams: Streams, writes: bool) -> tuple[Finis
     block = FinishedBlock.of(i, model.names[i])
     dense = read_block(run, i)
     if i == next(n for n in range(len(model.blocks)) if run.selected(n)):
-        block.block = replace(block.block, zeros=share_of_zeros(run, i))
+        block.block.zeros = share_of_zeros(run, i)
         if block.block.zeros > SPARSE:
             run.say(f"note: {log.zeros_line(block.block.zeros)}")
     streams.evaluate(run, i, DENSE)
@@ -105,13 +103,13 @@ def prune_block(run: Run, i: int, streams: Streams, writes: bool) -> tuple[Finis
             dense = reference = None
             # Listed for this method only: in the models of other methods, tokens may reach other experts.
             block.kept_dense = kept_dense(model, i, results)
-            block.block = replace(block.block, way=calibration_mode(run, stages))
+            block.block.way = calibration_mode(run, stages)
             if config.reconstruct:
                 with model.timeline.span("reconstruct", i):
                     if start is not None:
                         windows.go_back(start)
                     found = reconstruct(run, i, windows, streams.calibration[DENSE], results, streams.ids)
-                    block.block = replace(block.block, reconstruction=found)
+                    block.block.reconstruction = found
         model.round(i)
         streams.advance(run, i, "forward", method)
         streams.evaluate(run, i, method)

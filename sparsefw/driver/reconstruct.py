@@ -206,7 +206,7 @@ class BlockFit:
     @cached_property
     def steps(self) -> tuple[HiddenStates, HiddenStates, Sequence[Tensor]]:
         """Return `states`, `dense` and `tokens` of the learned micro-batches, cut into the pieces that steps take."""
-        states, dense = (x.some(self.learned, divided=True) for x in (self.states, self.dense))
+        states, dense = (x.some(self.learned) for x in (self.states, self.dense))
         tokens = torch.cat([self.tokens[j] for j in self.learned]).split(states.windows) if self.tokens else ()
         return states, dense, tokens
 

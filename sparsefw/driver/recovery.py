@@ -101,7 +101,7 @@ def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
     durably(writer.recovery / PRUNED, report.to_json())
     trim_memory()
     started = time.perf_counter()
-    limited = memory.gpu_limited(run.limits.get("gpu"), run.job.output.gpu_memory is not None)
+    limited = memory.gpu_limited(run.limits, run.job.output.gpu_memory)
     try:
         with limited, torch.no_grad():
             report = _recovered(run, writer, report)

@@ -66,14 +66,13 @@ def run_job(job: Job) -> content.Report:
         return carry_out(settled(run, texts.generated), Writer.finish)
 
 
-def settled(run: Run, generated: int = 0, saved: int = 0, fixed: dict[str, int] | None = None) -> Run:
+def settled(run: Run, generated: int, saved: int = 0) -> Run:
     """Settle the arithmetic and the placement of a run, and log what it prunes.
 
     Args:
         run: the run; its shape has all prunable layers.
         generated: number of calibration windows that the model has generated in one batch; 0: it has generated no text.
         saved: bytes that the run writes at its end, while the finished blocks are still on the disk.
-        fixed: values of `Placement` that are settled already, by field.
 
     Raises:
         InputError: memory is too little.
@@ -83,8 +82,10 @@ def settled(run: Run, generated: int = 0, saved: int = 0, fixed: dict[str, int] 
     shape, limits = pruned_shape(whole, job.config), limits_of(job, model.device)
     windows = [samples.n for samples in (run.calibration, *run.evaluation)]
     workload = workload_of(job, windows, run.seqlen, model.device)
-    chosen = (fixed or {}) | job.begun.get("chosen", {})
-    placement, _ = place(shape, workload, limits, job.output.folder.resolve().parent, fixed=chosen)
+    # Batches of a caller are not divided into micro-batches.
+    batches = {"batch": 1} if isinstance(run.calibration, Batches) else {}
+    chosen = batches | job.begun.get("chosen", {})
+    placement = place(shape, workload, limits, job.output.folder.resolve().parent, fixed=chosen)
     needs = memory_needs(shape, replace(workload, generated=generated), placement)
     run = replace(run, shape=shape, limits=limits, placement=placement, needs=needs, rounded=rounded)
     run = settle_recovery(run, workload)
@@ -154,23 +155,16 @@ def _prune(run: Run, writer: Writer) -> tuple[Run, Outcome]:
     """
     run.say(log.layer_header())
     while True:
-        limited = memory.gpu_limited(run.limits.get("gpu"), run.job.output.gpu_memory is not None)
+        limited = memory.gpu_limited(run.limits, run.job.output.gpu_memory)
         with log.progress_of(len(run.model.blocks), run.job.progress) as on_block, limited:
             try:
                 return run, prune_model(run, writer, on_block)
             except RuntimeError as error:
-                if not _can_continue_with_fewer_windows(run, error):
+                # It cannot go on if a micro-batch has a single window, or if other ranks would wait for this one.
+                if not (memory.is_full(error) and run.placement.batch > 1 and run.ranks.alone):
                     raise
         # Not inside the `except` clause, where the error's traceback keeps the block's tensors in memory.
         run = _with_half_the_windows(run, writer)
-
-
-def _can_continue_with_fewer_windows(run: Run, error: RuntimeError) -> bool:
-    """Tell whether the GPU's memory is full, and the run can continue with smaller micro-batches.
-
-    It cannot if a micro-batch has a single window, or if other ranks would wait for this one.
-    """
-    return memory.is_full(error) and run.placement.batch > 1 and run.ranks.alone
 
 
 def _with_half_the_windows(run: Run, writer: Writer) -> Run:
@@ -189,13 +183,13 @@ def _say_what_is_pruned(run: Run, whole: ModelShape) -> None:
     for note in run.notes:
         run.say(f"note: {note}")
     run.say(f"model: {run.name}, {counted(len(run.model.unique_blocks), 'block')}, {run.dtype}")
-    calibration, length, text = run.calibration, run.seqlen, ""
-    if isinstance(calibration, Windows):
-        length, text = calibration.seqlen, f" of {calibration.source}"
-    run.say(f"calibration: {content.amount(calibration.source, calibration.n, length)}{text}")
-    lines = [log.sparsity_line(run.config, run.shape, whole)]
-    lines.append(log.placement_line(run.placement, run.needs, run.limits, isinstance(calibration, Batches)))
-    for line in lines:
+    calibration, of_batches = run.calibration, isinstance(run.calibration, Batches)
+    text = "" if of_batches else f" of {calibration.source}"
+    run.say(f"calibration: {content.amount(calibration.source, calibration.n, run.seqlen)}{text}")
+    for line in (
+        log.sparsity_line(run.config, run.shape, whole),
+        log.placement_line(run.placement, run.needs, run.limits, of_batches),
+    ):
         for part in fitted(line):
             run.say(part)
 

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from sparsefw.checkpoint.files import durably, parse, read_bounded
+from sparsefw.checkpoint.files import durably, parse
 from sparsefw.memory import gib
 from sparsefw.solver.kept_weights import KeptWeights
 
@@ -71,7 +72,7 @@ def begun(folder: Path) -> Saves | None:
         InputError: the file is damaged.
     """
     path = folder / "state.json"
-    return parse(Saves, read_bounded(path, MAX_BYTES), path) if path.exists() else None
+    return parse(Saves, path, MAX_BYTES) if path.exists() else None
 
 
 class Progress:
@@ -99,14 +100,13 @@ class Progress:
         say: Callable[[str], None],
     ) -> None:
         self._folder, self._weights, self._say = folder, weights, say
-        ends = [sum(counts[: n + 1]) for n in range(len(counts))]
-        self._parts = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
-        self._bytes = sum(x.nbytes for state in weights.state(slice(None)) for x in state.values())
+        self._parts = [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]
+        self._bytes = sum(x.nbytes for x in weights.state(slice(None)).values())
         self._cost, self.done = seconds + self._bytes / EXPECTED, 0
-        found = begun(folder)
-        if found and found.plan != plan:
+        self._saves = begun(folder) or Saves(plan)
+        if self._saves.plan != plan:
             say("the steps of the recovery begin again: their number, text or length of windows has changed")
-        self._saves = found if found and found.plan == plan else Saves(plan)
+            self._saves = Saves(plan)
         self._keep(self._saves.states)
         self._before = 0.0
         if self._saves.states:
@@ -133,9 +133,7 @@ class Progress:
         folder = self._path(self.done)
         folder.mkdir(exist_ok=True)
         for n, part in enumerate(self._parts, 1):
-            tensors = {
-                f"{j}.{name}": x.cpu() for j, of in enumerate(self._weights.state(part)) for name, x in of.items()
-            }
+            tensors = {name: x.cpu() for name, x in self._weights.state(part).items()}
             durably(folder / f"{n:05d}.safetensors", partial(save_file, tensors))
         saved = Saved(self.done, loss(), self.seconds)
         self._say(f"step {self.done}: saved; divergence on held-out windows: {saved.loss:.4g}")
@@ -163,8 +161,6 @@ class Progress:
 
     def _restore(self, saved: Saved) -> None:
         for n, part in enumerate(self._parts, 1):
-            tensors = load_file(self._path(saved.step) / f"{n:05d}.safetensors")
-            names = {name.partition(".")[0] for name in tensors}
-            states = [{key: tensors[f"{j}.{key}"] for key in ("weight", "m", "v")} for j in range(len(names))]
-            self._weights.restore(part, states, saved.step)
+            state = load_file(self._path(saved.step) / f"{n:05d}.safetensors")
+            self._weights.restore(part, state, saved.step)
         self.done = saved.step

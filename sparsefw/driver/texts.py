@@ -54,8 +54,7 @@ def read_texts(job: Job, model: BlockModel, whole: ModelShape) -> tuple[Job, Tex
         InputError: a text cannot be read or is too short, or memory is too little.
     """
     seqlen = windows.window_length(job.inputs.model, job.inputs.seqlen, model.max_seqlen)
-    count = len(job.dataset) if isinstance(job.dataset, Tensor) else job.inputs.nsamples
-    job = with_defaults(job, count, seqlen)
+    job = with_defaults(job, job.inputs.nsamples, seqlen)
     shape = pruned_shape(whole, job.config)
     _check_memory(job, shape, seqlen, model)
     if seqlen < job.inputs.seqlen:
@@ -112,7 +111,7 @@ def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tup
         source = f"{name} (T={generation.TEMPERATURE:g}, top_p={generation.TOP_P:g}, seed {inputs.seed})"
         ids = generation.tokens_in(path) if job.begun and path.exists() else None
         if ids is None or ids.shape != (n, seqlen):
-            with memory.gpu_limited(limits.get("gpu"), output.gpu_memory is not None):
+            with memory.gpu_limited(limits, output.gpu_memory):
                 ids = generation.write_tokens(model, tokenizer, n, seqlen, inputs.seed, batch, job.say, name)
             memory.trim_memory()
         return replace(windows.windows_of(ids, source), own=generation.records_of(tokenizer, ids))
@@ -138,7 +137,6 @@ def stream_of(job: Job, tokenizer: Tokenizer | None, seqlen: int, generate: Gene
         texts = given = windows.windows_of(dataset, inputs.dataset[0])
         if given.seqlen > seqlen:
             raise InputError(f"{given.source}: windows of {given.seqlen} tokens, but the model takes at most {seqlen}")
-        inputs, seqlen = replace(inputs, nsamples=given.n), given.seqlen
     return WindowStream(tokenizer, texts, inputs.nsamples, seqlen, inputs.seed, generate, job.say)
 
 

@@ -62,7 +62,7 @@ def place(
     limits: dict[str, int],
     folder: Path | None = None,
     fixed: dict[str, Any] | None = None,
-) -> tuple[Placement, MemoryNeeds]:
+) -> Placement:
     """Choose the fastest placement that fits the memory limits.
 
     Args:
@@ -79,7 +79,7 @@ def place(
     for placement in _placements(shape, workload, folder, fixed or {}):
         tried.append(memory_needs(shape, workload, placement))
         if fits(tried[-1], limits):
-            return placement, tried[-1]
+            return placement
     remedy = f"fewer or shorter windows ({option('nsamples')}, {option('seqlen')})"
     if workload.config.reconstruct:
         remedy += f", or {option('reconstruct', 0)}"

@@ -42,7 +42,7 @@ def zeros(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor
     }
 
 
-def without_weights(checkpoint: Checkpoint, in_fp32: bool = False) -> StreamedModel:
+def without_weights(checkpoint: Checkpoint, in_fp32: bool) -> StreamedModel:
     """Make a checkpoint's model on the host with zeros for weights. No tensor is read.
 
     Args:

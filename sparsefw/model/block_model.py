@@ -315,7 +315,7 @@ class ResidentModel(BlockModel):
         slow = next((dtype for dtype in dtypes if in_fp32(dtype, device)), None)
         ready = partial(on_device, device=device, in_fp32=slow is not None)
         given = None if batch is None else batch.to(device, slow is not None)
-        path = path_through(model, given, ready, ready, device)
+        path = path_through(model, given, ready, device)
         everything = {slot.path for slot in slots_of(model.named_modules(remove_duplicate=False))}
         super().__init__(model, path, shared_parameters(model, path.order, {}, everything), device, slow is not None)
         self.notes = [f"not pruned: {reason}" for reason in path.passed_over.values()] + self.shared.notes

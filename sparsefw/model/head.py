@@ -148,7 +148,7 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
     return logits_of_batch(model, token_batch(ids), hidden, others)
 
 
-def logits_of_batch(model: BlockModel, batch: Batch, hidden: Tensor, others: dict[int, Tensor] | None = None) -> Any:
+def logits_of_batch(model: BlockModel, batch: Batch, hidden: Tensor, others: dict[int, Tensor] | None) -> Any:
     """Logits of a batch, as `logits`."""
     with model.outside_loaded():
         if model.flow.by_window:

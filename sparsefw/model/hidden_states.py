@@ -157,13 +157,13 @@ class HiddenStates:
         hidden, batches = self.hidden.fork(), [*self.batches]
         return replace(self, hidden=hidden, batches=batches, position=INPUT, kept=None, unchecked=None)
 
-    def some(self, numbers: Sequence[int], divided: bool = False) -> "HiddenStates":
+    def some(self, numbers: Sequence[int]) -> "HiddenStates":
         """Take some of the micro-batches, at the input of a block.
 
-        With `divided` they are cut into pieces, if `pieces` has any. A piece is a view of the hidden states, without a
-        copy. All pieces of one size share the other data.
+        They are cut into pieces, if `pieces` has any. A piece is a view of the hidden states, without a copy. All
+        pieces of one size share the other data.
         """
-        size = max(self.pieces, default=0) if divided else 0
+        size = max(self.pieces, default=0)
         batches = [self.batches[j] for j in numbers]
         if size:
             batches = [self.pieces[min(size, x.windows - n)] for x in batches for n in range(0, x.windows, size)]

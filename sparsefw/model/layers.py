@@ -107,7 +107,7 @@ def quantized(block: nn.Module) -> list[str]:
     return [name for name, x in tensors if x.dim() >= 2 and x.dtype in QUANTIZED]
 
 
-def slices_of(name: str, parameter: Tensor, size: int | None = None) -> list[str]:
+def slices_of(name: str, parameter: Tensor, size: int | None) -> list[str]:
     """List the layer names of a parameter's slices along its first axis; empty if the parameter is a single layer.
 
     Args:
@@ -121,7 +121,7 @@ def slices_of(name: str, parameter: Tensor, size: int | None = None) -> list[str
     return [f"{name}[{expert}]" for expert in range(count)] if count > 1 or parameter.dim() == 3 else []
 
 
-def layer_of(block: nn.Module, name: str, gram: str, shape: tuple[int, int], transposed: bool) -> Layer:
+def layer_of(block: nn.Module, name: str, gram: str, shape: Iterable[int], transposed: bool) -> Layer:
     """Find a layer in a block by what is known of it from another copy of the block.
 
     Args:

@@ -85,27 +85,26 @@ class Path:
     passed_over: dict[str, str] = field(default_factory=dict)
 
 
-def path_through(model: nn.Module, batch: Batch | None, outside: Ready, inside: Ready, device: torch.device) -> Path:
+def path_through(model: nn.Module, batch: Batch | None, ready: Ready, device: torch.device) -> Path:
     """Find the path of a batch through a model.
 
     Args:
         model: the model.
         batch: arguments of the model's forward; None: a few tokens. If the model's forward fails on a few tokens, the
             forward of a text model inside the model is taken.
-        outside: makes the modules outside of the blocks ready to run.
-        inside: makes the modules of a block ready to run.
-        device: device of the few tokens, and of the tensors in `outside` and `inside`.
+        ready: makes modules ready to run: those outside of the blocks, or those of a block.
+        device: device of the few tokens, and of the tensors in modules that are ready.
 
     Raises:
         InputError: the model has no list of blocks, the forward fails, or tensors between blocks cannot be traced.
     """
     if batch is not None:
-        return _path(model, model, batch, BATCHES, outside, inside)
+        return _path(model, model, batch, BATCHES, ready)
     inner = (m for m in model.modules() if m is not model and isinstance(m, PreTrainedModel))
     failed: InputError | None = None
     for runs in (model, *(m for m in inner if m.get_output_embeddings() is not None)):
         try:
-            return _path(model, runs, FEW_TOKENS.to(device), TEXT, outside, inside)
+            return _path(model, runs, FEW_TOKENS.to(device), TEXT, ready)
         except InputError as error:
             failed = failed or error
             if not isinstance(error, ForwardFailed):
@@ -115,11 +114,11 @@ def path_through(model: nn.Module, batch: Batch | None, outside: Ready, inside: 
     raise failed
 
 
-def _path(model: nn.Module, runs: nn.Module, batch: Batch, input_kind: str, outside: Ready, inside: Ready) -> Path:
+def _path(model: nn.Module, runs: nn.Module, batch: Batch, input_kind: str, ready: Ready) -> Path:
     passed_over: dict[str, str] = {}
     while stacks := _stacks(model, passed_over):
         try:
-            path = _Forward(runs, stacks, batch, input_kind, inside).path(model, outside)
+            path = _Forward(runs, stacks, batch, input_kind, ready).path(model)
         except NotABlock as error:
             # This list holds no blocks. The next pass looks for lists inside of its modules.
             passed_over[next(name for name, stack in stacks.items() if error.name in stack)] = str(error)
@@ -168,12 +167,12 @@ class _Forward:
         stacks: lists of modules that may be blocks.
         batch: the arguments of the forward.
         input_kind: the kind of input in words, for messages.
-        inside: makes the modules of a block ready to run.
+        ready: as for `path_through`.
     """
 
-    def __init__(self, runs: nn.Module, stacks: Stacks, batch: Batch, input_kind: str, inside: Ready) -> None:
+    def __init__(self, runs: nn.Module, stacks: Stacks, batch: Batch, input_kind: str, ready: Ready) -> None:
         self._runs, self._kind, self._stacks = runs, type(runs).__name__, stacks
-        self._batch, self._input_kind, self._inside = batch, input_kind, inside
+        self._batch, self._input_kind, self._ready = batch, input_kind, ready
         # A block whose matrices are all quantized runs as a part of what is around blocks.
         self._blocks = {n: block for stack in stacks.values() for n, block in stack.items() if _may_be_block(block)}
         self._templates = Templates()
@@ -181,7 +180,7 @@ class _Forward:
         self._before: dict[nn.Module, dict[str, Any]] = {}
 
     @torch.no_grad()
-    def path(self, model: nn.Module, outside: Ready) -> Path | None:
+    def path(self, model: nn.Module) -> Path | None:
         """Run the forward, and find its path; None if the forward calls no block.
 
         The first block of each type really runs, and shows what blocks of this type return. A block that gets objects
@@ -190,14 +189,13 @@ class _Forward:
 
         Args:
             model: the whole model.
-            outside: as for `path_through`.
 
         Raises:
             NotABlock: the first argument of a supposed block is not a tensor.
             InputError: the forward fails, or its tensors between blocks cannot be traced.
         """
         in_blocks = {module for block in self._blocks.values() for module in block.modules()}
-        with outside(module for module in model.modules() if module not in in_blocks):
+        with self._ready(module for module in model.modules() if module not in in_blocks):
             slots = slots_of(model.named_modules(remove_duplicate=False))
             stored = {slot.path: id(slot.own) for slot in slots if not slot.own.is_meta}
             weights = {f"{name}.{inner}": x for name, m in self._blocks.items() for inner, x in m.named_parameters()}
@@ -268,7 +266,7 @@ class _Forward:
             memo = {id(known): (known, known) for known in objects}
             own, others = rebuilt((args, kwargs), Tensor.detach, memo)
             self._before = {module: dict(vars(module)) for module in block.modules()} | self._before
-            with explained(self._kind, name, self._input_kind), self._inside(block.modules()):
+            with explained(self._kind, name, self._input_kind), self._ready(block.modules()):
                 output = block(*own, **others)
             template = template or self._templates.add(kind, output, own[0], name, self._kind)
         return template.after(args[0], _other_values if again else Tensor.detach)
@@ -306,7 +304,7 @@ def _other_values(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def zeros_in(modules: Iterable[nn.Module], in_fp32: bool = False) -> Iterator[None]:
+def zeros_in(modules: Iterable[nn.Module], in_fp32: bool) -> Iterator[None]:
     """Give modules zeros in place of tensors on the meta device inside the `with` block; tied tensors stay tied.
 
     All zeros are views of one allocation of the size of the largest tensor. Nothing writes to it, so the operating

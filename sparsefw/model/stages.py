@@ -79,7 +79,7 @@ def survey(
     return without_failed_split(found, run, hidden, output, {} if split_failures is None else split_failures)
 
 
-def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector = everything) -> Survey:
+def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector) -> Survey:
     """Survey a recorded forward of a block. `without_failed_split` then tests whether the block runs in parts.
 
     Args:

@@ -52,7 +52,7 @@ class StreamedModel(BlockModel):
         model, goes_into = self._skeleton.model, self._skeleton.goes_into
         _change_buffers(model, lambda x: computed(x, in_fp32))
         zeros = partial(zeros_in, in_fp32=in_fp32)
-        path = path_through(model, None, zeros, zeros, torch.device("cpu"))
+        path = path_through(model, None, zeros, torch.device("cpu"))
         shared = shared_parameters(model, path.order, model.all_tied_weights_keys, goes_into.values())
         super().__init__(model, path, shared, device, in_fp32)
         _change_buffers(model, lambda x: x.to(self.device))
@@ -69,7 +69,7 @@ class StreamedModel(BlockModel):
             for block in {block_of(place, path.blocks) for place in places}:
                 if block is not None or not reads.isdisjoint(places):
                     self._tensors[block].append(name)
-        self.pieces = self._cut(max(map(self._bytes_of, range(len(self.blocks)))))
+        self.pieces = self._cut()
         self.piece_bytes = [sum(self.infos[name].nbytes for name in piece) for piece in self.pieces]
         self.quantized_bytes = self._find_quantized_bytes()
         parts = Counter(goes_into.values())
@@ -121,16 +121,13 @@ class StreamedModel(BlockModel):
         """Names of the checkpoint's tensors that block i needs; None: those that text needs outside of the blocks."""
         return self._tensors[None if i is None else self.names[i]]
 
-    def _bytes_of(self, i: int | None) -> int:
-        return sum(self.infos[name].nbytes for name in self.tensors_of(i))
-
-    def _cut(self, block_bytes: int) -> list[list[str]]:
+    def _cut(self) -> list[list[str]]:
         """Cut the list of all tensors outside of the blocks into pieces.
 
-        A piece has at most the bytes of the largest block (`block_bytes`), or of all tensors that text needs outside of
-        the blocks, whichever is more: memory has to hold each of these anyway. A single larger tensor is a piece.
+        A piece has at most the bytes of the largest block, or of all tensors that text needs outside of the blocks,
+        whichever is more: memory has to hold each of these anyway. A single larger tensor is a piece.
         """
-        most, size = max(block_bytes, self._bytes_of(None)), 0
+        most, size = max(sum(self.infos[name].nbytes for name in names) for names in self._tensors.values()), 0
         blocks, needed = frozenset(self.names), self.tensors_of(None)
         inside = {name for name, parameter in self._skeleton.goes_into.items() if block_of(parameter, blocks)}
         pieces: list[list[str]] = [[]]

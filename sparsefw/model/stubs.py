@@ -103,7 +103,7 @@ class Template:
         """
         return self.around(hidden if self.keeps_shape else leaves_of(self.output)[0], change)
 
-    def around(self, hidden: Tensor, change: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
+    def around(self, hidden: Tensor, change: Callable[[Tensor], Tensor]) -> Any:
         """Make a stub with `hidden` as the hidden states of the output; `change` as for `after`."""
         # The hidden states come first.
         tensors = iter([hidden, *leaves_of(self.output)[1:]])

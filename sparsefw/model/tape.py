@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 # Types without tensors inside. The test of a type is ten times as fast as torch's own search through containers.
@@ -225,7 +225,7 @@ def with_tensors(values: Any, leaf: Callable[[Tensor], Any]) -> Any:
         return kind([with_tensors(value, leaf) for value in values])
     if kind is dict:
         return {key: with_tensors(value, leaf) for key, value in values.items()}
-    return tree_map(lambda x: leaf(x) if isinstance(x, Tensor) else x, values)
+    return tree_map_only(Tensor, leaf, values)
 
 
 def _version(x: Tensor) -> int:

@@ -210,10 +210,10 @@ class Watch:
         pair = self.outputs.pairs.get(layer)
         return self._matrix(pair[1]) if pair else None
 
-    def pairs(self, unpadded: Tensor | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield name, input (tokens, in) and output (tokens, out) of each layer with both; inputs at padding are 0."""
         for layer, (read, made) in self.outputs.pairs.items():
-            X, out = self._matrix(read, unpadded), self._matrix(made)
+            X, out = self._matrix(read, self._unpadded), self._matrix(made)
             if X is not None and out is not None:
                 yield layer, X, out
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 import sparsefw
-from sparsefw.checkpoint.files import parse, read_bounded
+from sparsefw.checkpoint.files import parse
 from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError, counted
 from sparsefw.solver.layer import LayerResult
@@ -61,7 +61,7 @@ class Reconstruction:
     varies: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class BlockRecord:
     """A block of the model.
 
@@ -306,7 +306,7 @@ def read_report(path: Path) -> Report:
         InputError: the file is missing, too large or not JSON, or a run could not have written a value; the message
             names the place.
     """
-    return parse(Report, read_bounded(path, MAX_REPORT_BYTES), path)
+    return parse(Report, path, MAX_REPORT_BYTES)
 
 
 def report_of(folder: Path) -> Report:

@@ -292,7 +292,7 @@ def kept_line(report: Report) -> str:
     )
 
 
-def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str, int], of_batches: bool = False) -> str:
+def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str, int], of_batches: bool) -> str:
     """Write the memory that a run is expected to take.
 
     Args:

@@ -287,7 +287,7 @@ class PruneConfig:
         elif passes and "reconstruct" not in self.given and most >= MANY_WINDOWS:
             passes = PASSES_OF_MANY
         config = self.replace(reconstruct=passes) if self.reconstruct else self
-        if "damp" in self.given or not self.uses_refits:
+        if "damp" in self.given or not (self.refit and any(METHODS[method].refits for method in self.methods)):
             return config
         if config.reconstruct and METHODS[config.method].frank_wolfe:
             return config.replace(damp=DAMP_BEFORE_RECONSTRUCTION)
@@ -327,11 +327,6 @@ class PruneConfig:
         """
         by_row = {METHODS[method].saliency, self.warm_start}.isdisjoint(COLUMN_SALIENCIES)
         return self.rows_independent(method) and self.pattern.scope != "layer" and by_row
-
-    @property
-    def uses_refits(self) -> bool:
-        """Tell whether any method of the run refits kept weights."""
-        return self.refit > 0 and any(METHODS[method].refits for method in self.methods)
 
     def dense_target(self, method: str) -> bool:
         """Tell whether layers that a method prunes approximate the dense model's outputs."""

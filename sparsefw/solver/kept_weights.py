@@ -60,12 +60,7 @@ class KeptWeights:
         Ranks sum the gradients by NCCL, which takes only contiguous tensors. So the dimensions of each gradient are
         permuted to the order in which they lie in memory.
         """
-        gradients = []
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(_in_memory(parameter.grad, parameter))
-        return gradients
+        return [x.gradient() for x in self._variables]
 
     def step(
         self, rate: float, backward: Callable[[], None] = lambda: None, trial: bool = False, more: bool = False
@@ -109,17 +104,21 @@ class KeptWeights:
         for variable in self._variables:
             variable.put_back()
 
-    def state(self, some: slice) -> list[dict[str, Tensor]]:
-        """Return the optimizer's state of some of the parameters: the kept weights in fp32, m and v."""
-        return [dict(weight=x.weight, m=x.m, v=x.v) for x in self._variables[some]]
+    def state(self, some: slice) -> dict[str, Tensor]:
+        """Return the optimizer's state of some of the parameters: of the first one "0.weight", "0.m" and "0.v".
+
+        The first of these are the kept weights, in fp32.
+        """
+        variables = enumerate(self._variables[some])
+        return {f"{j}.{name}": getattr(x, name) for j, x in variables for name in ("weight", "m", "v")}
 
     @torch.no_grad()
-    def restore(self, some: slice, state: Iterable[dict[str, Tensor]], done: int) -> None:
+    def restore(self, some: slice, state: dict[str, Tensor], done: int) -> None:
         """Go on from a state of some of the parameters after `done` steps."""
         self._done = done
-        for x, kept in zip(self._variables[some], state, strict=True):
-            for name, own in dict(weight=x.weight, m=x.m, v=x.v).items():
-                own.copy_(kept[name])
+        for name, own in self.state(some).items():
+            own.copy_(state[name])
+        for x in self._variables[some]:
             x.put(x.weight)
 
     def close(self) -> None:
@@ -147,26 +146,25 @@ class _Variable:
     @torch.no_grad()
     def step(self, rate: float, step: int, backend: Backend) -> None:
         """Move the kept weights against their gradient, and drop the gradient. A missing gradient counts as zeros."""
-        state = self.weight, self.m, self.v
-        backend.adam_step(self._flat, self._gradient(), self._index, *state, rate=rate * self._scale, step=step)
+        state, gradient = (self.weight, self.m, self.v), self.gradient().reshape(-1)
+        backend.adam_step(self._flat, gradient, self._index, *state, rate=rate * self._scale, step=step)
         self.forget()
 
     @torch.no_grad()
     def add(self) -> None:
         """Add the gradient to m and v before the step of `step`, which decays them, and drop the gradient."""
         if self.parameter.grad is not None:
-            kept = self._gradient().index_select(0, self._index).to(self.m.dtype)
+            kept = self.gradient().reshape(-1).index_select(0, self._index).to(self.m.dtype)
             of_m, of_v = ((1 - decay) / decay for decay in DECAYS)
             self.m.add_(kept, alpha=of_m)
             self.v.addcmul_(kept, kept, value=of_v)
         self.forget()
 
-    def _gradient(self) -> Tensor:
-        """Return the gradient of all entries, in the order in which they lie in memory."""
-        gradient = self.parameter.grad
-        if gradient is None:
-            gradient = torch.zeros_like(self.parameter)
-        return _in_memory(gradient, self.parameter).reshape(-1)
+    def gradient(self) -> Tensor:
+        """Return the gradient of all entries, with its dimensions in the order in which they lie in memory."""
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        return _in_memory(self.parameter.grad, self.parameter)
 
     def forget(self) -> None:
         """Drop the gradient."""
@@ -183,7 +181,7 @@ class _Variable:
         self._flat.index_copy_(0, self._index.long(), kept.to(self._flat.dtype))
 
 
-def bytes_of_state(weights: int, kept: int, itemsize: int, undo: bool = True) -> int:
+def bytes_of_state(weights: int, kept: int, itemsize: int, undo: bool) -> int:
     """Count the bytes of the optimizer's state of a parameter, without the parameter and its gradient.
 
     The state of a kept weight is its index, its value before the first step (with `undo`), its value in fp32, m and v.

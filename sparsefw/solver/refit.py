@@ -91,7 +91,7 @@ def refit(W: Tensor, H: Tensor, mask: Tensor, start: Tensor, steps: int, *, back
     return RowFit(mask, Z, R, plain.row_errors(W, R, Z))
 
 
-def descend(Z: Tensor, R: Tensor, H: Tensor, mask: Tensor | None, steps: int, *, backend: Backend = TORCH) -> None:
+def descend(Z: Tensor, R: Tensor, H: Tensor, mask: Tensor | None, steps: int, *, backend: Backend) -> None:
     """Minimise sum(Z * (Z H)) / 2 - sum(Z * B) over Z in place, by preconditioned conjugate gradients.
 
     A step is the product P H followed by `conjugate_step`. In fp32 no step raises the objective.

@@ -91,7 +91,7 @@ def test_the_report_tells_what_is_gained(go, pruned, capsys):
     output, (text,) = went[1], report.evaluation
     stream = WindowStream(load_tokenizer(source), str(plain.parent / "text.txt"), 6, 32, 0)
     # The window after those of the calibration is held out.
-    stream.skip(6)
+    stream.take(6)
     models = [AutoModelForCausalLM.from_pretrained(x, dtype=torch.float64) for x in (source, plain, output)]
     before, after = (x.mean().item() for x in divergences(stream.take(1).ids, *models))
     assert [report.recovery.before, report.recovery.after] == pytest.approx([before, after], rel=1e-4)

@@ -74,16 +74,16 @@ def test_a_run_takes_what_is_expected(name, models, tmp_path, monkeypatch):
 
     def placed(shape, workload, limits, folder=None, fixed=None):
         # Other threads hold no block that would go uncounted.
-        placement, needs = place(shape, workload, limits, folder, (fixed or {}) | {"ahead": False})
+        placement = place(shape, workload, limits, folder, (fixed or {}) | {"ahead": False})
         if "pieces" in name:
             placement = replace(placement, batch=16, step=1)
-            needs = memory_needs(shape, workload, placement)
+        needs = memory_needs(shape, workload, placement)
         blocks = shape.blocks[0].nbytes
         phases = ["reconstruct"] if fits else needs.phases.keys() - {"texts"}
         peak = max(needs.phases[phase][1] for phase in phases)
         code = CODE_OF_EXPERTS if family == "qwen3_moe" and shape.itemsize == 2 else 0
         expected.append(peak - workload.process - LIBRARIES - code - blocks)
-        return placement, needs
+        return placement
 
     def counted(*args, **kwargs):
         with watched:

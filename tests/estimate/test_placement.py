@@ -70,7 +70,7 @@ def test_a_micro_batch_is_one_step_of_a_reconstruction_or_several(windows, step,
     """
 
     def chosen(shape, gpu=True, passes=1):
-        placement, _ = place(shape, work(gpu, windows=windows, seqlen=16, reconstruct=passes), ENDLESS)
+        placement = place(shape, work(gpu, windows=windows, seqlen=16, reconstruct=passes), ENDLESS)
         return placement.batch, placement.step
 
     assert chosen(LLAMA_70B) == (batch, step if step < batch else 0)
@@ -89,9 +89,7 @@ def test_smallest_limit_that_is_named_is_enough(gpu, options, tmp_path):
         limits[what] = int((needed - 0.03) * GIB)
         assert enough(what, LLAMA_70B, workload, limits, tmp_path) == needed
         limits[what] = int(needed * GIB)
-    placement, needed = place(LLAMA_70B, workload, limits, tmp_path)
-    assert needed == memory_needs(LLAMA_70B, workload, placement)
-    assert placement.folder == tmp_path
+    assert place(LLAMA_70B, workload, limits, tmp_path).folder == tmp_path
 
 
 def test_what_is_given_up_first(set_threads):
@@ -99,20 +97,18 @@ def test_what_is_given_up_first(set_threads):
     # Each has rows at work.
     set_threads(2)
     workload = work()
-    places = [
-        place(LLAMA_70B, workload, {"gpu": g * GIB, "host": h * GIB})[0] for g, h in ((100, 64), (24, 64), (24, 12))
-    ]
+    places = [place(LLAMA_70B, workload, {"gpu": g * GIB, "host": h * GIB}) for g, h in ((100, 64), (24, 64), (24, 12))]
     assert [p.place for p in places] == ["gpu", "host", "file"]
     # Inputs are kept where there is room for them, and never in a file.
     assert [p.kept_width for p in places] == [28672, 28672, 0]
     # The number of windows goes first, down to what keeps a GPU busy.
-    few, _ = place(LLAMA_70B, work(), {"gpu": 18 * GIB, "host": 64 * GIB})
+    few = place(LLAMA_70B, work(), {"gpu": 18 * GIB, "host": 64 * GIB})
     assert ([p.batch for p in places], few) == ([8, 8, 8], replace(places[1], batch=4))
     # A reconstruction begins before the input of the last layers.
-    again, _ = place(LLAMA_70B, work(reconstruct=1), {"gpu": 100 * GIB, "host": 64 * GIB})
+    again = place(LLAMA_70B, work(reconstruct=1), {"gpu": 100 * GIB, "host": 64 * GIB})
     assert (again.place, again.kept_width) == ("gpu", 8192)
     shape, workload = llama(3072, 8192, 28), work(gpu=False, windows=8, seqlen=128)
-    roomy, tight = (place(shape, workload, {"host": int(g * GIB)})[0] for g in (16, 2.73))
+    roomy, tight = (place(shape, workload, {"host": int(g * GIB)}) for g in (16, 2.73))
     assert (roomy.batch, roomy.ahead, roomy.place, roomy.kept_width) == (16, True, "host", 8192)
     assert (tight.batch, tight.place) == (16, "host")
     assert tight.solver < roomy.solver
@@ -122,7 +118,7 @@ def test_what_is_given_up_first(set_threads):
 
 def test_what_is_settled_stays():
     workload, fixed = work(gpu=False, windows=8, seqlen=128), {"batch": 5, "solver": 1 << 30}
-    placement, _ = place(llama(1024, 4096, 2), workload, {"host": 64 * GIB}, fixed=fixed)
+    placement = place(llama(1024, 4096, 2), workload, {"host": 64 * GIB}, fixed=fixed)
     assert (placement.batch, placement.solver) == (5, 1 << 30)
 
 

@@ -212,9 +212,9 @@ def test_pieces_of_micro_batches_are_views_and_run_as_the_whole(family, tmp_path
         states = embed_batches(model, batches(ids.split(4)), pieces=batches([ids[:2], ids[:1]]))
         for i in range(len(model.blocks)):
             model.open(i)
-            pieces = states.some([1, 0], divided=True)
+            pieces = states.some([1, 0])
             assert pieces.windows == [1, 2, 2]
-            assert [x.data_ptr() for x in pieces.hidden][:2] == [x.data_ptr() for x in states.some([1, 0]).hidden]
+            assert [x.data_ptr() for x in pieces.hidden][:2] == [x.data_ptr() for x in states.hidden.some([1, 0])]
             found = torch.cat([pieces.next_input(i, j) for j in range(3)])
             states.advance(i)
             torch.testing.assert_close(found, torch.cat([states.hidden[1], states.hidden[0]]), rtol=1e-4, atol=1e-5)

@@ -88,7 +88,7 @@ def test_layers_and_their_gram_matrices(form, turned):
         assert (layer.at_once, layer.transposed) == (inputs_of != ALONE, shape[-1] != IN)
         assert (layer.bias is None) == (form != "addmm")
         assert_gram(found.grams[layer.gram], gram(*(x[n] if each else x for x in batches)))
-        again = layer_of(block, layer.name, layer.gram, tuple(weight.shape), layer.transposed)
+        again = layer_of(block, layer.name, layer.gram, weight.shape, layer.transposed)
         assert (again.weight.shape, again.weight.data_ptr()) == (weight.shape, matrix.data_ptr())
     assert not_pruned(block, {layer.name: layer.weight.numel() for layer in found.layers}) == ["bias"]
 

@@ -130,11 +130,11 @@ def test_a_step_of_several_windows_and_a_state_to_go_on_from(dtype):
                     give(parameter, gradient)
             weights.step(RATE, more=n % 3 < 2)
             if interrupted and n == 2:
-                states = copy.deepcopy(weights.state(slice(None)))
+                states = [copy.deepcopy(weights.state(slice(j, j + 1))) for j in range(2)]
                 weights.put_back()
                 weights = KeptWeights(matrices)
                 for j in range(2):
-                    weights.restore(slice(j, j + 1), states[j : j + 1], 1)
+                    weights.restore(slice(j, j + 1), states[j], 1)
         results.append(parameters)
     for parameter, again, W, own in zip(*results, sources, gradients, strict=True):
         assert torch.equal(bits(parameter), bits(again))

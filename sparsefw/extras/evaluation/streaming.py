@@ -169,8 +169,7 @@ class _OpenModel:
             process=memory.resident(),
             held=memory.held_on_gpu(device),
         )
-        placement, _ = place(self.shape.selected(lambda name: False), workload, self.limits, fixed={"solver": 0})
-        return placement
+        return place(self.shape.selected(lambda name: False), workload, self.limits, fixed={"solver": 0})
 
     def blocks(self, several: Sequence[HiddenStates], placement: Placement) -> Iterator[str]:
         """Run hidden states through all blocks. Yields the name of each block after it has run.
@@ -218,7 +217,7 @@ def _opened(
     in_fp32 = ranks.on_first(lambda: arithmetic.computes_in_fp32(source.dtype, device))
     with (
         StreamedModel(source, device, in_fp32=in_fp32) as model,
-        memory.gpu_limited(limits.get("gpu"), gpu_memory is not None),
+        memory.gpu_limited(limits, gpu_memory),
         torch.no_grad(),
     ):
         say(f"model: {source.folder}, {counted(len(model.blocks), 'block')}, {source.dtype}")
