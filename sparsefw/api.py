@@ -190,7 +190,7 @@ def prune(
         if not batches and tokenizer is None and not (isinstance(documents, Tensor) and not inputs.evaluate):
             tokenizer = tokenizer_of(module)
         with _folder(folder, ranks) as written, nullcontext() if batches else on_cpu_by_default():
-            shown, given = ranks.first and progress, given_arguments(inputs, config)
+            shown, given = ranks.first and progress, given_arguments(inputs, config, hours)
             target = Output(written, **places)
             job = Job(inputs, config, target, documents, tokenizer, None, say, shown, ranks, given, write_pages)
             report = run_in_memory(module, job, batches, folder is not None)
@@ -232,12 +232,12 @@ def prune_checkpoint(
     with joined_with(log) as (ranks, say):
         say_kernel(config, say)
         folder = ranks.local_first(lambda: locate(inputs.model))
-        shown, given = ranks.first and progress, given_arguments(inputs, config)
+        shown, given = ranks.first and progress, given_arguments(inputs, config, output.hours)
         job = Job(inputs, config, output, dataset, tokenizer, folder, say, shown, ranks, given, write_pages)
         return run_job(job)
 
 
-def given_arguments(inputs: Inputs, config: PruneConfig) -> dict[str, Any]:
+def given_arguments(inputs: Inputs, config: PruneConfig, hours: float | None) -> dict[str, Any]:
     """Find by name the arguments that differ from the defaults.
 
     The dataset is included even if it is the default, since its default depends on the network. Only for the built-in
@@ -247,7 +247,8 @@ def given_arguments(inputs: Inputs, config: PruneConfig) -> dict[str, Any]:
     if not inputs.built_in:
         defaults["dataset"] = None
     given = {name: value for name, value in asdict(inputs).items() if value != defaults[name]}
-    return given | {name: value for name, value in config.given.items() if value != inputs.options.get(name)}
+    given |= {name: value for name, value in config.given.items() if value != inputs.options.get(name)}
+    return given if hours is None else given | {"hours": hours}
 
 
 @contextmanager

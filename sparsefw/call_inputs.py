@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsefw.data.text import TEXTS, TOKENS
 from sparsefw.errors import InputError, option, shown
-from sparsefw.inputs import Inputs
+from sparsefw.inputs import Inputs, name_and_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,8 +85,9 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
     rows = hasattr(item, "ndim") or (inner is not item and isinstance(inner, Integral))
     if "input_ids" in columns or (rows and not texts):
         return windows_of_records(records, TOKENS, nsamples=inputs.nsamples, seqlen=seqlen, seed=inputs.seed)
-    if isinstance(item, str) and (item in NAMES or os.path.isfile(item)):
-        raise InputError(f"dataset: {shown(item)} is a text's name; give it alone, or a mapping of names to shares")
+    named = name_and_share(item)[0] if isinstance(item, str) else ""
+    if named in NAMES or os.path.isfile(named):
+        raise InputError(f"dataset: {shown(named)} is a text's name; give it alone, or a mapping of names to shares")
     if texts:
         return _Records(records, data)
     of = kind if item is dataset else f"{kind} of {type(item).__name__}"

@@ -67,7 +67,13 @@ def main() -> int:
         print(f"sparsefw {__version__}")
         return 0
     helped = name in ("-h", "--help")
-    lines = ["usage: python -m sparsefw.COMMAND ...", "", *(f"  {x:<9} {what}" for x, what in COMMANDS.items())]
+    unknown = [f"sparsefw: {shown(name)}: no such command", ""] if name and not helped else []
+    lines = [
+        *unknown,
+        "usage: python -m sparsefw.COMMAND ...",
+        "",
+        *(f"  {x:<9} {what}" for x, what in COMMANDS.items()),
+    ]
     print("\n".join([*lines, "", "--help after a command lists its flags"]), file=sys.stdout if helped else sys.stderr)
     return 0 if helped else BAD_INPUT
 

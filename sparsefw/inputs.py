@@ -215,6 +215,10 @@ class EvaluationInputs:
         first = () if self.against is None else (self.against,)
         set_field(self, "models", tuple(dict.fromkeys([*first, *self.models])))
         set_field(self, "texts", tuple(dict.fromkeys(self.texts)))
+        if not self.models:
+            raise InputError("models: none is named; give one")
+        if self.limit == 0:
+            raise InputError(f"{option('limit', 0)}: expected more than 0")
         if not names and not self.texts:
             raise InputError(f"{option('tasks')}, {option('texts')}: give tasks, or a text for perplexity")
         of_tasks = {name: getattr(self, name) for name in ("limit", "num_fewshot", "include_path")}
@@ -247,17 +251,18 @@ def _check_datasets(datasets: Sequence[str]) -> None:
     """
     if not datasets:
         raise InputError(f"{option('dataset')}: no text is named; give one")
-    names = set[str]()
+    names = dict[str, str]()
     for dataset in datasets:
         name, share = name_and_share(dataset)
+        place = os.path.realpath(os.path.expanduser(name))
         if not 0 < share < math.inf:
             raise InputError(f"{option('dataset', dataset)}: expected a share above 0 after the last =")
-        if name in names:
+        if place in names:
             of_mixture = f"; {GENERAL} includes it" if name in MIXTURE else ""
             once = f"give it once, with a share: {shown(name)}=2{of_mixture}"
             raise InputError(f"{option('dataset', name)}: given twice; {once}")
-        names.add(name)
-    if sum(map(is_own, names)) > 1:
+        names[place] = name
+    if sum(map(is_own, names.values())) > 1:
         raise InputError(f"{option('dataset', SELF)}: given twice; give one of them")
 
 

@@ -4,6 +4,7 @@ Fixtures import what they need, so that the process that hands tests to workers 
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -72,9 +73,12 @@ def pruned(tmp_path_factory):
 @pytest.fixture
 def copied(pruned, tmp_path):
     """copied(*flags, family, dtype) -> source and a copy of the output of `pruned`, which the test may change."""
-    from helpers.verifying import copies
 
-    return copies(pruned, tmp_path)
+    def copy(*flags, **model):
+        source, output = pruned(*flags, **model)
+        return source, shutil.copytree(output, tmp_path / "out")
+
+    return copy
 
 
 @pytest.fixture

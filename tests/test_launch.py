@@ -91,6 +91,7 @@ def test_help_does_not_wait_for_torch():
     assert all(f"usage: python -m sparsefw.{command} " in done.stdout for command in HELPED)
     assert "\n  unpack    make a packed output dense again\n" in done.stdout
     assert done.stdout.endswith(f"sparsefw {__version__}\n")
+    assert "prune: no such command" in done.stderr
 
 
 @pytest.mark.parametrize(

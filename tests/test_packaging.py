@@ -21,14 +21,6 @@ def call(*command: str | Path, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-def build_wheel(source: Path, folder: Path) -> Path:
-    # Without isolation pip downloads nothing, and uses the setuptools of the extra "test".
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    call(*pip, "--wheel-dir", folder, source, cwd=source)
-    (wheel,) = folder.glob("*.whl")
-    return wheel
-
-
 def package_files(names: list[str]) -> set[str]:
     """Files of the package, without the metadata."""
     return {name for name in names if name.startswith("sparsefw/") and not name.endswith("/")}
@@ -53,7 +45,11 @@ def expected(copy) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(copy) -> Path:
-    return build_wheel(copy, copy.parent / "wheel")
+    # Without isolation pip downloads nothing, and uses the setuptools of the extra "test".
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    call(*pip, "--wheel-dir", copy.parent, copy, cwd=copy)
+    (wheel,) = copy.parent.glob("*.whl")
+    return wheel
 
 
 def test_wheel(wheel, expected):

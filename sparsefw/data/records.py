@@ -89,6 +89,10 @@ class Records:
         assert self.tokenizer
         own = dict(tools=tools, tokenize=False, add_generation_prompt=self.answered) | (arguments or {})
         text = str(self.tokenizer.apply_chat_template(messages, **own))
+        for message in messages:
+            content = message.get("content")
+            if content and isinstance(content, list) and str(content) in text:
+                raise ValueError("the chat template takes a string as content, and no list")
         present = {line.strip() for line in text.splitlines()}
         for line in (line.strip() for string in _strings(messages) for line in string.splitlines()):
             self.characters += len(line)

@@ -11,7 +11,6 @@ The random numbers of a window depend only on the seed and the window's number. 
 predictions depend on the machine. So a resumed run takes the text of the unfinished run.
 """
 
-import itertools
 import json
 from collections.abc import Callable, Collection, Generator, Sequence
 from functools import partial
@@ -25,7 +24,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from sparsefw.data.records import Records
 from sparsefw.data.text import SELF, read_text
 from sparsefw.data.tokens import Tokenizer, start_tokens, tokenize
-from sparsefw.errors import InputError, errors_in_one_line, option
+from sparsefw.errors import InputError, counted, errors_in_one_line, option
 from sparsefw.model.block_model import BlockModel
 
 # Logits are divided by TEMPERATURE. Tokens are drawn from the likeliest ones, whose probabilities add up to TOP_P.
@@ -164,9 +163,18 @@ def _prompts(tokenizer: Tokenizer, name: str, most: int, seqlen: int, say: Calla
     """Read the tokens of at most `most` prompts, all shorter than a window."""
     records = Records(tokenizer, answered=True)
     _, documents = read_text(name, "train", records)
-    prompts = (tokenize(tokenizer, ["".join(document)])[0] for document in documents)
-    found = [*itertools.islice((prompt for prompt in prompts if 0 < len(prompt) < seqlen), most)]
+    begin, found, long = start_tokens(tokenizer), list[list[int]](), 0
+    for (ids,) in (tokenize(tokenizer, ["".join(document)]) for document in documents):
+        # A chat template may have written the start token.
+        prompt = ids if ids[: len(begin)] == begin else [*begin, *ids]
+        long += len(prompt) >= seqlen
+        if ids and len(prompt) < seqlen:
+            found.append(prompt)
+        if len(found) == most:
+            break
     records.tell(name, say)
+    if long:
+        say(f"note: {name}: left out {counted(long, 'prompt')} of {seqlen} tokens or more")
     if not found:
         raise InputError(f"{name}: no prompts of fewer than {seqlen} tokens; give shorter ones")
     return found

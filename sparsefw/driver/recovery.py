@@ -20,7 +20,7 @@ from sparsefw.data.batches import Batch, Batches, token_batch
 from sparsefw.driver.distill import recovering
 from sparsefw.driver.job import Run
 from sparsefw.driver.saves import begun
-from sparsefw.errors import InputError, first_line
+from sparsefw.errors import InputError, first_line, option
 from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.estimate.placement import RecoveryPlan, notes_of_recovery, plan_recovery
 from sparsefw.estimate.workload import Workload
@@ -73,9 +73,17 @@ def pruned_report(run: Run, writer: Writer) -> content.Report | None:
 
     After an interruption this run may ask for another recovery, or for none. So shards of the first one are dropped,
     and the report gets this run's arguments.
+
+    Raises:
+        InputError: the recovery has ended, and this run asks for another number of tokens.
     """
     if (writer.recovery / FINISHED).exists():
-        return content.read_report(writer.recovery / FINISHED)
+        report = content.read_report(writer.recovery / FINISHED)
+        tokens, asked = report.recovery and report.recovery.tokens, run.config.given.get("recover")
+        if asked is not None and tokens not in (None, asked):
+            again = f"give the same, or {option('restart', True)}"
+            raise InputError(f"{option('recover', asked)}: the recovery of {tokens} tokens has ended; {again}")
+        return report
     writer.drop(writer.shards)
     if not (writer.recovery / PRUNED).exists():
         return None
@@ -110,7 +118,7 @@ def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
             raise
         # It may fail at its very end, for example in an evaluation.
         writer.drop(writer.shards)
-        run.say(f"note: no recovery of the whole model: {first_line(error)}")
+        report = _noted(run, report, f"no recovery of the whole model: {first_line(error)}")
     peak = {what: max(n, report.peak_memory[what]) for what, n in peak_memory().items()}
     seconds = report.seconds | {"recover": time.perf_counter() - started}
     report = replace(report, peak_memory=peak, seconds=seconds)
@@ -128,8 +136,7 @@ def _recovered(run: Run, writer: Writer, report: content.Report) -> content.Repo
     with recovering(run, pruned, layers, _windows(run, seqlen), writer.recovery) as found:
         run.say(f"divergence on held-out windows: {found.before:.4g} to {found.after:.4g}")
         if not found.after < found.before:
-            run.say("nothing is gained, so the pruned weights stay; more tokens may help")
-            return report
+            return _noted(run, report, "nothing is gained, so the pruned weights stay; more tokens may help")
         for n, i in enumerate(model.unique_blocks):
             tensors = model.block_tensors(i)
             if model.device.type == "cuda":
@@ -141,6 +148,11 @@ def _recovered(run: Run, writer: Writer, report: content.Report) -> content.Repo
     outcome = found.before, found.after, found.steps, run.config.recover or 0
     own = content.Recovery(run.name, run.job.inputs.dataset, data, *outcome)
     return replace(report, recovery=own, evaluation=evaluation)
+
+
+def _noted(run: Run, report: content.Report, note: str) -> content.Report:
+    run.say(f"note: {note}")
+    return replace(report, notes=[*report.notes, note])
 
 
 def _windows(run: Run, seqlen: int) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.report import content
 
 # Inputs that a resumed run may name differently, since their contents are compared.
-BY_CONTENT = {"model", "dataset", "evaluate"}
+BY_CONTENT = {"model", "dataset"}
 
 # The recovery begins when all blocks are pruned. A resumed run may ask for another one, or for none.
 RECOVER = "recover"

@@ -105,7 +105,7 @@ class Progress:
         self._cost, self.done = seconds + self._bytes / EXPECTED, 0
         self._saves = begun(folder) or Saves(plan)
         if self._saves.plan != plan:
-            say("the steps of the recovery begin again: their number, text or length of windows has changed")
+            say("the steps of the recovery begin again: their number, hours, text or length of windows has changed")
             self._saves = Saves(plan)
         self._keep(self._saves.states)
         self._before = 0.0

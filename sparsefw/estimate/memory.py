@@ -302,7 +302,7 @@ def _block_peaks(
 
 def _solve_bytes(stage: Sequence[LayerShape], workload: Workload, placement: Placement, method: str) -> int:
     """Count the bytes of a stage's solve by a method, besides its Gram and cross matrices."""
-    config, d, gpu = workload.config, stage[0].d, workload.gpu
+    config, d, gpu, properties = workload.config, stage[0].d, workload.gpu, METHODS[method]
     dense, stacked = config.dense_target(method), config.rows_independent(method)
     largest = rows = max(layer.rows for layer in stage)
     if stacked:
@@ -310,18 +310,18 @@ def _solve_bytes(stage: Sequence[LayerShape], workload: Workload, placement: Pla
         # The largest share of a rank, see `ranks.shares`.
         rows = _up_to(sum(layer.rows for layer in stage), ROW_UNIT * ranks) // ranks
         state = min(placement.solver, BYTES_PER_ENTRY * rows * d)
-    elif METHODS[method].rows_independent:
+    elif properties.rows_independent:
         # The whole matrix has one budget, so it is solved in one piece.
         state = BYTES_OF_WHOLE * rows * d
     else:
         # SparseGPT: first the Gram matrix is factored and inverted; then the factor stays while weights are removed.
         state = max(12 * d * d, 4 * d * d + BYTES_OF_SWEEP * rows * d)
     # The damped Gram matrix; and the Gram matrix as a sum of two bf16 matrices, for exact products.
-    damped = 2 if gpu and config.precision == "bf16" and config.refit else 4
+    damped = 2 if gpu and config.precision == "bf16" and config.refit and properties.refits else 4
     terms = 4 if gpu and config.precision in ("tf32", "bf16") else 0
-    matrices = d * d * (damped * METHODS[method].refits + terms)
+    matrices = d * d * (damped * properties.damps(config) + terms)
     # Of an entry: weight, target gap, and the masks of --keep-zeros and of another warm start.
-    entry = (2 if gpu else 4) + 4 * (dense and not config.refit) + config.keep_zeros + bool(METHODS[method].saliency)
+    entry = (2 if gpu else 4) + 4 * (dense and not config.refit) + config.keep_zeros + bool(properties.saliency)
     # Saliencies come after the cross matrices are freed.
     saliencies = max(0, 4 * rows * d - stacked * _cross_bytes(stage, dense))
     before = BYTES_OF_SALIENCY if config.rows_shared(method) else BYTES_OF_BUDGETS

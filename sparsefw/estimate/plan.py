@@ -129,6 +129,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
     needs = memory_needs(shape, replace(workload, generated=generated), placement)
     recovery = plan_recovery(shape, workload, limits)
     notes += notes_of_recovery(recovery, config.recover, output.hours)
+    by_hours = config.recover is None and output.hours is not None
     workload = replace(workload, config=config.replace(recover=recovery.tokens))
     needs = MemoryNeeds(needs.phases | recovery.needs.phases)
     return {
@@ -154,7 +155,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
         "placement": asdict(placement) | {"folder": str(placement.folder)},
         "disk": disk_space(shape, workload, placement),
         "reconstruction": reconstruction_steps(shape, workload, placement),
-        "recovery": {"tokens": recovery.tokens, "seqlen": recovery.seqlen},
+        "recovery": {"tokens": None if by_hours else recovery.tokens, "seqlen": recovery.seqlen, "hours": output.hours},
         "notes": notes,
     }
 
@@ -199,6 +200,8 @@ def lines(content: dict[str, Any]) -> Iterator[str]:
     )
     if content["reconstruction"]:
         yield reconstruction_line(content["reconstruction"])
-    if tokens := content["recovery"]["tokens"]:
-        yield f"recovery of the whole model: {tokens:,} tokens in windows of {content['recovery']['seqlen']}"
+    tokens, seqlen, hours = content["recovery"].values()
+    if tokens != 0:
+        amount = f"as many tokens as fit into {hours:g} hours," if tokens is None else f"{tokens:,} tokens"
+        yield f"recovery of the whole model: {amount} in windows of {seqlen}"
     yield from (f"note: {note}" for note in content["notes"])

@@ -28,7 +28,7 @@ from sparsefw.model.swap import block_of
 from sparsefw.report.content import Report, report_of
 from sparsefw.selection import without_index
 from sparsefw.solver import patterns
-from sparsefw.solver.config import METHODS
+from sparsefw.solver.config import METHODS, method_of
 from sparsefw.solver.layer import LayerResult
 
 # Integer types by the bytes of a value. Compared as integers, a NaN equals itself, and -0.0 differs from 0.0.
@@ -123,7 +123,8 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
     if digest is not None and not DIGEST.fullmatch(digest):
         raise InputError(f"{option('digest', digest)}: expected 64 digits, 0 to 9 and a to f, as printed by the run")
     report = report_of(output)
-    if report.method not in METHODS or not report.layers_of(report.method):
+    method_of(report.method)
+    if not report.layers_of(report.method):
         raise InputError(
             f"{output / 'report.json'}: has no layers of the method in its arguments, {report.method}; prune again"
         )

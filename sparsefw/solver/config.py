@@ -33,8 +33,8 @@ class Method:
         rows_independent: whether each row is solved by itself once its saliency and its budget are known. Then layers
             are stacked and solved in chunks. If not, a fraction is one budget for all rows together. Under n:m each
             group keeps its budget.
-        frank_wolfe: whether the method uses the fields of `PruneConfig` that are marked `frank_wolfe`.
-        refits: whether it damps the Gram matrix, and fits kept weights to a mask, unless `PruneConfig.refit` is 0.
+        frank_wolfe: whether the method uses the fields of `PruneConfig` that are marked `frank_wolfe`, such as `damp`.
+        refits: whether it fits kept weights to a mask, unless `PruneConfig.refit` is 0.
         dense_target: whether its layers may approximate the dense model's outputs, see `targets`. By default blocks are
             then reconstructed, and the model is recovered.
         changes_weights: whether the method always changes kept weights.
@@ -46,6 +46,10 @@ class Method:
     refits: bool = False
     dense_target: bool = False
     changes_weights: bool = False
+
+    def damps(self, config: "PruneConfig") -> bool:
+        """Tell whether it damps the Gram matrix: what pays before a reconstruction is too much for masks alone."""
+        return self.frank_wolfe and (self.refits or not config.reconstruct)
 
 
 # All saliencies, each of which is also a method; and the saliencies that need the sums of a matrix's columns.
@@ -59,17 +63,29 @@ METHODS: dict[str, Method] = {
     **{name: Method(saliency=name) for name in WARM_STARTS},
 }
 
+
+def method_of(name: str) -> Method:
+    """Return the properties of a method.
+
+    Raises:
+        InputError: there is no method of this name.
+    """
+    if name not in METHODS:
+        raise InputError(f"{name}: no method of this name; if it is your own, add it first, in the same process")
+    return METHODS[name]
+
+
 # Fields that only methods with refits use.
-OF_REFITS = ("refit", "rounds", "damp")
+OF_REFITS = ("refit", "rounds")
 
 PRESETS = ("sparsefw", "fast", "paper")
 # Defaults of the fields in _NAMES, by preset and by whether kept weights are refitted.
 _NAMES = ("steps", "step_rule", "alpha", "penalty", "swaps", "refit", "rounds", "target", "damp", "reconstruct")
 DEFAULTS = {
     ("sparsefw", True): (24, "line-search", 0.0, 0.7, 0, 4, 3, "dense", 0.1, 2),
-    ("sparsefw", False): (40, "line-search", 0.0, 1.0, 100, 0, 0, "layer", 0.2, 0),
+    ("sparsefw", False): (40, "line-search", 0.0, 1.0, 100, 0, 0, "layer", 0.1, 0),
     ("fast", True): (3, "line-search", 0.0, 1.0, 0, 4, 0, "layer", 0.1, 0),
-    ("fast", False): (10, "line-search", 0.0, 1.0, 0, 0, 0, "layer", 0.2, 0),
+    ("fast", False): (10, "line-search", 0.0, 1.0, 0, 0, 0, "layer", 0.1, 0),
     ("paper", True): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "dense", 0.1, 0),
     ("paper", False): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "layer", 0.0, 0),
 }
@@ -78,8 +94,8 @@ ON_GPU = dict(kernel="triton", precision="bf16")
 ON_CPU = dict(kernel="torch", precision="ieee")
 # These replace the preset's values if a reconstruction follows: then more steps gain nothing.
 BEFORE_RECONSTRUCTION = dict(steps=12, refit=2)
-# The fewer tokens a Gram matrix has, the less it says about other text. So the default damping of a refit is MAX_DAMP
-# for up to FEW_TOKENS tokens. With more tokens it falls as 1 / tokens, down to the preset's value.
+# The fewer tokens a Gram matrix has, the less it says about other text. So the default damping is MAX_DAMP for up to
+# FEW_TOKENS tokens. With more tokens it falls as 1 / tokens, down to the preset's value.
 FEW_TOKENS, MAX_DAMP = 32_500, 0.4
 # Damping lowers the quality on the calibration text and raises it on other text. A reconstruction makes up for the
 # loss, so more damping pays before it.
@@ -177,9 +193,9 @@ class PruneConfig:
     )  # fmt: skip
     damp: float = flag(
         "dampening: masks and weights are chosen on the Gram matrix (the Hessian X X^T) with this share of its "
-        "diagonal added to the diagonal, so that they also suit other text (default: 1.6; with --reconstruct 0 or "
-        "--preset fast: 0.4 for up to 32500 calibration tokens, 13000 / tokens for more, at least 0.1; 0.2 with "
-        "--refit 0; 0 with --preset paper unless --refit is given)",
+        "diagonal added to the diagonal, so that they also suit other text (default: 1.6; without a reconstruction "
+        "0.4 for up to 32500 calibration tokens, 13000 / tokens for more, at least 0.1; 0 with --preset paper unless "
+        "--refit is given)",
         # The limit is far above useful values. Up to it, the damped diagonal of real inputs stays finite in fp32.
         metavar="D", least=0, most=2**20, frank_wolfe=True,
     )  # fmt: skip
@@ -287,7 +303,8 @@ class PruneConfig:
         elif passes and "reconstruct" not in self.given and most >= MANY_WINDOWS:
             passes = PASSES_OF_MANY
         config = self.replace(reconstruct=passes) if self.reconstruct else self
-        if "damp" in self.given or not (self.refit and any(METHODS[method].refits for method in self.methods)):
+        frank_wolfe = any(METHODS[method].frank_wolfe for method in self.methods)
+        if "damp" in self.given or not self.damp or not frank_wolfe:
             return config
         if config.reconstruct and METHODS[config.method].frank_wolfe:
             return config.replace(damp=DAMP_BEFORE_RECONSTRUCTION)

@@ -98,9 +98,9 @@ def stack_rows(stack: Stack) -> Problem:
         W[layer] = weight
     support = W != 0 if config.keep_zeros else None
     exact, H = backend.exact_operand(G, own), G
-    if stack.method.refits:
+    if stack.method.damps(config):
         # Without a refit, swaps need H exactly. With a refit, H is only a factor of products.
-        only_products = config.refit and backend.precision == "bf16"
+        only_products = stack.method.refits and config.refit and backend.precision == "bf16"
         H = damped(G, config.damp, torch.bfloat16 if only_products else torch.float32)
     target_gap = _to_targets(stack, W, exact, H, support)
     own_saliency, warm = stack.method.saliency or config.warm_start, None

@@ -216,12 +216,6 @@ class TestLinks:
             inspect(make_hub_cache(folder, tmp_path / "given"))
 
 
-def write_header(path: Path, header: str, body: int = 8, length: int | None = None) -> None:
-    """A safetensors file with any header, a body of zeros, and any length in front of them."""
-    length = len(header.encode()) if length is None else length
-    path.write_bytes(length.to_bytes(8, "little") + header.encode() + bytes(body))
-
-
 def entry(shape="[2]", start=0, end=8, dtype="F32") -> str:
     return f'{{"dtype": "{dtype}", "shape": {shape}, "data_offsets": [{start}, {end}]}}'
 
@@ -240,7 +234,9 @@ class TestHeaders:
         ],
     )
     def test_that_lie(self, folder, header, body, length):
-        write_header(folder / SINGLE, header, body, length)
+        """Any header, a body of zeros, and any length in front of them."""
+        length = length or len(header)
+        (folder / SINGLE).write_bytes(length.to_bytes(8, "little") + header.encode() + bytes(body))
         with refused("model.safetensors: ") as caught:
             inspect(folder)
         assert str(caught.value).isprintable()

@@ -62,7 +62,7 @@ def test_lines_and_json(config, tmp_path, capsys):
     assert re.search(rf"^all +{peak:.2f} ", out, re.MULTILINE)
     assert re.search(r"^placement: 1 window at a time, solves in [\d.e-]+ GiB; activations: gpu", out, re.MULTILINE)
     tokens = 4 * content["workload"]["windows"] * content["workload"]["seqlen"]
-    assert content["recovery"] == {"tokens": tokens, "seqlen": 32}
+    assert content["recovery"] == {"tokens": tokens, "seqlen": 32, "hours": None}
     assert out.endswith(f"recovery of the whole model: {tokens:,} tokens in windows of 32\n")
     # The pruned blocks stay until the end.
     others = planned(capsys, tmp_path, "--model", config, "--gpu", "h100", *SMALL, "--recover", "0")
@@ -73,6 +73,7 @@ def test_lines_and_json(config, tmp_path, capsys):
 
 def test_hours_of_no_recovery_are_refused_as_by_a_run(tmp_path, capsys):
     flags = "--hours=1", "--recover=0"
+    assert "model: as many tokens as fit into 1 hours, in" in said(capsys, flags[0])
     line = refused(capsys, *flags)
     assert sparsefw.run.main([*flags, f"--output={tmp_path}/out"]) == 2
     assert capsys.readouterr().err == line

@@ -112,6 +112,7 @@ def test_other_arguments_model_or_text_are_refused(place, tmp_path, monkeypatch,
     refused("--sparsity", "0.6", said="--sparsity was 0.5, and is 0.6")
     refused("--model", another, said="the model's files was ")
     refused("--dataset", str(tmp_path / "text.txt"), said="the calibration text ")
+    refused("--eval", str(place / "text.txt"), said="--eval was ")
     # Neither where the model lies nor what a solve may take changes the result.
     os.rename(place / "model", place / "moved")
     try:

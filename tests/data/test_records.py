@@ -5,6 +5,7 @@ import json
 import pyarrow.parquet
 import pytest
 from classes.tiny_model import byte_tokenizer
+from helpers.checkpoints import refused
 
 from sparsefw.data.records import Records
 from sparsefw.data.text import read_text
@@ -12,7 +13,8 @@ from sparsefw.data.windows import WindowStream
 
 # It drops the reasoning of all turns but the last, as templates of reasoning models do.
 TEMPLATE = """
-{%- for turn in messages %}{{ turn.role }}: {{ turn.content if loop.last else turn.content.split("</think>")[-1] }}
+{%- for turn in messages %}{{ turn.role }}: {{
+  turn.content[0].text or turn.content if loop.last else turn.content.split("</think>")[-1] }}
 {% endfor %}{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{{ style }}"""
 ANSWER = {"role": "assistant", "content": "<think>first\nthen</think>\nso"}
 USER = {"role": "user", "content": [{"type": "text", "text": "why"}]}
@@ -67,9 +69,15 @@ def test_what_the_template_leaves_out_is_said(tokenizer, place):
     assert [line for line in lines if "is read again" not in line] == [f"note: {name}: {said}", f"note: {name}: {both}"]
 
 
+def test_a_template_that_takes_no_list_is_refused(tokenizer):
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with refused("data: record 1: .*: the chat template takes a string"):
+        list(Records(tokenizer).texts([{"messages": [USER]}], "data"))
+
+
 def test_a_batch_of_conversations(tokenizer):
     records = Records(tokenizer)
     batch = {"messages": [[ANSWER], [USER]], "tools": [[TOOL], None]}
     found = [text for (text,) in records.texts([batch], "data")]
-    assert found == [f"assistant: {ANSWER['content']}\nsearch ", f"user: {USER['content']}\n"]
+    assert found == [f"assistant: {ANSWER['content']}\nsearch ", "user: why\n"]
     assert (records.characters, records.left_out) == (len("<think>first" + "then</think>" + "so" + "why"), 0)

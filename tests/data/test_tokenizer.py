@@ -1,10 +1,9 @@
 """A checkpoint's tokenizer: loaded as by transformers or refused in one line, and a long text's tokens those of all."""
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
+from helpers.families import change_config
 from helpers.texts import make_tokenizer, refused
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -22,12 +21,8 @@ def folder(tmp_path):
     return shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
 
 
-def change(path: Path, **entries: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-
-
 def test_damaged_tokenizer_is_refused_in_one_line(folder):
-    change(folder / "tokenizer.json", pre_tokenizer="\x1b[31m")
+    change_config(folder, "tokenizer.json", pre_tokenizer="\x1b[31m")
     with refused(f"^{folder}: no tokenizer could be loaded: ") as caught:
         load_tokenizer(folder)
     assert str(caught.value).isprintable()
@@ -35,7 +30,7 @@ def test_damaged_tokenizer_is_refused_in_one_line(folder):
 
 def test_no_code_of_a_checkpoint_is_run(folder):
     (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
-    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "code.Tokenizer"]})
+    change_config(folder, "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "code.Tokenizer"]})
     load_tokenizer(folder)
     assert not (folder / "ran").exists()
 

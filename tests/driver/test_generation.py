@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.checkpoints import refused
 from helpers.commands import interrupted_at, report_of, tensors_of
+from helpers.texts import BOS, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import sparsefw.plan
@@ -130,6 +131,14 @@ def test_prompts_are_answered(tmp_path, monkeypatch):
     assert asked in second
 
 
+def test_prompts_begin_with_the_start_token(tmp_path):
+    file, lines = tmp_path / "prompts.jsonl", []
+    file.write_text('"a"\n"<s>b"\n"abcd"\n""')
+    a, b = (make_tokenizer(bos=False).encode(x)[0] for x in "ab")
+    assert generation._prompts(make_tokenizer(bos=True), str(file), 9, 5, lines.append) == [[BOS, a], [BOS, b]]
+    assert lines == [f"note: {file}: left out 1 prompt of 5 tokens or more"]
+
+
 def test_a_text_in_the_output_of_a_model_in_memory_stays(written):
     with refused("would be deleted with it"):
         prune(
@@ -140,9 +149,10 @@ def test_a_text_in_the_output_of_a_model_in_memory_stays(written):
         )
 
 
-def test_the_model_writes_one_text():
-    with refused("self.*given twice"):
-        Inputs(model="m", dataset=("self=a.jsonl", "self"))
+def test_no_text_is_given_twice():
+    for twice in ("self=a.jsonl", "self"), ("a.txt", "./a.txt"):
+        with refused(f"{twice[1]}.*given twice"):
+            Inputs(model="m", dataset=twice)
 
 
 def test_tokens_are_drawn_from_the_nucleus(monkeypatch):

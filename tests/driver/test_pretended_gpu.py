@@ -203,7 +203,7 @@ def test_a_model_in_memory_is_limited_on_its_own_gpu():
 def test_placement_does_not_change_the_result(tmp_path, monkeypatch):
     source = save_model(tmp_path / "model", "qwen3_moe", torch.bfloat16, num_hidden_layers=2)
     flags = ["--nsamples", "5", "--seqlen", "32", "--steps", "1", "--refit", "1", "--rounds", "0"]
-    flags += ["--eval", str(tmp_path / "text.txt"), "--eval-windows", "3", "--reconstruct", "1"]
+    flags += ["--eval", str(tmp_path / "text.txt"), "--eval-windows", "3", "--reconstruct", "1", "--recover", "160"]
     place_of, contents = driver_run.place, {}
     for place in PLACES:
 

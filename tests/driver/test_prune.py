@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 import torch
-from helpers.commands import TEXT, report_of
+from helpers.commands import TEXT, report_of, run
 from helpers.families import save_model
 from helpers.texts import calibration_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +17,6 @@ from sparsefw.driver import prune as driver
 from sparsefw.model import HiddenStates
 from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.report.content import read_report
-from sparsefw.run import main
 
 FEW_STEPS = ["--steps", "9", "--reconstruct", "0", "--recover", "0", "--damp", "0.1"]
 
@@ -27,9 +26,8 @@ def prune(folder, *flags, family="llama", **changes):
     if not (folder / "model").exists():
         save_model(folder / "model", family, **changes)
         (folder / "text.txt").write_text(TEXT)
-    places = ["--model", folder / "model", "--dataset", folder / "text.txt", "--output", folder / "out"]
-    windows = ["--nsamples", "40", "--seqlen", "32", "--kernel", "torch", "--precision", "ieee"]
-    status = main([*map(str, places), *windows, *flags])
+    windows = ["--nsamples", "40", "--precision", "ieee"]
+    status = run(folder / "model", folder / "text.txt", folder / "out", *windows, *flags)
     return status, None if status else report_of(folder / "out")
 
 
@@ -102,14 +100,13 @@ def test_layers_approximate_what_the_dense_model_puts_out(tmp_path):
 
 def test_experts_that_no_token_reaches_are_no_model(tmp_path, capsys):
     """Which experts are reached is known only when their block has run."""
-    (tmp_path / "text.txt").write_text("all tokens of so few words reach few experts. " * 9)
+    (text := tmp_path / "text.txt").write_text("all tokens of so few words reach few experts. " * 9)
     folder = save_model(tmp_path / "model", "mixtral", num_hidden_layers=1, num_local_experts=32, num_experts_per_tok=1)
-    few = ["--model", str(folder), "--dataset", str(tmp_path / "text.txt"), "--nsamples", "2", "--seqlen", "4"]
-    assert main([*few, "--method", "wanda", "--output", str(tmp_path / "all")]) == 0
+    few = ["--nsamples", "2", "--seqlen", "4", "--method", "wanda"]
+    assert run(folder, text, tmp_path / "all", *few) == 0
     kept_dense = report_of(tmp_path / "all")["kept_dense"]
     idle = next(name for name in kept_dense if "[" in name)
-    only = ["--include", "re:" + re.escape(idle), "--output", str(tmp_path / "out")]
-    assert main([*few, "--method", "wanda", *only]) == 2
+    assert run(folder, text, tmp_path / "out", *few, "--include", "re:" + re.escape(idle)) == 2
     assert "nothing was pruned: no calibration token reaches the selected experts" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -155,15 +152,13 @@ def test_next_block_is_read_and_the_last_one_written_beside_the_work(pruned):
         assert sum(block["seconds"].values()) == pytest.approx(spent)
 
 
-def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, monkeypatch, capsys):
+def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, text, monkeypatch, capsys):
     """From the last finished block on, and so does a run that goes on with what is finished."""
-    source, text = save_model(tmp_path / "model", "llama"), tmp_path / "text.txt"
-    text.write_text(TEXT)
-    flags = ["--model", str(source), "--dataset", str(text), "--eval", str(text), "--eval-windows", "3"]
-    flags += ["--nsamples", "9", "--seqlen", "32", "--kernel", "torch", "--method", "wanda"]
+    source = save_model(tmp_path / "model", "llama")
+    flags = ["--eval", str(text), "--eval-windows", "3", "--nsamples", "9", "--method", "wanda"]
     for device in BATCH_TOKENS:
         monkeypatch.setitem(BATCH_TOKENS, device, 4 * 32)
-    assert main([*flags, "--output", str(tmp_path / "whole")]) == 0
+    assert run(source, text, tmp_path / "whole", *flags) == 0
     prune, raised, batches = driver.prune_block, [(2, KeyboardInterrupt), (1, torch.OutOfMemoryError)], []
 
     def full(run, i, *args):
@@ -175,10 +170,10 @@ def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, monkeypatch, caps
         return pruned
 
     monkeypatch.setattr(driver, "prune_block", full)
-    assert main([*flags, "--output", str(tmp_path / "out")]) == 130
+    assert run(source, text, tmp_path / "out", *flags) == 130
     assert "out of memory on the GPU: continuing with 2 windows at a time\n" in capsys.readouterr().out
     assert batches == [(0, 4), (1, 4), (1, 2), (2, 2)]
-    assert main([*flags, "--output", str(tmp_path / "out")]) == 0
+    assert run(source, text, tmp_path / "out", *flags) == 0
     assert batches[4:] == [(2, 2)]
     whole, report = (read_report(tmp_path / name / "report.json") for name in ("whole", "out"))
     assert report.memory.batch_windows == 2

@@ -11,22 +11,18 @@ from helpers.commands import tensors_of
 from helpers.families import first_is_fast
 from helpers.reconstructed import METHODS, SEQLEN, WINDOWS, make_place, run
 from helpers.texts import calibration_windows
+from helpers.whole import streamed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsefw.checkpoint.source import inspect
 from sparsefw.data.batches import token_batch
 from sparsefw.driver import reconstruct
 from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.estimate import steps as steps_of
-from sparsefw.model import StreamedModel
 from sparsefw.model.activations import HELD_OUT, split_batches
 from sparsefw.model.forward import embed_batches
 from sparsefw.ranks import ALONE
 from sparsefw.report import log
 from sparsefw.solver.kept_weights import KeptWeights
-
-CPU = torch.device("cpu")
-
 
 pytestmark = pytest.mark.usefixtures("constants")
 
@@ -223,7 +219,7 @@ def test_micro_batches_that_are_held_out(count):
 def test_steps_on_pieces_are_those_on_micro_batches_of_their_own(i, llama):
     """The same gradients in each pass, and the same loss of what is held out, also where predictions are compared."""
     ids, found = windows_of(llama), []
-    with StreamedModel(inspect(llama / "model"), CPU) as model, model.outside_loaded():
+    with streamed(llama / "model") as model, model.outside_loaded():
         for size, learned, held_out in ((1, [4, 5, 6, 7], [0, 1, 2, 3]), (4, [1], [0])):
             pieces = [token_batch(ids[:1])] if size > 1 else []
             states = embed_batches(model, map(token_batch, ids.split(size)), pieces=pieces)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.checkpoints import contents
-from helpers.commands import interrupt, interrupted_at, run, tensors_of
+from helpers.commands import interrupt, interrupted_at, run, shards, tensors_of
 from helpers.families import TOKENS
 from helpers.pretended_gpu import late_copies, pretended_gpu
 from helpers.ranks import on_ranks
@@ -71,10 +71,6 @@ def change_rates(patch, rate_of):
         return step(*given, **options)
 
     patch.setattr(distill, "_step", changed)
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(x, two[name]) for name, x in one.items())
 
 
 def divergences(ids, *models):
@@ -190,11 +186,20 @@ def test_another_recovery_or_none_may_end_an_unfinished_run(go, monkeypatch):
         assert report_of(found).arguments["recover"] == int(tokens)
 
 
+def test_one_that_has_ended_is_not_exchanged(go, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(Writer, "finish", lambda *given: interrupt())
+        assert go("out", *FOUR)[0] == 130
+    assert go("out", "--recover", "0")[0] == 2
+    assert "--recover 0: the recovery of 128 tokens has ended" in capsys.readouterr().err
+    assert report_of(go("out", *FOUR)).recovery.tokens == 128
+
+
 def test_where_nothing_is_gained_the_pruned_weights_stay(go, pruned, monkeypatch, capsys):
     change_rates(monkeypatch, lambda n, rate: -rate)
     report = report_of(went := go("out", *FOUR))
-    assert report.recovery is None
-    assert same(tensors_of(went[1]), tensors_of(pruned(*WANDA)[1]))
+    assert (report.recovery, len(report.notes)) == (None, 1)
+    assert shards(went[1]) == shards(pruned(*WANDA)[1])
     assert "nothing is gained, so the pruned weights stay" in capsys.readouterr().out
 
 
@@ -210,7 +215,8 @@ def test_hours_end_the_steps_and_choose_their_number(go, monkeypatch, capsys):
     monkeypatch.setattr(distill, "_step", slow)
     for module in (distill, saves):
         monkeypatch.setattr(module, "time", clock)
-    assert report_of(go("at once", *TWENTY, "--hours", "0")).recovery.steps == 1
+    report = report_of(go("at once", *TWENTY, "--hours", "0"))
+    assert (report.recovery.steps, report.given["hours"]) == (1, 0)
     assert "0 hours are over: the recovery ends after 1 step\n" in capsys.readouterr().out
     # Ten windows in 21 seconds, as the first one takes a second forward and one more on the way back.
     found = report_of(go("chosen", *DEFAULT, "--hours", str(21 / 3600))).recovery
@@ -331,4 +337,4 @@ def test_a_gpu_gives_the_same(go, monkeypatch):
     with pretended_gpu():
         on_gpu = go("gpu", *flags)
     assert not pending
-    assert same(tensors_of(on_gpu[1]), tensors_of(went[1]))
+    assert shards(on_gpu[1]) == shards(went[1])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import random_checkpoint
 from helpers import verifying
+from helpers.commands import run
 from helpers.families import first_is_fast
 from torch.utils._pytree import tree_leaves
 
@@ -16,7 +17,6 @@ from sparsefw.driver import run as driver_run
 from sparsefw.estimate import memory
 from sparsefw.estimate.live_bytes import LiveBytes
 from sparsefw.estimate.memory import CODE_OF_EXPERTS, LIBRARIES, memory_needs
-from sparsefw.run import main
 from sparsefw.solver import stack
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -24,12 +24,12 @@ SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embe
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "head_dim": 16}
 WINDOWS = ["--nsamples", "8", "--seqlen", "64", "--steps", "1"]
 RUNS = {
-    "default": ("llama", [*WINDOWS, "--reconstruct", "0"]),
+    "default": ("llama", WINDOWS),
     "refit 0": ("llama", [*WINDOWS, "--refit", "0"]),
     "sparsegpt": ("llama", [*WINDOWS[:4], "--method", "sparsegpt"]),
-    "compare": ("llama", [*WINDOWS, "--compare", "wanda", "--reconstruct", "0"]),
+    "compare": ("llama", [*WINDOWS, "--compare", "wanda"]),
     "evaluation": ("llama", [*WINDOWS, "--eval", "TEXT", "--eval-windows", "4", "--refit", "0"]),
-    "long windows": ("llama", ["--nsamples", "4", "--seqlen", "512", "--steps", "1", "--reconstruct", "0"]),
+    "long windows": ("llama", ["--nsamples", "4", "--seqlen", "512", "--steps", "1"]),
     "reconstruct, long windows": (
         "llama", ["--nsamples", "4", "--seqlen", "512", "--method", "wanda", "--reconstruct", "1"],
     ),
@@ -94,8 +94,7 @@ def test_a_run_takes_what_is_expected(name, models, tmp_path, monkeypatch):
     monkeypatch.setattr(driver_run, "place", placed)
     monkeypatch.setattr(module, function, counted)
     flags = [text if flag == "TEXT" else flag for flag in flags]
-    places = ["--model", str(models / family), "--dataset", text, "--output", str(tmp_path / "out")]
-    assert main([*places, "--kernel", "torch", "--precision", "ieee", *flags]) == 0
+    assert run(models / family, text, tmp_path / "out", "--precision", "ieee", *flags) == 0
     # Small models are mostly what is bounded from above: the state of a solve, and a micro-batch.
     assert expected[-1] / 3 <= max(watched.points) <= expected[-1], (name, max(watched.points), expected[-1])
 
@@ -114,7 +113,6 @@ def test_a_recovery_takes_what_is_expected(family, models, tmp_path, monkeypatch
 
     monkeypatch.setattr(memory, "recovery_bytes", asked)
     monkeypatch.setattr(distill, "_fit", counted)
-    places = ["--model", str(models / family), "--dataset", str(models / "text.txt"), "--output", str(tmp_path / "out")]
-    flags = [*WINDOWS[:4], "--method", "magnitude", "--kernel", "torch", "--recover", "1024"]
-    assert main([*places, *flags]) == 0
+    flags = [*WINDOWS[:4], "--method", "magnitude", "--recover", "1024"]
+    assert run(models / family, models / "text.txt", tmp_path / "out", *flags) == 0
     assert expected[0] / 2 <= max(watched.points) <= expected[0], (max(watched.points), expected[0])

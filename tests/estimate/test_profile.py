@@ -5,11 +5,12 @@ from collections import Counter
 import pytest
 import torch
 from helpers.families import TOKENS, first_is_fast, is_layer, save_model
+from helpers.whole import streamed
 from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.estimate.profile import shape_of
-from sparsefw.model import StreamedModel, embed
+from sparsefw.model import embed
 from sparsefw.model.layers import kind_of
 from sparsefw.model.stages import survey
 
@@ -28,7 +29,7 @@ def test_layers_are_those_that_calibration_finds(family, tmp_path):
     """Though all weights of a shape are zero."""
     folder = save_model(tmp_path, family)
     found, seen = shape(folder), []
-    with StreamedModel(inspect(folder), torch.device("cpu")) as model:
+    with streamed(folder) as model:
         # All windows at once reach every expert.
         states = embed(model, TOKENS, len(TOKENS))
         for i, block in enumerate(model.blocks):

@@ -23,6 +23,7 @@ from sparsefw.extras.packed import matrices
 from sparsefw.extras.packed.folders import generalized
 from sparsefw.extras.packed.quantizer import METHOD, PackedLinear
 from sparsefw.packed import PackedConfig
+from sparsefw.solver.config import METHODS
 
 TOKENS = torch.arange(40).view(2, 20)
 
@@ -43,6 +44,13 @@ def test_layers_may_be_on_the_disk(pruned, tmp_path):
     packed = AutoModelForCausalLM.from_pretrained(packed_of(output, tmp_path), device_map="auto", max_memory={"cpu": 0})
     assert next(packed.parameters()).is_meta
     assert torch.equal(logits(packed), logits(AutoModelForCausalLM.from_pretrained(output)))
+
+
+def test_another_process_s_own_method_is_refused(pruned, tmp_path, monkeypatch, capsys):
+    _, output = pruned(*WANDA)
+    monkeypatch.delitem(METHODS, "wanda")
+    assert pack.main([str(output), str(tmp_path / "packed")]) == verify.main([str(output)]) == 2
+    assert capsys.readouterr().err.count("sparsefw: wanda: no method of this name; if it is your own") == 2
 
 
 @pytest.mark.parametrize(

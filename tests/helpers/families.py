@@ -154,9 +154,9 @@ def is_layer(name: str) -> bool:
     return not name.endswith(("gate.weight", "router.weight", "router.layer.weight"))
 
 
-def change_config(folder: Path, **changes: Any) -> None:
-    """Change entries of a checkpoint's config."""
-    path = folder / "config.json"
+def change_config(folder: Path, name: str = "config.json", **changes: Any) -> None:
+    """Change entries of a checkpoint's config, or of another file."""
+    path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 

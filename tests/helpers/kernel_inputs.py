@@ -113,9 +113,3 @@ def assert_near(
     assert error.max() <= times * allowed.max() + slack, f"max {error.max():.3g}, plain fp32 {allowed.max():.3g}"
     rms, allowed_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
     assert rms <= times * allowed_rms + slack, f"rms {rms:.3g}, plain fp32 {allowed_rms:.3g}"
-
-
-def assert_sums_near(got: Tensor, terms: Tensor) -> None:
-    """Sums (rows,) fp32 of float64 terms (rows, d) of any sign are within 8 roundings of the sum of their sizes."""
-    assert got.dtype == torch.float32
-    assert ((got.double() - terms.sum(1)).abs() <= 8 * 2.0**-24 * terms.abs().sum(1)).all()

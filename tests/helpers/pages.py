@@ -39,15 +39,15 @@ def parsed(arguments: list[str]) -> dict[str, dict]:
     inputs, config, output = settings_of(run_parser(None).parse_args(arguments))
     found = asdict(inputs) | asdict(config.for_calibration(8, 128)) | asdict(output)
     found |= {"output": str(found.pop("folder")), "compare": config.compare[:1]}
-    return {"arguments": found, "given": given_arguments(inputs, config)}
+    return {"arguments": found, "given": given_arguments(inputs, config, None)}
 
 
-def report_of_run(blocks: int = 3, prefix: str = "model.layers", arguments: tuple[str, ...] = ()) -> Report:
+def report_of_run(prefix: str = "model.layers", arguments: tuple[str, ...] = ()) -> Report:
     """The report of a run of wanda and sparsefw. Block i is read, then at work from second 10 i + 2 to 10 i + 12."""
-    names = [f"{prefix}.{i}" for i in range(blocks)]
+    names = [f"{prefix}.{i}" for i in range(3)]
     phases = (("calibrate", 2, 5), ("solve", 5, 11), ("forward", 11, 12))
     timeline = [Span(None, "main", "embed", 0.0, 1.5)]
-    for i in range(blocks):
+    for i in range(3):
         timeline += [Span(i, "main", phase, 10.0 * i + start, 10.0 * i + end) for phase, start, end in phases]
         timeline.append(Span(i, "read", "read", 10.0 * i - 5, 10.0 * i))
     perplexity = {"dense": 10.0, "wanda": 20.123456, "sparsefw": 15.5}

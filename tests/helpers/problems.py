@@ -60,13 +60,6 @@ def on_gpu(problem, device="cuda"):
     return replace(problem, **{name: moved[id(x)] for name, x in tensors.items()})
 
 
-def penalized_error(W, G, M, theta=0.0, gap=0.0):
-    """error(M) + theta sum(q M (1 - M)), per row, from the definition."""
-    E = gap + W * (1 - M)
-    q = W**2 * G.diagonal()
-    return (E * (E @ G)).sum(1) + theta * (q * M * (1 - M)).sum(1)
-
-
 def assert_budget(problem, mask):
     """As many weights are kept as there have to be, those among them that are fixed."""
     kept = mask.view(len(mask), -1, problem.group or mask.shape[1]).sum(2)
@@ -87,9 +80,9 @@ def exhaustive(problem):
     return best
 
 
-def make_gram(d=D, seed=0, tokens=200):
-    X = torch.randn(tokens, d // 3, generator=generator(seed)) @ torch.randn(d // 3, d, generator=generator(100))
-    X += 2 * torch.randn(tokens, d, generator=generator(seed + 1))
+def make_gram(d=D):
+    X = torch.randn(200, d // 3, generator=generator(0)) @ torch.randn(d // 3, d, generator=generator(100))
+    X += 2 * torch.randn(200, d, generator=generator(1))
     G = X.T @ X
     return (G.tril() + G.tril(-1).T).contiguous()
 
@@ -98,9 +91,9 @@ def make_layers(rows=ROWS, d=D, dtype=torch.bfloat16):
     return [(f"layer{i}", torch.randn(n, d, generator=generator(i)).to(dtype)) for i, n in enumerate(rows)]
 
 
-def make_crosses(rows=ROWS, d=D):
+def make_crosses():
     """A cross matrix B of recorded outputs for every layer."""
-    return [Cross("outputs", 200 * torch.randn(n, d, generator=generator(50 + i))) for i, n in enumerate(rows)]
+    return [Cross("outputs", 200 * torch.randn(n, D, generator=generator(50 + i))) for i, n in enumerate(ROWS)]
 
 
 def make_config(sparsity="0.6", **options):

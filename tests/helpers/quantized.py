@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from classes.tiny_model import byte_tokenizer
 from helpers.commands import tensors_of
-from helpers.families import COMMON, save_model
+from helpers.families import COMMON, change_config, save_model
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
@@ -127,6 +127,5 @@ def _replace(folder: Path, tensors: dict[str, Tensor], quantization: dict) -> Pa
     for path in [*folder.glob("*.safetensors"), folder / INDEX]:
         path.unlink(missing_ok=True)
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    content = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(content | {"quantization_config": quantization}))
+    change_config(folder, quantization_config=quantization)
     return folder

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import verifying
+from helpers import commands, verifying
 from helpers.families import save_model
 
 from sparsefw.driver import prune as driver
 from sparsefw.driver import reconstruct
 from sparsefw.model.activations import BATCH_TOKENS
 from sparsefw.report.content import Report, read_report
-from sparsefw.run import main
 from sparsefw.solver.kept_weights import KeptWeights
 
 SEQLEN, WINDOWS = 48, 8
@@ -67,8 +66,7 @@ class Seen:
 
 def run(folder: Path, output: Path, *flags: str) -> tuple[Report, Seen]:
     """Prune the model of a folder on few windows; the report, and what was seen."""
-    places = ["--model", str(folder / "model"), "--dataset", str(folder / "text.txt"), "--output", str(output)]
     with pytest.MonkeyPatch.context() as patch:
         seen = Seen(patch)
-        assert main([*places, *SMALL, *flags]) == 0
+        assert commands.run(folder / "model", folder / "text.txt", output, *SMALL, *flags) == 0
     return read_report(output / "report.json"), seen

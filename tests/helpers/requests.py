@@ -41,10 +41,9 @@ def answers(folder, requests=REQUESTS, **options):
 
 
 @torch.no_grad()
-def answers_of_whole(folder, requests=REQUESTS, attention=None, dtype=torch.float32):
+def answers_of_whole(folder, requests=REQUESTS, dtype=torch.float32):
     """The answers of the whole model, one request at a time."""
-    # Some versions of the fused attention leave out a cap on attention logits.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     found = []
     for request in requests:
         logits = model(torch.tensor([[*request.read]])).logits[0, -len(request.targets) :].float()

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,16 +39,6 @@ def outputs(folders) -> Callable[..., tuple[Path, Path]]:
         return runs[key]
 
     return make
-
-
-def copies(make: Callable[..., tuple[Path, Path]], folder: Path) -> Callable[..., tuple[Path, Path]]:
-    """Like `outputs`, with a copy of the output that may be changed."""
-
-    def copy(*flags: str, **model) -> tuple[Path, Path]:
-        source, output = make(*flags, **model)
-        return source, shutil.copytree(output, folder / "out")
-
-    return copy
 
 
 def change_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> None:

@@ -22,14 +22,24 @@ def whole_model(model, folder):
     return whole
 
 
+def streamed(folder):
+    """The model of a checkpoint, to run block by block."""
+    return StreamedModel(inspect(folder), CPU)
+
+
+def run_blocks(model, states):
+    """Move the states through all blocks, one by one."""
+    for i in range(len(model.blocks)):
+        model.open(i)
+        states.advance(i)
+        model.close(i)
+
+
 def check_streamed(folder):
     """The blocks one by one give the logits of the whole; returns the model."""
-    with StreamedModel(inspect(folder), CPU) as model:
+    with streamed(folder) as model:
         states = embed(model, TOKENS, BATCH)
-        for i in range(len(model.blocks)):
-            model.open(i)
-            states.advance(i)
-            model.close(i)
+        run_blocks(model, states)
         assert torch.equal(all_logits(model, states), plain_logits(whole_model(model, folder)))
     return model
 

@@ -13,15 +13,8 @@ OF_TORCH = ("test_cpu.py", "test_reference.py", "test_vertex_products.py")
 @pytest.fixture(autouse=True)
 def tf32_of_tensor_cores(request, monkeypatch):
     """On a GPU the references cut tf32 operands off, as tensor cores do. Triton's interpreter reads every bit."""
-    from helpers.kernel_inputs import DEVICE
-
-    if DEVICE == "cuda" and request.path.name not in OF_TORCH:
-        cut_off_tf32(monkeypatch)
-
-
-def cut_off_tf32(monkeypatch):
-    """Let the references of products cut tf32 operands off."""
     import torch
+    from helpers.kernel_inputs import DEVICE
 
     from sparsefw.kernels import cross, gram, product
     from sparsefw.kernels.definitions import round_operand, widened
@@ -36,8 +29,9 @@ def cut_off_tf32(monkeypatch):
         integer, rest = (torch.int32, 13) if X.dtype == torch.float32 else (torch.int64, 42)
         return X.view(integer).bitwise_and(-(2**rest)).view(X.dtype)
 
-    for module in (product, gram, cross):
-        monkeypatch.setattr(module, "round_operand", cut_off)
+    if DEVICE == "cuda" and request.path.name not in OF_TORCH:
+        for module in (product, gram, cross):
+            monkeypatch.setattr(module, "round_operand", cut_off)
 
 
 @pytest.fixture(params=["cpu", "triton_ops"], ids=["cpu", "triton"])

@@ -11,8 +11,6 @@ from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import Backend, Terms
 from sparsefw.kernels.definitions import PRECISIONS
 
-OPERATIONS = pytest.mark.parametrize("operations", [cpu, triton_ops], ids=["torch", "triton"])
-
 
 @pytest.mark.parametrize(
     ("precision", "exact", "inputs"),
@@ -51,7 +49,7 @@ def test_an_operand_is_smaller_only_where_the_product_is_the_same(precision, dty
     assert (backend.exact_operand(G, dtype) is G) == (precision in ("ieee", "tf32x3") or dtype == torch.float32)
 
 
-@OPERATIONS
+@pytest.mark.parametrize("operations", [cpu, triton_ops], ids=["torch", "triton"])
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize("kind", first_is_fast(["target", "written", "mask"]))
 def test_errors_of_terms_are_those_of_float64(kind, precision, operations):

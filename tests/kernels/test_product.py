@@ -26,6 +26,12 @@ from sparsefw.kernels.launch import platform
 from sparsefw.kernels.product import product
 
 
+def set_tiles(monkeypatch, m, n, k):
+    """Small tiles, so that there are several groups of them."""
+    config = dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=2)
+    monkeypatch.setattr(product_module, "configuration", lambda *_, **__: config)
+
+
 def nearest(X, bits):
     """The nearest numbers with `bits` bits of mantissa, from the exponent of each number."""
     # |X| = mantissa 2^exponent with a mantissa in [0.5, 1). Numbers below 2^-126 have fewer bits.
@@ -81,8 +87,7 @@ def test_transposed(backend, precision):
 
 def test_strided_operands_and_the_grouped_order(monkeypatch):
     """There are several groups of row tiles, and the last one is short."""
-    config = dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=2)
-    monkeypatch.setattr(product_module, "configuration", lambda *_, **__: config)
+    set_tiles(monkeypatch, 16, 64, 128)
     E, G, out = normal(75, 131), gram(131), strided(garbage(75, 131))
     product(strided(E), strided(G), out=out)
     assert_near(out, naive.product(E, G), naive.product(E.double(), G.double()))
@@ -101,8 +106,7 @@ def test_strided_operands_and_the_grouped_order(monkeypatch):
 )
 def test_through_descriptors(own_tiles, e_dtype, g_dtype, precision, monkeypatch):
     """Rows are aligned, though not contiguous; there are more tiles than programs, and edges inside of tiles."""
-    config = dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=2)
-    monkeypatch.setattr(product_module, "configuration", lambda *_, **__: config)
+    set_tiles(monkeypatch, 64, 128, 64)
     monkeypatch.setattr(product_module, "_product_kernel", None)
     for rows, d in ((1, 8), (150, 264)):
         E = torch.full((rows, d + 16), torch.nan, dtype=e_dtype, device=DEVICE)[:, 8:-8].copy_(normal(rows, d))
@@ -119,10 +123,9 @@ def test_unaligned_operands_are_read_without_descriptors(monkeypatch):
         assert_near(product(E, G, precision="tf32"), expected, naive.product(E.double(), G.double()))
 
 
-@pytest.mark.parametrize("through", ["descriptors", "pointers"])
-def test_adds_to_what_there_is(backend, through, monkeypatch):
-    config = dict(BLOCK_M=64, BLOCK_N=128 if through == "descriptors" else 64, BLOCK_K=64, GROUP_M=2)
-    monkeypatch.setattr(product_module, "configuration", lambda *_, **__: config)
+@pytest.mark.parametrize("n", [128, 64], ids=["descriptors", "pointers"])
+def test_adds_to_what_there_is(backend, n, monkeypatch):
+    set_tiles(monkeypatch, 64, n, 64)
     E, G, start = normal(70, 136, dtype=torch.bfloat16), gram(136).bfloat16(), 1000 * normal(70, 136, seed=1)
     out = start.clone()
     assert backend.product(E, G, precision="bf16", out=out, add=True) is out

@@ -6,18 +6,24 @@ import pytest
 import torch
 from helpers import naive
 from helpers.kernel_inputs import DEVICE, gram, normal, row_state, uniform
-from helpers.problems import penalized_error as error
 
 from sparsefw.kernels import plain
 
 
-def step_state(rows=6, d=23, k=9, group=0, gap=None):
+def error(W, G, M, theta=0.0, gap=0.0):
+    """error(M) + theta sum(q M (1 - M)), per row, from the definition."""
+    E = gap + W * (1 - M)
+    q = W**2 * G.diagonal()
+    return (E * (E @ G)).sum(1) + theta * (q * M * (1 - M)).sum(1)
+
+
+def step_state(gap=None):
     """G, and a state in the middle of a solve, float64."""
-    W, G = normal(rows, d).double(), gram(d).double()
-    V, corner = (naive.lmo(normal(rows, d, seed=seed), k, group=group) for seed in (3, 4))
-    M = (0.3 * V + 0.5 * corner + 0.1 * uniform(rows, d, seed=5)).double()
+    W, G = normal(6, 23).double(), gram(23).double()
+    V, corner = (naive.lmo(normal(6, 23, seed=seed), 9) for seed in (3, 4))
+    M = (0.3 * V + 0.5 * corner + 0.1 * uniform(6, 23, seed=5)).double()
     R, U = ((W * (1 - mask) + (0 if gap is None else gap)) @ G for mask in (M, V.double()))
-    return G, row_state(W, G.diagonal().clone(), M, R, U, V, torch.empty_like(W), k, group=group, target_gap=gap)
+    return G, row_state(W, G.diagonal().clone(), M, R, U, V, torch.empty_like(W), 9, target_gap=gap)
 
 
 @pytest.mark.parametrize("some_fixed", [False, True])

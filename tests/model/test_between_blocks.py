@@ -8,13 +8,12 @@ import pytest
 import torch
 from helpers.checkpoints import refused
 from helpers.families import TOKENS, first_is_fast, save_model
-from helpers.whole import BATCH, CPU, check_streamed
+from helpers.whole import BATCH, check_streamed, streamed
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from sparsefw.checkpoint.source import inspect
 from sparsefw.data.batches import token_batch
-from sparsefw.model import StreamedModel, embed
+from sparsefw.model import embed
 from sparsefw.model.forward import embed_batches
 from sparsefw.model.trace import Trace
 
@@ -170,7 +169,7 @@ def test_what_cannot_be_done_again_is_refused(case, tmp_path, monkeypatch):
     monkeypatch.setattr(LlamaDecoderLayer, "forward", layer)
     change_forward(monkeypatch, forward)
     with refused(message) as caught:
-        StreamedModel(inspect(save_model(tmp_path, "llama")), CPU)
+        streamed(save_model(tmp_path, "llama"))
     assert "unsupported model" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -199,7 +198,7 @@ def test_another_order_with_other_tokens_is_refused(tmp_path, monkeypatch):
         return in_turn(ordered, hidden, given)
 
     change_forward(monkeypatch, forward)
-    model = StreamedModel(inspect(save_model(tmp_path, "llama")), CPU)
+    model = streamed(save_model(tmp_path, "llama"))
     with refused("a block runs differently from one micro-batch to the next"):
         embed(model, TOKENS, BATCH)
 
@@ -208,7 +207,7 @@ def test_another_order_with_other_tokens_is_refused(tmp_path, monkeypatch):
 def test_pieces_of_micro_batches_are_views_and_run_as_the_whole(family, tmp_path):
     """The last micro-batch is smaller, and so is its piece. The blocks of the first have masks as large as it."""
     ids, batches = TOKENS[:5], partial(map, token_batch)
-    with StreamedModel(inspect(save_model(tmp_path, family)), CPU) as model, torch.no_grad():
+    with streamed(save_model(tmp_path, family)) as model, torch.no_grad():
         states = embed_batches(model, batches(ids.split(4)), pieces=batches([ids[:2], ids[:1]]))
         for i in range(len(model.blocks)):
             model.open(i)

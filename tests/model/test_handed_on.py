@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.checkpoints import refused
 from helpers.families import HANDING_ON, TOKENS, first_is_fast, save_model
-from helpers.whole import BATCH, CPU, all_logits, plain_logits, whole_model
+from helpers.whole import BATCH, CPU, all_logits, plain_logits, run_blocks, streamed, whole_model
 from torch import nn
 
 from sparsefw.checkpoint.source import inspect
@@ -23,10 +23,6 @@ def prune(module):
             parameter.data[..., ::3] = 0
 
 
-def blocks_of(whole, model):
-    return whole.get_submodule(model.names[0].rpartition(".")[0])
-
-
 STREAMS = [(family, torch.float32, "gpu") for family in HANDING_ON] + [("gemma4_text", torch.float32, "file")]
 
 
@@ -40,7 +36,7 @@ STREAMS = [(family, torch.float32, "gpu") for family in HANDING_ON] + [("gemma4_
 def test_streams_equal_the_whole_models(family, dtype, place, tmp_path):
     """A dense stream and two pruned ones, which take turns; four windows in a micro-batch, and two."""
     folder = save_model(tmp_path, family, dtype)
-    with StreamedModel(inspect(folder), CPU) as model:
+    with streamed(folder) as model:
         dense = embed(model, TOKENS, BATCH, Store(CPU, place))
         pruned, other = dense.fork(), dense.fork()
         for i in range(len(model.blocks)):
@@ -56,7 +52,7 @@ def test_streams_equal_the_whole_models(family, dtype, place, tmp_path):
             model.close(i)
         whole = whole_model(model, folder)
         expected = plain_logits(whole)
-        prune(blocks_of(whole, model))
+        prune(whole.get_submodule(model.names[0].rpartition(".")[0]))
         expected_pruned = plain_logits(whole)
         assert (expected - expected_pruned).abs().max() > 0.1
         assert torch.equal(all_logits(model, dense), expected)
@@ -71,13 +67,10 @@ def test_streams_equal_the_whole_models(family, dtype, place, tmp_path):
 def test_perplexity_of_as_many_windows_as_tokens(tmp_path):
     """Where hidden states have tokens first, their shape does not show it then."""
     folder, ids = save_model(tmp_path, "xlnet"), TOKENS[:, : len(TOKENS)]
-    with StreamedModel(inspect(folder), CPU) as model:
+    with streamed(folder) as model:
         together, apart = embed(model, ids, len(ids)), embed(model, ids, 1)
-        for i in range(len(model.blocks)):
-            model.open(i)
-            together.advance(i)
-            apart.advance(i)
-            model.close(i)
+        for states in (together, apart):
+            run_blocks(model, states)
         assert together.hidden[0].shape[:2] == ids.shape
         windows = windows_of(ids, "")
         assert perplexity(together, windows) == pytest.approx(perplexity(apart, windows), rel=1e-5)
@@ -106,7 +99,7 @@ def test_expected_size_is_what_lies_between_blocks(family, tmp_path):
 
 
 def test_a_block_that_returns_more_than_others_is_refused(tmp_path):
-    model = StreamedModel(inspect(save_model(tmp_path, "llama")), CPU)
+    model = streamed(save_model(tmp_path, "llama"))
     states, block = embed(model, TOKENS, BATCH), model.open(0)
     run = block.forward
     block.forward = lambda *args, **kwargs: (run(*args, **kwargs), torch.ones(1))

@@ -9,12 +9,13 @@ from helpers.checkpoints import refused
 from helpers.commands import TEXT, report_of, run, tensors_of
 from helpers.families import COMMON, first_is_fast, write_random
 from helpers.verifying import verdict
+from helpers.whole import run_blocks, streamed
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
 from sparsefw import PruneConfig, prune
 from sparsefw.checkpoint.source import inspect
 from sparsefw.estimate.profile import shape_of
-from sparsefw.model import StreamedModel, embed
+from sparsefw.model import embed
 from sparsefw.model.head import logits
 
 _TEXT = COMMON | dict(num_hidden_layers=2)
@@ -56,13 +57,11 @@ MULTIMODAL = {
 }
 
 
-def save_multimodal(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
+def save_multimodal(folder: Path, family: str) -> Path:
     """A random checkpoint of one of these families with a byte-level tokenizer."""
     torch.manual_seed(0)
-    model = AutoModelForMultimodalLM.from_config(
-        AutoConfig.for_model(family, **(MULTIMODAL | NOT_ON_TEXT)[family]), dtype=dtype
-    )
-    return write_random(model, folder)
+    config = AutoConfig.for_model(family, **(MULTIMODAL | NOT_ON_TEXT)[family])
+    return write_random(AutoModelForMultimodalLM.from_config(config), folder)
 
 
 def load_as_named(folder: Path) -> tuple[torch.nn.Module, dict]:
@@ -74,20 +73,6 @@ def load_as_named(folder: Path) -> tuple[torch.nn.Module, dict]:
 
 
 IDS = torch.randint(4, 250, (3, 24), generator=torch.Generator().manual_seed(0))
-
-
-def streamed(folder):
-    return StreamedModel(inspect(folder), torch.device("cpu"))
-
-
-def streamed_logits(folder):
-    with streamed(folder) as model:
-        states = embed(model, IDS, 3)
-        for i in range(len(model.blocks)):
-            model.open(i)
-            states.advance(i)
-            model.close(i)
-        return logits(model, IDS, states.hidden[0])
 
 
 def pruned_by_a_run(folder, family):
@@ -105,7 +90,10 @@ def check_whole(output, text_model=""):
     with torch.no_grad():
         expected = model.eval().get_submodule(text_model)(input_ids=IDS, use_cache=False).logits
     assert expected.std() > 0.1
-    assert torch.equal(streamed_logits(output), expected)
+    with streamed(output) as model:
+        states = embed(model, IDS, 3)
+        run_blocks(model, states)
+        assert torch.equal(logits(model, IDS, states.hidden[0]), expected)
 
 
 @pytest.mark.parametrize("family", first_is_fast(MULTIMODAL))

@@ -31,8 +31,8 @@ class Recorded:
         return next(point for point in self.outputs if point.function == function)
 
 
-def hidden(seed=1):
-    return torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(seed))
+def hidden():
+    return torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(1))
 
 
 def recorded(block, x):

@@ -3,15 +3,14 @@
 import pytest
 import torch
 from helpers.families import TOKENS, first_is_fast, save_model
+from helpers.whole import streamed
 from transformers import AutoModelForCausalLM
 
-from sparsefw.checkpoint.source import inspect
 from sparsefw.estimate.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.estimate.steps import tokens_and_steps
-from sparsefw.model import StreamedModel, embed, forward, head
+from sparsefw.model import embed, forward, head
 from sparsefw.model.head import divergence, logits_are_tokenwise, tokens_of_pass
 
-CPU = torch.device("cpu")
 IDS = TOKENS[:3, :10]
 
 
@@ -20,7 +19,7 @@ def opened(request, tmp_path):
     """A model, and hidden states after its last block, when it is pruned and when it is dense. One caps its logits."""
     kinds = {"layer_types": ["full_attention"]} if request.param == "gemma2" else {}
     source = save_model(tmp_path, request.param, num_hidden_layers=1, **kinds)
-    model, generator = StreamedModel(inspect(source), CPU), torch.Generator().manual_seed(1)
+    model, generator = streamed(source), torch.Generator().manual_seed(1)
     states = embed(model, IDS, 2)
     hidden, dense = 3 * torch.randn(2, *IDS.shape, states.hidden[0].shape[-1], generator=generator)
     with model.outside_loaded():

@@ -6,6 +6,7 @@ from classes.tiny_model import byte_tokenizer
 from helpers.checkpoints import refused
 from helpers.families import TOKENS, change_config, first_is_fast, save_model
 from helpers.stacks import drawn
+from helpers.whole import streamed
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,12 +22,8 @@ from transformers import (
 from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
 from sparsefw.estimate.profile import shape_of
-from sparsefw.model import StreamedModel, embed
+from sparsefw.model import embed
 from sparsefw.model.skeleton import class_of, max_seqlen
-
-
-def streamed(folder):
-    return StreamedModel(inspect(folder), torch.device("cpu"))
 
 
 def save(folder, config, make=AutoModelForCausalLM.from_config):

@@ -7,15 +7,16 @@ from functools import partial
 import pytest
 import torch
 from helpers.kernel_inputs import DEVICE
+from helpers.problems import TRITON
 from torch import nn
 
-from sparsefw.kernels import triton_ops
 from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.kernels.definitions import DECAYS
 from sparsefw.model.gradients import SliceGradients
 from sparsefw.solver.kept_weights import KeptWeights, kept_entries
 
 RATE = 0.2
+BACKENDS = pytest.mark.parametrize("backend", [TORCH, TRITON], ids=["cpu", "triton"])
 # Integers as wide as the values: 0.0 and -0.0 differ.
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -75,7 +76,7 @@ def moved(matrices, gradients, rate=RATE, backend=TORCH):
     weights.close()
 
 
-@pytest.mark.parametrize("backend", [TORCH, Backend(triton_ops)], ids=["cpu", "triton"])
+@BACKENDS
 def test_the_steps_are_those_of_adam(backend):
     """Every parameter has its own scale and width: those of the views that are given."""
     sources = [pruned(5, 7), pruned(1, 3, seed=2, scale=1e-3), pruned(4, 33, seed=3, scale=100.0), pruned(3, 5, 8)]
@@ -199,7 +200,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("backend", [TORCH, Backend(triton_ops)], ids=["cpu", "triton"])
+@BACKENDS
 @pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("place", PLACES)
 def test_only_kept_entries_move(place, dtype, backend):

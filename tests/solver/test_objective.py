@@ -9,7 +9,7 @@ from helpers.kernel_inputs import DEVICE, gram, normal, uniform
 
 from sparsefw.kernels.lmo import reference
 from sparsefw.solver.config import METHODS, WARM_STARTS, PruneConfig
-from sparsefw.solver.layer import solve_layer
+from sparsefw.solver.layer import prune_layers, solve_layer
 from sparsefw.solver.methods import CHOOSE, SALIENCIES, add_method, add_saliency, choice_of
 from sparsefw.solver.refit import refit
 from sparsefw.solver.targets import damped, find_target
@@ -38,6 +38,15 @@ class TestDamping:
         torch.testing.assert_close(damped(G, 0.1).double(), expected, rtol=1e-7, atol=0)
         assert torch.equal(G, before)
         assert damped(G, 0.0) is G
+
+    @pytest.mark.parametrize("reconstruct", [0, 1])
+    def test_masks_alone_are_damped_without_a_reconstruction(self, reconstruct):
+        found = []
+        for damp in (0, 9):
+            found.append(normal(ROWS, D))
+            config = PruneConfig(reconstruct=reconstruct, damp=damp).on(found[0].device)
+            prune_layers([("a", found[-1])], gram(D), "frank-wolfe", config, config.backend)
+        assert torch.equal(*found) == (reconstruct > 0)
 
     @pytest.mark.parametrize("dead", [0, 13])
     def test_inputs_that_are_all_but_dead(self, dead):

@@ -34,8 +34,8 @@ def exact(W, G, mask):
     return Z.to(DEVICE)
 
 
-def random_mask(rows=ROWS, d=D):
-    return uniform(rows, d, seed=7) < 0.4
+def random_mask():
+    return uniform(ROWS, D, seed=7) < 0.4
 
 
 def scaled_gram(d=D):

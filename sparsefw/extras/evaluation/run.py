@@ -152,6 +152,9 @@ def _windows(sources: Mapping[str, Checkpoint], inputs: EvaluationInputs, ranks:
     first, expected = next(iter(by_model.items()))
     for name, found in by_model.items():
         for text, of_first in zip(found, expected, strict=True):
+            if text.seqlen != of_first.seqlen:
+                one = f"give {option('seqlen', min(text.seqlen, of_first.seqlen))}"
+                raise InputError(f"{name}: windows of {text.seqlen} tokens, {first}: of {of_first.seqlen}; {one}")
             if text.hash != of_first.hash:
                 raise InputError(
                     f"{name}: reads {text.source} as other tokens than {first}, so that perplexities cannot be "

@@ -33,7 +33,7 @@ from sparsefw.model.skeleton import Skeleton, build
 from sparsefw.report.content import Report, read_report, report_of
 from sparsefw.selection import without_index
 from sparsefw.solver import patterns
-from sparsefw.solver.config import METHODS
+from sparsefw.solver.config import method_of
 from sparsefw.solver.patterns import Pattern
 
 REPORT = "report.json"
@@ -66,7 +66,7 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
         raise InputError(f"{pruned}: packed already; python -m sparsefw.unpack makes it dense again")
     pattern = patterns.parse(report.argument("sparsity", str))
     skeleton = build(checkpoint, as_named=report.arguments["dataset"] == (BATCHES,))
-    whole = not METHODS[report.method].rows_independent or pattern.scope == "layer"
+    whole = not method_of(report.method).rows_independent or pattern.scope == "layer"
     whole &= pattern.scope != "group"
     kept = _budgets(skeleton, report, pattern, whole)
     if not kept:

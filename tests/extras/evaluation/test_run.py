@@ -90,8 +90,13 @@ def test_texts_alone_need_no_harness(place, monkeypatch):
 def test_perplexities_in_other_tokens_are_not_compared(place, tmp_path):
     save_model(tmp_path / "other", "llama", seed=1)
     make_tokenizer(bos=True).save_pretrained(tmp_path / "other")
+    given = dict(against=place / "dense", texts=place / "text.txt")
     with refused(r"reads .* as other tokens than"):
-        evaluate(tmp_path / "other", against=place / "dense", texts=place / "text.txt", seqlen=32)
+        evaluate(tmp_path / "other", **given, seqlen=32)
+    with refused("other: windows of 32 tokens, .*; give seqlen=32"):
+        evaluate(save_model(tmp_path / "other", "llama", max_position_embeddings=32), **given)
+    with refused("models: none"):
+        evaluate([], texts=given["texts"])
 
 
 def test_the_command(place, tasks, capsys):
@@ -109,6 +114,7 @@ def test_the_command(place, tasks, capsys):
     (["--eval", "default", "--against", "DENSE"], "dense: the model itself"),
     (["--eval", "default", "--host-memory", "0.01"], "--host-memory 0.01: this run needs at least"),
     (["--eval", "default", "--limit", "3"], "--limit: needs --tasks"),
+    (["--tasks", "tiny_choices", "--limit", "0"], "--limit 0: expected more than 0"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(arguments, message, place, tasks, capsys):
     given = ["--include-path", str(tasks)] if "--tasks" in arguments else []
