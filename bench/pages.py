@@ -82,6 +82,7 @@ PARTS = {
     "first run": lambda: "```\n" + "\n".join(results("first-run")["table"]) + "\n```\n",
     "compared": partial(tables.table, CELLS, rows=quality.ROWS),
     **{f"quality at {sparsity}": partial(tables.table, CELLS, sparsity) for sparsity in quality.SPARSITIES},
+    "gemma3": partial(tables.table, results("quality-gemma3")["cells"]),
     "every text": partial(tables.by_text, CELLS),
     "curve": partial(tables.curve, CELLS),
     "predictions": partial(tables.predictions, CELLS),
