@@ -48,8 +48,12 @@ class Method:
     changes_weights: bool = False
 
     def damps(self, config: "PruneConfig") -> bool:
-        """Tell whether it damps the Gram matrix: what pays before a reconstruction is too much for masks alone."""
-        return self.frank_wolfe and (self.refits or not config.reconstruct)
+        """Tell whether it damps the Gram matrix.
+
+        Masks alone that are compared with a reconstruction are not damped: what pays before one is too much for them.
+        """
+        compared = self is not METHODS[config.method]
+        return self.frank_wolfe and not (compared and config.reconstruct and not self.refits)
 
 
 # All saliencies, each of which is also a method; and the saliencies that need the sums of a matrix's columns.

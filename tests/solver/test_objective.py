@@ -39,14 +39,14 @@ class TestDamping:
         assert torch.equal(G, before)
         assert damped(G, 0.0) is G
 
-    @pytest.mark.parametrize("reconstruct", [0, 1])
-    def test_masks_alone_are_damped_without_a_reconstruction(self, reconstruct):
+    @pytest.mark.parametrize(("method", "reconstruct"), [("sparsefw", 0), ("sparsefw", 1), ("frank-wolfe", 1)])
+    def test_masks_alone_are_damped_unless_compared_with_a_reconstruction(self, method, reconstruct):
         found = []
         for damp in (0, 9):
             found.append(normal(ROWS, D))
-            config = PruneConfig(reconstruct=reconstruct, damp=damp).on(found[0].device)
+            config = PruneConfig(method=method, reconstruct=reconstruct, damp=damp).on(found[0].device)
             prune_layers([("a", found[-1])], gram(D), "frank-wolfe", config, config.backend)
-        assert torch.equal(*found) == (reconstruct > 0)
+        assert torch.equal(*found) == (method == "sparsefw" and reconstruct > 0)
 
     @pytest.mark.parametrize("dead", [0, 13])
     def test_inputs_that_are_all_but_dead(self, dead):
