@@ -75,14 +75,14 @@ def pruned_report(run: Run, writer: Writer) -> content.Report | None:
     and the report gets this run's arguments.
 
     Raises:
-        InputError: the recovery has ended, and this run asks for another number of tokens.
+        InputError: the recovery has ended, and this run asks for other tokens or hours.
     """
     if (writer.recovery / FINISHED).exists():
         report = content.read_report(writer.recovery / FINISHED)
-        tokens, asked = report.recovery and report.recovery.tokens, run.config.given.get("recover")
-        if asked is not None and tokens not in (None, asked):
-            again = f"give the same, or {option('restart', True)}"
-            raise InputError(f"{option('recover', asked)}: the recovery of {tokens} tokens has ended; {again}")
+        for name, asked in {"recover": run.config.given.get("recover"), "hours": run.job.output.hours}.items():
+            if report.recovery and asked not in (None, report.arguments[name]):
+                again = f"give the same, or {option('restart', True)}"
+                raise InputError(f"{option(name, asked)}: the recovery has ended with another value; {again}")
         return report
     writer.drop(writer.shards)
     if not (writer.recovery / PRUNED).exists():

@@ -50,10 +50,12 @@ class Method:
     def damps(self, config: "PruneConfig") -> bool:
         """Tell whether it damps the Gram matrix.
 
-        Masks alone that are compared with a reconstruction are not damped: what pays before one is too much for them.
+        Masks alone that are compared with Frank-Wolfe and a reconstruction are not damped: what pays before a
+        reconstruction is too much for them.
         """
-        compared = self is not METHODS[config.method]
-        return self.frank_wolfe and not (compared and config.reconstruct and not self.refits)
+        run = METHODS[config.method]
+        too_much = config.reconstruct and run.frank_wolfe and run is not self and not self.refits
+        return self.frank_wolfe and not too_much
 
 
 # All saliencies, each of which is also a method; and the saliencies that need the sums of a matrix's columns.

@@ -190,8 +190,9 @@ def test_one_that_has_ended_is_not_exchanged(go, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(Writer, "finish", lambda *given: interrupt())
         assert go("out", *FOUR)[0] == 130
-    assert go("out", "--recover", "0")[0] == 2
-    assert "--recover 0: the recovery of 128 tokens has ended" in capsys.readouterr().err
+    for flag, value in (("--recover", "0"), ("--hours", "9.5")):
+        assert go("out", *FOUR, flag, value)[0] == 2
+        assert f"{flag} {value}: the recovery has ended with another value" in capsys.readouterr().err
     assert report_of(go("out", *FOUR)).recovery.tokens == 128
 
 

@@ -39,12 +39,14 @@ class TestDamping:
         assert torch.equal(G, before)
         assert damped(G, 0.0) is G
 
-    @pytest.mark.parametrize(("method", "reconstruct"), [("sparsefw", 0), ("sparsefw", 1), ("frank-wolfe", 1)])
-    def test_masks_alone_are_damped_unless_compared_with_a_reconstruction(self, method, reconstruct):
-        found = []
+    @pytest.mark.parametrize(
+        ("method", "reconstruct"), [("sparsefw", 0), ("sparsefw", 1), ("frank-wolfe", 1), ("wanda", 1)]
+    )
+    def test_masks_alone_are_damped_unless_what_they_are_compared_with_takes_more(self, method, reconstruct):
+        found, compare = [], tuple({"frank-wolfe"} - {method})
         for damp in (0, 9):
             found.append(normal(ROWS, D))
-            config = PruneConfig(method=method, reconstruct=reconstruct, damp=damp).on(found[0].device)
+            config = PruneConfig(method=method, compare=compare, reconstruct=reconstruct, damp=damp).on(found[0].device)
             prune_layers([("a", found[-1])], gram(D), "frank-wolfe", config, config.backend)
         assert torch.equal(*found) == (method == "sparsefw" and reconstruct > 0)
 
