@@ -34,7 +34,6 @@ CARDS = {
     "rtx3090": 24,
     "rtx4090": 24,
     "rtx5090": 32,
-    "v100-32gb": 32,
 }
 
 # Defaults with the built-in model, and with other models. With HF_HUB_OFFLINE, other models generate their own text.
