@@ -23,7 +23,6 @@ def flag(
     least: float | None = None,
     most: float | None = None,
     several: bool = False,
-    **others: Any,
 ) -> Any:
     """Define a field of a dataclass that is also a command-line flag.
 
@@ -34,10 +33,9 @@ def flag(
         choices: the allowed values.
         least, most: the allowed range, both ends included.
         several: whether the flag may be repeated. Then the field is a tuple.
-        others: further metadata.
     """
-    known = dict(help=help, metavar=metavar, choices=choices, least=least, most=most, several=several)
-    return field(default=default, metadata=known | others)
+    metadata = dict(help=help, metavar=metavar, choices=choices, least=least, most=most, several=several)
+    return field(default=default, metadata=metadata)
 
 
 # Names of arguments in other libraries, and their names here; "" for arguments that do not exist here.

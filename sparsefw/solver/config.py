@@ -33,7 +33,7 @@ class Method:
         rows_independent: whether each row is solved by itself once its saliency and its budget are known. Then layers
             are stacked and solved in chunks. If not, a fraction is one budget for all rows together. Under n:m each
             group keeps its budget.
-        frank_wolfe: whether the method uses the fields of `PruneConfig` that are marked `frank_wolfe`, such as `damp`.
+        frank_wolfe: whether the method uses the fields of `PruneConfig` in OF_FRANK_WOLFE, such as `damp`.
         refits: whether it fits kept weights to a mask, unless `PruneConfig.refit` is 0.
         dense_target: whether its layers may approximate the dense model's outputs, see `targets`. By default blocks are
             then reconstructed, and the model is recovered.
@@ -81,9 +81,6 @@ def method_of(name: str) -> Method:
     return METHODS[name]
 
 
-# Fields that only methods with refits use.
-OF_REFITS = ("refit", "rounds")
-
 PRESETS = ("sparsefw", "fast", "paper")
 # Defaults of the fields in _NAMES, by preset and by whether kept weights are refitted.
 _NAMES = ("steps", "step_rule", "alpha", "penalty", "swaps", "refit", "rounds", "target", "damp", "reconstruct")
@@ -95,6 +92,8 @@ DEFAULTS = {
     ("paper", True): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "dense", 0.1, 0),
     ("paper", False): (2000, "open-loop", 0.9, 0.0, 0, 0, 0, "layer", 0.0, 0),
 }
+# Fields that only Frank-Wolfe uses: two, and all of _NAMES but `reconstruct`. Fields that only methods with refits use.
+OF_FRANK_WOLFE, OF_REFITS = ("preset", "warm_start", *_NAMES[:-1]), ("refit", "rounds")
 # Defaults of kernel and precision on each device.
 ON_GPU = dict(kernel="triton", precision="bf16")
 ON_CPU = dict(kernel="torch", precision="ieee")
@@ -141,7 +140,7 @@ class PruneConfig:
         "sparsefw: line search, integrality penalty, 12 steps, alpha 0, refit 2, 3 rounds (24 steps and refit 4 with "
         "--reconstruct 0; 40 steps and swaps with --refit 0); fast: 3 steps, one refit and --target layer, in about "
         "SparseGPT's time; paper: open loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded, no refit",
-        "sparsefw", choices=PRESETS, frank_wolfe=True,
+        "sparsefw", choices=PRESETS,
     )  # fmt: skip
     include: tuple[str, ...] = flag(
         "prune only these layers; may be repeated. NAME selects every layer that has it as whole parts of its dotted "
@@ -154,48 +153,46 @@ class PruneConfig:
         (), metavar="NAME", several=True,
     )  # fmt: skip
     keep_zeros: bool = flag("weights that are zero before pruning stay zero (default: a refit may change them)", False)
-    warm_start: str = flag(
-        "saliency (importance score) of the first mask (default: wanda)", choices=WARM_STARTS, frank_wolfe=True
-    )
+    warm_start: str = flag("saliency (importance score) of the first mask (default: wanda)", choices=WARM_STARTS)
     steps: int = flag(
         "Frank-Wolfe steps (default: 12; 24 with --reconstruct 0; 40 with --refit 0; 3 with --preset fast; 10 with "
         "--preset fast --refit 0; 2000 with --preset paper)",
-        metavar="N", least=0, most=10**6, frank_wolfe=True,
+        metavar="N", least=0, most=10**6,
     )  # fmt: skip
     step_rule: str = flag(
         "line-search: exact line search; open-loop: steps of 2 / (t + 2) (default: line-search; open-loop with "
         "--preset paper)",
-        choices=("line-search", "open-loop"), frank_wolfe=True,
+        choices=("line-search", "open-loop"),
     )  # fmt: skip
     alpha: float = flag(
         "fraction of the kept weights that saliency fixes before the first step (default: 0; 0.9 with --preset paper)",
-        metavar="A", least=0, most=1, frank_wolfe=True,
+        metavar="A", least=0, most=1,
     )  # fmt: skip
     penalty: float = flag(
         "final weight of the integrality penalty, 0 to 1 (default: 0.7; 1 with --refit 0 and with --preset fast; 0 "
         "with --preset paper)",
-        metavar="P", least=0, most=1, frank_wolfe=True,
+        metavar="P", least=0, most=1,
     )  # fmt: skip
     swaps: int = flag(
         "make at most N 1-swaps in every row's mask after Frank-Wolfe; each swap lowers the row's error (default: 0; "
         "100 with --refit 0, unless another --preset is named)",
-        metavar="N", least=0, most=10**6, frank_wolfe=True,
+        metavar="N", least=0, most=10**6,
     )  # fmt: skip
     refit: int = flag(
         "weight update: conjugate-gradient steps of each refit, in which kept weights make up for removed ones; with 0 "
         "kept weights do not change (default: 2; 4 with --reconstruct 0 and with --preset fast; 0 with --preset paper)",
-        metavar="STEPS", least=0, most=10**6, frank_wolfe=True,
+        metavar="STEPS", least=0, most=10**6,
     )  # fmt: skip
     rounds: int = flag(
         "rounds that choose the mask again for refitted weights; with 0 the mask is only refitted (default: 3; 0 with "
         "--refit 0 and with --preset fast and paper)",
-        metavar="N", least=0, most=10**6, frank_wolfe=True,
+        metavar="N", least=0, most=10**6,
     )  # fmt: skip
     target: str = flag(
         "what a layer approximates. dense: its output in the dense model, so that it makes up for the layers pruned "
         "before it; layer: the output of its own dense weight, without passes of the dense model (default: dense; "
         "layer with --refit 0 and with --preset fast, and with --preset paper unless --refit is given)",
-        choices=("dense", "layer"), frank_wolfe=True,
+        choices=("dense", "layer"),
     )  # fmt: skip
     damp: float = flag(
         "dampening: masks and weights are chosen on the Gram matrix (the Hessian X X^T) with this share of its "
@@ -203,7 +200,7 @@ class PruneConfig:
         "0.4 for up to 32500 calibration tokens, 13000 / tokens for more, at least 0.1; 0 with --preset paper unless "
         "--refit is given)",
         # The limit is far above useful values. Up to it, the damped diagonal of real inputs stays finite in fp32.
-        metavar="D", least=0, most=2**20, frank_wolfe=True,
+        metavar="D", least=0, most=2**20,
     )  # fmt: skip
     reconstruct: int = flag(
         "block-wise reconstruction: passes over the calibration windows that fit all kept weights of a block together, "
@@ -257,8 +254,7 @@ class PruneConfig:
         return defaults
 
     def _check_together(self) -> None:
-        of_frank_wolfe = [f.name for f in fields(self) if f.metadata.get("frank_wolfe")]
-        for names, kind in ((of_frank_wolfe, "frank_wolfe"), (OF_REFITS, "refits"), (("target",), "dense_target")):
+        for names, kind in ((OF_FRANK_WOLFE, "frank_wolfe"), (OF_REFITS, "refits"), (("target",), "dense_target")):
             unused = [name for name in names if name in self.given]
             able = [name for name, method in METHODS.items() if getattr(method, kind)]
             if unused and not {*able} & {*self.methods}:
