@@ -41,7 +41,6 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import embed_batches
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import add_divergence, logits_of_batch
-from sparsefw.model.stubs import explained
 from sparsefw.solver.kept_weights import KeptWeights
 from sparsefw.solver.layer import LayerResult
 
@@ -307,7 +306,7 @@ def _step(
         of_step: arguments of `KeptWeights.step`.
     """
     total, batch = torch.zeros((), device=model.device), batch.to(model.device, model.in_fp32)
-    context = type(model.model).__name__, "a step through the whole model", model.input_kind
+    explained = partial(model.explained, "a step through the whole model")
     seen = states.unpadded(len(model.blocks) - 1, j)
 
     def of_tokens(predictions: Tensor) -> Tensor:
@@ -319,10 +318,10 @@ def _step(
     with torch.no_grad():
         p = of_tokens(logits_of_batch(model, batch, states.hidden[j], states.after_last(j)))
     slices = SliceGradients(weights.parameters if weights else ())
-    with explained(*context), torch.set_grad_enabled(weights is not None), slices:
+    with explained(), torch.set_grad_enabled(weights is not None), slices:
         q = of_tokens(model.model(*batch.args, **batch.kwargs).logits)
     add_divergence(total, p, q.detach(), replace=weights is not None)
     if weights:
-        with explained(*context):
+        with explained():
             weights.step(backward=partial(torch.autograd.backward, q, p, inputs=slices.leaves), **of_step)
     return total / q.shape[1]

@@ -109,7 +109,7 @@ def _settled(
     generated, stream = 0, None
     if batches is None:
         if job.inputs.evaluate and not opened.logits_itemsize:
-            raise InputError(f"evaluate: {type(opened.model).__name__} returns no logits, which perplexity needs")
+            raise InputError(f"evaluate: {opened.class_name} returns no logits, which perplexity needs")
         whole = shape_of_text(opened)
         job, texts = read_texts(job, opened, whole)
         calibration, evaluation, seqlen = texts.calibration, texts.evaluation, texts.seqlen
@@ -129,7 +129,7 @@ def _settled(
     run = Run(
         job,
         opened,
-        f"{type(opened.model).__name__} in memory",
+        f"{opened.class_name} in memory",
         next(opened.model.parameters()).dtype,
         whole,
         calibration,

@@ -34,7 +34,7 @@ from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import divergence, logits_are_tokenwise, tokens_of_pass
 from sparsefw.model.layers import layer_of
 from sparsefw.model.padding import without_padding
-from sparsefw.model.stubs import ForwardFailed, explained
+from sparsefw.model.stubs import ForwardFailed
 from sparsefw.report.content import HIDDEN, PREDICTIONS, Reconstruction
 from sparsefw.selection import without_index
 from sparsefw.solver.kept_weights import KeptWeights
@@ -305,7 +305,7 @@ class BlockFit:
 
     def _add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
         model = self.run.model
-        name, kind = model.names[self.number], type(model.model).__name__
+        name = model.names[self.number]
         slices = SliceGradients(parameters)
         with torch.enable_grad(), rounded_products() if self.run.rounded else nullcontext():
             with slices:
@@ -318,7 +318,7 @@ class BlockFit:
                 return
             self.reached.add(j)
             try:
-                with explained(kind, name, model.input_kind):
+                with model.explained(name):
                     # `inputs` excludes other parameters of a caller's model that may require gradients as well.
                     loss.backward(inputs=slices.leaves)
             except ForwardFailed as error:

@@ -62,7 +62,7 @@ def _impossible(run: Run) -> str:
     if not run.ranks.alone:
         return f"{run.ranks.count} ranks prune; python -m sparsefw.recover does it afterwards, in one process"
     if run.model.runs is not run.model.model or not run.model.logits_itemsize:
-        return f"{type(run.model.model).__name__} predicts no tokens"
+        return f"{run.model.class_name} predicts no tokens"
     if isinstance(run.calibration, Batches) and run.job.inputs.nsamples < 2:
         return "it needs two batches, one of them held out"
     return ""

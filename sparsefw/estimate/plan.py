@@ -98,7 +98,7 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
             joined_bytes=checkpoint.dtype.itemsize * max(sizes, default=0),
             quantized_bytes=shape.quantized_bytes + int(stored_share * shape.written_ratio * shape.largest),
         )
-    return DescribedModel(type(built.model).__name__, shape, checkpoint.dtype, built.max_seqlen, notes + built.notes)
+    return DescribedModel(built.class_name, shape, checkpoint.dtype, built.max_seqlen, notes + built.notes)
 
 
 def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) -> dict[str, Any]:

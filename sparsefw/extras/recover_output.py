@@ -156,7 +156,7 @@ def _job(
 def _check_models(folder: Path, model: StreamedModel, source: Checkpoint) -> None:
     """Refuse checkpoints of two different models, and models that do not predict tokens."""
     if model.runs is not model.model or not model.logits_itemsize:
-        raise InputError(f"{folder}: unsupported model: {type(model.model).__name__} predicts no tokens of a text")
+        raise InputError(f"{folder}: unsupported model: {model.class_name} predicts no tokens of a text")
     shapes = ({name: x.shape for name, x in infos.items()} for infos in (model.infos, source.tensors))
     alike = len({tuple(sorted(of.items())) for of in shapes}) == 1
     for piece in model.pieces if alike else ():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -54,6 +54,7 @@ class BlockModel:
     Attributes:
         model, device, shared, in_fp32: the arguments.
         timeline: the times at which blocks are read and worked on.
+        class_name: name of the model's class, for messages.
         runs: the module whose forward runs: the model, or its text model, see `Path`.
         input_kind: the kind of input of the forward, in words, for messages.
         blocks: the blocks in the order of their calls. A block that is called twice is listed twice, and stays dense.
@@ -80,7 +81,7 @@ class BlockModel:
         self, model: nn.Module, path: Path, shared: SharedParameters, device: torch.device, in_fp32: bool = False
     ) -> None:
         self.model, self.shared, self.device, self.timeline = model, shared, torch.device(device), Timeline()
-        self.in_fp32 = in_fp32
+        self.in_fp32, self.class_name = in_fp32, type(model).__name__
         self.runs, self.input_kind, self.unused, self.names = path.runs, path.input_kind, path.unused, path.order
         self.flow, self.templates, self.logits_itemsize = path.flow, path.templates, path.logits_itemsize
         self.blocks = [path.blocks[name] for name in path.order]
@@ -94,7 +95,7 @@ class BlockModel:
         if path.input_kind == TEXT:
             of_text: Any = model
             self.max_seqlen = max_seqlen(of_text.config)
-            with explained(type(model).__name__, "its embedding"):
+            with self.explained("its embedding"):
                 self.vocabulary = of_text.get_input_embeddings().weight.shape[0]
         self.outside_bytes = self.quantized_bytes = self.joined_bytes = 0
         inside = {module for block in self.blocks for module in block.modules()}
@@ -115,6 +116,10 @@ class BlockModel:
         # An error may have left blocks open.
         for i in [*self._open]:
             self.close(i)
+
+    def explained(self, place: str) -> AbstractContextManager[None]:
+        """Turn any exception of the model's own code inside the `with` block into one line, see `stubs.explained`."""
+        return explained(self.class_name, place, self.input_kind)
 
     def read(self, i: int | None) -> Mapping[str, Loadable]:
         """Read block i's tensors that are not in memory, by the names of `block_tensors`; i=None: outside of blocks."""

@@ -20,7 +20,7 @@ from sparsefw.model.hidden_states import HiddenStates, MicroBatch
 from sparsefw.model.nested import ConstantRef, ValueRef, rebuilt
 from sparsefw.model.padding import unpadded_of
 from sparsefw.model.partial_forward import DIFFERS
-from sparsefw.model.stubs import BATCHES, Template, explained, run_with_stubs
+from sparsefw.model.stubs import BATCHES, Template, run_with_stubs
 from sparsefw.model.trace import Call, Trace, replay
 from sparsefw.model.tracer import Tracer
 
@@ -38,12 +38,12 @@ def template_of(model: BlockModel, i: int, args: tuple[Any, ...], kwargs: dict[s
     """
     hidden, *others = args
     if (known := model.templates.find(model.block_types[i], hidden)) is None:
-        with model.set_aside(i), explained(type(model.model).__name__, model.names[i], model.input_kind):
+        with model.set_aside(i), model.explained(model.names[i]):
             block = model.open_alone(i)
             # The block gets copies of objects: only its real run later may change the objects themselves.
             others, kwargs = rebuilt((others, kwargs), lambda x: x)
             output = block(hidden, *others, **kwargs)
-        known = model.templates.add(model.block_types[i], output, hidden, model.names[i], type(model.model).__name__)
+        known = model.templates.add(model.block_types[i], output, hidden, model.names[i], model.class_name)
     return known
 
 
@@ -59,7 +59,7 @@ def trace_forward(model: BlockModel, batch: Batch) -> Trace:
     """
     batch, last = batch.to(model.device, model.in_fp32), len(model.blocks) - 1
     blocks = dict(zip(model.names, model.blocks, strict=True))
-    tracer = Tracer(type(model.model).__name__, batch.tensors)
+    tracer = Tracer(model.class_name, batch.tensors)
 
     def make_stub(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if model.names[i] != name:
@@ -190,7 +190,7 @@ def run_after_blocks(
     """
     batch, last, by_window = batch.to(model.device, model.in_fp32), len(model.blocks) - 1, model.flow.by_window
     if not by_window:
-        tracer = Tracer(type(model.model).__name__, batch.tensors)
+        tracer = Tracer(model.class_name, batch.tensors)
 
     def make_stub(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # With `by_window` only hidden states are read, so a template with other tensors of another shape will do.
@@ -222,7 +222,7 @@ def logits_after_blocks(model: BlockModel, batch: Batch, hidden: Tensor) -> Any:
     if again := model.after_blocks.get(shapes):
         return again(hidden)
     known = shapes in model.after_blocks or model.flow.batch_after
-    tracer = None if known else Tracer(type(model.model).__name__, batch.tensors)
+    tracer = None if known else Tracer(model.class_name, batch.tensors)
     logits = getattr(run_after_blocks(model, batch, hidden, {}, tracer), "logits", None)
     if tracer:
         model.after_blocks[shapes] = _logits_again(tracer, len(model.blocks), logits)

@@ -128,7 +128,7 @@ def _own_loss(model: BlockModel, batch: Batch, j: int, hidden: Tensor | None, ot
     value = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise InputError(
-            f"evaluate[{j}]: {type(model.model).__name__} returns no loss for this batch; add the arguments that its "
+            f"evaluate[{j}]: {model.class_name} returns no loss for this batch; add the arguments that its "
             "loss needs, such as labels"
         )
     return value

@@ -17,7 +17,7 @@ from sparsefw.model.activations import Activations, Store, Stored
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.nested import ConstantRef, ObjectRef, ValueRef, leaves_of, outline, rebuilt, tensors_of
 from sparsefw.model.partial_forward import INPUT, UNSUPPORTED, Point, run_part
-from sparsefw.model.stubs import explained, hidden_of
+from sparsefw.model.stubs import hidden_of
 from sparsefw.model.trace import Call, replay
 
 
@@ -86,7 +86,7 @@ class BlockRun:
     def __call__(self, hidden: Tensor) -> Any:
         self.returned = None
         self._objects, args, kwargs = rebuilt(self._given, lambda leaf: leaf)
-        with explained(type(self._model.model).__name__, self._model.names[self._number], self._model.input_kind):
+        with self._model.explained(self._model.names[self._number]):
             self.returned = self._block(hidden, *args, **kwargs)
         return self.returned
 

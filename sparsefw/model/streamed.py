@@ -152,7 +152,7 @@ class StreamedModel(BlockModel):
 
     def _notes_of_model(self) -> Iterator[str]:
         """What the user should know about the class of the model, and about how it runs."""
-        built, kind = self._skeleton, type(self.model).__name__
+        built, kind = self._skeleton, self.class_name
         source = built.checkpoint
         if built.replaced:
             yield f"config.json names {built.replaced}: pruned as {kind}"
@@ -168,7 +168,7 @@ class StreamedModel(BlockModel):
 
     def _notes_of_tensors(self) -> Iterator[str]:
         """What the user should know about tensors that are not pruned, or are written in another dtype."""
-        infos, unused, kind = self.infos, self._skeleton.unused, type(self.model).__name__
+        infos, unused, kind = self.infos, self._skeleton.unused, self.class_name
         loaded = {*self.tensors_of(None), *unused}
         others = [name for piece in self.pieces for name in piece if name not in loaded]
         for why, names in ((f"{kind} has no use for", unused), ("text does not run through", others)):

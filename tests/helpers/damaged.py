@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -18,7 +19,7 @@ from sparsefw.model.layers import Layer, Stage, kind_of
 from sparsefw.model.measure import Captured, Pair, measure
 from sparsefw.model.nested import ObjectRef, ValueRef
 from sparsefw.model.stages import Survey, stages, survey
-from sparsefw.model.stubs import TEXT, hidden_of
+from sparsefw.model.stubs import explained, hidden_of
 from sparsefw.model.trace import Call, Trace
 
 
@@ -62,7 +63,8 @@ def sequential(block, x):
 
 def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = ()) -> Pair:
     """A block of one's own, with its micro-batches and other arguments, in the place of a model's."""
-    model = SimpleNamespace(model=None, input_kind=TEXT, blocks=[block], names=["block"], device=torch.device(DEVICE))
+    model = SimpleNamespace(blocks=[block], names=["block"], device=torch.device(DEVICE))
+    model.explained = partial(explained, "Block")
     block.requires_grad_(False).to(DEVICE)
     call = Call(tuple(ObjectRef(n) for n in range(len(arguments))), {}, outputs=[0], returned=ValueRef(0))
     model.flow = Trace({0: call}, batches[0], {0: []})
