@@ -58,6 +58,7 @@ class BlockModel:
         runs: the module whose forward runs: the model, or its text model, see `Path`.
         input_kind: the kind of input of the forward, in words, for messages.
         blocks: the blocks in the order of their calls. A block that is called twice is listed twice, and stays dense.
+        blocks_by_name: each block once, by its name in the model.
         names: names of `blocks` in the model, e.g. "model.layers.0".
         block_types: types of `blocks`, see `stubs.block_type`.
         unique_blocks: numbers in `blocks` without repetitions: the first call of each block.
@@ -84,6 +85,7 @@ class BlockModel:
         self.in_fp32, self.class_name = in_fp32, type(model).__name__
         self.runs, self.input_kind, self.unused, self.names = path.runs, path.input_kind, path.unused, path.order
         self.flow, self.templates, self.logits_itemsize = path.flow, path.templates, path.logits_itemsize
+        self.blocks_by_name = path.blocks
         self.blocks = [path.blocks[name] for name in path.order]
         self.block_types = [block_type(block) for block in self.blocks]
         self.unique_blocks = [self.names.index(name) for name in dict.fromkeys(self.names)]

@@ -58,7 +58,6 @@ def trace_forward(model: BlockModel, batch: Batch) -> Trace:
         InputError: the forward fails, calls the blocks in another order, or passes tensors on in an unknown way.
     """
     batch, last = batch.to(model.device, model.in_fp32), len(model.blocks) - 1
-    blocks = dict(zip(model.names, model.blocks, strict=True))
     tracer = Tracer(model.class_name, batch.tensors)
 
     def make_stub(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -66,7 +65,7 @@ def trace_forward(model: BlockModel, batch: Batch) -> Trace:
             raise InputError(DIFFERS)
         return template_of(model, i, args, kwargs).after(args[0])
 
-    run_with_stubs(model.runs, blocks, batch, model.input_kind, make_stub, tracer, last)
+    run_with_stubs(model.runs, model.blocks_by_name, batch, model.input_kind, make_stub, tracer, last)
     return tracer.trace(model.flow.end)
 
 
@@ -203,8 +202,7 @@ def run_after_blocks(
         # A view passes gradients to `hidden`.
         return template.around(hidden, lambda x: x.view_as(x))
 
-    blocks = dict(zip(model.names, model.blocks, strict=True))
-    return run_with_stubs(model.runs, blocks, batch, model.input_kind, make_stub, tracer)
+    return run_with_stubs(model.runs, model.blocks_by_name, batch, model.input_kind, make_stub, tracer)
 
 
 def logits_after_blocks(model: BlockModel, batch: Batch, hidden: Tensor) -> Any:
