@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import filelock
@@ -325,9 +324,7 @@ class Writer:
         }
         durably(self.folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         finished = self._leave() if self._ranks.first else len(self.records)
         if isinstance(error, SafetensorError):
             # The message names no file, for example where the disk is full.
