@@ -266,14 +266,9 @@ class Report:
         return self.argument("method", str)
 
     @property
-    def compared(self) -> list[str]:
-        """The methods of `--compare`."""
-        return list(self.argument("compare", tuple))
-
-    @property
     def methods(self) -> list[str]:
-        """All methods. The weights of the last one were written."""
-        return [*self.compared, self.method]
+        """All methods, those of `--compare` first. The weights of the last one were written."""
+        return [*self.argument("compare", tuple), self.method]
 
     @property
     def written(self) -> str:

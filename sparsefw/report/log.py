@@ -152,16 +152,14 @@ def block_row(name: str, number: int, count: int, left: float = 0.0, found: Reco
         found: the block's reconstruction; None: it had none.
     """
     time = f", {tqdm.format_interval(left)} left" if left else ""
-    return f"block {number}/{count}{time}: {reconstruction_row(name, found) if found else name}"
-
-
-def reconstruction_row(block: str, found: Reconstruction) -> str:
-    """Write a block's reconstruction in one line."""
+    line = f"block {number}/{count}{time}: {name}"
+    if not found:
+        return line
     notes = "; put back" if found.put_back else ""
     notes += f"; another run may give other bits: {found.varies}" if found.varies else ""
     loss = "loss" if found.loss == HIDDEN else f"loss of {found.loss}"
     steps = counted(found.steps, "step")
-    return f"{block}: reconstructed in {steps}, {loss} {found.before:.5f} -> {found.after:.5f}{notes}"
+    return f"{line}: reconstructed in {steps}, {loss} {found.before:.5f} -> {found.after:.5f}{notes}"
 
 
 def result_columns(report: Report) -> list[str]:
