@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, groupby
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from sparsefw.caller import bar_of_blocks
 from sparsefw.errors import counted
+from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.estimate.placement import placement_words
+from sparsefw.estimate.shapes import ModelShape
 from sparsefw.memory import peak_memory
 from sparsefw.model import Placement
 from sparsefw.report.content import (
@@ -35,10 +36,6 @@ from sparsefw.report.content import (
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, Method, PruneConfig
 from sparsefw.solver.layer import LayerResult
-
-if TYPE_CHECKING:
-    from sparsefw.estimate.memory import MemoryNeeds
-    from sparsefw.estimate.shapes import ModelShape
 
 # Number of an expert: the index of a slice of a stacked parameter, or of a module in a list.
 _EXPERT = re.compile(r"(?<![^.\[])\d+(?![^.\]])")
@@ -290,7 +287,7 @@ def kept_line(report: Report) -> str:
     )
 
 
-def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str, int], of_batches: bool) -> str:
+def placement_line(placement: Placement, needs: MemoryNeeds, limits: dict[str, int], of_batches: bool) -> str:
     """Write the memory that a run is expected to take.
 
     Args:
@@ -304,7 +301,7 @@ def placement_line(placement: Placement, needs: "MemoryNeeds", limits: dict[str,
     return f"memory: {', '.join(peaks)} expected at the peak; {words}"
 
 
-def sparsity_line(config: PruneConfig, shape: "ModelShape", whole: "ModelShape") -> str:
+def sparsity_line(config: PruneConfig, shape: ModelShape, whole: ModelShape) -> str:
     """Write the share of the weights that is removed, which may differ a little from --sparsity.
 
     A row, a group or a matrix loses a whole number of weights. A compared method is named if it removes another share.
@@ -330,7 +327,7 @@ def sparsity_line(config: PruneConfig, shape: "ModelShape", whole: "ModelShape")
     return line
 
 
-def _weights(shape: "ModelShape") -> Counter[tuple[int, int]]:
+def _weights(shape: ModelShape) -> Counter[tuple[int, int]]:
     """Count the weights of a model's layers by the shape (rows, d) of their matrices."""
     counts = Counter[tuple[int, int]]()
     for block in shape.blocks:
