@@ -145,7 +145,6 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
                     captured.grams[solve.gram],
                     method,
                     run.config,
-                    run.config.backend,
                     memory=run.placement.solver,
                     crosses=[rows_of(captured.crosses.pop(layer.name, None), rows) for layer, rows in parts],
                 )

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sparsefw.caller import without_autocast
 from sparsefw.errors import InputError
-from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.masks import masked
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, PruneConfig
@@ -109,7 +108,7 @@ def solve_layer(
     masks: list[Tensor] = []
     # `no_grad` holds for this thread only. Without `detach` the threads that solve chunks would record gradients.
     G, cross = G.detach(), None if B is None else Cross("outputs", B.detach())
-    (result,) = prune_layers([(name, pruned)], G, config.method, config, config.backend, crosses=[cross], masks=masks)
+    (result,) = prune_layers([(name, pruned)], G, config.method, config, crosses=[cross], masks=masks)
     return torch.cat(masks)[: len(W)], pruned, result
 
 
@@ -126,7 +125,6 @@ def prune_layers(
     G: Tensor,
     method: str,
     config: PruneConfig,
-    backend: Backend,
     *,
     memory: int = 4 << 30,
     crosses: list[Cross | None] | None = None,
@@ -141,7 +139,6 @@ def prune_layers(
         G: (in, in) fp32 Gram matrix of the layers' input.
         method: one of METHODS.
         config: the config of the run.
-        backend: the operations.
         memory: limit in bytes for the state of a solve. A stack that needs more is solved in chunks of rows.
         crosses: cross matrix of each layer, or None. A layer with a cross matrix is pruned to approximate its target in
             place of its weight, see `targets`.
@@ -165,7 +162,7 @@ def prune_layers(
     targets = ["dense" if cross else "layer" for cross in crosses]
     names = [name for name, _ in layers]
     weights = [weight for _, weight in layers]
-    chunk_memory = memory if config.rows_independent(method) else None
+    backend, chunk_memory = config.backend, memory if config.rows_independent(method) else None
     stack = Stack(names, weights, [*crosses], G, METHODS[method], config, backend, chunk_memory)
     # Cross matrices may be as large as the weights. So only the stack holds them, and it frees them early.
     del crosses

@@ -103,7 +103,7 @@ def make_config(sparsity="0.6", **options):
     return PruneConfig(sparsity=sparsity, **(few | dict(kernel="torch", precision="ieee") | options))
 
 
-def run(layers, G=None, method="sparsefw", config=None, backend=TORCH, **options):
+def run(layers, G=None, method="sparsefw", config=None, **options):
     """Prune copies of the layers, in one stack where that is possible; returns them by name, and the results."""
     pruned, config = [(name, W.clone()) for name, W in layers], config or make_config()
     G = make_gram(layers[0][1].shape[1]) if G is None else G.clone()
@@ -112,7 +112,7 @@ def run(layers, G=None, method="sparsefw", config=None, backend=TORCH, **options
     results = []
     for n in range(0, len(layers), height):
         stacked, own = pruned[n : n + height], crosses[n : n + height]
-        results += prune_layers(stacked, G, method, config, backend, crosses=own, **options)
+        results += prune_layers(stacked, G, method, config, crosses=own, **options)
     return dict(pruned), results
 
 

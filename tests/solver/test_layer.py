@@ -22,7 +22,6 @@ from helpers.problems import (
 )
 
 from sparsefw.errors import InputError
-from sparsefw.kernels.backend import TORCH
 from sparsefw.solver import methods, patterns
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.layer import prune_layers, solve_layer
@@ -88,7 +87,7 @@ class TestWritten:
         views = [("layer0", wide[:, 1:38].T), ("layer1", block[1])]
         for (_, view), (_, W) in zip(views, layers, strict=True):
             view.copy_(W)
-        prune_layers(views, make_gram(48), "sparsefw", make_config(), TORCH)
+        prune_layers(views, make_gram(48), "sparsefw", make_config())
         for name, view in views:
             assert torch.equal(view, expected[0][name])
         assert wide[:, 0].abs().sum() + wide[:, 38:].abs().sum() + block[::2].abs().sum() == 0

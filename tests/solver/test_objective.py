@@ -47,7 +47,7 @@ class TestDamping:
         for damp in (0, 9):
             found.append(normal(ROWS, D))
             config = PruneConfig(method=method, compare=compare, reconstruct=reconstruct, damp=damp).on(found[0].device)
-            prune_layers([("a", found[-1])], gram(D), "frank-wolfe", config, config.backend)
+            prune_layers([("a", found[-1])], gram(D), "frank-wolfe", config)
         assert torch.equal(*found) == (method == "sparsefw" and reconstruct > 0)
 
     @pytest.mark.parametrize("dead", [0, 13])

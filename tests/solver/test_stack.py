@@ -101,11 +101,11 @@ class TestStack:
             assert_same(({layer[0]: together[0][layer[0]]}, [together[1][n]]), (pruned, [row]))
 
     def test_products_in_bf16(self, set_threads):
-        case, config, backend = Case(torch.bfloat16), make_config(), Backend(cpu, "bf16")
+        case, config = Case(torch.bfloat16), make_config(precision="bf16")
         results = []
         for memory in (1 << 40, UNIT):
             crosses = case.crosses((*FORMS, None))
-            results.append(run(case.layers, case.G, config=config, backend=backend, memory=memory, crosses=crosses))
+            results.append(run(case.layers, case.G, config=config, memory=memory, crosses=crosses))
         assert_same(*results)
 
 
