@@ -109,13 +109,6 @@ class Choice:
     bound: Tensor | None
 
 
-def mask_error(
-    W: Tensor, mask: Tensor, G: Tensor | Terms, target_gap: Tensor | None = None, *, backend: Backend = TORCH
-) -> Tensor:
-    """Compute the error of a binary mask with unchanged weights, (rows,) fp32; G as for `Backend.errors`."""
-    return backend.errors(plain.removed(W, mask, target_gap), G)
-
-
 def check_errors(errors: Tensor) -> None:
     """Raise FloatingPointError unless all errors are finite."""
     if not errors.isfinite().all():
@@ -170,7 +163,7 @@ def solve(problem: Problem, warm: Tensor, schedule: Schedule, *, swaps: int = 0,
         R = backend.exact_product(plain.removed(problem.W, mask, problem.target_gap), problem.H)
         backend.row_swaps(problem.W, problem.H, R, mask, swaps, group=problem.group, fixed=problem.fixed)
         del R
-    error = mask_error(problem.W, mask, problem.exact, problem.target_gap, backend=backend)
+    error = backend.errors(plain.removed(problem.W, mask, problem.target_gap), problem.exact)
     check_errors(torch.cat([*finite, error]))
     return Choice(mask, None, error, error, error_warm_start, bound if schedule else None)
 

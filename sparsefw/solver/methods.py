@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from sparsefw.arithmetic import all_finite
-from sparsefw.kernels import cpu
+from sparsefw.kernels import cpu, plain
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.masks import masked
 from sparsefw.solver import frank_wolfe, paper
 from sparsefw.solver.config import COLUMN_SALIENCIES, METHODS, WARM_STARTS, Method, PruneConfig
-from sparsefw.solver.frank_wolfe import Choice, Problem, check_errors, mask_error
+from sparsefw.solver.frank_wolfe import Choice, Problem, check_errors
 from sparsefw.solver.patterns import Pattern
 from sparsefw.solver.refit import reselect
 
@@ -99,8 +99,8 @@ def choose_saliency(problem: Problem, config: PruneConfig, backend: Backend) -> 
     """Choose the weights of the highest saliency."""
     check_finite(problem)
     mask = backend.lmo(problem.saliency, problem.k, group=problem.group)
-    error = mask_error(problem.W, mask, problem.exact, backend=backend)
-    warm = error if problem.warm is None else mask_error(problem.W, problem.warm, problem.exact, backend=backend)
+    error = mask_error(problem, mask, backend)
+    warm = error if problem.warm is None else mask_error(problem, problem.warm, backend)
     check_errors(error)
     return Choice(mask, None, error, error, warm, None)
 
@@ -120,7 +120,7 @@ def choice_of(problem: Problem, mask: Tensor, Z: Tensor, backend: Backend) -> Ch
         warm = backend.lmo(problem.saliency, problem.k, group=problem.group)
     written = Z.to(problem.dtype)
     error = backend.errors(problem.W.float() - written.float(), problem.exact)
-    error_mask, error_warm_start = (mask_error(problem.W, m, problem.exact, backend=backend) for m in (mask, warm))
+    error_mask, error_warm_start = (mask_error(problem, m, backend) for m in (mask, warm))
     check_errors(torch.stack([error, error_mask, error_warm_start]))
     return Choice(mask, written, error, error_mask, error_warm_start, None)
 
@@ -129,6 +129,11 @@ def check_finite(problem: Problem) -> None:
     """Raise FloatingPointError unless the weights and the Gram matrix are finite."""
     if not (all_finite(problem.W) & all_finite(problem.G)):
         raise FloatingPointError("NaN or Inf in the layer's weight or Gram matrix")
+
+
+def mask_error(problem: Problem, mask: Tensor, backend: Backend) -> Tensor:
+    """Compute the error of a binary mask with unchanged weights, (rows,) fp32."""
+    return backend.errors(plain.removed(problem.W, mask), problem.exact)
 
 
 def sparsegpt(

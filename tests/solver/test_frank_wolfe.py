@@ -8,10 +8,10 @@ import torch
 from helpers.families import first_is_fast
 from helpers.problems import assert_budget, exhaustive, make_problem, problem_of, warm_of
 
-from sparsefw.kernels import cpu
+from sparsefw.kernels import cpu, plain
 from sparsefw.kernels.backend import TORCH, Backend
 from sparsefw.solver import frank_wolfe, paper
-from sparsefw.solver.frank_wolfe import mask_error, or_warm_start, penalty_schedule
+from sparsefw.solver.frank_wolfe import or_warm_start, penalty_schedule
 from sparsefw.solver.methods import SALIENCIES
 from sparsefw.solver.targets import damped
 
@@ -59,7 +59,7 @@ class TestIterates:
     @pytest.mark.parametrize("sparsity", ["0.6", "2:4"])
     def test_line_search_never_raises_the_error_without_penalty(self, sparsity):
         problem = make_problem(9, 24, sparsity)
-        last = mask_error(problem.W, warm_of(problem), problem.G)
+        last = TORCH.errors(plain.removed(problem.W, warm_of(problem)), problem.G)
         gaps = []
         for state in frank_wolfe.iterate(problem, warm_of(problem), penalty_schedule(100, 0.0)):
             assert (state.error <= last * (1 + 1e-5)).all()
