@@ -102,12 +102,17 @@ def write_tokens(
 def _generate(writer: Any, rows: Sequence[Row], draws: Tensor) -> Tensor:
     """Generate the windows of a batch, (rows, seqlen). `draws` are random numbers in [0, 1), (rows, seqlen)."""
     first = torch.tensor([next(row) for row in rows], device=draws.device)[:, None]
-    # A dynamic cache is copied with every token, but not all models have a static one.
-    config = dict(cache_implementation="static" if writer._can_compile_fullgraph else None, disable_compile=True)
+    config = GenerationConfig(
+        max_new_tokens=draws.shape[1] - 1,
+        do_sample=False,
+        # A dynamic cache is copied with every token, but not all models have a static one.
+        cache_implementation="static" if writer._can_compile_fullgraph else None,
+        disable_compile=True,
+    )
     return writer.generate(
         first,
         attention_mask=torch.ones_like(first),
-        generation_config=GenerationConfig(max_new_tokens=draws.shape[1] - 1, do_sample=False, **config),
+        generation_config=config,
         logits_processor=LogitsProcessorList([_Sampler(rows, draws)]),
     ).cpu()
 

@@ -205,8 +205,7 @@ def divergence(model: BlockModel, ids: Tensor, hidden: Tensor, dense: Tensor) ->
         ids: (windows, seqlen) tokens.
         hidden, dense: (windows, seqlen, d) the last block's output in the pruned and in the dense model.
     """
-    total: Tensor = _Divergence.apply(hidden, dense, ids, model)
-    return total
+    return _Divergence.apply(hidden, dense, ids, model)
 
 
 class _Divergence(torch.autograd.Function):

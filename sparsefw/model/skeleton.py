@@ -154,17 +154,17 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
 def _build(checkpoint: Checkpoint, config: Any, as_named: bool) -> Skeleton:
     # Some versions of the fused attention silently ignore soft-capping of attention logits.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    options: dict[str, Any] = {
-        "dtype": checkpoint.dtype,
-        "attn_implementation": "eager" if capped else None,
-        # One product per expert, so that each expert's input is a tensor.
-        "experts_implementation": ONE_BY_ONE,
-    }
     named = config.architectures or []
     kind, config = class_of(config, checkpoint.folder, as_named)
     # Built on the meta device, where nothing is allocated. `from_pretrained` would initialize missing parameters.
     with torch.device("meta"):
-        model = kind._from_config(config, **options)
+        model = kind._from_config(
+            config,
+            dtype=checkpoint.dtype,
+            attn_implementation="eager" if capped else None,
+            # One product per expert, so that each expert's input is a tensor.
+            experts_implementation=ONE_BY_ONE,
+        )
         if not checkpoint.tensors:
             # A checkpoint stores one of several tied parameters.
             state = {n: x for n, x in model.state_dict().items() if n not in model.all_tied_weights_keys}

@@ -227,8 +227,9 @@ def lower_bound(problem: Problem, state: RowState, *, backend: Backend = TORCH) 
     Here R = (target_gap + W * (1 - M)) G, and V is the best vertex for the gradient of the error, without the penalty.
     The bound holds because the error is convex. If the steps used H, the damping's part of R is subtracted first.
     """
-    parts = dict(target_gap=problem.target_gap, damping=problem.damping)
-    score, constant = plain.bound_scores(problem.W, state.R, state.M, **parts)
+    score, constant = plain.bound_scores(
+        problem.W, state.R, state.M, target_gap=problem.target_gap, damping=problem.damping
+    )
     V = backend.lmo(score, problem.k, group=problem.group, fixed=problem.fixed, positive=True, check_nan=False)
     # Rows that share a budget have one bound, since V is the best vertex for all of them together.
     return backend.spread(plain.bound_sums(score, state.M, V).add_(constant))

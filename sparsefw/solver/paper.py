@@ -26,8 +26,7 @@ def fixed_entries(problem: Problem, warm: Tensor, alpha: float, backend: Backend
     k = problem.k * (problem.W.shape[1] // problem.group) if problem.group else problem.k
     # 1e-9 corrects a product that rounding leaves just below a whole number: 0.29 * 100 = 28.999999999999996.
     count = (k.double() * alpha + 1e-9).long() if isinstance(k, Tensor) else int(k * alpha + 1e-9)
-    fixed: Tensor = backend.lmo(problem.saliency.masked_fill(~warm, -1.0), count, check_nan=False)
-    return fixed
+    return backend.lmo(problem.saliency.masked_fill(~warm, -1.0), count, check_nan=False)
 
 
 def open_loop(schedule: Schedule) -> Schedule:
