@@ -4,7 +4,6 @@ The model's own library writes the pruned model.
 """
 
 import hashlib
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
@@ -30,10 +29,10 @@ from sparsefw.checkpoint.source import (
 from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches, bytes_of
-from sparsefw.driver.job import Job, Run, Samples
+from sparsefw.driver.job import Job, Run
 from sparsefw.driver.resume import computes_in_fp32, resumed
 from sparsefw.driver.run import Describe, carry_out, settled
-from sparsefw.driver.texts import read_texts, with_defaults
+from sparsefw.driver.texts import Texts, read_texts, with_defaults
 from sparsefw.errors import InputError, errors_in_one_line, shown
 from sparsefw.estimate.profile import shape_of_resident, shape_of_text
 from sparsefw.memory import on_gpu, this_device
@@ -104,23 +103,18 @@ def _settled(
     source: Path | None,
 ) -> Run:
     """Make the run of a job: on the texts that the job names, or on batches."""
-    calibration: Samples
-    evaluation: Sequence[Samples]
-    generated, stream = 0, None
     if batches is None:
         if job.inputs.evaluate and not opened.logits_itemsize:
             raise InputError(f"evaluate: {opened.class_name} returns no logits, which perplexity needs")
         whole = shape_of_text(opened)
         job, texts = read_texts(job, opened, whole)
-        calibration, evaluation, seqlen = texts.calibration, texts.evaluation, texts.seqlen
-        generated, stream = texts.generated, texts.stream
     else:
         calibration, evaluated = batches
-        evaluation = [evaluated] if evaluated else []
         whole, seqlen = shape_of_resident(opened, _largest(calibration))
         tokens = _tokens_without_padding(calibration, seqlen, opened.notes)
         if evaluated:
             check_losses(opened, evaluated.batches)
+        texts = Texts(calibration, [evaluated] if evaluated else [], seqlen)
         job = replace(job, inputs=replace(job.inputs, seqlen=max(2, seqlen)))
         # Batches may have different sizes, so the mean number of their tokens counts.
         job = with_defaults(job, calibration.n, tokens // calibration.n or seqlen)
@@ -132,16 +126,16 @@ def _settled(
         f"{opened.class_name} in memory",
         next(opened.model.parameters()).dtype,
         whole,
-        calibration,
-        evaluation,
-        seqlen,
-        stream=stream,
+        texts.calibration,
+        texts.evaluation,
+        texts.seqlen,
+        stream=texts.stream,
         notes=opened.notes,
         fingerprint=_fingerprint(tensors),
         source=source,
     )
     saved = sum(tensor.nbytes for tensor in tensors.values()) if saves else 0
-    return settled(run, generated, saved)
+    return settled(run, texts.generated, saved)
 
 
 def _tokens_without_padding(calibration: Batches, seqlen: int, notes: list[str]) -> int:

@@ -1,5 +1,6 @@
 """The texts of a run: calibration and evaluation windows. One rank reads them, or the dense model generates them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.tokens import Tokenizer, load_tokenizer
 from sparsefw.data.windows import Generate, Windows, WindowStream
 from sparsefw.driver import generation
-from sparsefw.driver.job import Job, limits_of, workload_of
+from sparsefw.driver.job import Job, Samples, limits_of, workload_of
 from sparsefw.errors import InputError, option
 from sparsefw.estimate.placement import generation_batch, place
 from sparsefw.estimate.shapes import ModelShape
@@ -25,18 +26,18 @@ class Texts:
     """The texts of a run.
 
     Attributes:
-        calibration: the calibration windows.
+        calibration: the calibration windows, or the batches of a caller.
         evaluation: the windows of each evaluation text.
         seqlen: tokens in a window.
-        stream: the windows that follow the calibration windows; None: there are several ranks.
+        stream: the windows that follow the calibration windows; None: there are batches, or several ranks.
         generated: number of windows that the model generates in one batch; 0: it generates no text.
     """
 
-    calibration: Windows
-    evaluation: list[Windows]
+    calibration: Samples
+    evaluation: Sequence[Samples]
     seqlen: int
-    stream: WindowStream | None
-    generated: int
+    stream: WindowStream | None = None
+    generated: int = 0
 
 
 def read_texts(job: Job, model: BlockModel, whole: ModelShape) -> tuple[Job, Texts]:
