@@ -75,21 +75,18 @@ def run_in_memory(
         opened.notes += notes
         run = _settled(job, opened, batches, saves, source)
 
-        def write(folder: Path) -> None:
-            save(model, folder)
-            if job.tokenizer is not None:
-                job.tokenizer.save_pretrained(folder)
-            if source is not None:
-                # Tokenizer files of the source would contradict the caller's tokenizer.
-                own = (folder / TOKENIZER_CONFIG).exists()
-                copy_companions(source, folder, TOKENIZERS if own else ())
-
         def finish(writer: Writer, describe: Describe) -> None:
             for n, i in enumerate(opened.unique_blocks):
                 opened.change(i, read_shard(writer.latest(n)))
             opened.set_back()
             if saves and job.ranks.first:
-                write(writer.folder)
+                save(model, writer.folder)
+                if job.tokenizer is not None:
+                    job.tokenizer.save_pretrained(writer.folder)
+                if source is not None:
+                    # Tokenizer files of the source would contradict the caller's tokenizer.
+                    own = (writer.folder / TOKENIZER_CONFIG).exists()
+                    copy_companions(source, writer.folder, TOKENIZERS if own else ())
             writer.finish(describe if saves else None)
 
         return carry_out(run, finish)
