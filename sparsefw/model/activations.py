@@ -163,16 +163,14 @@ class Activations:
 
     def fork(self) -> "Activations":
         """Return a list of the same tensors that changes independently."""
-        copy = Activations(self.store)
-        copy._stored = list(self._stored)
-        return copy
+        return self.some(range(len(self)))
 
     def some(self, numbers: Sequence[int], size: int = 0) -> "Activations":
         """Take some of the tensors. With `size`, cut them into views of at most `size` windows (the first axis)."""
         found, chosen = Activations(self.store), [self._stored[j] for j in numbers]
-        found._stored = chosen
         if size:
-            found._stored = [Stored(self.store, x, whole.left) for whole in chosen for x in whole.kept.split(size)]
+            chosen = [Stored(self.store, x, whole.left) for whole in chosen for x in whole.kept.split(size)]
+        found._stored = chosen
         return found
 
     def clear(self) -> None:
