@@ -6,8 +6,8 @@ No architecture is named here. A path may lead through several lists of blocks, 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -303,8 +303,7 @@ def _other_values(x: Tensor) -> Tensor:
     return torch.linspace(0.5, 1.5, x.numel(), device=x.device).view(x.shape).to(x.dtype)
 
 
-@contextmanager
-def zeros_in(modules: Iterable[nn.Module], in_fp32: bool) -> Iterator[None]:
+def zeros_in(modules: Iterable[nn.Module], in_fp32: bool) -> AbstractContextManager[None]:
     """Give modules zeros in place of tensors on the meta device inside the `with` block; tied tensors stay tied.
 
     All zeros are views of one allocation of the size of the largest tensor. Nothing writes to it, so the operating
@@ -313,5 +312,4 @@ def zeros_in(modules: Iterable[nn.Module], in_fp32: bool) -> Iterator[None]:
     slots = [slot for slot in slots_of(("", module) for module in modules) if slot.own.is_meta]
     metas = {slot: computed(slot.own, in_fp32) for slot in slots}
     memory = torch.from_numpy(np.zeros(max((x.nbytes for x in metas.values()), default=0), np.uint8))
-    with filled(slots, lambda slot: memory[: metas[slot].nbytes].view(metas[slot].dtype).view(slot.own.shape)):
-        yield
+    return filled(slots, lambda slot: memory[: metas[slot].nbytes].view(metas[slot].dtype).view(slot.own.shape))

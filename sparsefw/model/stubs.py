@@ -262,4 +262,4 @@ def _first_parameter(block: nn.Module) -> str:
 
 def hidden_of(block_output: Any) -> Tensor:
     """The hidden states in a block's output: its first tensor."""
-    return block_output if isinstance(block_output, Tensor) else leaves_of(block_output)[0]
+    return leaves_of(block_output)[0]
