@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sparsefw import prune
 from sparsefw.data.batches import BATCHES, batches_of
-from sparsefw.model import resident
+from sparsefw.model.block_model import resident
 from sparsefw.model.padding import unpadded_of
 
 CPU = torch.device("cpu")

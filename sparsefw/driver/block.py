@@ -17,8 +17,8 @@ from sparsefw.driver.job import Run
 from sparsefw.driver.partition import add_up, combine, exchange, exchange_rows, find_solves, rows_of
 from sparsefw.errors import InputError
 from sparsefw.memory import trim_memory
-from sparsefw.model import HiddenStates
 from sparsefw.model.block_model import BlockModel
+from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.layers import Stage, kind_of, not_pruned
 from sparsefw.model.measure import Captured, Pair, capture, measure
 from sparsefw.model.partial_forward import INPUT

@@ -35,12 +35,12 @@ from sparsefw.driver.saves import Plan, Progress, begun
 from sparsefw.errors import InputError, counted
 from sparsefw.estimate.memory import MOST_HELD_OUT, chunk_windows
 from sparsefw.memory import trim_memory
-from sparsefw.model import HiddenStates
 from sparsefw.model.activations import Store
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import embed_batches
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import add_divergence, logits_of_batch
+from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.solver.kept_weights import KeptWeights
 from sparsefw.solver.layer import LayerResult
 

@@ -36,8 +36,7 @@ from sparsefw.driver.texts import Texts, read_texts, with_defaults
 from sparsefw.errors import InputError, errors_in_one_line, shown
 from sparsefw.estimate.profile import shape_of_resident, shape_of_text
 from sparsefw.memory import on_gpu, this_device
-from sparsefw.model import resident
-from sparsefw.model.block_model import ResidentModel
+from sparsefw.model.block_model import ResidentModel, resident
 from sparsefw.model.head import check_losses
 from sparsefw.model.swap import filled, slots_of
 from sparsefw.report.content import Report

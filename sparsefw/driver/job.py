@@ -17,7 +17,7 @@ from sparsefw.estimate.placement import RecoveryPlan, memory_limits
 from sparsefw.estimate.shapes import BlockShape, ModelShape
 from sparsefw.estimate.workload import Workload, process_bytes
 from sparsefw.inputs import Inputs, Output
-from sparsefw.model import Placement
+from sparsefw.model.activations import Placement
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.stages import SplitFailures
 from sparsefw.ranks import ALONE, Ranks

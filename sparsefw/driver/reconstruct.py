@@ -27,11 +27,11 @@ from sparsefw.driver.job import Run
 from sparsefw.errors import InputError, first_line, option, shown
 from sparsefw.estimate.steps import tokens_and_steps
 from sparsefw.memory import trim_memory
-from sparsefw.model import HiddenStates
 from sparsefw.model.activations import split_batches
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.gradients import SliceGradients, deterministic, refused
 from sparsefw.model.head import divergence, logits_are_tokenwise, tokens_of_pass
+from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.layers import layer_of
 from sparsefw.model.padding import without_padding
 from sparsefw.model.stubs import ForwardFailed

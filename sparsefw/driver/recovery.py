@@ -25,8 +25,8 @@ from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.estimate.placement import RecoveryPlan, notes_of_recovery, plan_recovery
 from sparsefw.estimate.workload import Workload
 from sparsefw.memory import peak_memory, trim_memory
-from sparsefw.model import perplexity
 from sparsefw.model.forward import embed_batches
+from sparsefw.model.head import perplexity
 from sparsefw.report import content
 
 # Files in the writer's folder `recovery`: the report of the pruned model, and that of the recovered one.

@@ -26,7 +26,7 @@ from sparsefw.estimate.profile import shape_of
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.steps import reconstruction_line, reconstruction_steps
 from sparsefw.estimate.workload import pruned_shape
-from sparsefw.model import StreamedModel
+from sparsefw.model.streamed import StreamedModel
 from sparsefw.report import content, log
 from sparsefw.timeline import of_rank
 

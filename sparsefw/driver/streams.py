@@ -10,8 +10,9 @@ from sparsefw.data.windows import Windows
 from sparsefw.driver.block import kept_dense, tensors_of
 from sparsefw.driver.finished import FinishedBlock, TensorsByMethod
 from sparsefw.driver.job import Run, Samples
-from sparsefw.model import HiddenStates, perplexity
 from sparsefw.model.forward import embed_batches
+from sparsefw.model.head import perplexity
+from sparsefw.model.hidden_states import HiddenStates
 
 # Name of the hidden states in the dense model.
 DENSE = "dense"

@@ -19,7 +19,7 @@ from sparsefw.estimate.gradients import forward_bytes, reconstruction_bytes, rec
 from sparsefw.estimate.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.estimate.workload import Workload
 from sparsefw.memory import pinned_bytes
-from sparsefw.model import Placement
+from sparsefw.model.activations import Placement
 from sparsefw.solver.config import METHODS, PruneConfig
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT, cpu_rows
 

@@ -14,8 +14,7 @@ from sparsefw.estimate.memory import GIB, MemoryNeeds, kept_widths, memory_needs
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.workload import Workload
 from sparsefw.inputs import Inputs
-from sparsefw.model import Placement
-from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLACES, SOLVER
+from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLACES, SOLVER, Placement
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver.config import default_recovery
 from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT

@@ -29,7 +29,7 @@ from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.steps import reconstruction_line, reconstruction_steps
 from sparsefw.estimate.workload import Workload, process_bytes, pruned_shape
 from sparsefw.inputs import CARDS, DEFAULT, DEFAULT_MODEL, Inputs, Output
-from sparsefw.model import Placement
+from sparsefw.model.activations import Placement
 from sparsefw.solver.config import PruneConfig
 
 CPU = torch.device("cpu")

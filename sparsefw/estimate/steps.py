@@ -12,8 +12,7 @@ from typing import Any
 from sparsefw.errors import counted
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.workload import Workload
-from sparsefw.model import Placement
-from sparsefw.model.activations import split_batches
+from sparsefw.model.activations import Placement, split_batches
 
 # In windows of EVERY * MIN_TOKENS tokens or more, a step compares one token in EVERY, in TIMES times as many passes.
 # If a head of more than SMALL_HEAD weights then still costs over twice as much as the block, the first round fits

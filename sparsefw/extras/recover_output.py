@@ -31,7 +31,7 @@ from sparsefw.extras.page import write_pages
 from sparsefw.extras.page.command import VARIABLES
 from sparsefw.extras.verification import find_source
 from sparsefw.inputs import Inputs, Output
-from sparsefw.model import StreamedModel
+from sparsefw.model.streamed import StreamedModel
 from sparsefw.probe import say_kernel
 from sparsefw.report.content import Recovery, Report, device_and_versions, report_of
 from sparsefw.solver.config import PruneConfig, default_recovery

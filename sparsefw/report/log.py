@@ -21,7 +21,7 @@ from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.estimate.placement import placement_words
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.memory import peak_memory
-from sparsefw.model import Placement
+from sparsefw.model.activations import Placement
 from sparsefw.report.content import (
     DENSE,
     HIDDEN,

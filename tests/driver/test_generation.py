@@ -21,7 +21,7 @@ from sparsefw.data.windows import windows_of
 from sparsefw.driver import generation
 from sparsefw.driver.generation import write_tokens
 from sparsefw.inputs import DEFAULT_MODEL, Inputs
-from sparsefw.model import StreamedModel
+from sparsefw.model.streamed import StreamedModel
 from sparsefw.run import main
 
 FLAGS = ["--nsamples", "4", "--seqlen", "24", "--eval-windows", "2", "--method", "wanda"]

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama import modeling_llama
 
 from sparsefw.driver import prune as driver
-from sparsefw.model import HiddenStates
 from sparsefw.model.activations import BATCH_TOKENS
+from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.report.content import read_report
 
 FEW_STEPS = ["--steps", "9", "--reconstruct", "0", "--recover", "0", "--damp", "0.1"]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.estimate.profile import shape_of
-from sparsefw.model import embed
+from sparsefw.model.forward import embed
 from sparsefw.model.layers import kind_of
 from sparsefw.model.stages import survey
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.kernels.backend import TORCH
-from sparsefw.model import HiddenStates, StreamedModel, embed
 from sparsefw.model.activations import Activations, Store
-from sparsefw.model.hidden_states import MicroBatch
+from sparsefw.model.forward import embed
+from sparsefw.model.hidden_states import HiddenStates, MicroBatch
 from sparsefw.model.layers import Layer, Stage, kind_of
 from sparsefw.model.measure import Captured, Pair, measure
 from sparsefw.model.nested import ObjectRef, ValueRef
 from sparsefw.model.stages import Survey, stages, survey
+from sparsefw.model.streamed import StreamedModel
 from sparsefw.model.stubs import explained, hidden_of
 from sparsefw.model.trace import Call, Trace
 

@@ -5,9 +5,10 @@ from helpers.families import TOKENS
 from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.source import inspect
-from sparsefw.model import StreamedModel, embed
+from sparsefw.model.forward import embed
 from sparsefw.model.head import logits
 from sparsefw.model.skeleton import attention_implementation
+from sparsefw.model.streamed import StreamedModel
 
 CPU = torch.device("cpu")
 BATCH = 4

@@ -13,8 +13,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparsefw.data.batches import token_batch
-from sparsefw.model import embed
-from sparsefw.model.forward import embed_batches
+from sparsefw.model.forward import embed, embed_batches
 from sparsefw.model.trace import Trace
 
 

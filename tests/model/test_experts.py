@@ -7,7 +7,7 @@ from torch import nn
 
 from sparsefw.data.batches import batches_of
 from sparsefw.estimate.profile import shape_of_resident
-from sparsefw.model import resident
+from sparsefw.model.block_model import resident
 from sparsefw.model.experts import experts_of, without_sequential_parts
 from sparsefw.model.find_layers import record_block
 from sparsefw.model.settings import ONE_BY_ONE

@@ -12,8 +12,10 @@ from torch import nn
 from sparsefw.checkpoint.source import inspect
 from sparsefw.data.windows import windows_of
 from sparsefw.estimate.profile import shape_of
-from sparsefw.model import StreamedModel, embed, perplexity
 from sparsefw.model.activations import Store
+from sparsefw.model.forward import embed
+from sparsefw.model.head import perplexity
+from sparsefw.model.streamed import StreamedModel
 
 
 def prune(module):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM
 from sparsefw import PruneConfig, prune
 from sparsefw.checkpoint.source import inspect
 from sparsefw.estimate.profile import shape_of
-from sparsefw.model import embed
+from sparsefw.model.forward import embed
 from sparsefw.model.head import logits
 
 _TEXT = COMMON | dict(num_hidden_layers=2)

@@ -7,7 +7,7 @@ from helpers.pretended_gpu import pretended_gpu
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.memory import pinned_bytes
-from sparsefw.model import StreamedModel
+from sparsefw.model.streamed import StreamedModel
 
 SIZES = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 1024}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from sparsefw.estimate.shapes import BlockShape, LayerShape, ModelShape
 from sparsefw.estimate.steps import tokens_and_steps
-from sparsefw.model import embed, forward, head
+from sparsefw.model import forward, head
+from sparsefw.model.forward import embed
 from sparsefw.model.head import divergence, logits_are_tokenwise, tokens_of_pass
 
 IDS = TOKENS[:3, :10]

@@ -8,7 +8,8 @@ from helpers.verifying import change_tensor
 from safetensors.torch import load_file
 
 from sparsefw.checkpoint.source import inspect
-from sparsefw.model import StreamedModel, embed
+from sparsefw.model.forward import embed
+from sparsefw.model.streamed import StreamedModel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -22,7 +22,7 @@ from transformers import (
 from sparsefw.checkpoint.source import inspect
 from sparsefw.errors import InputError
 from sparsefw.estimate.profile import shape_of
-from sparsefw.model import embed
+from sparsefw.model.forward import embed
 from sparsefw.model.skeleton import class_of, max_seqlen
 
 

@@ -30,9 +30,11 @@ from sparsefw.estimate.profile import shape_of
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.workload import Workload
 from sparsefw.extras.evaluation.batching import Request, Tree, batch_of, ids_of, trees_of
-from sparsefw.model import HiddenStates, Placement, StreamedModel, embed
-from sparsefw.model.forward import check_token, embed_batches
+from sparsefw.model.activations import Placement
+from sparsefw.model.forward import check_token, embed, embed_batches
 from sparsefw.model.head import logits, window_losses
+from sparsefw.model.hidden_states import HiddenStates
+from sparsefw.model.streamed import StreamedModel
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report.log import block_row
 from sparsefw.solver.config import PruneConfig

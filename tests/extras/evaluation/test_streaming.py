@@ -15,7 +15,7 @@ from sparsefw.data.windows import windows_of
 from sparsefw.extras.evaluation import streaming
 from sparsefw.extras.evaluation.batching import request_of
 from sparsefw.extras.evaluation.streaming import scores_of, window_losses_of
-from sparsefw.model import StreamedModel
+from sparsefw.model.streamed import StreamedModel
 
 # Rows of the drawn requests.
 TREES, ALONE = 5, 15
