@@ -47,29 +47,29 @@ TEMPLATES = "additional_chat_templates"
 
 # Patterns of the names, in lower case, of the files that make a model's inputs: of tokens; of images, sound and video.
 TOKENIZERS = (
-    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*.json", "*_vocab.json", "vocab.txt"),
-    *("tokenizer.model*", "sentencepiece*.model", "spiece.model", "spm*.model", "*.spm", "*.tiktoken", "tekken.json"),
-    *("merges.txt", "dict.txt", "bpe.codes", "prophetnet.tokenizer", "normalizer.json", "emoji.json"),
-    *("byte_maps.json", "word_shape.json", "word_pronunciation.json"),
-)
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*.json", "*_vocab.json", "vocab.txt",
+    "tokenizer.model*", "sentencepiece*.model", "spiece.model", "spm*.model", "*.spm", "*.tiktoken", "tekken.json",
+    "merges.txt", "dict.txt", "bpe.codes", "prophetnet.tokenizer", "normalizer.json", "emoji.json",
+    "byte_maps.json", "word_shape.json", "word_pronunciation.json",
+)  # fmt: skip
 PROCESSORS = ("*processor_config.json", "audio_tokenizer_config.json")
 
 # Patterns of the files, in lower case, that are copied from a source to the output. A folder may hold any other file
 # besides those of its checkpoint, so this lists the files that belong to a model.
 COPIED = (
-    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja"),
-    *(*PROCESSORS, *TOKENIZERS),
+    "config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja",
+    *PROCESSORS, *TOKENIZERS,
     # sentence-transformers' steps before and after the model: pooling, or a dense layer with its weights.
-    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
-    *("[0-9]_*/*.json", "[0-9]_*/model.safetensors"),
+    "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
+    "[0-9]_*/*.json", "[0-9]_*/model.safetensors",
     # Terms of use.
-    *("licen[cs]e", "licen[cs]e*.md", "licen[cs]e*.txt", "notice", "notice.md", "notice.txt", "use_policy.md"),
-)
+    "licen[cs]e", "licen[cs]e*.md", "licen[cs]e*.txt", "notice", "notice.md", "notice.txt", "use_policy.md",
+)  # fmt: skip
 # Ends of the names, in lower case, of the files that a run writes itself.
 RUN_FILES = (
-    *(".safetensors", ".safetensors.index.json", "sha256sums"),
-    *("report.json", "report.html", "readme.md", "calibration.jsonl"),
-)
+    ".safetensors", ".safetensors.index.json", "sha256sums",
+    "report.json", "report.html", "readme.md", "calibration.jsonl",
+)  # fmt: skip
 
 # Patterns, with capitals, of the files that are downloaded from the Hub. All folders but that of templates, and
 # consolidated.safetensors, hold the same weights in other formats.
