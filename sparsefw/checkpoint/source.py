@@ -152,7 +152,7 @@ def inspect(folder: Path) -> Checkpoint:
     Raises:
         InputError: files are missing, damaged, contradict each other, or lie outside of the folder; the weights are
             only there as pickle; a tensor has a dtype that cannot be pruned; the model is quantized by a method that is
-            not read, or its scales do not fit; a config is refused by `check_config`.
+            not read, or its scales do not fit; a config is refused by `checked_config`.
     """
     if os.path.lexists(folder / ADAPTER):
         raise InputError(
@@ -161,11 +161,10 @@ def inspect(folder: Path) -> Checkpoint:
         )
     if not os.path.lexists(folder / CONFIG):
         raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face checkpoint in safetensors")
-    config = read_json(folder / CONFIG)
-    check_config(config, folder / CONFIG)
+    config = checked_config(folder / CONFIG)
     for name in TOKENIZER_CONFIGS:
         if os.path.lexists(folder / name):
-            check_config(read_json(folder / name), folder / name)
+            checked_config(folder / name)
     quantization = quantization_of(config, folder / CONFIG)
     tensors = _find_tensors(folder, FILE_DTYPES | (FP8_DTYPES if quantization else {}))
     dtype = most_bytes(tensors.values())
@@ -177,19 +176,18 @@ def inspect(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, tensors, dtype, quantization)
 
 
-def check_config(config: dict[str, Any], path: Path) -> None:
-    """Refuse a config for which transformers would run code, open files elsewhere, or build layers for minutes.
+def checked_config(path: Path) -> dict[str, Any]:
+    """Read config.json or one of TOKENIZER_CONFIGS.
 
-    Args:
-        config: the content of config.json or of one of TOKENIZER_CONFIGS.
-        path: the file's path.
+    A config is refused for which transformers would run code, open files elsewhere, or build layers for minutes.
 
     Raises:
-        InputError: an entry would cause that, or transformers has no class for the model.
+        InputError: an entry would cause that, transformers has no class for the model, or as for `read_json`.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    config = read_json(path)
     kind = config.get("model_type")
     of_tokenizer = path.name in TOKENIZER_CONFIGS
     if isinstance(kind, str) and kind not in CONFIG_MAPPING and not of_tokenizer:
@@ -209,6 +207,7 @@ def check_config(config: dict[str, Any], path: Path) -> None:
             raise InputError(f"{path}: {key} {shown(text)} lies outside of the checkpoint; remove the entry")
         if isinstance(value, int) and value > MOST_LAYERS and LAYERS.search(key):
             raise InputError(f"{path}: {key} {value}: more than {MOST_LAYERS}; give the config of a real model")
+    return config
 
 
 def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

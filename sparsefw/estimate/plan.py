@@ -11,7 +11,7 @@ import torch
 from sparsefw import memory
 from sparsefw.arithmetic import computes_in_fp32
 from sparsefw.checkpoint.quantization import MODEL_DTYPES, dtype_in, quantization_of
-from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, check_config, inspect, locate, read_json
+from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE, Checkpoint, checked_config, inspect, locate
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import evaluation_windows, window_length
 from sparsefw.errors import InputError, counted, fitted, option
@@ -71,8 +71,7 @@ def describe(model: str, device: torch.device = CPU) -> DescribedModel:
     path = Path(os.path.expanduser(model))
     if not path.is_file():
         path = locate(model, [CONFIG]) / CONFIG
-    config = read_json(path)
-    check_config(config, path)
+    config = checked_config(path)
     quantization, notes = quantization_of(config, path), list[str]()
     folder = path.parent if path.name == CONFIG else path
     # If the weights are in the folder, they decide, as in a run: the config may differ from them.
