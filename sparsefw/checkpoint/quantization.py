@@ -192,7 +192,7 @@ class Packed:
         kept: fraction of the weights that a matrix keeps.
     """
 
-    kept: float = 0.0
+    kept: float
     method: ClassVar[str] = "sparsefw"
     form: ClassVar[str] = "packed"
 

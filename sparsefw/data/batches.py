@@ -23,7 +23,7 @@ class Batch:
         name: name of a caller's batch for messages, such as "calibration[3]"; "" for windows.
     """
 
-    args: tuple[Any, ...] = ()
+    args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     windows: int = 1
     name: str = ""

@@ -59,7 +59,7 @@ def reconstruct(
     states: HiddenStates,
     dense: HiddenStates,
     results: Sequence[LayerResult],
-    ids: Tensor | None = None,
+    ids: Tensor | None,
 ) -> Reconstruction | None:
     """Reconstruct block i, which is open and pruned.
 
@@ -197,7 +197,7 @@ class BlockFit:
     dense: HiddenStates
     learned: list[int]
     held_out: list[int]
-    tokens: list[Tensor] | None = None
+    tokens: list[Tensor] | None
     every: int = 1
     hidden_first: bool = False
     reached: set[int] = field(default_factory=set)
@@ -249,7 +249,7 @@ class BlockFit:
             weights.put_back()
         return after
 
-    def loss_of(self, j: int, of_pass: int | None = None, learned: bool = False) -> tuple[Tensor, int, int]:
+    def loss_of(self, j: int, of_pass: int | None, learned: bool = False) -> tuple[Tensor, int, int]:
         """Compute the loss of a micro-batch, summed over its tokens.
 
         Args:

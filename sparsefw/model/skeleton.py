@@ -70,7 +70,7 @@ class Skeleton:
     conversions: list[WeightTransform]
     checkpoint: Checkpoint
     unused: list[str]
-    replaced: str = ""
+    replaced: str
 
     def load(self, tensors: Mapping[str, Loadable], device: torch.device) -> dict[str, Tensor]:
         """Make parameters from tensors of the checkpoint; returns them by name. They may share the tensors' memory.

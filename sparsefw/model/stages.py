@@ -51,9 +51,9 @@ class Survey:
     layers: list[Layer]
     roles: dict[str, Role]
     cuts: list[Point]
-    ignored: tuple[str, ...] = ()
-    experts: frozenset[str] = frozenset()
-    signature: tuple = ()
+    ignored: tuple[str, ...]
+    experts: frozenset[str]
+    signature: tuple
 
 
 def survey(

@@ -164,7 +164,7 @@ def run_with_stubs(
     batch: Batch,
     input_kind: str,
     make_stub: MakeStub,
-    tracer: Tracer | None = None,
+    tracer: Tracer | None,
     last: int | None = None,
 ) -> Any:
     """Run a model's own forward with stubs in place of its blocks.

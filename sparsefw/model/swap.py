@@ -150,7 +150,7 @@ class SharedParameters:
 
     names: frozenset[str]
     sources: dict[str, str]
-    repeated: tuple[str, ...] = ()
+    repeated: tuple[str, ...]
 
     @property
     def notes(self) -> list[str]:

@@ -57,7 +57,7 @@ class TapeValue:
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
-    tensor: Tensor | None = None
+    tensor: Tensor | None
 
 
 @dataclass(frozen=True)

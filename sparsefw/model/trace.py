@@ -27,7 +27,7 @@ class Step:
     args: Any
     kwargs: Any
     outputs: list[int]
-    in_place: bool = False
+    in_place: bool
     last: list[int] = field(default_factory=list)
 
     @property

@@ -117,7 +117,7 @@ class Watch:
         self,
         names: WeightNames,
         experts: frozenset[str],
-        selected: Selector = everything,
+        selected: Selector,
         take_input: Callable[[str, Tensor], None] | None = None,
         stage: Stage | None = None,
         *,
