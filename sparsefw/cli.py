@@ -73,8 +73,10 @@ def main() -> int:
         "usage: python -m sparsefw.COMMAND ...",
         "",
         *(f"  {x:<9} {what}" for x, what in COMMANDS.items()),
+        "",
+        "--help after a command lists its flags",
     ]
-    print("\n".join([*lines, "", "--help after a command lists its flags"]), file=sys.stdout if helped else sys.stderr)
+    print("\n".join(lines), file=sys.stdout if helped else sys.stderr)
     return 0 if helped else BAD_INPUT
 
 

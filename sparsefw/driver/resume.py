@@ -14,11 +14,9 @@ from sparsefw.errors import flag_of
 from sparsefw.model.block_model import BlockModel
 from sparsefw.report import content
 
-# Inputs that a resumed run may name differently, since their contents are compared.
-BY_CONTENT = {"model", "dataset"}
-
-# The recovery begins when all blocks are pruned. A resumed run may ask for another one, or for none.
-RECOVER = "recover"
+# Inputs that a resumed run may name differently, since their contents are compared. And the recovery, which begins when
+# all blocks are pruned: a resumed run may ask for another one, or for none.
+MAY_DIFFER = {"model", "dataset", "recover"}
 
 # Names of the two choices of arithmetic, which a resumed run takes over from the unfinished run.
 IN_FP32 = "whether it computes in fp32"
@@ -65,7 +63,7 @@ def identity(run: Run) -> dict[str, Any]:
     for name in ("include", "ignore"):
         # The order of the patterns makes no difference.
         values[name] = sorted(values[name])
-    flags = {flag_of(name): value for name, value in values.items() if name not in BY_CONTENT | {RECOVER}}
+    flags = {flag_of(name): value for name, value in values.items() if name not in MAY_DIFFER}
     texts = {f"the evaluation text {samples.source}": samples.hash for samples in run.evaluation}
     # Text that the unfinished run has generated is taken over, so its hash tells nothing of other prompts.
     own = {"the text that the model writes": run.job.inputs.own}
