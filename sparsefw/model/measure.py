@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from sparsefw.kernels.backend import Backend
 from sparsefw.model.activations import Activations
-from sparsefw.model.experts import experts_of
 from sparsefw.model.find_layers import WeightNames
 from sparsefw.model.hidden_states import BlockRun, HiddenStates
 from sparsefw.model.layers import Layer, Stage, is_expert
@@ -82,7 +81,7 @@ def capture(
     dense: tuple[nn.Module, Run] | None = None,
     unpadded: Callable[[int], Tensor | None] = lambda j: None,
     move: Callable[[int, Any], None] = lambda j, ran: None,
-    experts: frozenset[str] | None = None,
+    experts: frozenset[str],
 ) -> Captured:
     """Run a block on its calibration inputs; find its layers and accumulate the Gram matrices of their inputs.
 
@@ -100,13 +99,12 @@ def capture(
         move: called after each run of the dense model with the number of the micro-batch, and the result of the run;
             None in place of the result if the run ended early. It is called outside of the watch, so that the calls
             that it makes are not taken for layers.
-        experts: names of modules that may be experts; None: `experts_of` finds them.
+        experts: names of modules that may be experts.
 
     Raises:
         InputError: the layers that share an input differ between two micro-batches.
     """
     sums, names, dense_names = _Sums(backend), WeightNames(block), WeightNames((dense or [block])[0])
-    experts = experts_of(block) if experts is None else experts
 
     def add_crosses(j: int, run_dense: Run) -> None:
         # A new watch for each micro-batch, so that its outputs are freed at the end of this function.
@@ -140,14 +138,14 @@ class Pair:
         pruned: the windows in the pruned model, whose block is open.
         dense: the windows in the dense model.
         dense_block: the block of the dense model.
-        experts: names of modules that may be experts; None: `experts_of` finds them.
+        experts: names of modules that may be experts.
     """
 
     number: int
     pruned: HiddenStates
     dense: HiddenStates
     dense_block: nn.Module
-    experts: frozenset[str] | None = None
+    experts: frozenset[str]
 
 
 def measure(

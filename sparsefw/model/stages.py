@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.errors import InputError, first_line, shown
-from sparsefw.model.experts import experts_of
 from sparsefw.model.find_layers import BlockTape, record_block
 from sparsefw.model.layers import Layer, ResidualWrite, Role, Stage, by_input, is_expert
 from sparsefw.model.partial_forward import INPUT, SAME, Point, next_point, run_part
@@ -63,8 +62,8 @@ def survey(
     selected: Selector = everything,
     *,
     handed_on: Callable[[Any], Any] = lambda returned: (),
-    split_failures: SplitFailures | None = None,
-    experts: frozenset[str] | None = None,
+    split_failures: SplitFailures,
+    experts: frozenset[str],
 ) -> Survey:
     """Survey the layers of a block.
 
@@ -72,11 +71,11 @@ def survey(
         block, run, hidden, handed_on: as for `record_block`.
         selected: selects layers by name.
         split_failures: results for earlier blocks, see `without_failed_split`; the result for this block is added.
-        experts: names of modules that may be experts; None: `experts_of` finds them.
+        experts: names of modules that may be experts.
     """
     tape, output = record_block(block, run, hidden, handed_on)
-    found = survey_tape(tape, experts_of(block) if experts is None else experts, selected)
-    return without_failed_split(found, run, hidden, output, {} if split_failures is None else split_failures)
+    found = survey_tape(tape, experts, selected)
+    return without_failed_split(found, run, hidden, output, split_failures)
 
 
 def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector) -> Survey:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.estimate.profile import shape_of
+from sparsefw.model.experts import experts_of
 from sparsefw.model.forward import embed
 from sparsefw.model.layers import kind_of
 from sparsefw.model.stages import survey
@@ -34,7 +35,8 @@ def test_layers_are_those_that_calibration_finds(family, tmp_path):
         states = embed(model, TOKENS, len(TOKENS))
         for i, block in enumerate(model.blocks):
             model.open(i)
-            surveyed = survey(block, states.run_of(i, 0), states.hidden[0], is_layer)
+            known = dict(split_failures={}, experts=experts_of(block))
+            surveyed = survey(block, states.run_of(i, 0), states.hidden[0], is_layer, **known)
             seen += [f"{model.names[i]}.{layer.name}" for layer in surveyed.layers]
             roles = {kind_of(name, surveyed.experts): ways(role) for name, role in surveyed.roles.items()}
             assert {layer.name: ways(layer.role) for layer in found.blocks[i].layers} == roles

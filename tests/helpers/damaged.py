@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsefw.checkpoint.source import inspect
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model.activations import Activations, Store
+from sparsefw.model.experts import experts_of
 from sparsefw.model.forward import embed
 from sparsefw.model.hidden_states import HiddenStates, MicroBatch
 from sparsefw.model.layers import Layer, Stage, kind_of
@@ -33,7 +34,7 @@ def damaged_pair(folder, tokens=TOKENS, store=None, loss: float = 1) -> Pair:
         # Models begin with biases of zero.
         if name.endswith("bias"):
             parameter.data.copy_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
-    return _damaged(Pair(0, dense.fork(), dense, copy.deepcopy(block)), loss)
+    return _damaged(Pair(0, dense.fork(), dense, copy.deepcopy(block), experts_of(block)), loss)
 
 
 class Block(nn.Module):
@@ -73,7 +74,7 @@ def damaged_module(block: nn.Module, batches: list[Tensor], arguments: tuple = (
     for batch in batches:
         states.batches.append(MicroBatch(calls={0: call}, objects=[*arguments]))
         states.hidden.append(batch.to(DEVICE))
-    return _damaged(Pair(0, states.fork(), states, copy.deepcopy(block)), 1)
+    return _damaged(Pair(0, states.fork(), states, copy.deepcopy(block), experts_of(block)), 1)
 
 
 def _damaged(pair: Pair, loss: float) -> Pair:
@@ -104,6 +105,8 @@ def surveyed(pair: Pair, selected=is_layer) -> Survey:
         pair.pruned.hidden[0],
         selected,
         handed_on=lambda _: pair.pruned.handed_on(pair.number, run),
+        split_failures={},
+        experts=pair.experts,
     )
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sparsefw.kernels.backend import TORCH
+from sparsefw.model.experts import experts_of
 from sparsefw.model.layers import layer_of, not_pruned
 from sparsefw.model.measure import capture
 
@@ -30,7 +31,7 @@ def inputs(*shape, count=2):
 
 
 def captured(block, batches):
-    return capture(block, lambda j: block(batches[j]), range(len(batches)), backend=TORCH)
+    return capture(block, lambda j: block(batches[j]), range(len(batches)), backend=TORCH, experts=experts_of(block))
 
 
 def gram(*rows):

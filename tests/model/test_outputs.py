@@ -49,7 +49,7 @@ def test_sums_that_outputs_go_into(combine, layers, what):
     dense, x, lossy = copy.deepcopy(block), torch.randn(20, 8), torch.randn(20, 8)
     x[0, 1], lossy[0, 1] = 0, -100
     runs = (lambda j: combine(lossy, *block.values())), (lambda j: combine(x, *dense.values()))
-    crosses = capture(block, runs[0], [0], backend=TORCH, dense=(dense, runs[1])).crosses
+    crosses = capture(block, runs[0], [0], backend=TORCH, dense=(dense, runs[1]), experts=frozenset()).crosses
     assert set(crosses) == {f"{name}.weight" for name in layers}
     for name in layers:
         D = what(x, *dense.values()) - what(lossy, *block.values())
@@ -61,7 +61,8 @@ def test_outputs_that_are_written_to_are_not_used():
     block = nn.Sequential(nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 8)).requires_grad_(False)
     dense, x = copy.deepcopy(block), torch.randn(20, 8)
     block[0].weight[:, ::2] = 0
-    captured = capture(block, lambda j: block(x), [0], backend=TORCH, dense=(dense, lambda j: dense(x)))
+    runs = (lambda j: block(x)), (lambda j: dense(x))
+    captured = capture(block, runs[0], [0], backend=TORCH, dense=(dense, runs[1]), experts=frozenset())
     assert [layer.name for layer in captured.layers] == ["0.weight", "2.weight"]
     assert set(captured.crosses) == {"2.weight"}
 
@@ -70,7 +71,8 @@ def test_a_forward_ends_before_the_product_after_the_stage():
     """That product may be the largest of a block."""
     block, x, made = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))).requires_grad_(False), torch.randn(20, 8), []
     with Calls(lambda func, args, kwargs: (made.append(func), func(*args, **kwargs))[1]):
-        captured = capture(block, lambda j: block(x), [0], backend=TORCH, stage=Stage("1.weight", "1.weight"))
+        stage = Stage("1.weight", "1.weight")
+        captured = capture(block, lambda j: block(x), [0], backend=TORCH, stage=stage, experts=frozenset())
     assert [layer.name for layer in captured.layers] == ["1.weight"]
     assert made.count(nn.functional.linear) == 2
 
@@ -87,5 +89,5 @@ def test_nothing_of_a_micro_batch_outlives_it():
         kept.extend((j, weakref.ref(tensor)) for tensor in (x, out))
 
     runs = functools.partial(run, block), functools.partial(run, dense)
-    captured = capture(block, runs[0], range(3), backend=TORCH, dense=(dense, runs[1]))
+    captured = capture(block, runs[0], range(3), backend=TORCH, dense=(dense, runs[1]), experts=frozenset())
     assert (len(kept), set(captured.crosses)) == (12, {"weight"})

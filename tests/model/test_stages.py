@@ -81,10 +81,11 @@ def test_blocks_of_a_kind_are_tried_once(tmp_path):
         runs.append(hidden)
         return pair.pruned.run_of(0, 0)(hidden)
 
-    first = survey(pruned_block(pair), counted, pair.pruned.hidden[0], split_failures=known)
+    given = dict(split_failures=known, experts=pair.experts)
+    first = survey(pruned_block(pair), counted, pair.pruned.hidden[0], **given)
     # The block as it is; whole, at its cut, and at the two inputs that can be kept.
     assert (len(runs), list(known.values())) == (5, [""])
     runs.clear()
-    second = survey(pruned_block(pair), counted, pair.pruned.hidden[0], split_failures=known)
+    second = survey(pruned_block(pair), counted, pair.pruned.hidden[0], **given)
     assert len(runs) == 1
     assert (second.roles, second.cuts) == (first.roles, first.cuts)
