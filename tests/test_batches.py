@@ -142,6 +142,10 @@ def test_goes_on_after_an_interruption(tmp_path):
     assert unchanged(model, before)
     with refused("calibration text"):
         prune(model, tmp_path / "out", calibration=batches[::-1], **WANDA)
+    model.config.dropout = 0.25
+    with refused("the model was"):
+        prune(model, tmp_path / "out", calibration=batches, **WANDA)
+    model.config.dropout = whole.config.dropout
     prune(model, tmp_path / "out", calibration=batches, log=lines.append, **WANDA)
     assert any(line.startswith("resuming an unfinished run: 2 of 4 shards") for line in lines)
     assert unchanged(model, weights_of(whole))

@@ -4,6 +4,7 @@ The model's own library writes the pruned model.
 """
 
 import hashlib
+import json
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsefw.checkpoint.source import (
     PROCESSORS,
@@ -127,7 +128,7 @@ def _settled(
         texts.seqlen,
         stream=texts.stream,
         notes=opened.notes,
-        fingerprint=_fingerprint(tensors),
+        fingerprint=_fingerprint(dict(opened.model.named_buffers()) | tensors, getattr(opened.model, "config", None)),
         source=source,
     )
     saved = sum(tensor.nbytes for tensor in tensors.values()) if saves else 0
@@ -176,9 +177,13 @@ def _largest(batches: Batches) -> Batch:
     return max(batches.batches, key=lambda batch: sum(x.numel() for x in batch.tensors))
 
 
-def _fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Compute the SHA-256 of tensors with their names, in hex."""
+def _fingerprint(tensors: dict[str, Tensor], config: Any) -> str:
+    """Compute the SHA-256 of tensors with their names and of a config of transformers, in hex."""
     digest = hashlib.sha256()
+    if isinstance(config, PreTrainedConfig):
+        # The same model may have moved.
+        known = config.to_dict() | {"_name_or_path": None, "attention": config._attn_implementation}
+        digest.update(json.dumps(known, sort_keys=True, default=str).encode())
     for name, tensor in tensors.items():
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(bytes_of(tensor))

@@ -7,7 +7,7 @@ needs is in the writer's folder `recovery`: the report of the pruned model, and 
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.batches import Batch, Batches, token_batch
 from sparsefw.driver.distill import recovering
 from sparsefw.driver.job import Run
+from sparsefw.driver.resume import MAY_DIFFER
 from sparsefw.driver.saves import begun
 from sparsefw.errors import InputError, first_line, option
 from sparsefw.estimate.memory import MemoryNeeds
@@ -80,7 +81,7 @@ def pruned_report(run: Run, writer: Writer) -> content.Report | None:
     if (writer.recovery / FINISHED).exists():
         report = content.read_report(writer.recovery / FINISHED)
         for name, asked in {"recover": run.config.given.get("recover"), "hours": run.job.output.hours}.items():
-            if report.recovery and asked not in (None, report.arguments[name]):
+            if asked not in (None, report.arguments[name]):
                 again = f"give the same, or {option('restart', True)}"
                 raise InputError(f"{option(name, asked)}: the recovery has ended with another value; {again}")
         return report
@@ -88,8 +89,12 @@ def pruned_report(run: Run, writer: Writer) -> content.Report | None:
     if not (writer.recovery / PRUNED).exists():
         return None
     report = content.read_report(writer.recovery / PRUNED)
-    own = {"recover": run.config.recover, "hours": run.job.output.hours}
-    return replace(report, arguments=report.arguments | own, given=run.job.given)
+    changed = asdict(run.job.inputs) | asdict(run.config) | asdict(run.job.output)
+    own = {name: changed[name] for name in (*MAY_DIFFER, "hours", "gpu_memory", "host_memory")}
+    data = replace(report.data, source=run.calibration.source)
+    # A new note may say why there is no recovery any more.
+    notes = report.notes + [note for note in run.notes if note not in report.notes]
+    return replace(report, arguments=report.arguments | own, given=run.job.given, data=data, notes=notes)
 
 
 def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
@@ -121,7 +126,9 @@ def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
         report = _noted(run, report, f"no recovery of the whole model: {first_line(error)}")
     peak = {what: max(n, report.peak_memory[what]) for what, n in peak_memory().items()}
     seconds = report.seconds | {"recover": time.perf_counter() - started}
-    report = replace(report, peak_memory=peak, seconds=seconds)
+    # The report of an output that is recovered again has the arguments of its run.
+    own = {"recover": run.config.recover, "hours": run.job.output.hours}
+    report = replace(report, peak_memory=peak, seconds=seconds, arguments=report.arguments | own)
     durably(writer.recovery / FINISHED, report.to_json())
     return report
 

@@ -1,11 +1,14 @@
 """Resume an unfinished run: compare the values of both runs, take over choices, and replay the finished blocks."""
 
+import os
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsefw import arithmetic
+from sparsefw.checkpoint.files import file_digest
 from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.driver.job import Job, Run
@@ -66,8 +69,13 @@ def identity(run: Run) -> dict[str, Any]:
     flags = {flag_of(name): value for name, value in values.items() if name not in MAY_DIFFER}
     texts = {f"the evaluation text {samples.source}": samples.hash for samples in run.evaluation}
     # Text that the unfinished run has generated is taken over, so its hash tells nothing of other prompts.
-    own = {"the text that the model writes": run.job.inputs.own}
-    read = {"the model": run.fingerprint, "the calibration text": run.calibration.hash} | own | texts
+    own = run.job.inputs.own
+    prompts = Path(os.path.expanduser((own or "").partition("=")[2]))
+    written = {
+        "the text that the model writes": own,
+        "its prompts": file_digest(prompts) if prompts.is_file() else None,
+    }
+    read = {"the model": run.fingerprint, "the calibration text": run.calibration.hash} | written | texts
     work = {IN_FP32: run.model.in_fp32, ROUNDED: run.rounded, "the number of ranks": run.ranks.count}
     return flags | read | work | content.device_and_versions(run.model.device)
 

@@ -64,7 +64,8 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
         _check_models(job.folder, model, source)
         run = _run(job, model, dense)
         values = {flag_of(name): value for name, value in asdict(job.inputs).items() if name != "model"}
-        values |= {"the dense model": run.fingerprint, "what was pruned": stamps(source)}
+        values |= {"the dense model": run.fingerprint, "the dense model's files": stamps(dense)}
+        values |= {"what was pruned": stamps(source)}
         values |= {IN_FP32: in_fp32, ROUNDED: run.rounded} | device_and_versions(device)
         shards = len(model.unique_blocks) + len(model.pieces)
         overwrite, restart = output.overwrite, output.restart

@@ -91,6 +91,20 @@ def test_a_killed_run_is_resumed_with_its_text(written, tmp_path, monkeypatch, c
     assert own(tmp_path / "out")[0] == own(written)[0]
 
 
+def test_a_resumed_run_refuses_other_prompts(tmp_path, monkeypatch, capsys):
+    prompts = tmp_path / "asked.jsonl"
+    asked = {"dataset": (f"self={prompts}",)}
+    prompts.write_text('{"text": "Which"}\n')
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 16)
+        assert run(tmp_path / "out", **asked) == 130
+    prompts.write_text('{"text": "Why"}\n')
+    assert run(tmp_path / "out", **asked) == 2
+    assert "its prompts" in capsys.readouterr().err
+    prompts.write_text('{"text": "Which"}\n')
+    assert run(tmp_path / "out", **asked) == 0
+
+
 def test_half_are_conversations_by_the_template():
     tokenizer, lines = load_tokenizer(DEFAULT_MODEL), []
     tokenizer.chat_template = TEMPLATE

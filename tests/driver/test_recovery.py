@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -186,14 +187,32 @@ def test_another_recovery_or_none_may_end_an_unfinished_run(go, monkeypatch):
         assert report_of(found).arguments["recover"] == int(tokens)
 
 
-def test_one_that_has_ended_is_not_exchanged(go, monkeypatch, capsys):
+@pytest.mark.parametrize("gain", [1, -1])
+def test_one_that_has_ended_is_not_exchanged(go, monkeypatch, capsys, gain):
     with monkeypatch.context() as patched:
+        change_rates(patched, lambda n, rate: gain * rate)
         patched.setattr(Writer, "finish", lambda *given: interrupt())
         assert go("out", *FOUR)[0] == 130
     for flag, value in (("--recover", "0"), ("--hours", "9.5")):
         assert go("out", *FOUR, flag, value)[0] == 2
         assert f"{flag} {value}: the recovery has ended with another value" in capsys.readouterr().err
-    assert report_of(go("out", *FOUR)).recovery.tokens == 128
+    found = report_of(go("out", *FOUR))
+    assert (found.recovery is None, found.arguments["recover"]) == (gain < 0, 128)
+
+
+def test_the_report_is_of_the_run_that_ends(pruned, tmp_path, monkeypatch):
+    """Its model has moved, and nothing is recovered any more."""
+    source, plain = pruned(*WANDA)
+    first, out = shutil.copytree(source, tmp_path / "first"), tmp_path / "out"
+    flags = (plain.parent / "text.txt", out, *DEFAULT)
+    with monkeypatch.context() as patched:
+        patched.setattr(distill, "_fit", lambda *given: interrupt())
+        assert run(first, *flags) == 130
+    second = first.rename(tmp_path / "second")
+    monkeypatch.setattr(recovery, "_impossible", lambda run: "too large")
+    report = report_of((run(second, *flags), out))
+    assert (report.arguments["model"], report.recovery) == (str(second), None)
+    assert report.notes == ["no recovery of the whole model: too large"]
 
 
 def test_where_nothing_is_gained_the_pruned_weights_stay(go, pruned, monkeypatch, capsys):

@@ -233,9 +233,10 @@ def test_an_interrupted_one_goes_on(pruned, tmp_path, monkeypatch, capsys, n):
 
 
 def test_no_step_goes_on_with_another_text(pruned, tmp_path, monkeypatch, capsys):
-    _, output = pruned(*WANDA)
-    text = tmp_path / "t.txt"
-    flags = [f"{output}", f"{tmp_path}/x", f"--dataset={text}", "--recover=640"]
+    """Nor with another dense model."""
+    source, output = pruned(*WANDA)
+    text, dense = tmp_path / "t.txt", shutil.copytree(source, tmp_path / "dense")
+    flags = [f"{output}", f"{tmp_path}/x", f"--model={dense}", f"--dataset={text}", "--recover=640"]
     monkeypatch.setattr("sparsefw.driver.saves.Progress.is_due", True)
     text.write_text("One two three. " * 9999)
     with monkeypatch.context() as patched:
@@ -244,6 +245,14 @@ def test_no_step_goes_on_with_another_text(pruned, tmp_path, monkeypatch, capsys
     text.write_text("Four five six. " * 9999)
     recover.main(flags)
     assert "begin again: their number, hours" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "x")
+    text.write_text("One two three. " * 9999)
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 26, lambda: [][0])
+        assert recover.main(flags)
+    min(dense.glob("*.safetensors")).touch()
+    assert recover.main(flags) == 2
+    assert "the dense model's files was" in capsys.readouterr().err
 
 
 def test_the_model_writes_the_text(pruned, tmp_path):

@@ -265,8 +265,10 @@ def test_models_in_memory_on_batches(name, tmp_path, capsys):
 
 
 def test_a_model_in_memory_on_text(tmp_path, capsys):
-    """What it was loaded from need not be what was pruned, or may have another dtype."""
+    """What it was loaded from need not be what was pruned: another dtype, and tensors that no model uses."""
     source = save_model(tmp_path / "source", "llama", torch.bfloat16, num_hidden_layers=2)
+    unused = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    save_file(tensors_of(source) | unused, source / "model.safetensors", {"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     prune(model, tmp_path / "out", dataset=torch.ones(2, 16, dtype=torch.int64), **QUICK)
     for against, line in (

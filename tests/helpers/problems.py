@@ -105,7 +105,7 @@ def make_config(sparsity="0.6", **options):
 
 def run(layers, G=None, method="sparsefw", config=None, **options):
     """Prune copies of the layers, in one stack where that is possible; returns them by name, and the results."""
-    pruned, config = [(name, W.clone()) for name, W in layers], config or make_config()
+    pruned, config = [(name, W.clone()) for name, W in layers], (config or make_config()).on(torch.device("cpu"))
     G = make_gram(layers[0][1].shape[1]) if G is None else G.clone()
     crosses = options.pop("crosses", None) or [None] * len(layers)
     height = len(layers) if config.rows_independent(method) else 1
