@@ -265,10 +265,8 @@ def test_models_in_memory_on_batches(name, tmp_path, capsys):
 
 
 def test_a_model_in_memory_on_text(tmp_path, capsys):
-    """What it was loaded from need not be what was pruned: another dtype, and tensors that no model uses."""
+    """What it was loaded from need not be what was pruned, or may have another dtype."""
     source = save_model(tmp_path / "source", "llama", torch.bfloat16, num_hidden_layers=2)
-    unused = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
-    save_file(tensors_of(source) | unused, source / "model.safetensors", {"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     prune(model, tmp_path / "out", dataset=torch.ones(2, 16, dtype=torch.int64), **QUICK)
     for against, line in (
@@ -281,3 +279,13 @@ def test_a_model_in_memory_on_text(tmp_path, capsys):
         _, printed, failures = verdict(capsys, tmp_path / "out", *against, summed=False)
         assert not failures
         assert line in printed
+
+
+def test_a_model_in_memory_is_written_without_what_it_does_not_use(tmp_path, capsys):
+    source = save_model(tmp_path / "source", "llama", torch.bfloat16, num_hidden_layers=2)
+    tensors = tensors_of(source) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    (source / INDEX).unlink()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(source)
+    prune(model, tmp_path / "out", dataset=torch.ones(2, 16, dtype=torch.int64), **QUICK)
+    assert verdict(capsys, tmp_path / "out", "--against", str(source), summed=False)[0] == 0
