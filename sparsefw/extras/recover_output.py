@@ -142,8 +142,9 @@ def _job(
         tokens = default_recovery(inputs.nsamples, inputs.seqlen)
     elif tokens == 0:
         raise InputError(f"{option('recover', 0)}: there is nothing to do")
-    for read in (folder, pruned):
-        check_output(output.folder, read, output.overwrite, inputs.paths)
+    # What is read may not be replaced, so nothing advises that first.
+    for read, overwrite in ((pruned, True), (folder, output.overwrite)):
+        check_output(output.folder, read, overwrite, inputs.paths)
     include, ignore = (report.argument(name, tuple) for name in ("include", "ignore"))
     config = PruneConfig(
         report.argument("sparsity", str),

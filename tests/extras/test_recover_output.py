@@ -195,8 +195,9 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
     assert recover.main([str(output), str(tmp_path / "x"), "--model", str(same), "--restart"]) == 1
     assert "nothing is gained" in capsys.readouterr().out
     assert not (tmp_path / "x").exists()
-    assert recover.main([str(output), str(source), "--overwrite"]) == 2
-    assert ", which is read; choose another folder" in capsys.readouterr().err
+    for folder in (source, output):
+        assert recover.main([str(output), str(folder)]) == 2
+        assert ", which is read; choose another folder" in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_is_refused_before_the_steps(pruned, tmp_path, capsys, monkeypatch):
