@@ -13,13 +13,29 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_runs():
-    """Make runs quick: one round of reconstruction, no wait for the disk, and a dtype that no timing chooses."""
+    """Make runs quick: one round of reconstruction, no wait for the disk, a dtype that no timing chooses.
+
+    A model's shape is found once.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         # A test that prunes a model has imported it.
         if "transformers" in sys.modules:
             patch.setattr("sparsefw.driver.reconstruct.MAX_ROUNDS", 1)
             patch.setattr("sparsefw.arithmetic.slowdown", lambda dtype: 1.0)
+            from transformers.models.llama.modeling_llama import LlamaMLP
+
+            from sparsefw.checkpoint.source import fingerprint
+            from sparsefw.estimate.profile import shape_of
+
+            known = {}
+
+            def shape_once(checkpoint, in_fp32):
+                # Some tests change this class.
+                key = fingerprint(checkpoint), in_fp32, LlamaMLP.forward
+                return known.get(key) or known.setdefault(key, shape_of(checkpoint, in_fp32))
+
+            patch.setattr("sparsefw.driver.run.shape_of", shape_once)
         yield
 
 

@@ -11,9 +11,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("gpu")
 
 
-# They compare other operations than "packed" does, by the same command, for up to a minute; or they are runs like those
-# of "8B cold" and "8B warm", but for sizes, which are all tiny here.
-LIKE_OTHERS = {*gpu.OPERATIONS, "8B block", "70B block", "70B in host memory"} - {"packed"}
+# They compare other operations than "packed" does, by the same command, for up to a minute; or they are runs like that
+# of "8B cold", but for sizes, which are all tiny here.
+LIKE_OTHERS = {*gpu.OPERATIONS, "8B block", "8B warm", "70B block", "70B in host memory"} - {"packed"}
 
 
 @pytest.mark.slow

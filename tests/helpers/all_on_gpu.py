@@ -1,7 +1,7 @@
 """A plugin of pytest that runs tests on the pretended GPU, which refuses a tensor that is left on the CPU by mistake.
 
-`make test-pretended` runs everything that can run there. Two tests, test_all_on_gpu.py in driver/ and kernels/, run the
-files that find most for their seconds.
+`make test-pretended` runs everything that can run there, driver/test_all_on_gpu.py the files that find most for their
+seconds.
 """
 
 import os
