@@ -48,10 +48,10 @@ def _prepare_triton(gpu: bool) -> None:
 
     if gpu:
         from sparsefw.errors import InputError
-        from sparsefw.probe import no_device, probe_gpu
+        from sparsefw.probe import probe_gpu, why_no_gpu
 
         if not torch.cuda.is_available():
-            raise pytest.UsageError(f"--gpu: {no_device()}")
+            raise pytest.UsageError(f"--gpu: {why_no_gpu()}")
         try:
             probe_gpu()
         except InputError as error:
