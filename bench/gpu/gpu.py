@@ -132,7 +132,8 @@ def kernel_tests(part: Part) -> None:
     import torch
 
     tests = "tests/kernels/test_launch.py" if part.tiny else "tests/kernels"
-    options = ["--gpu"] * torch.cuda.is_available()
+    # A killed pytest shows no failure, one that stops by itself shows them all.
+    options = ["-m", "not slow", "--maxfail=10", *["--gpu"] * torch.cuda.is_available()]
     if find_spec("xdist") and not part.tiny:
         options += ["-n", 12]
     python("-m", "pytest", "-v", *options, tests)

@@ -39,7 +39,7 @@ RUNS = {
     "8B block": dict(model="8B"),
     "8B cold": dict(model="8B", blocks=TWO_BLOCKS),
     "8B warm": dict(model="8B", blocks=TWO_BLOCKS, same_as="8B cold"),
-    "8B within 16 GiB": dict(model="8B", blocks=TWO_BLOCKS, gpu=16, host=16, same_as="8B warm"),
+    "8B within 16 GiB": dict(model="8B", blocks=TWO_BLOCKS, gpu=16, host=16, same_as="8B cold"),
     "70B block": dict(model="70B", windows=256, gpu=75),
     "70B in host memory": dict(model="70B", windows=256, gpu=24, same_as="70B block"),
     "mixture block": dict(model="mixture"),
@@ -61,6 +61,8 @@ def checkpoint(part: Part, name: str) -> Path:
         # A CPU may compute bf16 in another dtype from run to run.
         dtype = torch.float32 if part.tiny else torch.bfloat16
         generate(folder, family, "cuda" if GPU else "cpu", dtype, **LLAMA | sizes)
+        # The memory is the run's, in a process of its own.
+        torch.cuda.empty_cache()
     return folder
 
 
@@ -87,9 +89,9 @@ def figures(output: Path) -> dict[str, Any]:
     report = json.loads((output / "report.json").read_text("utf-8"))
     steps = [block["reconstruction"] and block["reconstruction"]["steps"] for block in report["blocks"]]
     errors = [layer["relative_error"] for layer in report["layers"]]
-    seconds = {phase: round(took, 2) for phase, took in report["seconds"].items()}
     return {
-        "seconds": seconds,
+        "seconds": report["seconds"],
+        "ways": sorted({block["way"] for block in report["blocks"]}),
         "steps_of_reconstructions": steps,
         "measured": report["peak_memory"],
         "planned": report["memory"]["expected"],
@@ -103,11 +105,11 @@ def prune(part: Part) -> None:
     Raises:
         SystemExit: the run failed.
     """
-    started, same_as = time.perf_counter(), RUNS[part.name].get("same_as", "")
+    same_as = RUNS[part.name].get("same_as", "")
     python("-m", "sparsefw.run", *flags(part, **RUNS[part.name]))
     other = output_of(replace(part, name=same_as))
     same = {f"same bytes as {same_as}": outputs(output_of(part)) == outputs(other)} if other.exists() else {}
-    part.add(process_seconds=round(time.perf_counter() - started, 1), **figures(output_of(part)), **same)
+    part.add(**figures(output_of(part)), **same)
 
 
 def prune_cold(part: Part) -> None:
