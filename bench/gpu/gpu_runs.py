@@ -124,7 +124,10 @@ def profile(part: Part) -> None:
     The trace, for Perfetto or chrome://tracing, stays in the scratch folder.
     """
     import sparsefw.run
+    from sparsefw.environment import set_environment
 
+    # Before the checkpoint is made on the GPU.
+    set_environment()
     activity = torch.profiler.ProfilerActivity.CUDA if GPU else torch.profiler.ProfilerActivity.CPU
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught, torch.profiler.profile(activities=[activity]) as profiled:

@@ -177,13 +177,15 @@ def _fit(run: Run, layers: Sequence[LayerResult], folder: Path, windows: _Window
         each = [_step(model, windows.states, j, batch) for j, batch in enumerate(held_out)]
         return torch.stack(each).mean().item()
 
-    began = time.perf_counter()
     trial = partial(_step, model, windows.states, 0, held_out[0], weights, rate=0.0, trial=True)
     varies = _operation_that_varies(trial)
     if varies:
         run.say(f"another run may give other bits: {varies}")
-    of_trial = time.perf_counter() - began
     with deterministic(refuse=not varies):
+        # The first trial also loads what all steps use. A number on the host waits for all that the GPU has to do.
+        began = time.perf_counter()
+        trial().item()
+        of_trial = time.perf_counter() - began
         before = loss()
         if not math.isfinite(before):
             raise InputError("the pruned model: its predictions are NaN or Inf; prune again")

@@ -143,8 +143,8 @@ def _job(
     elif tokens == 0:
         raise InputError(f"{option('recover', 0)}: there is nothing to do")
     # What is read may not be replaced, so nothing advises that first.
-    for read, overwrite in ((pruned, True), (folder, output.overwrite)):
-        check_output(output.folder, read, overwrite, inputs.paths)
+    check_output(output.folder, pruned, True, inputs.paths)
+    check_output(output.folder, folder, output.overwrite, inputs.paths)
     include, ignore = (report.argument(name, tuple) for name in ("include", "ignore"))
     config = PruneConfig(
         report.argument("sparsity", str),

@@ -67,14 +67,13 @@ def test_killed_ends_with_the_same_bytes(place, n, monkeypatch, capsys):
     assert content(place, output) == content(place, "undisturbed")
 
 
-def test_a_model_that_computes_in_fp32_goes_on_with_the_same_bytes(place, monkeypatch, capsys):
+def test_a_model_that_computes_in_fp32_goes_on_with_the_same_bytes(place, monkeypatch):
     """Windows that move on stage by stage have to see rounded weights, as they do where a finished block is read."""
     monkeypatch.setattr("sparsefw.arithmetic.slowdown", lambda dtype: 20.0)
     assert run(place, "in-fp32") == 0
     with monkeypatch.context() as patched:
         interrupted_at(patched, 20)
         assert run(place, "in-fp32-interrupted") == 130
-    assert " of 4 shards are finished" in capsys.readouterr().err
     assert run(place, "in-fp32-interrupted") == 0
     assert content(place, "in-fp32-interrupted") == content(place, "in-fp32")
 

@@ -219,6 +219,7 @@ def test_a_gpu_multiplies_by_triton_where_it_is_installed(installed, monkeypatch
     with nullcontext() if torch.cuda.is_available() else pretended_gpu(), warned:
         layer, on_gpu = layer.to("cuda"), x.to("cuda")
         assert layout.kernels_for(on_gpu).__name__ == f"sparsefw.kernels.{'packed' if installed else 'cpu.packed'}"
+        assert not layer(on_gpu[:0]).numel()
         y, unpacked = layer(on_gpu).cpu(), layout.unpack(layer.weight, layer.weight_mask).cpu()
     torch.testing.assert_close(y, x @ W.T)
     assert torch.equal(unpacked, W)

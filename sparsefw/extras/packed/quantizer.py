@@ -87,7 +87,7 @@ class PackedLinear(nn.Linear):
             self.starts = starts_of(self.weight_mask)
         packed_product = kernels_for(x, self.weight).packed_product
         y = packed_product(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.weight_mask, self.starts)
-        y = y.view(*x.shape[:-1], -1)
+        y = y.view(x.shape[:-1] + y.shape[1:])
         return y if self.bias is None else y + self.bias
 
 
