@@ -68,8 +68,9 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
         values |= {"what was pruned": stamps(source)}
         values |= {IN_FP32: in_fp32, ROUNDED: run.rounded} | device_and_versions(device)
         shards = len(model.unique_blocks) + len(model.pieces)
-        overwrite, restart = output.overwrite, output.restart
-        with Writer(output.folder, shards, values, source=pruned, overwrite=overwrite, restart=restart) as writer:
+        with Writer(
+            output.folder, shards, values, source=pruned, overwrite=output.overwrite, restart=output.restart
+        ) as writer:
             writer.check_space(2 * sum(x.stored_nbytes for x in source.tensors.values()) - writer.written)
             for n, names in enumerate([*map(model.tensors_of, model.unique_blocks), *model.pieces]):
                 if n not in writer.records:
@@ -145,11 +146,10 @@ def _job(
     # What is read may not be replaced, so nothing advises that first.
     check_output(output.folder, pruned, True, inputs.paths)
     check_output(output.folder, folder, output.overwrite, inputs.paths)
-    include, ignore = (report.argument(name, tuple) for name in ("include", "ignore"))
     config = PruneConfig(
         report.argument("sparsity", str),
-        include=include,
-        ignore=ignore,
+        include=report.argument("include", tuple),
+        ignore=report.argument("ignore", tuple),
         recover=tokens,
     ).on(memory.this_device())
     return report, source, resumed(Job(inputs, config, output, folder=folder, say=say))

@@ -21,6 +21,7 @@ from sparsefw.checkpoint.source import CONFIG, FILE_DTYPES, check_file, inspect,
 from sparsefw.checkpoint.tensors import TensorInfo, dequantized, read_tensors
 from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError, option
+from sparsefw.extras.packed.matrices import BITS
 from sparsefw.inputs import DEFAULT, locate
 from sparsefw.model.layers import slices_of
 from sparsefw.model.skeleton import build, has_class
@@ -30,9 +31,6 @@ from sparsefw.selection import without_index
 from sparsefw.solver import patterns
 from sparsefw.solver.config import METHODS, method_of
 from sparsefw.solver.layer import LayerResult
-
-# Integer types by the bytes of a value. Compared as integers, a NaN equals itself, and -0.0 differs from 0.0.
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # dtypes that occur only in models that were pruned in memory, such as schedules of diffusion models. No pruned layer
 # has such a dtype.

@@ -38,10 +38,13 @@ def logits(model):
     return model(TOKENS).logits
 
 
-def test_layers_may_be_on_the_disk(pruned, tmp_path):
-    """Accelerate reads them there for every forward."""
-    _, output = pruned(*WANDA)
-    packed = AutoModelForCausalLM.from_pretrained(packed_of(output, tmp_path), device_map="auto", max_memory={"cpu": 0})
+def test_layers_may_be_on_the_disk(text, tmp_path):
+    """Accelerate reads them there for every forward. This checkpoint has stacked experts and a buffer."""
+    output = tmp_path / "out"
+    assert run(save_model(tmp_path / "model", "glm_moe_dsa"), text, output, *WANDA) == 0
+    packed = AutoModelForCausalLM.from_pretrained(
+        packed_of(output, tmp_path), device_map="auto", max_memory={"cpu": 0}, offload_folder=tmp_path
+    )
     assert next(packed.parameters()).is_meta
     assert torch.equal(logits(packed), logits(AutoModelForCausalLM.from_pretrained(output)))
 
@@ -123,8 +126,10 @@ def test_without_sparsefw_loading_fails(pruned, tmp_path, monkeypatch):
 
 def test_perplexity_is_that_of_the_dense_checkpoint(pruned, tmp_path):
     source, output = pruned(*WANDA, dtype=torch.bfloat16)
-    texts = dict(texts=source.parent / "text.txt", seqlen=32)
-    found = [evaluate(folder, **texts).texts[0].results for folder in (output, packed_of(output, tmp_path))]
+    found = [
+        evaluate(folder, texts=source.parent / "text.txt", seqlen=32).texts[0].results
+        for folder in (output, packed_of(output, tmp_path))
+    ]
     assert [*found[0].values()] == [*found[1].values()]
 
 
@@ -199,8 +204,7 @@ def test_rows_with_fewer_weights_are_filled_up(whole):
     W = torch.tensor([[0.0, 1, 0, 2, 0, 0, 3, 0], [-0.0, 0, 0, 0, 0, 0, 0, 4], [0.0, 0, 0, 0, 0, 0, 0, 0]])
     values, mask = matrices.pack("W", W, 8 if whole else 3, whole)
     assert values.shape == ((8,) if whole else (3, 3))
-    bits = W.view(torch.int32)
-    assert torch.equal(layout.unpack(values, mask).view(torch.int32), bits)
+    assert torch.equal(layout.unpack(values, mask).view(torch.int32), W.view(torch.int32))
     with refused("W: "):
         matrices.pack("W", W, 4 if whole else 2, whole)
 

@@ -31,8 +31,7 @@ def outputs(folders) -> Callable[..., tuple[Path, Path]]:
         key = flags, family, dtype
         if key not in runs:
             folder = folders.mktemp("pruned")
-            depth = {"n_layer": 2} if family == "gpt2" else {}
-            source = save_model(folder / "model", family, dtype, num_hidden_layers=2, **depth)
+            source = save_model(folder / "model", family, dtype, num_hidden_layers=2)
             (folder / "text.txt").write_text(TEXT)
             assert run(source, folder / "text.txt", folder / "out", *flags) == 0
             runs[key] = source, folder / "out"

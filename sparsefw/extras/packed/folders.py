@@ -100,9 +100,13 @@ def unpack_folder(packed: Path, output: Path, *, overwrite: bool = False, restar
     checkpoint = inspect(packed)
     if checkpoint.quantization is None or checkpoint.quantization.method != METHOD:
         raise InputError(f"{packed}: not packed; give a folder that sparsefw has packed")
-    config = without_quantization(checkpoint.config)
     return rewrite(
-        checkpoint, output, config, lambda name, tensor: {name: tensor}, overwrite=overwrite, restart=restart
+        checkpoint,
+        output,
+        without_quantization(checkpoint.config),
+        lambda name, tensor: {name: tensor},
+        overwrite=overwrite,
+        restart=restart,
     )
 
 
@@ -119,8 +123,8 @@ def _budgets(skeleton: Skeleton, report: Report, pattern: Pattern, whole: bool) 
     parts = skeleton.names_of(skeleton.checkpoint.tensors)
     kept = {}
     for parameter, names in parts.items():
-        # A stacked parameter is packed only if all its slices were pruned.
-        if sizes[parameter] != skeleton.model.get_parameter(parameter).numel():
+        # A stacked parameter is packed only if all its slices were pruned. Buffers have no size here.
+        if parameter not in sizes or sizes[parameter] != skeleton.model.get_parameter(parameter).numel():
             continue
         for name in names:
             info = skeleton.checkpoint.tensors[name]
@@ -170,8 +174,12 @@ def rewrite(
     files = defaultdict(list)
     for name, info in checkpoint.tensors.items():
         files[info.file].append(name)
-    identity = {"source": str(folder.resolve()), "files": stamps(checkpoint), "config": file_digest(folder / CONFIG)}
-    identity["form"] = config
+    identity = {
+        "source": str(folder.resolve()),
+        "files": stamps(checkpoint),
+        "config": file_digest(folder / CONFIG),
+        "form": config,
+    }
     with Writer(output, len(files), identity, source=folder, overwrite=overwrite, restart=restart) as writer:
         for n, file in enumerate(tqdm(sorted(files), unit="shard", disable=None)):
             if n in writer.records:

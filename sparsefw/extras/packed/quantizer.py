@@ -92,14 +92,23 @@ class PackedLinear(nn.Linear):
 
 
 class PackedStack:
-    """A packed parameter of several matrices, such as experts: `stack[i]` unpacks the i-th matrix."""
+    """A packed parameter of several matrices, such as experts: `stack[i]` unpacks the i-th matrix.
 
-    def __init__(self, values: Tensor, mask: Tensor) -> None:
-        self._values, self._mask = values, mask
-        self.device, self.dtype = values.device, values.dtype
+    All else is that of the kept values. They are found in the module at each use, since accelerate exchanges them.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
 
     def __getitem__(self, index: Any) -> Tensor:
-        return unpack(self._values[index], self._mask[index])
+        values, mask = _packed_in(self.module)[self.name]
+        return unpack(values[index], mask[index])
+
+    def __getattr__(self, name: str) -> Any:
+        # A copy of a model looks for methods of copying.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.module._parameters[self.name], name)
 
 
 class PackedQuantizer(HfQuantizer):
@@ -131,9 +140,8 @@ class PackedQuantizer(HfQuantizer):
                     continue
                 found += 1
                 shape, mask = config.shape(parameter.shape), (*parameter.shape[:-1], parameter.shape[-1] // 8)
-                values = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+                values, bits = parameter.new_empty(shape), parameter.new_empty(mask, dtype=torch.uint8)
                 module.register_parameter(name, nn.Parameter(values, requires_grad=False))
-                bits = torch.empty(mask, dtype=torch.uint8, device=parameter.device)
                 module.register_parameter(name + MASK, nn.Parameter(bits, requires_grad=False))
                 if type(module) is nn.Linear:
                     module.__class__ = PackedLinear
@@ -154,7 +162,7 @@ class PackedQuantizer(HfQuantizer):
                     check(f"{path}.{name}", values, mask)
                 if not isinstance(module, PackedLinear):
                     # An entry of __dict__ takes precedence over a parameter of the same name.
-                    module.__dict__[name] = PackedStack(values, mask)
+                    module.__dict__[name] = PackedStack(module, name)
         return self._dequantize(model) if self.quantization_config.dequantize else model
 
     def _dequantize(self, model: nn.Module, dtype: object = None) -> nn.Module:
