@@ -64,15 +64,20 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
         _check_models(job.folder, model, source)
         run = _run(job, model, dense)
         values = {flag_of(name): value for name, value in asdict(job.inputs).items() if name != "model"}
-        values |= {"the dense model": run.fingerprint, "the dense model's files": stamps(dense)}
-        values |= {"what was pruned": stamps(source)}
-        values |= {IN_FP32: in_fp32, ROUNDED: run.rounded} | device_and_versions(device)
-        shards = len(model.unique_blocks) + len(model.pieces)
+        values |= {
+            "the dense model": run.fingerprint,
+            "the dense model's files": stamps(dense),
+            "what was pruned": stamps(source),
+            IN_FP32: in_fp32,
+            ROUNDED: run.rounded,
+            **device_and_versions(device),
+        }
+        shards = [*map(model.tensors_of, model.unique_blocks), *model.pieces]
         with Writer(
-            output.folder, shards, values, source=pruned, overwrite=output.overwrite, restart=output.restart
+            output.folder, len(shards), values, source=pruned, overwrite=output.overwrite, restart=output.restart
         ) as writer:
             writer.check_space(2 * sum(x.stored_nbytes for x in source.tensors.values()) - writer.written)
-            for n, names in enumerate([*map(model.tensors_of, model.unique_blocks), *model.pieces]):
+            for n, names in enumerate(shards):
                 if n not in writer.records:
                     read = read_tensors({name: source.tensors[name] for name in names})
                     writer.write(n, {name: dequantized(x) for name, x in read.items()})
@@ -85,8 +90,7 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Cal
                 writer.discard()
                 return None
             assert run.stream
-            text = run.stream.source or " + ".join(job.inputs.shares)
-            data = replace(own.data, source=text, seed=job.inputs.seed)
+            data = replace(own.data, source=run.stream.source or " + ".join(job.inputs.shares), seed=job.inputs.seed)
             report = replace(report, recoveries=[*report.recoveries, replace(own, data=data)])
             durably(writer.folder / "report.json", report.to_json())
             if run.stream.own:
@@ -108,9 +112,21 @@ def _run(job: Job, model: StreamedModel, dense: Checkpoint) -> Run:
     # The recovery takes all windows from the stream.
     none = Windows(torch.empty(0, seqlen, dtype=torch.int64), "", "")
     rounded = rounds_products(job, model, dense.dtype, shape.hidden)
-    names = job.inputs.model, dense.dtype, shape
-    run = Run(job, model, *names, none, [], seqlen, [], fingerprint(dense), stream=stream, rounded=rounded)
-    run = replace(run, limits=limits_of(job, model.device))
+    run = Run(
+        job,
+        model,
+        job.inputs.model,
+        dense.dtype,
+        shape,
+        none,
+        [],
+        seqlen,
+        [],
+        fingerprint(dense),
+        stream,
+        limits=limits_of(job, model.device),
+        rounded=rounded,
+    )
     return settle_recovery(run, workload_of(job, [job.inputs.nsamples], seqlen, model.device))
 
 

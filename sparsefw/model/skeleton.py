@@ -324,6 +324,21 @@ def _destinations(model: PreTrainedModel, names: Iterable[str], conversions: lis
     return parameter_of
 
 
+def with_masks(conversions: list[WeightTransform], suffix: str) -> list[WeightTransform]:
+    """Add to each conversion the same one for tensors whose names end with a suffix, such as masks of weights.
+
+    Before transformers 5.20 the conversion of a weight takes names with suffixes, too.
+    """
+    found = []
+    for one in conversions:
+        found.append(one)
+        if type(one) in (WeightRenaming, WeightConverter) and hasattr(one, "copy"):
+            operations = {"operations": one.operations} if type(one) is WeightConverter else {}
+            patterns = one._original_source_patterns, one._original_target_patterns
+            found.append(one.copy(*([pattern + suffix for pattern in of] for of in patterns), **operations))
+    return found
+
+
 def _check_dtypes(goes_into: dict[str, str], model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Refuse integer tensors for floating-point parameters: they are quantized weights without their scales."""
     state = model.state_dict()

@@ -63,7 +63,7 @@ def test_another_process_s_own_method_is_refused(pruned, tmp_path, monkeypatch, 
             ("llama", torch.bfloat16, WANDA),
             ("llama", torch.float32, (*WANDA, "--sparsity", "layer:0.6")),
             ("llama", torch.float32, (*WANDA, "--sparsity", "2:4")),
-            ("mixtral", torch.float16, WANDA),
+            ("granitemoe", torch.float16, WANDA),
         ]
     ),
 )

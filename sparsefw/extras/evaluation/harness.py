@@ -121,23 +121,25 @@ class StreamedLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Write a conversation as one text."""
-        options: dict[str, Any] = {"continue_final_message": not add_generation_prompt}
         return str(
             self.tokenizer.apply_chat_template(
-                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
             )
         )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Compute the log-likelihoods of whole texts, cut into windows so that each token is predicted once."""
-        of_texts = [self._rolling(*request.args) for request in requests]
+        length, of_texts = self.max_length, list[list[Request]]()
+        for request in requests:
+            windows = get_rolling_token_windows(self.tok_encode(*request.args), self.prefix_token_id, length, 1)
+            of_texts.append(
+                [request_of(before, tokens, length) for before, tokens in map(make_disjoint_window, windows)]
+            )
         scores = iter(self.scores([window for of_text in of_texts for window in of_text], disable_tqdm))
         return [sum(next(scores).loglikelihood for _ in of_text) for of_text in of_texts]
-
-    def _rolling(self, text: str) -> list[Request]:
-        """Make the requests for the windows of a text."""
-        windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
-        return [request_of(before, tokens, self.max_length) for before, tokens in map(make_disjoint_window, windows)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> NoReturn:
         """Refuse tasks that generate text.

@@ -56,16 +56,18 @@ def evaluate(
     inputs = EvaluationInputs(models, tasks, **options)  # type: ignore[arg-type]
     _check_output(inputs)
     with joined_with(log) as (ranks, say):
-        named = {"models": inputs.models, "--against": inputs.against, "--tasks": inputs.tasks, "--texts": inputs.texts}
-        ranks.agree(named)
+        ranks.agree(
+            {"models": inputs.models, "--against": inputs.against, "--tasks": inputs.tasks, "--texts": inputs.texts}
+        )
         sources = {name: inspect(ranks.local_first(partial(locate, name))) for name in inputs.models}
         if inputs.against is not None and len({source.folder.resolve() for source in sources.values()}) == 1:
             raise InputError(
                 f"{option('against', inputs.against)}: the model itself; name another one, or leave it out"
             )
         texts = _windows(sources, inputs, ranks)
-        limits: dict[str, Any] = {"gpu_memory": inputs.gpu_memory, "host_memory": inputs.host_memory}
-        limits["progress"] = progress and bars_wanted()
+        limits: dict[str, Any] = dict(
+            gpu_memory=inputs.gpu_memory, host_memory=inputs.host_memory, progress=progress and bars_wanted()
+        )
         records = ranks.broadcast_object(_task_records(sources, inputs, log=say, **limits))
         of_texts = []
         for windows in texts:

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,14 +120,15 @@ def _budgets(skeleton: Skeleton, report: Report, pattern: Pattern, whole: bool) 
         if not layer.transposed:
             sizes[without_index(layer.name)] += math.prod(layer.shape)
             inputs[without_index(layer.name)] = layer.shape[1]
-    parts = skeleton.names_of(skeleton.checkpoint.tensors)
-    kept = {}
-    for parameter, names in parts.items():
-        # A stacked parameter is packed only if all its slices were pruned. Buffers have no size here.
-        if parameter not in sizes or sizes[parameter] != skeleton.model.get_parameter(parameter).numel():
+    infos, kept = skeleton.checkpoint.tensors, dict[str, int]()
+    for parameter, names in skeleton.names_of(infos).items():
+        # A stacked parameter is packed only if all its slices were pruned. A tensor that is split into several
+        # parameters stays dense, and so do buffers.
+        stored = sum(math.prod(infos[name].shape) for name in names)
+        if not stored == sizes[parameter] == skeleton.model.get_parameter(parameter).numel():
             continue
         for name in names:
-            info = skeleton.checkpoint.tensors[name]
+            info = infos[name]
             rows, cols = info.shape[-2:]
             width, most = patterns.budget(pattern, rows, cols, not whole)
             # A whole matrix's budget does not give the number of weights in a part, so parts are not packed then.
@@ -154,7 +155,6 @@ def rewrite(
     *,
     overwrite: bool,
     restart: bool,
-    texts: Mapping[str, str] = {},
 ) -> tuple[int, int]:
     """Write a copy of a checkpoint with converted tensors.
 
@@ -164,7 +164,6 @@ def rewrite(
         config: the content of the copy's config.json.
         convert: called with a tensor's name and the dequantized tensor; returns the tensors to write, by name.
         overwrite, restart: as for `pack_folder`.
-        texts: contents of further files of the copy, by name; a report here replaces the checkpoint's.
 
     Returns:
         Bytes of all tensors, in the checkpoint and in the copy.
@@ -190,11 +189,9 @@ def rewrite(
                 tensors |= convert(name, dequantized(read.pop(name)))
             writer.write(n, tensors)
         durably(writer.folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        others: dict[str, str | Callable[[Path], object]] = {
-            name: partial(shutil.copyfile, folder / name) for name in COPIED if (folder / name).is_file()
-        }
-        for name, content in (others | dict(texts)).items():
-            durably(writer.folder / name, content)
+        for name in COPIED:
+            if (folder / name).is_file():
+                durably(writer.folder / name, partial(shutil.copyfile, folder / name))
         written = writer.folder / REPORT
         report = read_report(written) if written.is_file() else None
         writer.finish(partial(write_pages, report, writer.output, folder, to_logger) if report else None)

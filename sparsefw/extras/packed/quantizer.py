@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparsefw.checkpoint.packed import MASK, check, kernels_for, starts_of, unpack
 from sparsefw.checkpoint.quantization import GUARD
 from sparsefw.errors import InputError
+from sparsefw.model.skeleton import with_masks
 from sparsefw.solver import patterns
 
 METHOD = "sparsefw"
@@ -115,8 +116,6 @@ class PackedQuantizer(HfQuantizer):
     """Replaces parameters of a model by packed tensors, before transformers loads them."""
 
     quantization_config: PackedConfig
-    # The converters that rename and stack weights also get the masks.
-    serialized_names = {"weight": ["weight", f"weight{MASK}"]}  # noqa: RUF012  # a dict in the base class
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a checkpoint in another format."""
@@ -131,6 +130,10 @@ class PackedQuantizer(HfQuantizer):
 
     # Before 5.22 transformers calls this method instead.
     update_tp_plan = update_attn_implementation
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
+        """Rename and stack masks as their weights."""
+        return with_masks(weight_conversions, MASK)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config, found = self.quantization_config, 0

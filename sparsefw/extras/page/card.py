@@ -73,11 +73,18 @@ def card_of(folder: Path, name: str, report: Report, source: Path | None) -> str
         datasets=_datasets(report) or None,
         tags=["sparsefw", "pruned", "sparse", *([pattern] if parse(pattern).scope == "group" else [])],
     )
-    facts: dict[str, Any] = dict(report=report, log=log, amount=amount, name=name, kind=kind, packed=KEY in config)
-    facts["files"] = {path.name for path in folder.iterdir()}
-    facts["origin"] = origin or ("The built-in model of sparsefw" if model == DEFAULT else model)
-    facts |= dict(
-        commands=commands_of(report, name, facts["packed"]), language="python" if from_python(report) else "sh"
+    packed = KEY in config
+    facts: dict[str, Any] = dict(
+        report=report,
+        log=log,
+        amount=amount,
+        name=name,
+        kind=kind,
+        packed=packed,
+        files={path.name for path in folder.iterdir()},
+        origin=origin or ("The built-in model of sparsefw" if model == DEFAULT else model),
+        commands=commands_of(report, name, packed),
+        language="python" if from_python(report) else "sh",
     )
     return str(ModelCard.from_template(data, str(TEMPLATE), **facts))
 
