@@ -70,6 +70,7 @@ DETAILS = {
     "the default, seed 1": "--seed 1",
     "the default, seed 2": "--seed 2",
     "the default, windows of 512": "--seqlen 512",
+    "the default, windows of 1,024": "--seqlen 1024",
     "the default on a mixture": "{mixture}",
     "the default, half of the text the model's own": "--dataset self",
 }
@@ -196,8 +197,7 @@ def study(arguments: argparse.Namespace) -> None:
         }
         if not made:
             continue
-        outputs = [output for output, _ in made.values()]
-        command = ["-m", "sparsefw.evaluate", *outputs, *evaluation]
+        command = ["-m", "sparsefw.evaluate", *(output for output, _ in made.values()), *evaluation]
         with TemporaryDirectory(dir=folder) as written:
             seconds = measured([*command, "--output", written])
             found = json.loads(Path(written, "evaluation.json").read_text("utf-8"))
