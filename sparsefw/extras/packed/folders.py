@@ -27,7 +27,7 @@ from sparsefw.data.batches import BATCHES
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.errors import InputError
 from sparsefw.extras.packed.matrices import pack
-from sparsefw.extras.packed.quantizer import FORMAT, METHOD, form_of
+from sparsefw.extras.packed.quantizer import FORMAT, METHOD, form_of, holds
 from sparsefw.extras.page import write_pages
 from sparsefw.model.skeleton import Skeleton, build
 from sparsefw.report.content import Report, read_report, report_of
@@ -59,7 +59,7 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
 
     Raises:
         InputError: there is no report of a run, the checkpoint is packed already, a matrix has more weights than the
-            report allows, or no matrix would become smaller.
+            report allows, or no matrix can be packed.
     """
     report, checkpoint = report_of(pruned), inspect(pruned)
     if checkpoint.quantization:
@@ -71,7 +71,7 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
     kept = _budgets(skeleton, report, pattern, whole)
     if not kept:
         raise InputError(
-            f"{pruned}: no matrix becomes smaller; those that keep nearly all, or are transposed, stay dense"
+            f"{pruned}: no matrix can be packed; those stay dense that keep nearly all, or are in no plain linear layer"
         )
     facts = {
         "quant_method": METHOD,
@@ -81,14 +81,20 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
         "kept": 1 - float(pattern.sparsity),
         "parameters": generalized({skeleton.goes_into[name] for name in kept}, dict(skeleton.model.named_parameters())),
     }
-    config = checkpoint.config | {KEY: facts, GUARD: ADVICE}
 
     def packed_form(name: str, tensor: Tensor) -> dict[str, Tensor]:
         if name not in kept:
             return {name: tensor}
         return dict(zip((name, name + MASK), pack(name, tensor, kept[name], whole), strict=True))
 
-    return rewrite(checkpoint, packed, config, packed_form, overwrite=overwrite, restart=restart)
+    return rewrite(
+        checkpoint,
+        packed,
+        checkpoint.config | {KEY: facts, GUARD: ADVICE},
+        packed_form,
+        overwrite=overwrite,
+        restart=restart,
+    )
 
 
 def unpack_folder(packed: Path, output: Path, *, overwrite: bool = False, restart: bool = False) -> tuple[int, int]:
@@ -126,6 +132,9 @@ def _budgets(skeleton: Skeleton, report: Report, pattern: Pattern, whole: bool) 
         # parameters stays dense, and so do buffers.
         stored = sum(math.prod(infos[name].shape) for name in names)
         if not stored == sizes[parameter] == skeleton.model.get_parameter(parameter).numel():
+            continue
+        module = skeleton.model.get_submodule(parameter.rpartition(".")[0])
+        if not holds(module, skeleton.model.get_parameter(parameter)):
             continue
         for name in names:
             info = infos[name]

@@ -63,8 +63,11 @@ class PackedConfig(QuantizationConfigMixin):
 
     def has(self, name: str) -> bool:
         """Tell whether a parameter is packed. A prefix of the name is ignored: classes of one model differ in it."""
-        names = (name, form_of(name))
-        return any(f".{p}".endswith(f".{own}") or f".{own}".endswith(f".{p}") for p in self.parameters for own in names)
+        return any(
+            f".{p}".endswith(f".{own}") or f".{own}".endswith(f".{p}")
+            for p in self.parameters
+            for own in (name, form_of(name))
+        )
 
     def shape(self, shape: torch.Size) -> tuple[int, ...]:
         """Return the shape of a parameter's kept values. The parameter has shape (..., rows, cols)."""
@@ -112,6 +115,12 @@ class PackedStack:
         return getattr(self.module._parameters[self.name], name)
 
 
+def holds(module: nn.Module, parameter: Tensor) -> bool:
+    """Tell whether a module can hold a packed parameter: plain linear layers, and experts that are used one by one."""
+    # transformers gives this method to classes of experts that have a loop over them.
+    return type(module) is nn.Linear or (parameter.dim() == 3 and hasattr(module, "_apply_gate"))
+
+
 class PackedQuantizer(HfQuantizer):
     """Replaces parameters of a model by packed tensors, before transformers loads them."""
 
@@ -142,16 +151,16 @@ class PackedQuantizer(HfQuantizer):
                 if not config.has(f"{path}.{name}"):
                     continue
                 found += 1
-                shape, mask = config.shape(parameter.shape), (*parameter.shape[:-1], parameter.shape[-1] // 8)
-                values, bits = parameter.new_empty(shape), parameter.new_empty(mask, dtype=torch.uint8)
+                values = parameter.new_empty(config.shape(parameter.shape))
+                bits = parameter.new_empty((*parameter.shape[:-1], parameter.shape[-1] // 8), dtype=torch.uint8)
                 module.register_parameter(name, nn.Parameter(values, requires_grad=False))
                 module.register_parameter(name + MASK, nn.Parameter(bits, requires_grad=False))
-                if type(module) is nn.Linear:
-                    module.__class__ = PackedLinear
-                elif isinstance(module, nn.Linear) or parameter.dim() < 3:
+                if not holds(module, parameter):
                     raise InputError(
                         f"{path}.{name}: packed, but not a linear layer; unpack the folder: python -m sparsefw.unpack"
                     )
+                if type(module) is nn.Linear:
+                    module.__class__ = PackedLinear
         if not found:
             raise InputError(
                 "the model has no matrix of this packed checkpoint; load it with the class that was packed"
