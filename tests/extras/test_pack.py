@@ -126,11 +126,11 @@ def test_without_sparsefw_loading_fails(pruned, tmp_path, monkeypatch):
 
 def test_perplexity_is_that_of_the_dense_checkpoint(pruned, tmp_path):
     source, output = pruned(*WANDA, dtype=torch.bfloat16)
-    found = [
-        evaluate(folder, texts=source.parent / "text.txt", seqlen=32).texts[0].results
+    dense, packed = (
+        [*evaluate(folder, texts=source.parent / "text.txt", seqlen=32).texts[0].results.values()]
         for folder in (output, packed_of(output, tmp_path))
-    ]
-    assert [*found[0].values()] == [*found[1].values()]
+    )
+    assert dense == packed
 
 
 def test_layers_of_other_classes_are_not_packed(tmp_path, text, capsys):

@@ -54,7 +54,7 @@ OTHERS = {
     "gptj": dict(rotary_dim=4, **_GPT),
     "cohere": {},
     "granitemoe": EXPERTS,
-    "falcon": {},
+    "falcon": dict(head_dim=None),
     "granite": dict(residual_multiplier=0.5, attention_multiplier=0.3),
     "olmo2": {},
     "mamba": dict(state_size=8, expand=2, time_step_rank=4),
