@@ -110,7 +110,9 @@ def _add(S, first_m, first_n, tile):
         S.atomic_add([first_m, first_n], tile)
 
 
-@triton.jit(do_not_specialize=["tiles"], launch_metadata=metadata(cost))
+# Every batch of an expert has another number of tokens. It is not specialized here, so that a run compiles the kernel
+# once. `_pointer_kernel` needs it: without it the masks of its loads cost registers, and spill on sm_80.
+@triton.jit(do_not_specialize=["tokens", "tiles"], launch_metadata=metadata(cost))
 def _bulk_kernel(
     S, D, X, tokens, rows, d, tiles,
     TRIANGLE: tl.constexpr, DTYPE: tl.constexpr, GROUP_M: tl.constexpr,
