@@ -155,6 +155,8 @@ def prune(
         raise TypeError(f"prune() got calibration and {of_text[0]!r}, which is for texts only; leave it out")
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
         raise InputError(f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}")
+    if calibration is None and callable(getattr(tokenizer, "tokenizer", None)):
+        raise InputError(f"tokenizer: {type(tokenizer).__name__} is a processor; give its tokenizer: .tokenizer")
     folder = None if output is None else checked_path("output", output)
     places: dict[str, Any] = dict(
         overwrite=overwrite, restart=restart, gpu_memory=gpu_memory, host_memory=host_memory, hours=hours

@@ -1,5 +1,6 @@
 """Convert the arguments of `prune`, texts, tokens and batches, to inputs of a run, and check models in memory."""
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -8,7 +9,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
 
 from sparsefw.data.text import TEXTS, TOKENS
 from sparsefw.errors import InputError, option, shown
@@ -72,6 +75,8 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
     # Iteration over a data frame yields the names of its columns.
     if not isinstance(dataset, Iterable) or kind in ("DataFrame", "bytes"):
         raise InputError(f"dataset: got {kind}, expected {EXPECTED}")
+    if isinstance(dataset, DataLoader) and dataset.collate_fn is default_collate:
+        dataset = _Uncollated(dataset)
     # Tokenizers and slices of datasets return a mapping of columns, which holds several records.
     data = [dataset] if isinstance(dataset, Mapping) else dataset
     records = iter(data)
@@ -93,6 +98,17 @@ def _texts_or_tokens(dataset: Any, inputs: Inputs, seqlen: int | None) -> Iterab
     of = kind if item is dataset else f"{kind} of {type(item).__name__}"
     of += f" with {shown(', '.join(map(str, columns)))}" if columns else ""
     raise InputError(f"dataset: got {of}, expected {EXPECTED}")
+
+
+class _Uncollated:
+    """The records of a loader, one by one: torch's batches transpose lists of tokens, and take messages apart."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = copy.copy(loader)
+        self._loader.collate_fn = list
+
+    def __iter__(self) -> Iterator[Any]:
+        return chain.from_iterable(self._loader)
 
 
 class _Records:
@@ -140,8 +156,15 @@ def check_model(model: Any, on_batches: bool) -> None:
         loads = f": AutoModel.from_pretrained({str(model)!r})" if isinstance(model, str | Path) else ""
         expected = f"a module in memory, since calibration= is given{loads}" if on_batches else expected
         raise InputError(f"model: got {type(model).__name__}, expected {expected}")
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices - {torch.device("meta")}) > 1:
+        several = ", ".join(sorted(map(str, devices)))
+        raise InputError(
+            f"model: its weights are on {several}; load it on one device, or give the folder or Hub id of a language "
+            "model's checkpoint, which is read block by block"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
             raise InputError(
                 f"{name}: is on the meta device, without data; give a model with all weights in memory, or the folder "
                 "or Hub id of a language model's checkpoint, which is read block by block"

@@ -101,8 +101,10 @@ def _settled(
 ) -> Run:
     """Make the run of a job: on the texts that the job names, or on batches."""
     if batches is None:
-        if job.inputs.evaluate and not opened.logits_itemsize:
-            raise InputError(f"evaluate: {opened.class_name} returns no logits, which perplexity needs")
+        model: Any = opened.model
+        of_language = model.can_generate() and not model.config.is_encoder_decoder
+        if job.inputs.evaluate and not (of_language and opened.logits_itemsize):
+            raise InputError(f"evaluate: {opened.class_name} predicts no next tokens, which perplexity needs")
         whole = shape_of_text(opened)
         job, texts = read_texts(job, opened, whole)
     else:

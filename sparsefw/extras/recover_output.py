@@ -109,8 +109,6 @@ def _run(job: Job, model: StreamedModel, dense: Checkpoint) -> Run:
     shape = pruned_shape(shape_of(dense, model.in_fp32), job.config)
     generate, _ = own_text(job, model, shape, seqlen)
     stream = stream_of(job, tokenizer_of(job), seqlen, generate)
-    # The recovery takes all windows from the stream.
-    none = Windows(torch.empty(0, seqlen, dtype=torch.int64), "", "")
     rounded = rounds_products(job, model, dense.dtype, shape.hidden)
     run = Run(
         job,
@@ -118,7 +116,8 @@ def _run(job: Job, model: StreamedModel, dense: Checkpoint) -> Run:
         job.inputs.model,
         dense.dtype,
         shape,
-        none,
+        # The recovery takes all windows from the stream.
+        Windows(torch.empty(0, seqlen, dtype=torch.int64), "", ""),
         [],
         seqlen,
         [],
@@ -146,8 +145,10 @@ def _job(
         raise
     if folder is None:
         raise InputError(missing)
-    kinds = dict(model=str, dataset=tuple, nsamples=int, seqlen=int)
-    of_run: dict[str, Any] = {name: report.argument(name, kind) for name, kind in kinds.items()}
+    of_run: dict[str, Any] = {
+        name: report.argument(name, kind)
+        for name, kind in dict(model=str, dataset=tuple, nsamples=int, seqlen=int).items()
+    }
     # A new seed draws new windows: the weights are already fitted to the windows of earlier seeds.
     seed = (report.recoveries[-1].data.seed if report.recoveries else report.argument("seed", int)) + 1
     named = of_run | {"seed": seed, "evaluate": (), "recover": None} | given

@@ -251,7 +251,11 @@ class _Model:
             parameter_of, self.unused = {name: name for name in self._tensors}, set[str]()
         else:
             found = inspect(folder)
-            self._skeleton, self._tensors, self.dtype = build(found, as_named=batches), found.tensors, found.dtype
+            self._skeleton, self._tensors, self.dtype = (
+                build(found, as_named=batches or report.in_memory),
+                found.tensors,
+                found.dtype,
+            )
             parameter_of = {name: self._skeleton.goes_into.get(name, name) for name in self._tensors}
             self.unused = {*self._skeleton.unused}
         model = self._skeleton.model if self._skeleton else None

@@ -8,6 +8,7 @@ Nearly all private names of transformers that the package `model` uses are in th
 and `streamed`. They were tested with transformers 5.17 to 5.24, and another version may change them.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +46,17 @@ BUFFERS_ALLOWED = 64 * 2**20
 
 # Bytes that a model without its weights may take, with the modules that are imported for it: ten times a large one's.
 MOST_BYTES = 2 * 2**30
+
+# Types of models whose positions begin after the number of the padding token.
+AFTER_PADDING = (
+    "roberta",
+    "roberta-prelayernorm",
+    "camembert",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+    "data2vec-text",
+)
 
 # transformers' lists of classes that generate text; each maps a type of config to classes. If a config names no class,
 # the first list with an entry for it counts.
@@ -262,8 +274,11 @@ def has_class(names: object) -> bool:
 
 def max_seqlen(config: PretrainedConfig) -> int | None:
     """Number of tokens in the longest window that a model takes; None if its config sets no limit."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    return limit - config.pad_token_id - 1 if config.model_type in AFTER_PADDING else limit
 
 
 def _load_tensors(
@@ -337,6 +352,12 @@ def with_masks(conversions: list[WeightTransform], suffix: str) -> list[WeightTr
             patterns = one._original_source_patterns, one._original_target_patterns
             found.append(one.copy(*([pattern + suffix for pattern in of] for of in patterns), **operations))
     return found
+
+
+def reads_weight(model: PreTrainedModel, parameter: str) -> bool:
+    """Tell whether the code around a layer reads its weight itself, as Mamba's does, by the source of the class."""
+    above, *layer = f".{parameter}".rsplit(".", 2)
+    return f".{'.'.join(layer)}" in inspect.getsource(type(model.get_submodule(above[1:])))
 
 
 def _check_dtypes(goes_into: dict[str, str], model: PreTrainedModel, checkpoint: Checkpoint) -> None:

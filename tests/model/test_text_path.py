@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     LlamaConfig,
     Qwen3_5Config,
+    RobertaConfig,
     WhisperForCausalLM,
     WhisperForConditionalGeneration,
     XLNetConfig,
@@ -95,8 +96,10 @@ def test_blocks_are_what_the_forward_calls_one_after_the_other(tmp_path):
         assert not model.unused
 
 
-def test_no_limit_of_tokens():
+def test_the_most_tokens():
+    """RoBERTa's positions begin after its padding token's number, 1."""
     assert max_seqlen(XLNetConfig()) is None
+    assert max_seqlen(RobertaConfig(max_position_embeddings=66)) == 64
 
 
 @pytest.mark.parametrize(

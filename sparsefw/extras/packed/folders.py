@@ -23,13 +23,12 @@ from sparsefw.checkpoint.quantization import GUARD, KEY, without_quantization
 from sparsefw.checkpoint.source import CONFIG, Checkpoint, inspect, stamps
 from sparsefw.checkpoint.tensors import dequantized, read_tensors
 from sparsefw.checkpoint.writer import Writer
-from sparsefw.data.batches import BATCHES
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.errors import InputError
 from sparsefw.extras.packed.matrices import pack
 from sparsefw.extras.packed.quantizer import FORMAT, METHOD, form_of, holds
 from sparsefw.extras.page import write_pages
-from sparsefw.model.skeleton import Skeleton, build
+from sparsefw.model.skeleton import Skeleton, build, reads_weight
 from sparsefw.report.content import Report, read_report, report_of
 from sparsefw.selection import without_index
 from sparsefw.solver import patterns
@@ -65,7 +64,7 @@ def pack_folder(pruned: Path, packed: Path, *, overwrite: bool = False, restart:
     if checkpoint.quantization:
         raise InputError(f"{pruned}: packed already; python -m sparsefw.unpack makes it dense again")
     pattern = patterns.parse(report.argument("sparsity", str))
-    skeleton = build(checkpoint, as_named=report.arguments["dataset"] == (BATCHES,))
+    skeleton = build(checkpoint, as_named=report.in_memory)
     whole = not method_of(report.method).rows_independent or pattern.scope == "layer"
     whole &= pattern.scope != "group"
     kept = _budgets(skeleton, report, pattern, whole)
@@ -126,15 +125,16 @@ def _budgets(skeleton: Skeleton, report: Report, pattern: Pattern, whole: bool) 
         if not layer.transposed:
             sizes[without_index(layer.name)] += math.prod(layer.shape)
             inputs[without_index(layer.name)] = layer.shape[1]
-    infos, kept = skeleton.checkpoint.tensors, dict[str, int]()
+    model, infos, kept = skeleton.model, skeleton.checkpoint.tensors, dict[str, int]()
     for parameter, names in skeleton.names_of(infos).items():
         # A stacked parameter is packed only if all its slices were pruned. A tensor that is split into several
         # parameters stays dense, and so do buffers.
         stored = sum(math.prod(infos[name].shape) for name in names)
-        if not stored == sizes[parameter] == skeleton.model.get_parameter(parameter).numel():
+        if not stored == sizes[parameter] == model.get_parameter(parameter).numel():
             continue
-        module = skeleton.model.get_submodule(parameter.rpartition(".")[0])
-        if not holds(module, skeleton.model.get_parameter(parameter)):
+        if reads_weight(model, parameter):
+            continue
+        if not holds(model.get_submodule(parameter.rpartition(".")[0]), model.get_parameter(parameter)):
             continue
         for name in names:
             info = infos[name]

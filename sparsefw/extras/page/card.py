@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from sparsefw.checkpoint.files import CARD, CONFIG, MAX_JSON_BYTES, durably
 from sparsefw.checkpoint.quantization import KEY
 from sparsefw.checkpoint.source import check_file, read_json
-from sparsefw.data.text import NAMED, SELF
+from sparsefw.data.text import FILES, NAMED, SELF
 from sparsefw.extras.page.command import commands_of, from_python
 from sparsefw.inputs import DEFAULT, name_and_share
 from sparsefw.model.skeleton import has_class
@@ -139,4 +139,4 @@ def _datasets(report: Report) -> list[str]:
     """Return the Hub ids of the calibration texts that are datasets of the Hub."""
     texts = dict.fromkeys(name_and_share(text)[0] for text in _texts(report))
     ids = [NAMED[text, "train"][0] if (text, "train") in NAMED else text for text in texts]
-    return [text for text in ids if re.fullmatch(r"[\w.-]+/[\w.-]+", text)]
+    return [text for text in ids if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.endswith(FILES)]
