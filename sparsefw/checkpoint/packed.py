@@ -22,6 +22,9 @@ from sparsefw.kernels.cpu import packed as packed_cpu
 # The end of a mask's name, after the name of its matrix.
 MASK = "_mask"
 
+# Integer types by the bytes of a value. Compared as integers, -0.0 is not 0, and a NaN equals itself.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def starts_of(mask: Tensor) -> Tensor:
     """Count where each row of a packed matrix begins in its values, and where the last one ends: (rows + 1,) int64."""

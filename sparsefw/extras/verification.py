@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from sparsefw.arithmetic import check_finite
 from sparsefw.checkpoint.files import CARD, DIGEST, SUMS, file_digest, read_sums
+from sparsefw.checkpoint.packed import BITS
 from sparsefw.checkpoint.source import CONFIG, FILE_DTYPES, check_file, inspect, matches, read_headers, read_json
 from sparsefw.checkpoint.tensors import TensorInfo, dequantized, read_tensors
 from sparsefw.data.batches import BATCHES
 from sparsefw.errors import InputError, option
-from sparsefw.extras.packed.matrices import BITS
 from sparsefw.inputs import DEFAULT, locate
 from sparsefw.model.layers import slices_of
 from sparsefw.model.skeleton import build, has_class

@@ -4,13 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsefw.checkpoint.packed import BITS
 from sparsefw.errors import InputError
 
 # At most about this many entries are counted or gathered at a time, to limit memory.
 CHUNK = 1 << 24
-
-# Integer types by the bytes of a value. Compared as integers, -0.0 is not 0, and a NaN equals itself.
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def pack(name: str, W: Tensor, kept: int, whole: bool) -> tuple[Tensor, Tensor]:
