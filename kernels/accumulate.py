@@ -110,8 +110,8 @@ def _add(S, first_m, first_n, tile):
         S.atomic_add([first_m, first_n], tile)
 
 
-# Every batch of an expert has another number of tokens. It is not specialized here, so that a run compiles the kernel
-# once. `_pointer_kernel` needs it: without it the masks of its loads cost registers, and spill on sm_80.
+# Every batch of an expert has another number of tokens. Without specialization to it a run compiles this kernel once.
+# `_pointer_kernel` is specialized: else the masks of its loads cost registers, and it spills on sm_80.
 @triton.jit(do_not_specialize=["tokens", "tiles"], launch_metadata=metadata(cost))
 def _bulk_kernel(
     S, D, X, tokens, rows, d, tiles,

@@ -105,7 +105,8 @@ class _Uncollated:
 
     def __init__(self, loader: DataLoader) -> None:
         self._loader = copy.copy(loader)
-        self._loader.collate_fn = list
+        # Workers that persist are those of the caller's function.
+        self._loader.collate_fn, self._loader._iterator = list, None
 
     def __iter__(self) -> Iterator[Any]:
         return chain.from_iterable(self._loader)

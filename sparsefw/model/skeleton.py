@@ -56,6 +56,7 @@ AFTER_PADDING = (
     "xlm-roberta-xl",
     "xmod",
     "data2vec-text",
+    "mpnet",
 )
 
 # transformers' lists of classes that generate text; each maps a type of config to classes. If a config names no class,
@@ -278,7 +279,7 @@ def max_seqlen(config: PretrainedConfig) -> int | None:
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    return limit - config.pad_token_id - 1 if config.model_type in AFTER_PADDING else limit
+    return limit - (config.pad_token_id or 0) - 1 if config.model_type in AFTER_PADDING else limit
 
 
 def _load_tensors(

@@ -137,10 +137,7 @@ def test_layers_of_other_classes_are_not_packed(tmp_path, text, capsys):
     source = save_model(tmp_path / "model", "falcon", num_hidden_layers=1)
     assert run(source, text, tmp_path / "out", *WANDA) == 0
     assert pack.main([str(tmp_path / "out"), str(tmp_path / "packed")]) == 2
-    assert (
-        "no matrix can be packed; those stay dense that keep nearly all, or are in no plain linear layer"
-        in capsys.readouterr().err
-    )
+    assert "no matrix can be packed; those stay dense that keep nearly all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [pack, unpack, recover])
