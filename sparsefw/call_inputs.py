@@ -159,10 +159,9 @@ def check_model(model: Any, on_batches: bool) -> None:
         raise InputError(f"model: got {type(model).__name__}, expected {expected}")
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices - {torch.device("meta")}) > 1:
-        several = ", ".join(sorted(map(str, devices)))
         raise InputError(
-            f"model: its weights are on {several}; load it on one device, or give the folder or Hub id of a language "
-            "model's checkpoint, which is read block by block"
+            f"model: its weights are on {', '.join(sorted(map(str, devices)))}; load it on one device, or give the folder "
+            "or Hub id of a language model's checkpoint, which is read block by block"
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
