@@ -160,8 +160,8 @@ def check_model(model: Any, on_batches: bool) -> None:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices - {torch.device("meta")}) > 1:
         raise InputError(
-            f"model: its weights are on {', '.join(sorted(map(str, devices)))}; load it on one device, or give the folder "
-            "or Hub id of a language model's checkpoint, which is read block by block"
+            f"model: its weights are on {', '.join(sorted(map(str, devices)))}; load it on one device, or give the "
+            "folder or Hub id of a language model's checkpoint, which is read block by block"
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
