@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .device import INTERPRET, dot, grouped_tile, quarters, triangle_tile
 from .launch import describable, multiprocessors, on_device, platform, triangle_tiles, vectorized
 from .operation import Cost, metadata
-from .product import DESCRIPTORS, TRITON_DTYPES
+from .product import DESCRIPTORS, dot_options
 
 # Dtypes that tensor cores can read transposed from shared memory.
 TRANSPOSABLE = (torch.bfloat16, torch.float16)
@@ -191,13 +191,14 @@ def accumulate(S: Tensor, D: Tensor, X: Tensor, precision: str, *, triangle: boo
     if D.numel() == 0 or X.numel() == 0:
         return S
     (tokens, d), rows = X.shape, len(S)
-    shared = dict(TRIANGLE=triangle, DTYPE=TRITON_DTYPES[X.dtype], enable_fp_fusion=True)
     with on_device(X):
+        options = dot_options((D.dtype, X.dtype), precision)
+        shared = dict(TRIANGLE=triangle, DTYPE=options["DTYPE"], enable_fp_fusion=True)
         if not suits(S, D, X, triangle):
             config = configuration(rows, d, triangle, X.element_size(), vectorized(D) and vectorized(X))
             _pointer_kernel[(tile_count(rows, d, triangle, config["BLOCK_M"], config["BLOCK_N"]),)](
                 S, D, X, tokens, rows, d, *S.stride(), *D.stride(), *X.stride(),
-                PRECISION=precision, **shared, **config,
+                PRECISION=options["PRECISION"], **shared, **config,
             )  # fmt: skip
             return S
         programs = multiprocessors(X.device)

@@ -206,10 +206,12 @@ def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict[str, 
         ValueError: the precision is unknown.
     """
     check_precision(precision)
-    if precision == "bf16" or all(dtype == torch.bfloat16 for dtype in operands):
+    if precision == "bf16":
         return dict(DTYPE=tl.bfloat16, PRECISION="ieee")
-    if precision == "tf32x3" and platform() == "hip":
-        # AMD's matrix cores multiply fp32 without rounding.
+    if operands[0] == operands[1] != torch.float32:
+        return dict(DTYPE=TRITON_DTYPES[operands[0]], PRECISION="ieee")
+    if platform() == "hip":
+        # AMD's matrix cores multiply fp32 without rounding. Of its GPUs Triton compiles tf32 for gfx942 alone.
         precision = "ieee"
     return dict(DTYPE=tl.float32, PRECISION=precision)
 
@@ -218,11 +220,13 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
     """Launch the product of operands that are not empty, on the current device."""
     rows, d = out.shape
     low = options["DTYPE"] == tl.bfloat16
-    split = options["PRECISION"] == "tf32x3"
     unsplit = low or options["PRECISION"] == "tf32"
+    # Exact products of fp32 and bf16 would spill in larger tiles than split ones without `vectors` have.
+    mixed = not unsplit and E.element_size() > G.element_size()
+    split = options["PRECISION"] == "tf32x3" or mixed
     described = platform() in DESCRIPTORS and unsplit and describable(E) and describable(G)
     config = configuration(
-        rows, d, 2 if low else 4, described=described, vectors=vectorized(E) and vectorized(G),
+        rows, d, 2 if low else 4, described=described, vectors=vectorized(E) and vectorized(G) and not mixed,
         stored=(E.element_size(), G.element_size()), split=split,
     )  # fmt: skip
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"])
@@ -249,6 +253,7 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
         *(launch(ALL, dtype=FP32, precision=precision) for precision in PRECISIONS),
         # A solve does not have these operands, but any caller may.
         launch(ALL, dtype=FP32, right=FP32),
+        launch(ALL, dtype=FP32, right=torch.bfloat16, precision="ieee"),
         launch(NVIDIA, 576, 576, dtype=FP32, right=FP32),
         # Rows are not aligned for bulk copies.
         launch(NVIDIA, d=4100),
