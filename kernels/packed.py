@@ -37,9 +37,9 @@ from .launch import FLOATS, check, check_matrix, on_device, platform, warps
 from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
 from .product import TRITON_DTYPES
 
-# Lock for the launches of `unpack`, which transformers calls in several threads when it loads a checkpoint. Launches in
-# several threads may fail: Triton 3.6 to 3.9 gives other threads a kernel's launcher before its module is loaded, and
-# the interpreter replaces functions of `triton.language` during a launch.
+# Lock for launches: transformers unpacks in several threads when it loads a checkpoint, and a server may multiply in
+# several. Then launches may fail: Triton 3.6 to 3.9 gives other threads a kernel's launcher before its module is
+# loaded, and the interpreter replaces functions of `triton.language` during a launch.
 LAUNCH = threading.Lock()
 
 # Number of parts of a tile's columns. Each part has separate sums, so that all warps share the products of 16 rows.
@@ -284,7 +284,7 @@ def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | Non
     if y.numel():
         low = x.dtype == values.dtype != torch.float32
         config = configuration(2 if low else 4, batch)
-        with on_device(x):
+        with on_device(x), LAUNCH:
             _product_kernel[(triton.cdiv(len(mask), config["BLOCK_R"]),)](
                 X=x.contiguous(), Y=y, batch=batch, rows=len(mask),
                 DTYPE=TRITON_DTYPES[x.dtype if low else torch.float32], BLOCK_B=MOST, SPLIT=SPLIT,

@@ -64,11 +64,13 @@ def level(request, monkeypatch):
     return packed_cpu
 
 
-def test_threads_may_unpack_at_once():
+def test_threads_may_launch_at_once():
     W, matrix = packed_matrix(33, 64, torch.float32)
+    x = torch.eye(64)
     with ThreadPoolExecutor(4) as threads:
-        unpacked = list(threads.map(lambda _: on_gpu(packed.unpack)(*matrix, cols=64), range(40)))
-    assert all(torch.equal(each, W) for each in unpacked)
+        # From 17 rows on the matrix is unpacked.
+        products = list(threads.map(lambda n: on_gpu(packed.packed_product)(x[:n], *matrix), [16, 17] * 20))
+    assert all(torch.equal(y, W[:, : len(y)].T) for y in products)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
