@@ -122,7 +122,7 @@ def unpacked_product(
     """Compute x W^T with torch; `unpack` expands some rows of W at a time. Other arguments as in `packed_product`."""
     cols, rows = x.shape[1], len(mask)
     y = x.new_empty(len(x), rows)
-    size = max(1, (EXPANDED if x.device.type == "cpu" else EXPANDED_GPU) // cols)
+    size = max(1, (EXPANDED if x.device.type == "cpu" else EXPANDED_GPU) // max(1, cols))
     for first in range(0, rows, size):
         last = min(first + size, rows)
         W = unpack(values, mask, starts, cols=cols, first=first, last=last)
