@@ -35,8 +35,14 @@ STEADY, LEAST, TURN = 0.01, 10, 5
 
 
 @cache
-def _flushed(size: int) -> Tensor:
-    return torch.zeros(size // 4, device=DEVICE)
+def _flushed() -> Tensor:
+    return torch.zeros(FLUSH // 4, device=DEVICE)
+
+
+def cool(cycles: int = CYCLES) -> None:
+    """Drive operands out of the GPU's cache, and let it sleep while the host prepares launches."""
+    _flushed().zero_()
+    torch.cuda._sleep(cycles)
 
 
 class Stopwatch:
@@ -58,7 +64,7 @@ class Stopwatch:
         """Return the seconds of a call."""
         if not GPU:
             arguments = self.setup()
-            _flushed(FLUSH).zero_()
+            _flushed().zero_()
             started = perf_counter()
             self.run(**arguments)
             return perf_counter() - started
@@ -74,8 +80,7 @@ class Stopwatch:
         """Return seconds, and whether the GPU began before the host had launched all of it."""
         arguments = self.setup()
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        _flushed(FLUSH).zero_()
-        torch.cuda._sleep(self.cycles)
+        cool(self.cycles)
         started.record()
         self.run(**arguments)
         waited = started.query()

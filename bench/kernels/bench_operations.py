@@ -9,13 +9,13 @@ from time import perf_counter
 import pytest
 import torch
 from measure import TINY, Case, functions, size_of
-from timing import GPU
+from timing import GPU, cool
 
 from sparsefw.kernels.operation import OPERATIONS
 
 # On a GPU projections of Llama-3.1-8B (q, down) and of Llama-3-70B (q, and some rows of down).
-LLAMA = [size_of(*shape, 8192, "bfloat16") for shape in ((4096, 4096), (4096, 14336), (8192, 8192), (4096, 28672))]
-SIZES = LLAMA if GPU else [TINY, size_of(40, 132, 100, "float32")]
+LLAMA = (4096, 4096), (4096, 14336), (8192, 8192), (4096, 28672)
+SIZES = [size_of(*shape, 8192, "bfloat16") for shape in LLAMA] if GPU else [TINY, size_of(40, 132, 100, "float32")]
 
 
 class Moment:
@@ -52,4 +52,11 @@ def test_operation(benchmark, operation, label, size, provider, group):
             pytest.skip(wrong)
         assert not wrong
         benchmark.extra_info |= vars(case.cost)
-        benchmark.pedantic(run, setup=lambda: ((), case.fresh()), rounds=20 if GPU else 3, warmup_rounds=1)
+
+        def setup():
+            arguments = case.fresh()
+            if GPU:
+                cool()
+            return (), arguments
+
+        benchmark.pedantic(run, setup=setup, rounds=20 if GPU else 3, warmup_rounds=1)

@@ -43,7 +43,7 @@ class Clocks:
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "_sleep", lambda cycles: self.work("sleep", cycles * self.CYCLE))
         patch.setattr(timing, "GPU", True)
-        patch.setattr(timing, "_flushed", lambda size: Filled())
+        patch.setattr(timing, "_flushed", Filled)
 
     def work(self, what, seconds, launch=0.0):
         self.log.append(what)
