@@ -10,10 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-BENCH = Path(__file__).resolve().parent
-REPO = BENCH.parent
+from host import REPO
+
 # It starts in the other checkout, whose package it imports before bench/ may change Python's path.
-CODE = f"import runpy, sparsefw; runpy.run_path({str(BENCH)!r}, run_name='__main__')"
+CODE = f"import runpy, sparsefw; runpy.run_path({str(REPO / 'bench')!r}, run_name='__main__')"
 # Sources of the compiled part, and the file that says how it is built.
 SOURCES = ("setup.py", "kernels/cpu/*.cpp", "kernels/cpu/*.h")
 
