@@ -89,7 +89,7 @@ def read(path: Path, texts: list[Path]) -> dict[str, dict]:
     Raises:
         SystemExit: the results are of another text of the same name.
     """
-    results = json.loads(path.read_text("utf-8")) if path.exists() else {"texts": {}, "cells": {}}
+    results = json.loads(path.read_bytes()) if path.exists() else {"texts": {}, "cells": {}}
     for text in texts:
         digest = hashlib.sha256(text.read_bytes()).hexdigest()
         if results["texts"].setdefault(text.name, digest) != digest:
@@ -124,10 +124,11 @@ def pruned(flags: str, sparsity: str, folder: Path, pruning: list[str], mixture:
         command = ["-m", "sparsefw.recover", start, str(output), *pruning[:4], *mixture, *recovery.split()]
     cost = Path(f"{output}.json")
     if not cost.exists():
-        resumed = output.exists()
+        # The output is there, or a part of it.
+        resumed = [*folder.glob(f"*{output.name}*")]
         seconds = measured(command)
         cost.write_text(json.dumps({told(command): None if resumed else seconds}), "utf-8")
-    made["commands"] |= json.loads(cost.read_text("utf-8"))
+    made["commands"] |= json.loads(cost.read_bytes())
     report = read_report(output / "report.json")
     *_, (_, figures) = result_rows(report)
     made |= {"machine": {"cpu": cpu(), "device": report.device, **report.versions}, "done": figures[-1]}
@@ -200,7 +201,7 @@ def study(arguments: argparse.Namespace) -> None:
         command = ["-m", "sparsefw.evaluate", *(output for output, _ in made.values()), *evaluation]
         with TemporaryDirectory(dir=folder) as written:
             seconds = measured([*command, "--output", written])
-            found = json.loads(Path(written, "evaluation.json").read_text("utf-8"))
+            found = json.loads(Path(written, "evaluation.json").read_bytes())
         # Another study may have written cells by now.
         results = read(arguments.results, [calibration, *held_out])
         results["cells"].setdefault("dense", {"commands": {}, "done": ""} | evaluated(found, model, half))
