@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,6 +26,9 @@ PANELS = 16
 # A transfer waits this long for the slowest rank: while one rank downloads a model or texts for all, the others may
 # wait for hours. The end of a rank is noticed at once all the same.
 TIMEOUT = timedelta(hours=12)
+
+# Numbers of the groups that this process joins.
+GROUPS = count()
 
 Value = TypeVar("Value")
 
@@ -169,9 +172,9 @@ class Ranks:
         start = time.perf_counter()
         try:
             yield
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or "cuda error" in str(error):
+                raise
             raise LostRankError(f"the connection to another rank broke ({first_line(error)})") from error
         finally:
             self.waited += time.perf_counter() - start
@@ -265,22 +268,31 @@ def joined_with(log: Callable[[str], None]) -> Iterator[tuple[Ranks, Callable[[s
         return
     here, local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     has_gpu = torch.cuda.is_available()
-    if has_gpu:
+    if has_gpu and (made or "LOCAL_RANK" in os.environ):
         # A rank sees all GPUs of its machine, or only its own.
         torch.cuda.set_device(local % torch.cuda.device_count())
     if made:
         with errors_in_one_line("the other ranks cannot be reached", "start with torchrun"):
-            dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
+            # The store outlives a group, and torch would use the same names in it for the next one.
+            store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            store = dist.PrefixStore(f"sparsefw {next(GROUPS)}", store)
+            backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), here, local)
-    _check_gpus(ranks, has_gpu)
+    check_gpus(ranks, has_gpu)
     yield ranks, say
     # Not after an error: leaving a group may wait for ever for a lost rank.
     if made:
         dist.destroy_process_group()
 
 
-def _check_gpus(ranks: Ranks, has_gpu: bool) -> None:
-    """Refuse ranks of which only some have a GPU, and two ranks on one GPU, where NCCL's message is hard to read."""
+def check_gpus(ranks: Ranks, has_gpu: bool) -> None:
+    """Refuse ranks of which only some have a GPU, and two ranks on one GPU, where NCCL's message is hard to read.
+
+    Args:
+        ranks: the ranks.
+        has_gpu: whether this rank has a GPU, the current one.
+    """
     gpus = ranks.gather(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if has_gpu else "")
     for number, gpu in enumerate(gpus):
         if any(gpus) and (not gpu or gpu in gpus[:number]):

@@ -40,6 +40,7 @@ from sparsefw.memory import on_gpu, this_device
 from sparsefw.model.block_model import ResidentModel, resident
 from sparsefw.model.head import check_losses
 from sparsefw.model.swap import filled, slots_of
+from sparsefw.ranks import check_gpus
 from sparsefw.report.content import Report
 
 
@@ -72,6 +73,7 @@ def run_in_memory(
     source, notes = _source(model, job.tokenizer) if saves and job.ranks.first else (None, [])
     # `no_grad` is for a caller's model, whose parameters may require gradients.
     with on_gpu(device), torch.no_grad(), resident(model, batch, device, partial(computes_in_fp32, job)) as opened:
+        check_gpus(job.ranks, device.type == "cuda")
         opened.notes += notes
         run = _settled(job, opened, batches, saves, source)
 
