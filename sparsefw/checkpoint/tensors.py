@@ -9,6 +9,7 @@ keeps its stored form until a model is loaded with it.
 
 import math
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,10 @@ def in_files(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     return {part: x for name, info in tensors.items() for part, x in (info.parts or {name: info}).items()}
 
 
+# transformers loads in several threads, and a plan counts the memory of one that dequantizes.
+DEQUANTIZING = threading.Lock()
+
+
 class QuantizedTensor:
     """Quantized tensor in its stored form.
 
@@ -96,7 +101,8 @@ class QuantizedTensor:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Move the tensor to a device, and dequantize it there."""
         values, scales = self._values.to(device), self._scales.to(device)
-        return self._dequantize(values, scales, dtype or self.dtype)
+        with DEQUANTIZING:
+            return self._dequantize(values, scales, dtype or self.dtype)
 
 
 # A tensor that a model can be loaded with.

@@ -6,6 +6,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from sparsefw import arithmetic, memory
 from sparsefw.checkpoint.files import check_output, durably
 from sparsefw.checkpoint.source import fingerprint, inspect, note_of_others, stamps
@@ -176,6 +178,8 @@ def _with_half_the_windows(run: Run, writer: Writer) -> Run:
     run.say(f"out of memory on the GPU: continuing with {counted(placement.batch, 'window')} at a time")
     writer.choose({"batch": placement.batch, "solver": placement.solver})
     memory.trim_memory()
+    # CUDA and Triton allocate besides torch, which would keep what it has freed.
+    torch.cuda.empty_cache()
     return replace(run, placement=placement, split_failures={})
 
 

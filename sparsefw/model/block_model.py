@@ -146,14 +146,15 @@ class BlockModel:
             InputError: a parameter holds NaN or Inf.
         """
         with self.timeline.span("wait", i):
-            tensors = self._next[1].result() if self._next and self._next[0] == i else self._timed_read(i)
+            # A failed read is tried again.
+            ahead, self._next = self._next, None
+            tensors = ahead[1].result() if ahead and ahead[0] == i else self._timed_read(i)
         with self.timeline.span("read", i):
             block = self.open_alone(i, tensors)
             for name, parameter in block.named_parameters():
                 check_finite(f"{self.names[i]}.{name}", parameter)
         # Frees the pinned memory of this block, so that the next block can be read into it.
-        del tensors
-        self._next = None
+        del tensors, ahead
         if not prefetch:
             release_pinned()
         elif i + 1 < len(self.blocks):

@@ -257,7 +257,7 @@ def _split_failure(run: RunBlock, hidden: Tensor, found: Survey, output: Tensor)
         starts: list[dict[Point, Tensor]] = [{INPUT: hidden}, *({cut: taken[cut]} for cut in found.cuts)]
         kept = [starts[role.segment] | {point: taken[point]} for role, point in inputs if role.cacheable]
         outputs += [hidden_of(run_part(run, given)[1]) for given in (*starts[1:], *kept)]
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (InputError, RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AttributeError) as error:
         # A block that needs data in the skipped part, for example to branch on a value, runs as a whole.
