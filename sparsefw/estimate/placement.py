@@ -40,12 +40,12 @@ def memory_limits(
         ranks: the processes of the run; those on one machine share its memory.
 
     Raises:
-        InputError: the user limits a GPU's memory, and there is no GPU.
+        InputError: the user gives more than the GPU's free memory, or there is no GPU.
     """
-    if gpu_memory is not None and "gpu" not in free:
-        raise InputError(
-            f"{option('gpu_memory', gpu_memory)}: no CUDA device; a plan for another machine names its card (--gpu)"
-        )
+    if gpu_memory is not None and gpu_memory * GIB > (room := free.get("gpu", 0)):
+        of_card = f"the GPU has {memory.gib(room)} GiB free" if room else "no CUDA device"
+        asked = option("gpu_memory", gpu_memory)
+        raise InputError(f"{asked}: {of_card}; a plan for another machine names its card (--gpu)")
     limits = {what: int(size * (1 - memory.MARGIN)) for what, size in free.items()}
     if gpu_memory is not None:
         limits["gpu"] = int(gpu_memory * GIB)

@@ -138,8 +138,8 @@ class PruneConfig:
     )  # fmt: skip
     preset: str = flag(
         "sparsefw: line search, integrality penalty, 12 steps, alpha 0, refit 2, 3 rounds (24 steps and refit 4 with "
-        "--reconstruct 0; 40 steps and swaps with --refit 0); fast: 3 steps, one refit and --target layer, in about "
-        "SparseGPT's time; paper: open loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded, no refit",
+        "--reconstruct 0; 40 steps and swaps with --refit 0); fast: 3 steps, refit 4, no rounds and --target layer, in "
+        "about SparseGPT's time; paper: open loop, 2000 steps, no penalty, alpha 0.9, last iterate rounded, no refit",
         "sparsefw", choices=PRESETS,
     )  # fmt: skip
     include: tuple[str, ...] = flag(
