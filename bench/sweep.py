@@ -36,6 +36,7 @@ from host import REPO
 
 # Children take the modules that are imported here from their parent. Importing takes longer than examining a class.
 import sparsefw.driver.run
+from sparsefw.checkpoint.files import durably
 
 RESULTS, PAGE = REPO / "bench" / "results" / "sweep.json", REPO / "docs" / "models.md"
 # Name in the folder of a class.
@@ -105,9 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         for case, row in zip(chosen, pool.map(examine_in_process, chosen), strict=True):
             results["rows"][case.key] = row
             # A reader never sees half of the file.
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-            partial.replace(path)
+            durably(path, json.dumps(results, indent=1, sort_keys=True) + "\n")
             counts[row["outcome"]] += 1
             why = f": {row['reason']}" if row["reason"] else ""
             print(f"{row['outcome']:9} {case.key}: {row['seconds']} s{why}", flush=True)

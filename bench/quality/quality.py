@@ -36,6 +36,7 @@ from models import WHEELS, checkpoint
 from tasks import CHANCE, write_tasks
 from texts import DOCUMENTS, HALVES, MIXTURE, REFERENCE, SOURCES, write_texts
 
+from sparsefw.checkpoint.files import durably
 from sparsefw.report.content import read_report
 from sparsefw.report.log import result_rows
 
@@ -208,9 +209,7 @@ def study(arguments: argparse.Namespace) -> None:
         for key, (output, how) in made.items():
             results["cells"][key] = how | {"evaluation": {told(command): seconds}} | evaluated(found, output, half)
         # The file is never there in part.
-        partial = arguments.results.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-        partial.replace(arguments.results)
+        durably(arguments.results, json.dumps(results, indent=1) + "\n")
 
 
 def write_suite(folder: Path, half: str, calibration: Path, near: list[Path]) -> tuple[list[Path], list[str]]:
