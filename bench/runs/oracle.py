@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import nn
 
 REPO = Path(__file__).resolve().parents[2]
@@ -57,9 +56,10 @@ Run = Callable[[Path], dict[str, Any]]
 
 def tensors_digest(folder: Path) -> str:
     """Digest all tensors of a checkpoint, by name."""
+    from helpers.commands import tensors_of
+
     digest = hashlib.sha256()
-    tensors = {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted(tensors_of(folder).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
