@@ -74,8 +74,8 @@ def result_of(folder: Path) -> dict[str, Any]:
 def run(folder: Path, flags: Sequence[str], ranks: int = 1) -> dict[str, Any]:
     """Make a run by the command line."""
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    flags = flags if "--recover" in flags else [*flags, "--recover", "0"]
-    command += ["-m", "sparsefw.run", "--kernel", "torch", "--output", str(folder / "out"), *flags]
+    usual = ["--kernel", "torch", "--recover", "0", "--output", str(folder / "out")]
+    command += ["-m", "sparsefw.run", *usual, *flags]
     environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
