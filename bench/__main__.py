@@ -20,7 +20,6 @@ provider, for base over ours; the largest error, relative to the largest value i
 """
 
 import argparse
-import csv
 import json
 import shlex
 import signal
@@ -92,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=positive, default=1, help="threads of a CPU (default: %(default)s)")
     add("--seconds", type=float, default=5.0, help="limit of the timing of a table (default: %(default)s)")
     add("--base", metavar="COMMIT", help="time our kernels at this commit, too, in turns with the others")
-    for name, read in dict(json=report.output, csv=report.output, plot=report.plotter).items():
-        add(f"--{name}", type=read, metavar="FILE", help="write the results there")
+    add("--json", type=report.output, metavar="FILE", help="write the results there")
+    add("--plot", type=report.plotter, metavar="FILE", help="plot the results to this file, by matplotlib")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     return made
 
@@ -164,17 +163,6 @@ def catalogue(operations: Iterable[Operation] = OPERATIONS.values()) -> str:
     return report.markdown(["operation", "what it does", "settings", "Gflop", "MB", "flops / byte"], rows, texts=3)
 
 
-def write(run: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Write the results so far."""
-    if arguments.json:
-        arguments.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    if arguments.csv and run["rows"]:
-        with arguments.csv.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, run["rows"][0])
-            writer.writeheader()
-            writer.writerows(run["rows"])
-
-
 def work() -> int:
     """Answer each line of the input by the time of a call, see `base.Worker`."""
 
@@ -219,7 +207,9 @@ def run(
         # A rival may fail, but compute nothing wrong.
         failed |= any(row["wrong"] and (row["provider"] == "ours" or "wrong" in row["wrong"]) for row in rows)
         saved["rows"] += rows
-        write(saved, arguments)
+        if arguments.json:
+            # All results so far.
+            arguments.json.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
         if not GPU:
             # The interpreter shows what a kernel computes, and not its time.
             error, wrong = Case(operation, setting, TINY).check(operation.run)
