@@ -223,9 +223,8 @@ def run(
     return int(failed)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command line; returns 1 if a kernel of ours has failed, or a result is wrong."""
-    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"]:
         return report.main(argv[1:])
     flags = parser()
@@ -254,6 +253,6 @@ if __name__ == "__main__":
     # `| head` ends the command without a word.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit("\npython -m bench: interrupted")

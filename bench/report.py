@@ -186,7 +186,7 @@ def plotter(text: str) -> partial[None]:
     return partial(plot, path=output(text))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Print the report, and plot the runs."""
     parser = argparse.ArgumentParser("python -m bench report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a run, by `python -m bench --json FILE`")

@@ -76,7 +76,7 @@ def _child(case: Case, folder: Path) -> None:
     (folder / ROW).write_text(json.dumps(examine(case, folder)))
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     """Examine classes. Returns 0 if all that were examined work or are not run by transformers itself, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--jobs", type=int, default=1, metavar="N", help="classes at a time, each in one process (default: 1)")
     add("--json", type=Path, default=RESULTS, metavar="FILE", help="results (default: bench/results/sweep.json)")
     add("--write-docs", action="store_true", help="examine nothing; write docs/models.md")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     path, names = arguments.json, arguments.names
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
     results = json.loads(path.read_text()) if path.exists() else {"versions": versions, "rows": {}}

@@ -236,7 +236,7 @@ def write_suite(folder: Path, half: str, calibration: Path, near: list[Path]) ->
     return held_out, mixed
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Measure from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--half", choices=HALVES, default="report", help="half of the far texts (default: report)")
     add("--curve", action="store_true", help="measure the rows of CURVE")
     add("--model", choices=WHEELS, default="smollm2", help="another one needs other --results and FOLDER")
-    study(parser.parse_intermixed_args(argv))
+    study(parser.parse_intermixed_args())
 
 
 if __name__ == "__main__":
