@@ -221,12 +221,6 @@ def _amd_usage(code: str) -> dict:
     return {key: int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for key, name in names.items()} | {"instructions": []}
 
 
-def read_known() -> dict[str, dict]:
-    """Read the committed rows by their fingerprint; empty if another version of Triton has made them."""
-    content = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return {row["fingerprint"]: row for row in content["rows"]} if content["triton"] == triton.__version__ else {}
-
-
 def committed() -> dict[tuple[str, str], dict]:
     """Read the rows of the committed table by name and target."""
     return {(row["name"], row["target"]): row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
@@ -278,7 +272,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(status)
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
-    known = read_known()
+    # Rows that another version of Triton has made are not known.
+    content = json.loads(RESULTS.read_text(encoding="utf-8"))
+    known = {row["fingerprint"]: row for row in content["rows"] if content["triton"] == triton.__version__}
     rows = [compile_launch(name, target, known) for name, (_, each) in chosen.items() for target in each.targets]
     if arguments.json:
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
