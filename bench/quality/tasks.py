@@ -51,17 +51,26 @@ def write_tasks(folder: Path, tag: str, documents: Sequence[str]) -> None:
         found += passages(document, seen)
     # In the order of their hashes, a passage that another version of a package lacks moves no other.
     found.sort(key=lambda passage: _hash(" ".join(passage)))
-    for make in (word_choice, word_cloze):
+    targets = {
+        word_choice: dict(output_type="multiple_choice", doc_to_choice="{{choices}}", doc_to_target="{{label}}"),
+        word_cloze: dict(output_type="loglikelihood", doc_to_target="{{' ' + word}}"),
+    }
+    for make, target in targets.items():
         data = folder.resolve() / f"{tag}_{make.__name__}.jsonl"
         items = islice(make(found), ITEMS)
         data.write_text("".join(json.dumps(item) + "\n" for item in items), "utf-8")
-        target = dict(output_type="loglikelihood", doc_to_target="{{' ' + word}}")
-        if make is not word_cloze:
-            target = dict(output_type="multiple_choice", doc_to_choice="{{choices}}", doc_to_target="{{label}}")
-        config = {"task": data.stem, "tag": [tag], "dataset_path": "json", "test_split": "test", "num_fewshot": 0}
-        config |= {"dataset_kwargs": {"data_files": {"test": str(data)}}, "metadata": {"version": 2.0}}
-        config |= {"doc_to_text": "{{context}}", **target}
-        config |= {"metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
+        config = dict(
+            task=data.stem,
+            tag=[tag],
+            dataset_path="json",
+            test_split="test",
+            num_fewshot=0,
+            dataset_kwargs={"data_files": {"test": str(data)}},
+            metadata={"version": 2.0},
+            doc_to_text="{{context}}",
+            **target,
+            metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        )
         # JSON is YAML, too.
         data.with_suffix(".yaml").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
