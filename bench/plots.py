@@ -52,7 +52,7 @@ def draw(run: dict[str, Any], left: Any, right: Any) -> None:
             if row["flops"]:
                 mark(left, row["flops"] / row["bytes"], row["flops"] / row["seconds"], row["provider"], number)
     draw_roofs(left, run["roofs"])
-    left.set_title(run["machine"].get("device", ""), loc="left", fontsize=8)
+    left.set_title(run["machine"]["device"], loc="left", fontsize=8)
     right.axvline(100, color="0.6", zorder=1)
     right.set_yticks(range(1, len(names) + 1), names)
     right.set(xscale="log", xlabel="share of the roof in %", ylim=(len(names) + 0.6, 0.4))

@@ -73,7 +73,7 @@ def expected(row: Row, machine: Row) -> Row:
     # Smaller weights do not fill a GPU.
     if row["provider"] != "ours" or row["dtype"] != "bfloat16" or row["rows"] * row["d"] < 2**24:
         return {"share": 0}
-    return EXPECTED.get(machine.get("capability"), {}).get(row["operation"], {}).get(row["setting"], {"share": 0})
+    return EXPECTED.get(machine["capability"], {}).get(row["operation"], {}).get(row["setting"], {"share": 0})
 
 
 def table(rows: Iterable[Row], machine: Row) -> str:
@@ -87,7 +87,7 @@ def table(rows: Iterable[Row], machine: Row) -> str:
         cells.append([
             row["provider"],
             *(f"{1e3 * row[name]:,.3f}" for name in ("seconds", "low", "high")),
-            f"{row['rounds']}" + f", {row.get('late')} late" * bool(row.get("late")),
+            f"{row['rounds']}" + f", {row['late']} late" * bool(row["late"]),
             *(f"{row[name] / own / 1e9:,.1f}" for name in ("bytes", "flops")),
             write(row["share"], ".0%") + f" of {hoped:.0%}" * bool(hoped),
             write(row["speedup"], ".2f"),
@@ -134,7 +134,7 @@ def section(run: Run) -> list[str]:
     for row in rows:
         parts.setdefault(title(row, run["roofs"]), []).append(row)
     return [
-        f"## {machine.get('device')}",
+        f"## {machine['device']}",
         f"`{run['command']}`",
         heading(run),
         *["Look at these first:", "\n".join(sorted(remarks, key=lambda text: ": slower" in text))] * bool(remarks),

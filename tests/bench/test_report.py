@@ -11,7 +11,7 @@ import report
 
 ROW = dict(operation="row_step", setting="", rows=4096, d=4096, tokens=32, dtype="bfloat16", provider="ours")
 ROW |= dict(wrong=None, seconds=2e-3, low=1e-3, high=4e-3, rounds=9, error=3e-7, flops=8e9, bytes=4e6, unit=None)
-ROW |= dict(share=0.4, speedup=3)
+ROW |= dict(late=0, share=0.4, speedup=3)
 RIVAL = ROW | dict(provider="torch", seconds=6e-3, share=0.1, speedup=1 / 3)
 SLOWER = ROW | dict(operation="lmo", setting="2:4", speedup=0.5, flops=0)
 WRONG = SLOWER | dict.fromkeys(("seconds", "low", "high", "share", "speedup")) | {"provider": "compile"}
