@@ -75,9 +75,11 @@ def shape(text: str) -> tuple[int, int]:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the flags."""
-    form = argparse.RawDescriptionHelpFormatter
     made = argparse.ArgumentParser(
-        "python -m bench", usage=argparse.SUPPRESS, description=__doc__, formatter_class=form
+        "python -m bench",
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
     add("operations", nargs="*", metavar="OPERATION", help="names, prefixes, or files of kernels/ (default: all)")

@@ -32,7 +32,7 @@ def describe() -> dict[str, Any]:
     )
 
 
-def roofs(limit: float = 2.0) -> dict[str, float]:
+def roofs(limit: float) -> dict[str, float]:
     """Measure bytes per second of a copy, and flops per second of the library's products by their precision.
 
     A CPU has no tf32; its bf16 counts only if it is faster than fp32.

@@ -106,7 +106,7 @@ class Case:
 
 
 def measure(
-    case: Case, names: Iterable[str], roofs: Mapping[str, float], limit: float, base: Any = None
+    case: Case, names: Iterable[str], roofs: Mapping[str, float], limit: float, base: Any
 ) -> list[dict[str, Any]]:
     """Measure a case; returns a row for each provider, as a file of results has it.
 
