@@ -32,19 +32,20 @@ SIZES = {
 TINY = dict(hidden_size=32, intermediate_size=48, num_attention_heads=8, head_dim=8)
 TINY |= dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
 ONE_BLOCK, TWO_BLOCKS = r"re:model\.layers\.0\.", r"re:model\.layers\.[01]\."
-# The parts that are a run: the checkpoint, layers, calibration windows, memory limits of GPU and host in GiB, and an
-# earlier part whose output should have the same bytes. Other chunks of rows or micro-batches may round otherwise.
+# The parts that are a run: the checkpoint, layers, calibration windows, and memory limits of GPU and host in GiB.
 # At 75 GiB the activations of a 70B block stay on a GPU of 80 GiB, at 24 GiB they move to the host.
 RUNS = {
     "8B block": dict(model="8B"),
     "8B cold": dict(model="8B", blocks=TWO_BLOCKS),
-    "8B warm": dict(model="8B", blocks=TWO_BLOCKS, same_as="8B cold"),
-    "8B within 16 GiB": dict(model="8B", blocks=TWO_BLOCKS, gpu=16, host=16, same_as="8B cold"),
+    "8B warm": dict(model="8B", blocks=TWO_BLOCKS),
+    "8B within 16 GiB": dict(model="8B", blocks=TWO_BLOCKS, gpu=16, host=16),
     "70B block": dict(model="70B", windows=256, gpu=75),
-    "70B in host memory": dict(model="70B", windows=256, gpu=24, same_as="70B block"),
+    "70B in host memory": dict(model="70B", windows=256, gpu=24),
     "mixture block": dict(model="mixture"),
     "8B profiled": dict(model="8B", windows=8),
 }
+# The earlier part whose output should have the same bytes. Other chunks of rows or micro-batches may round otherwise.
+SAME_AS = {"8B warm": "8B cold", "8B within 16 GiB": "8B cold", "70B in host memory": "70B block"}
 
 
 def checkpoint(part: Part, name: str) -> Path:
@@ -66,9 +67,7 @@ def checkpoint(part: Part, name: str) -> Path:
     return folder
 
 
-def flags(
-    part: Part, model: str, blocks: str = ONE_BLOCK, windows: int = 64, gpu: int = 0, host: int = 0, same_as: str = ""
-) -> list[str]:
+def flags(part: Part, model: str, blocks: str = ONE_BLOCK, windows: int = 64, gpu: int = 0, host: int = 0) -> list[str]:
     """Make the flags of a run. It calibrates on a text of random numbers."""
     text, drawn = part.scratch / "text.txt", random.Random(0)
     if not text.exists():
@@ -105,11 +104,13 @@ def prune(part: Part) -> None:
     Raises:
         SystemExit: the run failed.
     """
-    same_as = RUNS[part.name].get("same_as", "")
     python("-m", "sparsefw.run", *flags(part, **RUNS[part.name]))
-    other = output_of(replace(part, name=same_as))
-    same = {f"same bytes as {same_as}": outputs(output_of(part)) == outputs(other)} if other.exists() else {}
-    part.add(**figures(output_of(part)), **same)
+    found = figures(output_of(part))
+    if same_as := SAME_AS.get(part.name):
+        other = output_of(replace(part, name=same_as))
+        if other.exists():
+            found[f"same bytes as {same_as}"] = outputs(output_of(part)) == outputs(other)
+    part.add(**found)
 
 
 def prune_cold(part: Part) -> None:
