@@ -124,11 +124,8 @@ def pruned(flags: str, sparsity: str, folder: Path, pruning: list[str], mixture:
         start, made = pruned(run, sparsity, folder, pruning, mixture)
         command = ["-m", "sparsefw.recover", start, str(output), *pruning[:4], *mixture, *recovery.split()]
     cost = Path(f"{output}.json")
-    if not cost.exists():
-        # The output is there, or a part of it.
-        resumed = [*folder.glob(f"*{output.name}*")]
-        seconds = measured(command)
-        cost.write_text(json.dumps({told(command): None if resumed else seconds}), "utf-8")
+    if not output.exists():
+        spend(command, cost)
     made["commands"] |= json.loads(cost.read_bytes())
     report = read_report(output / "report.json")
     *_, (_, figures) = result_rows(report)
@@ -146,12 +143,27 @@ def told(command: list[str]) -> str:
     return re.sub(r"\S+/", "", " ".join(command))
 
 
-def measured(command: list[str]) -> float:
-    """Run a command of Python, and return the seconds that it used of CPU cores."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def spend(command: list[str], cost: Path) -> None:
+    """Run a command of Python that resumes. A file gets its CPU seconds, also those before it was killed."""
+    earlier, started = json.loads(cost.read_bytes())[told(command)] if cost.exists() else 0.0, children_seconds()
+    # If this process is killed as well, nobody knows the seconds.
+    cost.write_text(json.dumps({told(command): None}), "utf-8")
+    try:
+        python(command)
+    finally:
+        seconds = None if earlier is None else round(earlier + children_seconds() - started, 1)
+        cost.write_text(json.dumps({told(command): seconds}), "utf-8")
+
+
+def python(command: list[str]) -> None:
+    """Run a command of Python."""
     subprocess.run([sys.executable, *command], cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)
+
+
+def children_seconds() -> float:
+    """Return the seconds of CPU cores that all processes have used that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def evaluated(evaluation: dict, model: str, half: str) -> dict:
@@ -201,7 +213,9 @@ def study(arguments: argparse.Namespace) -> None:
             continue
         command = ["-m", "sparsefw.evaluate", *(output for output, _ in made.values()), *evaluation]
         with TemporaryDirectory(dir=folder) as written:
-            seconds = measured([*command, "--output", written])
+            started = children_seconds()
+            python([*command, "--output", written])
+            seconds = round(children_seconds() - started, 1)
             found = json.loads(Path(written, "evaluation.json").read_bytes())
         # Another study may have written cells by now.
         results = read(arguments.results, [calibration, *held_out])
