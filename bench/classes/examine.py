@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+import sparsefw.pack
+import sparsefw.packed  # tells transformers how to load packed checkpoints
 import sparsefw.run
 import sparsefw.verify
 from classes.tiny_model import Case, build, byte_tokenizer, load, perplexity, random_text
@@ -24,7 +26,8 @@ from sparsefw.report.content import Report, read_report
 OUTCOMES = WORKS, REFUSED, TRACEBACK, WRONG, NOT_RUN = "works", "refused", "traceback", "wrong", "not run"
 
 # Names in the folder of a class.
-SOURCE, OUTPUT, CALIBRATION, EVALUATION = "source", "output", "calibration.txt", "evaluation.txt"
+SOURCE, OUTPUT, PACKED = "source", "output", "packed"
+CALIBRATION, EVALUATION = "calibration.txt", "evaluation.txt"
 SEQLEN, WINDOWS, EVALUATED = 24, 8, 4
 # Few steps. Everything else is the product's default.
 FLAGS = ["--kernel", "torch", "--steps", "3", "--rounds", "1", "--refit", "2", "--compare", "wanda"]
@@ -84,7 +87,20 @@ def _examine(case: Case, folder: Path, row: dict[str, Any]) -> None:
     if not _alike(reported, loaded):
         raise Ended(WRONG, f"pruned perplexity {reported:.6g}, of the loaded output {loaded:.6g}")
     _compare_weights(report, original, pruned)
-    status, line = _run("verify", sparsefw.verify.main, [str(folder / OUTPUT), "--against", str(folder / SOURCE)])
+    _verify(folder, OUTPUT)
+    status, _ = _run("pack", sparsefw.pack.main, [str(folder / OUTPUT), str(folder / PACKED)])
+    row["packed"] = not status
+    if status == 2:
+        return
+    with _ended_as(TRACEBACK, "load the packed output"):
+        packed = perplexity(load(folder / PACKED)[0], windows)
+    if not _alike(packed, loaded):
+        raise Ended(WRONG, f"packed perplexity {packed:.6g}, of the output {loaded:.6g}")
+    _verify(folder, PACKED)
+
+
+def _verify(folder: Path, name: str) -> None:
+    status, line = _run("verify", sparsefw.verify.main, [str(folder / name), "--against", str(folder / SOURCE)])
     if status:
         raise Ended(WRONG if status == 1 else TRACEBACK, f"verify: {line}")
 
