@@ -20,7 +20,7 @@ from sparsefw.driver.finished import Finished, FinishedBlock, OnBlock, Outcome, 
 from sparsefw.driver.job import Run
 from sparsefw.driver.reconstruct import reconstruct
 from sparsefw.driver.resume import replay_block
-from sparsefw.driver.streams import DENSE, Streams, embedded, pass_block
+from sparsefw.driver.streams import DENSE, Streams, advance, embedded, pass_block
 from sparsefw.errors import InputError
 from sparsefw.memory import trim_memory
 from sparsefw.model.activations import held_out_batches
@@ -79,10 +79,10 @@ def prune_block(run: Run, i: int, streams: Streams, writes: bool) -> tuple[Finis
         block.block.zeros = share_of_zeros(run, i)
         if block.block.zeros > SPARSE:
             run.say(f"note: {log.zeros_line(block.block.zeros)}")
-    streams.evaluate(run, i, DENSE)
+    advance(run, i, "evaluate", streams.evaluation[DENSE])
     if config.uses_dense_stream and not config.uses_dense_target:
         # No stage moves the dense windows, so they move here.
-        streams.advance(run, i, "reconstruct", DENSE)
+        advance(run, i, "reconstruct", [streams.calibration[DENSE]])
     for method in config.methods:
         own, windows = method == config.method, streams.calibration[method]
         if dense and method != config.methods[0]:
@@ -111,8 +111,8 @@ def prune_block(run: Run, i: int, streams: Streams, writes: bool) -> tuple[Finis
                     found = reconstruct(run, i, windows, streams.calibration[DENSE], results, streams.ids)
                     block.block.reconstruction = found
         model.round(i)
-        streams.advance(run, i, "forward", method)
-        streams.evaluate(run, i, method)
+        advance(run, i, "forward", [windows])
+        advance(run, i, "evaluate", streams.evaluation[method])
         if writes:
             tensors[method] = tensors_of(run, i, method)
     model.close(i)

@@ -38,14 +38,6 @@ class Streams:
         """List all hidden states of a method, or of DENSE."""
         return [*([self.calibration[name]] if name in self.calibration else []), *self.evaluation[name]]
 
-    def advance(self, run: Run, i: int, phase: str, name: str) -> None:
-        """Run the calibration windows of a method, or of DENSE, through block i with its current weights."""
-        advance(run, i, phase, [self.calibration[name]])
-
-    def evaluate(self, run: Run, i: int, name: str) -> None:
-        """Run the evaluation windows of a method, or of DENSE, through block i with its current weights."""
-        advance(run, i, "evaluate", self.evaluation[name])
-
     def perplexities(self, run: Run) -> dict[str, dict[str, float]]:
         """Compute the perplexities after the last block, by evaluation text, then by method or DENSE."""
         with run.model.timeline.span("evaluate"), run.model.outside_loaded():
