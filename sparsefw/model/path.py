@@ -199,8 +199,7 @@ class _Forward:
             slots = slots_of(model.named_modules(remove_duplicate=False))
             stored = {slot.path: id(slot.own) for slot in slots if not slot.own.is_meta}
             weights = {f"{name}.{inner}": x for name, m in self._blocks.items() for inner, x in m.named_parameters()}
-            watched = {key: name for name, key in stored.items()}
-            first = _Reads(self._kind, self._batch.tensors, weights, watched)
+            first = _Reads(self._kind, self._batch.tensors, weights, {*stored.values()})
             second = Tracer(self._kind, self._batch.tensors, weights)
             try:
                 returned = self._run(self._run_block, first)
@@ -227,7 +226,6 @@ class _Forward:
                     f"unsupported model {self._kind}: {names[0]} runs more than once in a forward, and so do all blocks"
                 )
             trace = first.trace()
-        read = {stored[name] for name in first.read}
         logits = getattr(returned, "logits", None)
         windows_first = self._input_kind != TEXT or trace.hidden.shape[:2] == FEW_TOKENS.tensors[0].shape
         return Path(
@@ -242,7 +240,7 @@ class _Forward:
                 for name, block in stack.items()
                 if name not in names
             },
-            reads=frozenset(name for name, key in stored.items() if key in read),
+            reads=frozenset(name for name, key in stored.items() if key in first.read),
             # The constants belong to a few tokens only, and may be copies of weights.
             flow=replace(trace, constants={}, windows_first=windows_first),
             templates=self._templates,
@@ -277,22 +275,20 @@ class _Reads(Tracer):
 
     Args:
         model, arguments, weights: as for `Tracer`.
-        watched: names of the watched tensors, by the tensor's id.
+        watched: ids of the watched tensors.
 
     Attributes:
-        read: names of the watched tensors that a torch function has read, inside or outside of blocks.
+        read: ids of the watched tensors that a torch function has read, inside or outside of blocks.
     """
 
-    def __init__(
-        self, model: str, arguments: list[Tensor], weights: Mapping[str, Tensor], watched: Mapping[int, str]
-    ) -> None:
+    def __init__(self, model: str, arguments: list[Tensor], weights: Mapping[str, Tensor], watched: set[int]) -> None:
         super().__init__(model, arguments, weights)
-        self._watched, self.read = watched, set[str]()
+        self._watched, self.read = watched, set[int]()
 
     def record(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Make a call, and record it."""
         if func not in _METADATA:
-            self.read |= {self._watched[id(x)] for x in tensors_in((args, kwargs)) if id(x) in self._watched}
+            self.read |= self._watched.intersection(map(id, tensors_in((args, kwargs))))
         return super().record(func, args, kwargs)
 
 
