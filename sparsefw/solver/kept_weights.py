@@ -99,10 +99,12 @@ class KeptWeights:
         for parameter in self.parameters:
             parameter.grad = None
 
+    @torch.no_grad()
     def put_back(self) -> None:
         """Restore the weights from before the first step."""
-        for variable in self._variables:
-            variable.put_back()
+        for x in self._variables:
+            assert x.before is not None
+            x.put(x.before)
 
     def state(self, some: slice) -> dict[str, Tensor]:
         """Return the optimizer's state of some of the parameters: of the first one "0.weight", "0.m" and "0.v".
@@ -138,7 +140,7 @@ class _Variable:
         kept = _in_memory(kept_entries(parameter, views), parameter).reshape(-1).nonzero().flatten()
         self._index = kept.to(index_dtype(parameter.numel()))
         before = self._flat.index_select(0, self._index)
-        self._before = before if undo else None
+        self.before = before if undo else None
         self.weight = before.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
         self.m, self.v = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
         self._scale = self.weight.square().mean().sqrt().item() / math.sqrt(views[0].shape[1]) if len(kept) else 0.0
@@ -169,12 +171,6 @@ class _Variable:
     def forget(self) -> None:
         """Drop the gradient."""
         self.parameter.grad = None
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """Restore the parameter from before the first step."""
-        assert self._before is not None
-        self.put(self._before)
 
     def put(self, kept: Tensor) -> None:
         """Set the kept weights of the parameter."""
