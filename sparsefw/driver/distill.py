@@ -108,7 +108,7 @@ def recovering(
             for i in model.unique_blocks:
                 opened.callback(model.close, i)
                 model.open_alone(i, pruned(i))
-            found = _fit(run, layers, folder, _Windows(held_out, states, windows))
+            found = _fit(run, layers, folder, held_out, states, windows)
         yield found
 
 
@@ -118,33 +118,19 @@ def _number(run: Run) -> int:
     return 10**9 if tokens is None else max(2, -(-tokens // run.recovery.seqlen))
 
 
-@dataclass(frozen=True)
-class _Windows:
-    """The windows of a recovery.
+def _learned(windows: Iterator[Batch], held_out: Sequence[Batch]) -> Iterator[Batch]:
+    """Yield the windows to learn from: where windows repeat, those that are held out are left out.
 
-    Attributes:
-        held_out: the windows that are held out.
-        states: their hidden states after the last block of the dense model.
-        source: the windows that follow.
+    Raises:
+        InputError: there are no other windows.
     """
-
-    held_out: list[Batch]
-    states: HiddenStates
-    source: Iterator[Batch]
-
-    def learned(self) -> Iterator[Batch]:
-        """Yield the windows to learn from: where windows repeat, those that are held out are left out.
-
-        Raises:
-            InputError: there are no other windows.
-        """
-        known, left_out = {*map(_content, self.held_out)}, 0
-        for batch in self.source:
-            left_out = left_out + 1 if _content(batch) in known else 0
-            if not left_out:
-                yield batch
-            elif left_out == MOST_REPEATED:
-                raise InputError("recovery: all windows are like those that are held out; give more text")
+    known, left_out = {*map(_content, held_out)}, 0
+    for batch in windows:
+        left_out = left_out + 1 if _content(batch) in known else 0
+        if not left_out:
+            yield batch
+        elif left_out == MOST_REPEATED:
+            raise InputError("recovery: all windows are like those that are held out; give more text")
 
 
 @torch.no_grad()
@@ -163,9 +149,23 @@ def _dense_outputs(run: Run, batches: Sequence[Batch]) -> HiddenStates:
     return states
 
 
-def _fit(run: Run, layers: Sequence[LayerResult], folder: Path, windows: _Windows) -> Recovered:
-    """Make the steps, and leave the best weights in the model."""
-    model, held_out = run.model, windows.held_out
+def _fit(
+    run: Run,
+    layers: Sequence[LayerResult],
+    folder: Path,
+    held_out: Sequence[Batch],
+    states: HiddenStates,
+    windows: Iterator[Batch],
+) -> Recovered:
+    """Make the steps, and leave the best weights in the model.
+
+    Args:
+        run, layers, folder: as for `recovering`.
+        held_out: the windows that are held out.
+        states: their hidden states after the last block of the dense model.
+        windows: the windows that follow.
+    """
+    model = run.model
     matrices = [
         pruned_matrices(model, i, (x for x in layers if x.name.startswith(f"{model.names[i]}.")))
         for i in model.unique_blocks
@@ -174,10 +174,10 @@ def _fit(run: Run, layers: Sequence[LayerResult], folder: Path, windows: _Window
 
     @torch.no_grad()
     def loss() -> float:
-        each = [_step(model, windows.states, j, batch) for j, batch in enumerate(held_out)]
+        each = [_step(model, states, j, batch) for j, batch in enumerate(held_out)]
         return torch.stack(each).mean().item()
 
-    trial = partial(_step, model, windows.states, 0, held_out[0], weights, rate=0.0, trial=True)
+    trial = partial(_step, model, states, 0, held_out[0], weights, rate=0.0, trial=True)
     varies = _operation_that_varies(trial)
     if varies:
         run.say(f"another run may give other bits: {varies}")
@@ -200,7 +200,7 @@ def _fit(run: Run, layers: Sequence[LayerResult], folder: Path, windows: _Window
         )
         try:
             if before:
-                _make_steps(run, plan, progress, weights, loss, windows.learned())
+                _make_steps(run, plan, progress, weights, loss, _learned(windows, held_out))
         except KeyboardInterrupt:
             run.say("interrupted: the recovery ends here; interrupt again to stop without its result")
         if progress.done < plan.steps:

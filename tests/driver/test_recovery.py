@@ -343,10 +343,10 @@ def test_a_model_in_memory_and_batches_with_padding(pruned):
 def test_what_is_held_out_never_comes_again():
     batches = [*windows_of(torch.arange(24).view(6, 4), "tokens").split(1)]
     held_out, others = batches[:2], batches[2:]
-    found = distill._Windows(held_out, None, itertools.cycle(batches)).learned()
+    found = distill._learned(itertools.cycle(batches), held_out)
     assert [*itertools.islice(found, 12)] == 3 * others
     with pytest.raises(InputError, match="all windows are like those that are held out; give more text"):
-        next(distill._Windows(held_out, None, itertools.cycle(held_out)).learned())
+        next(distill._learned(itertools.cycle(held_out), held_out))
 
 
 def test_a_gpu_gives_the_same(go, monkeypatch):
