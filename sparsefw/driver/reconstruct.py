@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
@@ -237,7 +237,8 @@ class BlockFit:
         for step in range(steps):
             # Steps take the micro-batches in order, as the windows were drawn at random.
             of_pass, n = divmod(step, len(fitted.steps[0]))
-            fitted.add_gradients(n, of_pass, weights.parameters)
+            add_gradients = partial(fitted.add_gradients, n, of_pass, weights.parameters)
+            fitted._with_same_bits(add_gradients, weights.parameters)
             for handle in [self.run.ranks.all_reduce(gradient) for gradient in weights.gradients()]:
                 handle.wait()
             weights.step(rate * (1 + math.cos(math.pi * step / steps)) / 2)
@@ -276,13 +277,6 @@ class BlockFit:
             ids, out, target = ids[:, some], out[:, some], target[:, some]
         return divergence(self.run.model, ids, out, target), target.shape[:-1].numel(), target.shape[-1]
 
-    def add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
-        """Add the gradients of the loss of micro-batch j of `steps` in pass `of_pass` of a round.
-
-        A micro-batch that does not use a pruned weight adds nothing.
-        """
-        self._with_same_bits(lambda: self._add_gradients(j, of_pass, parameters), parameters)
-
     def _with_same_bits(self, work: Callable[[], T], parameters: Sequence[nn.Parameter] = ()) -> T:
         """Call `work` with algorithms that give the same bits in every run, and return its result.
 
@@ -303,7 +297,11 @@ class BlockFit:
         with deterministic(refuse=False):
             return work()
 
-    def _add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
+    def add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
+        """Add the gradients of the loss of micro-batch j of `steps` in pass `of_pass` of a round.
+
+        A micro-batch that does not use a pruned weight adds nothing.
+        """
         model = self.run.model
         name = model.names[self.number]
         slices = SliceGradients(parameters)
