@@ -1,7 +1,7 @@
 """Define the exception for wrong inputs, and write parts of messages: options, counts, lines."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,9 @@ GPU_WORDS = (
 
 # Most columns in a line of a run's log.
 WIDTH = 100
+
+# Prints or logs a line.
+Say = Callable[[str], None]
 
 
 class InputError(ValueError):

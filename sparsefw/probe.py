@@ -2,12 +2,11 @@
 
 import functools
 import subprocess
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from sparsefw.errors import InputError, first_line, fitted, option, shown
+from sparsefw.errors import InputError, Say, first_line, fitted, option, shown
 from sparsefw.solver.config import PruneConfig
 
 # The lowest compute capability that the kernels support.
@@ -34,7 +33,7 @@ REMEDIES = {
 }
 
 
-def say_kernel(config: PruneConfig, say: Callable[[str], None]) -> None:
+def say_kernel(config: PruneConfig, say: Say) -> None:
     """Probe the GPU if the run needs it, and log the choice of the kernel with its reason.
 
     Raises:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsefw.errors import InputError, errors_in_one_line, first_line, invocation, printable, shown, worded
+from sparsefw.errors import InputError, Say, errors_in_one_line, first_line, invocation, printable, shown, worded
 
 # The triangle of a symmetric matrix is summed in this number of panels of rows, with a buffer for one panel.
 PANELS = 16
@@ -241,7 +241,7 @@ def balanced(costs: Sequence[float], count: int) -> list[int]:
 
 
 @contextmanager
-def joined_with(log: Callable[[str], None]) -> Iterator[tuple[Ranks, Callable[[str], None]]]:
+def joined_with(log: Say) -> Iterator[tuple[Ranks, Say]]:
     """Join the ranks that a launcher has started for the `with` block. Without a launcher the process is alone.
 
     A process group that the caller has made is used. If the machine has GPUs, each rank takes one.

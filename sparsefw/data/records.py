@@ -5,11 +5,11 @@ drop the reasoning of all turns but the last. What it leaves out is counted, lin
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparsefw.errors import InputError, errors_in_one_line, shown
+from sparsefw.errors import InputError, Say, errors_in_one_line, shown
 
 if TYPE_CHECKING:
     from sparsefw.data.tokens import Tokenizer
@@ -56,7 +56,7 @@ class Records:
                     raise InputError(f"{source}: record {number} is {type(text).__name__}, expected a text")
                 yield [text]
 
-    def tell(self, source: str, say: Callable[[str], None]) -> None:
+    def tell(self, source: str, say: Say) -> None:
         """Say at the first call what was left out so far."""
         if self.told:
             return

@@ -20,7 +20,7 @@ from sparsefw.data.batches import Batch, token_batch
 from sparsefw.data.records import Records
 from sparsefw.data.text import is_own, read_text
 from sparsefw.data.tokens import Tokenizer, start_tokens, tokens_of
-from sparsefw.errors import InputError, errors_in_one_line, option
+from sparsefw.errors import InputError, Say, errors_in_one_line, option
 
 SEPARATOR = "\n\n"
 
@@ -166,7 +166,7 @@ class WindowStream:
     seqlen: int
     seed: int
     write: Generate = None
-    say: Callable[[str], None] = lambda _: None
+    say: Say = lambda _: None
     source: str = ""
     own: str = ""
 

@@ -1,7 +1,6 @@
 """The finished blocks of a run: their records, the time left for other blocks, and a thread that writes them."""
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,9 +16,6 @@ from sparsefw.report import log
 from sparsefw.report.content import BlockRecord
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import WRITE
-
-# Called with the record of each finished block and the results of its layers.
-OnBlock = Callable[[BlockRecord, list[LayerResult]], None]
 
 # Tensors of a block on the host, by method and then by their names in the checkpoint.
 TensorsByMethod = dict[str, dict[str, Tensor]]
@@ -74,7 +70,7 @@ class Finished:
         first, last: numbers of the first and of the last block in which layers are pruned.
     """
 
-    def __init__(self, run: Run, writer: Writer, on_block: OnBlock) -> None:
+    def __init__(self, run: Run, writer: Writer, on_block: log.OnBlock) -> None:
         self._run, self._writer, self._on_block = run, writer, on_block
         unique, count = run.model.unique_blocks, len(run.model.blocks)
         self._done = len(writer.finished)

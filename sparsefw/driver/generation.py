@@ -12,7 +12,7 @@ predictions depend on the machine. So a resumed run takes the text of the unfini
 """
 
 import json
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from sparsefw.data.records import Records
 from sparsefw.data.text import SELF, read_text
 from sparsefw.data.tokens import Tokenizer, start_tokens, tokenize
-from sparsefw.errors import InputError, counted, errors_in_one_line, option
+from sparsefw.errors import InputError, Say, counted, errors_in_one_line, option
 from sparsefw.model.block_model import BlockModel
 
 # Logits are divided by TEMPERATURE. Tokens are drawn from the likeliest ones, whose probabilities add up to TOP_P.
@@ -50,7 +50,7 @@ def write_tokens(
     seqlen: int,
     seed: int,
     batch: int,
-    say: Callable[[str], None],
+    say: Say,
     name: str = SELF,
 ) -> Tensor:
     """Generate windows of tokens by the dense model.
@@ -164,7 +164,7 @@ def _answers(prompts: Sequence[list[int]], n: int, ends: Collection[int | None])
         n += 1
 
 
-def _prompts(tokenizer: Tokenizer, name: str, most: int, seqlen: int, say: Callable[[str], None]) -> list[list[int]]:
+def _prompts(tokenizer: Tokenizer, name: str, most: int, seqlen: int, say: Say) -> list[list[int]]:
     """Read the tokens of at most `most` prompts, all shorter than a window."""
     records = Records(tokenizer, answered=True)
     _, documents = read_text(name, "train", records)
@@ -191,7 +191,7 @@ def _first_token(tokenizer: Tokenizer) -> int:
     return [*start_tokens(tokenizer), *(vocabulary[token] for token in named if token in vocabulary), 0][0]
 
 
-def _conversation(tokenizer: Tokenizer, say: Callable[[str], None]) -> list[list[int]] | None:
+def _conversation(tokenizer: Tokenizer, say: Say) -> list[list[int]] | None:
     """Find the chat template's tokens before the user's turn, between the turn and the answer, and after the answer.
 
     The result is None without a template. It is also None, with a note in the log, if the turns of the template do not

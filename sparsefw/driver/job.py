@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sparsefw import memory
 from sparsefw.data.batches import Batches
 from sparsefw.data.windows import Windows, WindowStream
+from sparsefw.errors import Say
 from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.estimate.placement import RecoveryPlan, memory_limits
 from sparsefw.estimate.shapes import BlockShape, ModelShape
@@ -22,18 +23,15 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.model.stages import SplitFailures
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report.content import Report
-from sparsefw.report.log import Progress
+from sparsefw.report.log import Shown
 from sparsefw.solver.config import PruneConfig
-
-# Whether to show a progress bar; None: only in a terminal. A function is called with the progress in place of a bar.
-Shown = bool | Callable[[Progress], None] | None
 
 # Samples that run through a model: windows of tokens, or a caller's batches.
 Samples = Windows | Batches
 
 # Writes report.html and the model card. Arguments: the report, the output's folder, the source's folder, a function
 # that logs a line, and the folder to write to, which is later moved to the output's folder.
-WritePages = Callable[[Report, Path, Path | None, Callable[[str], None], Path], None]
+WritePages = Callable[[Report, Path, Path | None, Say, Path], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Job:
     dataset: Iterable[Any] | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     folder: Path | None = None
-    say: Callable[[str], None] = print
+    say: Say = print
     progress: Shown = None
     ranks: Ranks = ALONE
     given: dict[str, Any] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from sparsefw.driver.block import (
     tensors_of,
     unused_matrices,
 )
-from sparsefw.driver.finished import Finished, FinishedBlock, OnBlock, Outcome, TensorsByMethod
+from sparsefw.driver.finished import Finished, FinishedBlock, Outcome, TensorsByMethod
 from sparsefw.driver.job import Run
 from sparsefw.driver.reconstruct import reconstruct
 from sparsefw.driver.resume import replay_block
@@ -29,7 +29,7 @@ from sparsefw.report.content import SPARSE
 from sparsefw.solver.layer import LayerResult
 
 
-def prune_model(run: Run, writer: Writer, on_block: OnBlock) -> Outcome:
+def prune_model(run: Run, writer: Writer, on_block: log.OnBlock) -> Outcome:
     """Prune every block of a model by every method of the config.
 
     Args:

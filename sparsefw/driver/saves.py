@@ -19,6 +19,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from sparsefw.checkpoint.files import durably, parse
+from sparsefw.errors import Say
 from sparsefw.memory import gib
 from sparsefw.solver.kept_weights import KeptWeights
 
@@ -97,7 +98,7 @@ class Progress:
         weights: KeptWeights,
         counts: Sequence[int],
         seconds: float,
-        say: Callable[[str], None],
+        say: Say,
     ) -> None:
         self._folder, self._weights, self._say = folder, weights, say
         self._parts = [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]

@@ -5,7 +5,6 @@ the end of a run (`driver.recovery`), with other windows than the run's.
 """
 
 import shlex
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from sparsefw.driver.job import Job, Run, limits_of, workload_of
 from sparsefw.driver.recovery import pruned_report, recover, settle_recovery
 from sparsefw.driver.resume import IN_FP32, ROUNDED, computes_in_fp32, resumed, rounds_products
 from sparsefw.driver.texts import own_text, stream_of, tokenizer_of
-from sparsefw.errors import InputError, flag_of, option
+from sparsefw.errors import InputError, Say, flag_of, option
 from sparsefw.estimate.profile import shape_of
 from sparsefw.estimate.workload import pruned_shape
 from sparsefw.extras.page import write_pages
@@ -37,7 +36,7 @@ from sparsefw.report.content import Recovery, Report, device_and_versions, repor
 from sparsefw.solver.config import PruneConfig, default_recovery
 
 
-def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Callable[[str], None]) -> Recovery | None:
+def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Say) -> Recovery | None:
     """Fit all kept weights of a pruned checkpoint together, and write it with its report.
 
     Args:
@@ -129,9 +128,7 @@ def _run(job: Job, model: StreamedModel, dense: Checkpoint) -> Run:
     return settle_recovery(run, workload_of(job, [job.inputs.nsamples], seqlen, model.device))
 
 
-def _job(
-    pruned: Path, output: Output, given: dict[str, Any], say: Callable[[str], None]
-) -> tuple[Report, Checkpoint, Job]:
+def _job(pruned: Path, output: Output, given: dict[str, Any], say: Say) -> tuple[Report, Checkpoint, Job]:
     """Read a pruned checkpoint and its report, and make the job of its recovery."""
     report, source = report_of(pruned), inspect(pruned)
     if source.quantization:

@@ -72,10 +72,15 @@ class Progress:
     layers: list[LayerResult] = field(repr=False)
 
 
+# Whether to show a progress bar; None: only in a terminal. A function is called with the progress in place of a bar.
+Shown = bool | Callable[[Progress], None] | None
+
+# Called with the record of each finished block and the results of its layers.
+OnBlock = Callable[[BlockRecord, list[LayerResult]], None]
+
+
 @contextmanager
-def progress_of(
-    blocks: int, progress: bool | Callable[[Progress], None] | None
-) -> Iterator[Callable[[BlockRecord, list[LayerResult]], None]]:
+def progress_of(blocks: int, progress: Shown) -> Iterator[OnBlock]:
     """Show progress during the `with` block; yields a function to call with each finished block.
 
     Args:

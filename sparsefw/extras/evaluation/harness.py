@@ -5,7 +5,7 @@ read once for each call. Tasks, prompts, filters, metrics and aggregations are t
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.checkpoint.source import inspect
 from sparsefw.data.tokens import load_tokenizer, tokenize
-from sparsefw.errors import InputError, first_line, option, shown
+from sparsefw.errors import InputError, Say, first_line, option, shown
 from sparsefw.extras.evaluation.batching import Request, request_of
 from sparsefw.extras.evaluation.metrics import DERIVATIVES
 from sparsefw.extras.evaluation.streaming import Score, scores_of
@@ -74,7 +74,7 @@ class StreamedLM(TemplateLM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | torch.device | None = None,
-        log: Callable[[str], None] = lambda line: None,
+        log: Say = lambda line: None,
         progress: bool | None = None,
     ) -> None:
         super().__init__()

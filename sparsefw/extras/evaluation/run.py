@@ -1,6 +1,6 @@
 """Evaluate checkpoints on tasks of lm-evaluation-harness and on texts, one block in memory at a time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from sparsefw.checkpoint.files import check_writable, durably
 from sparsefw.checkpoint.source import Checkpoint, inspect
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import Windows, evaluation_windows, window_length
-from sparsefw.errors import InputError, naming, option
+from sparsefw.errors import InputError, Say, naming, option
 from sparsefw.extras.evaluation.metrics import Evaluation, TaskRecord, lines, task_records, text_record
 from sparsefw.extras.evaluation.streaming import window_losses_of
 from sparsefw.fields import check_names
@@ -33,7 +33,7 @@ def evaluate(
     models: str | Path | Sequence[str | Path],
     tasks: str | Sequence[str] = (),
     *,
-    log: Callable[[str], None] = to_logger,
+    log: Say = to_logger,
     progress: bool | None = True,
     **options: Any,
 ) -> Evaluation:
@@ -95,7 +95,7 @@ def _check_output(inputs: EvaluationInputs) -> None:
         raise InputError(f"{result}: is there already; give {option('overwrite', True)} to replace it")
 
 
-def _write(evaluation: Evaluation, result: Path, say: Callable[[str], None]) -> None:
+def _write(evaluation: Evaluation, result: Path, say: Say) -> None:
     """Write evaluation.json. If writing fails, log the table, so that no result is lost."""
     try:
         with naming(result):

@@ -10,7 +10,7 @@ tree, the pass starts again without trees. In a recurrent model the hidden state
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,7 +24,7 @@ from sparsefw import arithmetic, memory
 from sparsefw.caller import bar_of_blocks
 from sparsefw.checkpoint.source import Checkpoint
 from sparsefw.data.windows import Windows
-from sparsefw.errors import InputError, counted
+from sparsefw.errors import InputError, Say, counted
 from sparsefw.estimate.placement import memory_limits, place
 from sparsefw.estimate.profile import shape_of
 from sparsefw.estimate.shapes import ModelShape
@@ -151,7 +151,7 @@ class _OpenModel:
     model: StreamedModel
     shape: ModelShape
     limits: dict[str, int]
-    say: Callable[[str], None]
+    say: Say
     progress: bool | None
 
     def placement(self, windows: int, seqlen: int) -> Placement:
@@ -200,7 +200,7 @@ def _opened(
     ranks: Ranks,
     gpu_memory: float | None = None,
     host_memory: float | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
     progress: bool | None = False,
 ) -> Iterator[_OpenModel]:
     """Open a checkpoint's model for the `with` block.

@@ -1,15 +1,15 @@
 """Write report.html, and README.md, the model card, from a report."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from sparsefw.checkpoint.files import durably
+from sparsefw.errors import Say
 from sparsefw.extras.page.card import write_card
 from sparsefw.extras.page.html import page
 from sparsefw.report.content import Report
 
 
-def write_pages(report: Report, output: Path, source: Path | None, say: Callable[[str], None], folder: Path) -> None:
+def write_pages(report: Report, output: Path, source: Path | None, say: Say, folder: Path) -> None:
     """Write the page and the model card into a folder with all other files of a model.
 
     Args:

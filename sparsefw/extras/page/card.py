@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -21,6 +20,7 @@ from sparsefw.checkpoint.files import CARD, CONFIG, MAX_JSON_BYTES, durably
 from sparsefw.checkpoint.quantization import KEY
 from sparsefw.checkpoint.source import check_file, read_json
 from sparsefw.data.text import FILES, NAMED, SELF
+from sparsefw.errors import Say
 from sparsefw.extras.page.command import commands_of, from_python
 from sparsefw.inputs import DEFAULT, name_and_share
 from sparsefw.model.skeleton import has_class
@@ -43,7 +43,7 @@ SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[^/]+/?")
 NAMING = ("arguments", "given", "data", "evaluation", "recovery", "recoveries")
 
 
-def write_card(report: Report, output: Path, source: Path | None, say: Callable[[str], None], folder: Path) -> None:
+def write_card(report: Report, output: Path, source: Path | None, say: Say, folder: Path) -> None:
     """Write the model card; see `write_pages` for the arguments."""
     old = output / CARD
     if old.is_file() and not _as_written(old.read_bytes()):
