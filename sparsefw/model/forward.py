@@ -25,7 +25,7 @@ from sparsefw.model.trace import Call, Trace, replay
 from sparsefw.model.tracer import Tracer
 
 
-def template_of(model: BlockModel, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
+def template_of(model: BlockModel, i: int, args: tuple, kwargs: dict) -> Template:
     """The template of what block i returns. If there is none for the block's type, the block runs to show its output.
 
     Args:
@@ -60,7 +60,7 @@ def trace_forward(model: BlockModel, batch: Batch) -> Trace:
     batch, last = batch.to(model.device, model.in_fp32), len(model.blocks) - 1
     tracer = Tracer(model.class_name, batch.tensors)
 
-    def make_stub(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def make_stub(i: int, name: str, args: tuple, kwargs: dict) -> Any:
         if model.names[i] != name:
             raise InputError(DIFFERS)
         return template_of(model, i, args, kwargs).after(args[0])
@@ -191,7 +191,7 @@ def run_after_blocks(
     if not by_window:
         tracer = Tracer(model.class_name, batch.tensors)
 
-    def make_stub(i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def make_stub(i: int, name: str, args: tuple, kwargs: dict) -> Any:
         # With `by_window` only hidden states are read, so a template with other tensors of another shape will do.
         template = model.templates.find(model.block_types[i], args[0], any_shape=True) if by_window else None
         template = template or template_of(model, i, args, kwargs)

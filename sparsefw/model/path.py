@@ -251,7 +251,7 @@ class _Forward:
         """Run the forward."""
         return run_with_stubs(self._runs, self._blocks, self._batch, self._input_kind, make_stub, tracer)
 
-    def _run_block(self, i: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool = False) -> Any:
+    def _run_block(self, i: int, name: str, args: tuple, kwargs: dict, again: bool = False) -> Any:
         """Make the stub for a block's output. If there are objects among the arguments, the block runs on them.
 
         In the second forward (`again`) the stub has other values, and the block does not run.

@@ -25,7 +25,7 @@ _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 BlockType = tuple[Any, ...]
 
 # Makes the stub for a block's output: called with the number of the call, the block's name, and its arguments.
-MakeStub = Callable[[int, str, tuple[Any, ...], dict[str, Any]], Any]
+MakeStub = Callable[[int, str, tuple, dict], Any]
 
 
 class ForwardFailed(InputError):
@@ -189,7 +189,7 @@ def run_with_stubs(
     """
     calls = itertools.count()
 
-    def replacement(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def replacement(name: str, args: tuple, kwargs: dict) -> Any:
         if not args or not isinstance(args[0], Tensor):
             raise NotABlock(type(runs).__name__, name)
         i = next(calls)
