@@ -188,7 +188,7 @@ def result_rows(report: Report) -> Iterator[tuple[str, list[str]]]:
 
     The errors in %, means over layers, are those of the mask and those of the weights after a solve.
     """
-    recovered = [RECOVERED] if report.written == RECOVERED else []
+    recovered = [RECOVERED] if report.all_recoveries else []
     for name in ([DENSE] if report.evaluation else []) + report.methods + recovered:
         layers = report.layers_of(name)
         errors = ([layer.relative_mask for layer in layers], [layer.relative_error for layer in layers])
@@ -337,7 +337,7 @@ def _weights(shape: ModelShape) -> Counter[tuple[int, int]]:
     counts = Counter[tuple[int, int]]()
     for block in shape.blocks:
         for layer in block.layers:
-            counts[layer.rows, layer.d] += layer.rows * layer.d * (layer.experts or 1)
+            counts[layer.rows, layer.d] += layer.rows * layer.d * layer.count
     return counts
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sparsefw.estimate.shapes import LayerShape
 from sparsefw.report import log
 from sparsefw.solver.config import PruneConfig
 
@@ -11,8 +12,8 @@ from sparsefw.solver.config import PruneConfig
 def shape_of(*blocks: list[tuple[int, ...]]) -> SimpleNamespace:
     """A model of these blocks, whose layers are (rows, d) or (rows, d, experts)."""
 
-    def layer(rows: int, d: int, experts: int = 0) -> SimpleNamespace:
-        return SimpleNamespace(rows=rows, d=d, experts=experts)
+    def layer(rows: int, d: int, experts: int = 0) -> LayerShape:
+        return LayerShape("", rows, d, "", experts)
 
     return SimpleNamespace(blocks=[SimpleNamespace(layers=[layer(*size) for size in block]) for block in blocks])
 
