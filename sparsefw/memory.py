@@ -38,14 +38,13 @@ def peak_memory() -> dict[str, int]:
     the GPU. "gpu_reserved_bytes" are the bytes that torch has taken from the GPU for tensors; memory limits count
     these.
     """
-    # getrusage would also count the process that started this one.
+    # getrusage would also count the process that started this one. Without a GPU, torch returns peaks of 0.
     lines = Path("/proc/self/status").read_text().splitlines()
     host = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    here = torch.cuda.is_available()
     return {
         "host_bytes": host,
-        "gpu_bytes": torch.cuda.max_memory_allocated() if here else 0,
-        "gpu_reserved_bytes": torch.cuda.max_memory_reserved() if here else 0,
+        "gpu_bytes": torch.cuda.max_memory_allocated(),
+        "gpu_reserved_bytes": torch.cuda.max_memory_reserved(),
     }
 
 
