@@ -89,8 +89,7 @@ def probe_gpu() -> bool:
         with_torch = (G.bfloat16() @ G.bfloat16() + G).sum().item()
         found = mirror_lower(G).tolist() if capability >= MIN_CAPABILITY else []
     except (RuntimeError, AssertionError, OSError, ImportError, subprocess.CalledProcessError, TritonError) as error:
-        known = [remedy for words, remedy in REMEDIES.items() if words in str(error)]
-        remedy = known[0] if known else CHECK_DRIVER
+        remedy = next((remedy for words, remedy in REMEDIES.items() if words in str(error)), CHECK_DRIVER)
         raise InputError(
             f"{name}: cannot run a kernel: {shown(first_line(error))}; {remedy}; {remedy_torch}"
         ) from error
