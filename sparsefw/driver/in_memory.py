@@ -200,8 +200,7 @@ def check_configs(model: nn.Module) -> None:
     Raises:
         InputError: the config is invalid, such as one that has a temperature without sampling.
     """
-    if getattr(type(model), "save_pretrained", None) is PreTrainedModel.save_pretrained:
-        assert isinstance(model, PreTrainedModel)
+    if isinstance(model, PreTrainedModel) and type(model).save_pretrained is PreTrainedModel.save_pretrained:
         with explained_saving(model), TemporaryDirectory(prefix="sparsefw-") as folder:
             model.config.save_pretrained(folder)
             if model.can_generate():
