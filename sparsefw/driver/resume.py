@@ -88,9 +88,10 @@ def replay_block(run: Run, i: int, streams: Streams, writer: Writer) -> None:
         advance(run, i, "forward", streams.of(DENSE))
     for method in run.config.methods:
         with model.timeline.span("read", i):
-            path = None
+            tensors = None
             if i in model.unique_blocks:
                 path = writer.path(model.unique_blocks.index(i), None if method == run.config.method else method)
-            model.open_alone(i, read_shard(path) if path else None)
+                tensors = read_shard(path)
+            model.open_alone(i, tensors)
         advance(run, i, "forward", streams.of(method))
     model.close(i)
