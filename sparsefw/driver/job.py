@@ -141,24 +141,24 @@ class Run:
         return frozenset(self.shape.names_by_block[i][1])
 
 
-def limits_of(job: Job, device: torch.device) -> dict[str, int]:
+def limits_of(job: Job, model: BlockModel) -> dict[str, int]:
     """Find the memory limits of a run in bytes: "host", and with a GPU "gpu"."""
-    free = memory.free_memory(device, job.ranks.here)
+    free = memory.free_memory(model.device, job.ranks.here)
     return memory_limits(job.output.gpu_memory, job.output.host_memory, free, job.ranks)
 
 
-def workload_of(job: Job, windows: Sequence[int], seqlen: int, device: torch.device) -> Workload:
+def workload_of(job: Job, windows: Sequence[int], seqlen: int, model: BlockModel) -> Workload:
     """Describe the work of a run to the planner. All ranks plan with the memory of the rank that holds most.
 
     Args:
         job: the run.
         windows: numbers of windows: of the calibration, then of each evaluation text.
         seqlen: tokens in a window.
-        device: the device that this rank works on.
+        model: the model, on the device that this rank works on.
     """
     # Returns freed memory to the system, so that it does not count as memory of this process.
     memory.trim_memory()
-    ranks, sizes_here = job.ranks, (memory.resident(), memory.held_on_gpu(device))
+    ranks, sizes_here = job.ranks, (memory.resident(), memory.held_on_gpu(model.device))
     has, held = (max(sizes) for sizes in zip(*ranks.gather(sizes_here), strict=True))
     if job.folder is not None and job.dataset is None:
         # Counts at least what a plan counts: a process with all libraries loaded.
@@ -168,7 +168,7 @@ def workload_of(job: Job, windows: Sequence[int], seqlen: int, device: torch.dev
         evaluation=tuple(-(-n // ranks.count) for n in windows[1:]),
         seqlen=seqlen,
         config=job.config,
-        gpu=device.type == "cuda",
+        gpu=model.device.type == "cuda",
         process=has,
         held=held,
         ranks=ranks.count,

@@ -81,9 +81,9 @@ def settled(run: Run, generated: int, saved: int = 0) -> Run:
     """
     job, model, whole = run.job, run.model, run.shape
     rounded = run.ranks.on_first(lambda: rounds_products(job, model, run.dtype, whole.hidden))
-    shape, limits = pruned_shape(whole, job.config), limits_of(job, model.device)
+    shape, limits = pruned_shape(whole, job.config), limits_of(job, model)
     windows = [samples.n for samples in (run.calibration, *run.evaluation)]
-    workload = workload_of(job, windows, run.seqlen, model.device)
+    workload = workload_of(job, windows, run.seqlen, model)
     # Batches of a caller are not divided into micro-batches.
     batches = {"batch": 1} if isinstance(run.calibration, Batches) else {}
     chosen = batches | job.begun.get("chosen", {})

@@ -88,7 +88,7 @@ def _check_memory(job: Job, shape: ModelShape, seqlen: int, model: BlockModel) -
     inputs, texts = job.inputs, len(dict.fromkeys(job.inputs.evaluate))
     if job.ranks.alone and job.dataset is None and (inputs.eval_windows or not texts):
         counts = [inputs.nsamples, *texts * [inputs.eval_windows or 0]]
-        place(shape, workload_of(job, counts, seqlen, model.device), limits_of(job, model.device))
+        place(shape, workload_of(job, counts, seqlen, model), limits_of(job, model))
 
 
 def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tuple[Generate, int]:
@@ -104,8 +104,8 @@ def own_text(job: Job, model: BlockModel, shape: ModelShape, seqlen: int) -> tup
     name = inputs.own
     if name is None:
         return None, 0
-    limits = limits_of(job, model.device)
-    batch = generation_batch(shape, workload_of(job, [inputs.nsamples], seqlen, model.device), limits, inputs)
+    limits = limits_of(job, model)
+    batch = generation_batch(shape, workload_of(job, [inputs.nsamples], seqlen, model), limits, inputs)
 
     def generate(tokenizer: Tokenizer, seqlen: int, n: int) -> Windows:
         path = Writer(output.folder, 0).folder / OWN_TEXT

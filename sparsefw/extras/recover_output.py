@@ -122,10 +122,10 @@ def _run(job: Job, model: StreamedModel, dense: Checkpoint) -> Run:
         [],
         fingerprint(dense),
         stream,
-        limits=limits_of(job, model.device),
+        limits=limits_of(job, model),
         rounded=rounded,
     )
-    return settle_recovery(run, workload_of(job, [job.inputs.nsamples], seqlen, model.device))
+    return settle_recovery(run, workload_of(job, [job.inputs.nsamples], seqlen, model))
 
 
 def _job(pruned: Path, output: Output, given: dict[str, Any], say: Say) -> tuple[Report, Checkpoint, Job]:
