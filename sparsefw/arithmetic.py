@@ -34,7 +34,7 @@ def computes_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in HALF and slowdown(dtype) > SLOW
 
 
-def computed(x: torch.Tensor, in_fp32: bool) -> torch.Tensor:
+def computed(x: Tensor, in_fp32: bool) -> Tensor:
     """Convert a tensor of half precision to fp32 if the model computes in fp32."""
     return x.float() if in_fp32 and x.dtype in HALF else x
 

@@ -49,7 +49,7 @@ SAME = {"reshape", "view", "dropout", "to", "float"}
 
 # Functions that return the device of a tensor. A meta tensor also returns the real device, so that the block makes new
 # tensors, such as positions, with data.
-_PLACES = {getattr(torch.Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu")}
+_PLACES = {getattr(Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu")}
 
 # A cache of the results of calls on meta tensors. Such calls compute nothing, but torch takes 0.2 ms to find the shape
 # of a product and 2 ms for attention, and each part of each micro-batch repeats them.
