@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from sparsefw import memory
 from sparsefw.checkpoint.files import durably
 from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer
@@ -25,7 +24,7 @@ from sparsefw.errors import InputError, first_line, option
 from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.estimate.placement import RecoveryPlan, notes_of_recovery, plan_recovery
 from sparsefw.estimate.workload import Workload
-from sparsefw.memory import peak_memory, trim_memory
+from sparsefw.memory import gpu_limited, is_full, peak_memory, trim_memory
 from sparsefw.model.forward import embed_batches
 from sparsefw.model.head import perplexity
 from sparsefw.report import content
@@ -114,12 +113,12 @@ def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
     durably(writer.recovery / PRUNED, report.to_json())
     trim_memory()
     started = time.perf_counter()
-    limited = memory.gpu_limited(run.limits, run.job.output.gpu_memory)
+    limited = gpu_limited(run.limits, run.job.output.gpu_memory)
     try:
         with limited, torch.no_grad():
             report = _recovered(run, writer, report)
     except (InputError, RuntimeError) as error:
-        if run.recovery.asked or not (isinstance(error, InputError) or memory.is_full(error)):
+        if run.recovery.asked or not (isinstance(error, InputError) or is_full(error)):
             raise
         # It may fail at its very end, for example in an evaluation.
         writer.drop(writer.shards)
