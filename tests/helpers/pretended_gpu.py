@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from triton.runtime.interpreter import GridExecutor
 
 from sparsefw import memory
 from sparsefw.memory import pinned_bytes
 from sparsefw.model import skeleton
-from sparsefw.model.tape import tensors_in
+from sparsefw.model.tape import tensors_in, with_tensors
 
 DEVICE = torch.device("cuda", 0)
 NAME = "pretended GPU"
@@ -143,7 +142,7 @@ class GPU(TorchDispatchMode):
             self.wait(str(packet))
         if _is_gpu(device):
             kwargs = kwargs | {"device": torch.device("cpu")}
-        args, kwargs = _changed((args, kwargs), lambda x: x.inner if isinstance(x, OnGPU) else x)
+        args, kwargs = with_tensors((args, kwargs), lambda x: x.inner if isinstance(x, OnGPU) else x)
         captured = graph and not getattr(func, "is_view", False)
         before = {id(x): x.clone() for x in tensors_in((args, kwargs))} if captured else {}
         out = func(*args, **kwargs)
@@ -156,7 +155,7 @@ class GPU(TorchDispatchMode):
             for x in tensors_in(out):
                 x.copy_(before[id(x)])
             graph.launches.append(partial(func, *args, **kwargs))
-        return _changed(out, lambda x: same[id(x)] if id(x) in same else self.put(x) if stays else x)
+        return with_tensors(out, lambda x: same[id(x)] if id(x) in same else self.put(x) if stays else x)
 
     def lock_pages(self, tensor: Tensor) -> None:
         """Count a tensor in page-locked host memory, from a free piece of its size if there is one."""
@@ -268,18 +267,6 @@ class _Stream:
         self.wait_stream = self.wait_event = lambda other: None
         self.record_event = lambda: self
         self.synchronize = lambda: self.gpu.wait("synchronize")
-
-
-def _changed(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Nested values with other tensors. Every operation comes by here, and torch's own `tree_map` is slow."""
-    kind = type(values)
-    if isinstance(values, Tensor):
-        return change(values)
-    if kind is tuple or kind is list:
-        return kind([_changed(value, change) for value in values])
-    if kind is dict:
-        return {name: _changed(value, change) for name, value in values.items()}
-    return tree_map_only(Tensor, change, values) if isinstance(values, tuple | list | dict) else values
 
 
 def _is_gpu(device: Any) -> bool:
