@@ -135,28 +135,32 @@ class Small(nn.Module):
         return {"x": x} if target is None else {"loss": (x - target).square().mean()}
 
 
-def vit() -> tuple[nn.Module, Callable[[], dict]]:
+# A model, and a function that draws a batch.
+Drawing = tuple[nn.Module, Callable[[], dict]]
+
+
+def vit() -> Drawing:
     """A tower for images."""
     config = transformers.ViTConfig(image_size=16, patch_size=4, num_labels=5, **_SIZES)
     model = transformers.ViTForImageClassification(config)
     return model, lambda: {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.randint(0, 5, (2,))}
 
 
-def bert() -> tuple[nn.Module, Callable[[], dict]]:
+def bert() -> Drawing:
     """A model of masked tokens."""
     model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=VOCABULARY, **_SIZES))
     mask = torch.ones(2, 12, dtype=torch.int64)
     return model, lambda: {"input_ids": random_ids(2, 12), "attention_mask": mask, "labels": random_ids(2, 12)}
 
 
-def whisper() -> tuple[nn.Module, Callable[[], dict]]:
+def whisper() -> Drawing:
     """An encoder of sound and a decoder of text."""
     sizes = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16}
     model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**_CODER, **sizes))
     return model, lambda: {"input_features": torch.randn(2, 8, 20), "labels": random_ids(2, 7)}
 
 
-def clip() -> tuple[nn.Module, Callable[[], dict]]:
+def clip() -> Drawing:
     """Two towers side by side."""
     text = {"vocab_size": VOCABULARY, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, **_SIZES}
     vision = {"image_size": 16, "patch_size": 4, **_SIZES, "hidden_size": 24}
@@ -166,13 +170,13 @@ def clip() -> tuple[nn.Module, Callable[[], dict]]:
     }  # fmt: skip
 
 
-def mixtral() -> tuple[nn.Module, Callable[[], dict]]:
+def mixtral() -> Drawing:
     """A mixture of experts."""
     config = transformers.MixtralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, num_local_experts=4, **_SIZES)
     return transformers.MixtralForCausalLM(config), lambda: dict.fromkeys(("input_ids", "labels"), random_ids(2, 12))
 
 
-def diffusion() -> tuple[nn.Module, Callable[[], dict]]:
+def diffusion() -> Drawing:
     """See `Diffusion`."""
     return Diffusion(), lambda: {
         "noisy": torch.randn(2, 6, 4), "time": torch.rand(2, 1), "text": torch.randn(2, 3, 8),
@@ -180,12 +184,12 @@ def diffusion() -> tuple[nn.Module, Callable[[], dict]]:
     }  # fmt: skip
 
 
-def halving() -> tuple[nn.Module, Callable[[], dict]]:
+def halving() -> Drawing:
     """See `Halving`."""
     return Halving(), lambda: {"x": torch.randn(2, 8, 8), "labels": torch.randint(0, 3, (2,))}
 
 
-# By name: what makes a model, and a function that draws a batch. Both are drawn from torch's generator.
+# By name: what makes a model and its batches. Both are drawn from torch's generator.
 STACKS = {f.__name__: f for f in (vit, bert, whisper, clip, mixtral, diffusion, halving)}
 
 
