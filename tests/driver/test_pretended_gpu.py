@@ -87,7 +87,7 @@ def test_refits_wait_for_nothing(sparsity, gpu):
 @pytest.mark.parametrize("place", ["host", "file"])
 def test_the_host_is_no_more_than_one_micro_batch_ahead(place, gpu, tmp_path):
     """A micro-batch takes memory on the GPU as soon as it is launched, or page-locked memory."""
-    activations = Activations(Store(torch.device("cuda"), place, tmp_path))
+    activations = Activations(Store(DEVICE, place, tmp_path))
     for n in range(4):
         activations.append(torch.full((1, 2, 3), float(n), device="cuda"))
     gpu.waits.clear()
@@ -99,7 +99,7 @@ def test_the_host_is_no_more_than_one_micro_batch_ahead(place, gpu, tmp_path):
 
 def test_what_is_read_ahead_and_skipped_leaves_the_gpu(gpu):
     """Micro-batches that are held out are read alone, and skipped where layers are watched."""
-    activations = Activations(Store(torch.device("cuda"), "host"))
+    activations = Activations(Store(DEVICE, "host"))
     for _ in range(64):
         activations.append(torch.zeros(1, 8, 16, device="cuda"))
     before, most = gpu.allocated, 0
@@ -112,7 +112,7 @@ def test_what_is_read_ahead_and_skipped_leaves_the_gpu(gpu):
 
 def test_a_copy_in_waits_for_the_copy_out_of_the_same_tensor_alone(gpu, monkeypatch):
     """They are on streams of their own, also where a micro-batch is cut into the windows of steps."""
-    activations = Activations(Store(torch.device("cuda"), "host"))
+    activations = Activations(Store(DEVICE, "host"))
     store, awaited = activations.store, []
     assert store.inward is not store.outward
     monkeypatch.setattr(store.outward, "record_event", lambda: SimpleNamespace(number=len(activations)))
@@ -135,7 +135,7 @@ def test_two_copies_out_at_most_are_on_their_way(gpu, monkeypatch):
         most.append(len(under_way))
         return copy
 
-    activations = Activations(Store(torch.device("cuda"), "host"))
+    activations = Activations(Store(DEVICE, "host"))
     monkeypatch.setattr(activations.store.outward, "record_event", recorded)
     for n in range(4):
         activations.append(torch.full((1, 2, 3), float(n), device="cuda"))
