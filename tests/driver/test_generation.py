@@ -10,18 +10,17 @@ import torch
 from helpers.checkpoints import refused
 from helpers.commands import interrupted_at, report_of, tensors_of
 from helpers.texts import BOS, make_tokenizer
+from helpers.whole import streamed
 from transformers import AutoModelForCausalLM
 
 import sparsefw.plan
 from sparsefw import prune
-from sparsefw.checkpoint.source import inspect
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import windows_of
 from sparsefw.driver import generation
 from sparsefw.driver.generation import write_tokens
 from sparsefw.inputs import DEFAULT_MODEL, Inputs
-from sparsefw.model.streamed import StreamedModel
 from sparsefw.run import main
 
 FLAGS = ["--nsamples", "4", "--seqlen", "24", "--eval-windows", "2", "--method", "wanda"]
@@ -107,7 +106,7 @@ def test_half_are_conversations_by_the_template():
     tokenizer, lines = load_tokenizer(DEFAULT_MODEL), []
     tokenizer.chat_template = TEMPLATE
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
-    with StreamedModel(inspect(DEFAULT_MODEL), torch.device("cpu")) as model:
+    with streamed(DEFAULT_MODEL) as model:
         ids, others = (write_tokens(model, tokenizer, 6, 40, 0, batch, lines.append) for batch in (4, 3))
     # The draws of a window do not depend on what is written beside it.
     assert torch.equal(ids, others)
@@ -126,7 +125,7 @@ def test_prompts_are_answered(tmp_path, monkeypatch):
     tokenizer, file = load_tokenizer(DEFAULT_MODEL), tmp_path / "prompts.jsonl"
     tokenizer.chat_template, asked = TEMPLATE, "<|user|>One<|end|><|assistant|>"
     file.write_text('{"messages": [{"role": "user", "content": "One"}]}\n{"text": "Two"}\n')
-    with StreamedModel(inspect(DEFAULT_MODEL), torch.device("cpu")) as model:
+    with streamed(DEFAULT_MODEL) as model:
         write = partial(write_tokens, model, tokenizer, 2, 40, 0, say=print, name=f"self={file}")
         # The sixth token of the second window, which the model has written, ends a turn.
         parts = [[0], [0], [int(write(2)[1, 5])]]
