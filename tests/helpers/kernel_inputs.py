@@ -49,7 +49,7 @@ def hard_scores(rows: int, d: int) -> dict[str, Tensor]:
         "outliers": torch.where(few, 1e30 * x, x),
         "two far clusters": torch.where(x > 0, 1e30 + 1e28 * x, 1e-30 * x),
         "around zero": torch.where(few, x, 1e-38 * x),
-        "any bits": torch.randint(-(2**31), 2**31, (rows, d), generator=torch.Generator().manual_seed(2))
+        "any bits": torch.randint(-(2**31), 2**31, (rows, d), generator=generator(2))
         .to(torch.int32).view(torch.float32).nan_to_num(1.0).to(DEVICE),
         "one above equals": torch.where(uniform(rows, d, seed=3) < 0.01, 1.0 + 2**-23, 1.0),
         "infinite": torch.where(few, torch.inf * x.sign(), x),

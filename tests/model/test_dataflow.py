@@ -13,7 +13,7 @@ from helpers.damaged import (
     stages_of,
     whole_runs,
 )
-from helpers.kernel_inputs import DEVICE
+from helpers.kernel_inputs import DEVICE, generator
 from torch import nn
 
 from sparsefw.model.tape import Calls, Tape
@@ -22,7 +22,7 @@ TOKENS, D = 6, 8
 
 
 def batches(count=2):
-    return [torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(n)) for n in range(count)]
+    return [torch.randn(TOKENS, D, generator=generator(n)) for n in range(count)]
 
 
 def parallel(block, x):

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.kernel_inputs import DEVICE
+from helpers.kernel_inputs import DEVICE, generator
 from helpers.problems import TRITON
 from torch import nn
 
@@ -27,9 +27,9 @@ def bits(x):
 
 def pruned(*shape, seed=0, scale=1.0, dtype=torch.float32):
     """Random weights, of which about half are removed; one of these is -0.0."""
-    generator = torch.Generator().manual_seed(seed)
-    W = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
-    W[torch.rand(*shape, generator=generator) < 0.5] = 0
+    draws = generator(seed)
+    W = scale * torch.randn(*shape, generator=draws, dtype=torch.float64)
+    W[torch.rand(*shape, generator=draws) < 0.5] = 0
     W.view(-1)[1] = -0.0
     W.view(-1)[0] = scale
     # In float64 they have digits that fp32 has not.
@@ -38,9 +38,9 @@ def pruned(*shape, seed=0, scale=1.0, dtype=torch.float32):
 
 def drawn(count, *shape, seed=1):
     """Gradients of many magnitudes."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = 10.0 ** torch.randint(-8, 5, shape, generator=generator)
-    return [(sizes * torch.randn(*shape, generator=generator)).to(DEVICE) for _ in range(count)]
+    draws = generator(seed)
+    sizes = 10.0 ** torch.randint(-8, 5, shape, generator=draws)
+    return [(sizes * torch.randn(*shape, generator=draws)).to(DEVICE) for _ in range(count)]
 
 
 def give(parameter, gradient):
