@@ -25,12 +25,12 @@ ERRORS = ("error", "error_mask", "error_warm_start", "gap")
 PATTERNS = ("0.6", "2:4", "layer:0.6")
 
 
-def make_problem(rows, d, sparsity="0.6", alpha=0.0, seed=0, warm_start="wanda", correlation=0.7, whole=False):
+def make_problem(rows, d, sparsity="0.6", alpha=0.0, warm_start="wanda", whole=False):
     """A random layer with correlated inputs; `whole`: with one budget for the whole matrix."""
-    draws = generator(seed)
+    draws = generator(0)
     W = torch.randn(rows, d, generator=draws)
     X = torch.randn(4 * d, d, generator=draws)
-    X = (1 - correlation) * X + correlation * torch.randn(4 * d, 1, generator=draws)
+    X = 0.3 * X + 0.7 * torch.randn(4 * d, 1, generator=draws)
     G = X.T @ X
     G = (G + G.T) / 2
     saliency = SALIENCIES[warm_start](W, G)
