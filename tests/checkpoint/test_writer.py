@@ -24,16 +24,21 @@ from sparsefw.checkpoint.writer import Writer
 NAMES = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
+def write_shards(writer: Writer, count: int) -> None:
+    """Write those of the first shards that are not finished, with those of a compared method."""
+    writer.choose({"batch": 3})
+    for n, name in enumerate("ac"[:count]):
+        if n >= len(writer.finished):
+            tensors = {name: TENSORS[name].t()} | ({} if n else {"b": TENSORS["b"]})
+            writer.write(n, tensors, [n], {"wanda": {name: TENSORS[name] + 1}})
+
+
 def write(output: Path, source: Path, overwrite: bool = False, restart: bool = False) -> list:
     """Write what is not finished; returns the notes of what was."""
-    choices = dict(source=source, overwrite=overwrite, restart=restart)
-    with Writer(output, 2, {"x": (1, 2)}, **choices) as writer:
+    with Writer(output, 2, {"x": (1, 2)}, source=source, overwrite=overwrite, restart=restart) as writer:
         finished = writer.finished
-        writer.choose({"batch": 3})
-        for n, (name, others) in enumerate((("a", {"b": TENSORS["b"]}), ("c", {}))):
-            if n >= len(finished):
-                compared = {"wanda": {name: TENSORS[name] + 1}}
-                writer.write(n, {name: TENSORS[name].t()} | others, [n], compared)
+        write_shards(writer, 2)
+        for n, name in enumerate("ac"):
             kept = load_file(writer.path(n, "wanda"))
             assert torch.equal(kept[name], TENSORS[name] + 1)
         (writer.folder / "report.json").write_text("new")
@@ -44,10 +49,7 @@ def write(output: Path, source: Path, overwrite: bool = False, restart: bool = F
 def begin(output: Path, shards: int = 1, source: Path | None = Path("source")) -> Path:
     """Leave an unfinished run with some shards; returns its folder."""
     with suppress(KeyboardInterrupt), Writer(output, 2, {"x": (1, 2)}, source=source) as writer:
-        writer.choose({"batch": 3})
-        for n, name in enumerate("ac"[:shards]):
-            tensors = {name: TENSORS[name].t()} | ({} if n else {"b": TENSORS["b"]})
-            writer.write(n, tensors, [n], {"wanda": {name: TENSORS[name] + 1}})
+        write_shards(writer, shards)
         raise KeyboardInterrupt
     return output.with_name(f".{output.name}.partial")
 
