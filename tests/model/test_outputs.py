@@ -26,6 +26,12 @@ def alone(x, a, b):
     return a(x)
 
 
+def compared(block, dense, run, batches=(0,)):
+    """What is captured of a block beside the dense one; run(block, j) runs micro-batch j through either of them."""
+    runs = functools.partial(run, block), functools.partial(run, dense)
+    return capture(block, runs[0], batches, backend=TORCH, dense=(dense, runs[1]), experts=frozenset())
+
+
 @pytest.mark.parametrize(
     ("combine", "layers", "what"),
     [
@@ -48,8 +54,7 @@ def test_sums_that_outputs_go_into(combine, layers, what):
     block = nn.ModuleDict({name: nn.Linear(8, 8) for name in "ab"}).requires_grad_(False)
     dense, x, lossy = copy.deepcopy(block), torch.randn(20, 8), torch.randn(20, 8)
     x[0, 1], lossy[0, 1] = 0, -100
-    runs = (lambda j: combine(lossy, *block.values())), (lambda j: combine(x, *dense.values()))
-    crosses = capture(block, runs[0], [0], backend=TORCH, dense=(dense, runs[1]), experts=frozenset()).crosses
+    crosses = compared(block, dense, lambda b, j: combine(lossy if b is block else x, *b.values())).crosses
     assert set(crosses) == {f"{name}.weight" for name in layers}
     for name in layers:
         D = what(x, *dense.values()) - what(lossy, *block.values())
@@ -61,8 +66,7 @@ def test_outputs_that_are_written_to_are_not_used():
     block = nn.Sequential(nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 8)).requires_grad_(False)
     dense, x = copy.deepcopy(block), torch.randn(20, 8)
     block[0].weight[:, ::2] = 0
-    runs = (lambda j: block(x)), (lambda j: dense(x))
-    captured = capture(block, runs[0], [0], backend=TORCH, dense=(dense, runs[1]), experts=frozenset())
+    captured = compared(block, dense, lambda block, j: block(x))
     assert [layer.name for layer in captured.layers] == ["0.weight", "2.weight"]
     assert set(captured.crosses) == {"2.weight"}
 
@@ -88,6 +92,5 @@ def test_nothing_of_a_micro_batch_outlives_it():
         out = block(x)
         kept.extend((j, weakref.ref(tensor)) for tensor in (x, out))
 
-    runs = functools.partial(run, block), functools.partial(run, dense)
-    captured = capture(block, runs[0], range(3), backend=TORCH, dense=(dense, runs[1]), experts=frozenset())
+    captured = compared(block, dense, run, range(3))
     assert (len(kept), set(captured.crosses)) == (12, {"weight"})
