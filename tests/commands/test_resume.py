@@ -1,12 +1,11 @@
 """Runs that are killed anywhere go on where they were, and end with the bytes of an undisturbed one."""
 
 import os
-import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.commands import TEXT, interrupted_at, report_of
+from helpers.commands import TEXT, interrupted_at, killed_at, report_of
 from helpers.families import save_model
 from safetensors.torch import load_file
 
@@ -53,13 +52,7 @@ def content(place, output):
 @pytest.mark.parametrize("n", [16, 33])
 def test_killed_ends_with_the_same_bytes(place, n, monkeypatch, capsys):
     output = f"killed-{n}"
-    # A copy of this process, which need not import anything.
-    child = os.fork()
-    if not child:
-        interrupted_at(monkeypatch, n, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        run(place, output)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed_at(monkeypatch, n, lambda: run(place, output))
     finished = len(list((place / f".{output}.partial" / "records").glob("*.json")))
     assert run(place, output) == 0
     said = f"resuming an unfinished run: {finished} of 4 shards are finished"

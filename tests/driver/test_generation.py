@@ -1,14 +1,12 @@
 """Calibration text that the dense model writes itself: the same bytes again, as documents and as conversations."""
 
 import json
-import os
-import signal
 from functools import partial
 
 import pytest
 import torch
 from helpers.checkpoints import refused
-from helpers.commands import interrupted_at, report_of, tensors_of
+from helpers.commands import interrupted_at, killed_at, report_of, tensors_of
 from helpers.texts import BOS, make_tokenizer
 from helpers.whole import streamed
 from transformers import AutoModelForCausalLM
@@ -73,12 +71,7 @@ def test_a_share_of_a_mixture_by_another_seed(written, tmp_path, capsys):
 
 
 def test_a_killed_run_is_resumed_with_its_text(written, tmp_path, monkeypatch, capsys):
-    child = os.fork()
-    if not child:
-        interrupted_at(monkeypatch, 16, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        run(tmp_path / "out")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed_at(monkeypatch, 16, lambda: run(tmp_path / "out"))
     # It is read.
     monkeypatch.setattr(generation, "write_tokens", None)
     assert run(tmp_path / "out", dataset=(f"self={__file__}",)) == 2

@@ -1,6 +1,8 @@
 """Small runs through the command line, and their ends at any step of the disk."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +56,13 @@ def interrupted_at(monkeypatch, n, end=interrupt):
         sync(path)
 
     monkeypatch.setattr(files, "_sync", count)
+
+
+def killed_at(monkeypatch, n, run):
+    """Kill a copy of this process, which need not import anything, in its n-th call that makes a file durable."""
+    child = os.fork()
+    if not child:
+        interrupted_at(monkeypatch, n, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        run()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
