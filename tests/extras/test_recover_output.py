@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.checkpoints import contents, make_hub_cache
-from helpers.commands import interrupted_at, shards, tensors_of
+from helpers.commands import interrupted_at, report_of, shards, tensors_of
 from helpers.families import first_is_fast, save_model
 from helpers.texts import calibration_windows
 from helpers.verifying import DOWN, WANDA, change_tensor
@@ -35,7 +35,7 @@ def recovered(output, folder, *flags):
 
 
 def change_report(output, **arguments):
-    report = json.loads((output / "report.json").read_text())
+    report = report_of(output)
     report["arguments"] |= arguments
     (output / "report.json").write_text(json.dumps(report))
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.commands import tensors_of
+from helpers.commands import report_of, tensors_of
 from helpers.families import first_is_fast, save_model
 from helpers.stacks import drawn
 from helpers.verifying import DOWN, NORM, WANDA, Q, change_tensor, flip_bit, only_failure, put, verdict
@@ -85,7 +85,7 @@ def report(change):
     """A damage of report.json by change(content)."""
 
     def damage(output):
-        content = json.loads((output / "report.json").read_text())
+        content = report_of(output)
         change(content)
         (output / "report.json").write_text(json.dumps(content))
 

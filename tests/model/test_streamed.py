@@ -3,9 +3,9 @@
 import pytest
 import torch
 from helpers.checkpoints import refused
+from helpers.commands import tensors_of
 from helpers.families import TOKENS, VOCABULARY, change_config, save_model
 from helpers.verifying import change_tensor
-from safetensors.torch import load_file
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.model.forward import embed
@@ -104,7 +104,7 @@ def test_tensors_that_the_model_does_not_use_are_named_and_written(tmp_path):
     (note,) = model.notes
     assert note.endswith(f"{name} first")
     written = {name: tensor for piece in model.pieces for name, tensor in model.other_tensors(piece).items()}
-    stored = {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+    stored = tensors_of(folder)
     assert {n for n in stored if "layers.2." in n} < written.keys()
     assert all(torch.equal(x, stored[n]) and x.dtype == stored[n].dtype for n, x in written.items())
 
