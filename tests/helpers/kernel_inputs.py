@@ -8,8 +8,10 @@ from torch import Tensor
 
 from sparsefw.kernels import triton_ops
 from sparsefw.kernels.definitions import RowState
+from sparsefw.kernels.launch import platform
 from sparsefw.kernels.operation import OPERATIONS, Size, converted
 from sparsefw.kernels.operation import in_float64 as in_float64
+from sparsefw.kernels.product import DESCRIPTORS
 
 assert triton_ops  # It fills OPERATIONS.
 copied = converted
@@ -19,6 +21,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (37, 131), (150, 260))
 # A test of what only the hardware does, such as the rounding of tensor cores.
 needs_gpu = pytest.mark.gpu
+needs_bulk_copies = pytest.mark.skipif(
+    platform() not in DESCRIPTORS, reason="bulk copies need an NVIDIA GPU, sm_90 or later"
+)
 shapes = pytest.mark.parametrize("shape", [*SHAPES[:2], pytest.param(SHAPES[2], marks=pytest.mark.slow)])
 
 # Relative rounding of one product of two operands at a precision, with the sum of thousands of products in fp32: tensor

@@ -13,6 +13,7 @@ from helpers.kernel_inputs import (
     SUM_ERROR,
     assert_near,
     gram,
+    needs_bulk_copies,
     needs_gpu,
     normal,
     strided,
@@ -21,12 +22,6 @@ from helpers.kernel_inputs import (
 from sparsefw.kernels import accumulate as accumulate_module
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels import mirror as mirror_module
-from sparsefw.kernels.launch import platform
-from sparsefw.kernels.product import DESCRIPTORS
-
-needs_bulk_copies = pytest.mark.skipif(
-    platform() not in DESCRIPTORS, reason="bulk copies need an NVIDIA GPU, sm_90 or later"
-)
 
 
 def inputs(tokens, rows, d, dtype=torch.float32):

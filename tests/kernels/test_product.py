@@ -12,6 +12,7 @@ from helpers.kernel_inputs import (
     garbage,
     gram,
     hard_scores,
+    needs_bulk_copies,
     needs_gpu,
     normal,
     shapes,
@@ -22,7 +23,6 @@ from sparsefw.kernels import product as product_module
 from sparsefw.kernels import triton_ops
 from sparsefw.kernels.backend import Backend
 from sparsefw.kernels.definitions import PRECISIONS, round_operand
-from sparsefw.kernels.launch import platform
 from sparsefw.kernels.product import product
 
 
@@ -93,9 +93,7 @@ def test_strided_operands_and_the_grouped_order(monkeypatch):
     assert_near(out, naive.product(E, G), naive.product(E.double(), G.double()))
 
 
-@pytest.mark.skipif(
-    platform() not in product_module.DESCRIPTORS, reason="bulk copies need an NVIDIA GPU, sm_90 or later"
-)
+@needs_bulk_copies
 @pytest.mark.parametrize(
     ("e_dtype", "g_dtype", "precision"),
     [
