@@ -23,6 +23,7 @@ from sparsefw.model.settings import asked_for_no_more, attention_by_calls, masks
 from sparsefw.model.skeleton import max_seqlen
 from sparsefw.model.stubs import TEXT, block_type, explained
 from sparsefw.model.swap import (
+    MakeTensor,
     SharedParameters,
     TensorSlot,
     fill,
@@ -127,7 +128,7 @@ class BlockModel:
         """Read block i's tensors that are not in memory, by the names of `block_tensors`; i=None: outside of blocks."""
         return {}
 
-    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[TensorSlot], Tensor]:
+    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> MakeTensor:
         """Return a function from a slot of block i to its tensor on the device. `tensors` is a result of `read`."""
         return lambda slot: dequantized(tensors.get(slot.path, slot.own)).detach().to(self.device, copy=True)
 

@@ -20,7 +20,7 @@ from sparsefw.errors import counted
 from sparsefw.model import skeleton
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.path import path_through, zeros_in
-from sparsefw.model.swap import TensorSlot, block_of, shared_parameters
+from sparsefw.model.swap import MakeTensor, TensorSlot, block_of, shared_parameters
 
 
 class StreamedModel(BlockModel):
@@ -84,7 +84,7 @@ class StreamedModel(BlockModel):
         # Computed buffers are in memory already, and need not be loaded.
         return [slot for slot in super()._slots(i) if slot.path in self._own and slot.own.is_meta]
 
-    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> Callable[[TensorSlot], Tensor]:
+    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> MakeTensor:
         goes_into = self._skeleton.goes_into
         # `tensors` may lack parameters that the block shares with other modules. Pruning never changes these, so the
         # checkpoint's tensors are read.

@@ -34,6 +34,10 @@ class TensorSlot:
     own: Tensor
 
 
+# Makes the tensor for a slot.
+MakeTensor = Callable[[TensorSlot], Tensor]
+
+
 def slots_of(modules: Iterable[tuple[str, nn.Module]]) -> list[TensorSlot]:
     """List the slots of all tensors in modules. Each module comes with its name."""
     slots = []
@@ -46,7 +50,7 @@ def slots_of(modules: Iterable[tuple[str, nn.Module]]) -> list[TensorSlot]:
     return slots
 
 
-def fill(slots: Iterable[TensorSlot], make: Callable[[TensorSlot], Tensor]) -> None:
+def fill(slots: Iterable[TensorSlot], make: MakeTensor) -> None:
     """Put other tensors into slots. All slots of one own tensor get the same new tensor.
 
     Args:
@@ -106,7 +110,7 @@ def addresses(tensor: Tensor) -> tuple[int, int]:
 
 
 @contextmanager
-def filled(slots: list[TensorSlot], make: Callable[[TensorSlot], Tensor]) -> Iterator[None]:
+def filled(slots: list[TensorSlot], make: MakeTensor) -> Iterator[None]:
     """Put other tensors into slots inside the `with` block, see `fill`."""
     try:
         fill(slots, make)
