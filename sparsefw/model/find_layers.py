@@ -186,6 +186,10 @@ def _matrices(X: TapeValue, matrices: Tensor, inputs: int) -> Iterator[tuple[Ten
         yield matrices.select(axis, n).flatten(0, -2), reading, True
 
 
+# A call of a module: name of the module, the first tensor among its arguments, and the tensors that it returns.
+ModuleCall = tuple[str, tuple[TapeValue, ...], tuple[TapeValue, ...]]
+
+
 @dataclass(frozen=True)
 class BlockTape:
     """A recorded forward of a block.
@@ -197,7 +201,7 @@ class BlockTape:
         output: the hidden states that the block returns.
         handed_on: the other tensors that later blocks read after this block.
         names: finds the names of the block's matrices.
-        modules: calls of modules: name of the module, first tensor among its arguments, and the tensors it returns.
+        modules: the calls of modules.
     """
 
     ops: list[Op]
@@ -206,7 +210,7 @@ class BlockTape:
     output: TapeValue
     handed_on: list[TapeValue]
     names: WeightNames
-    modules: list[tuple[str, tuple[TapeValue, ...], tuple[TapeValue, ...]]]
+    modules: list[ModuleCall]
 
 
 def record_block(
@@ -227,7 +231,7 @@ def record_block(
     """
     names = WeightNames(block)
     tape = Tape((hidden,), names.holds)
-    calls: list[tuple[str, tuple[TapeValue, ...], tuple[TapeValue, ...]]] = []
+    calls: list[ModuleCall] = []
 
     def note(name: str, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         with tape.pause():
