@@ -203,7 +203,7 @@ def _arguments(values: Tensor, mask: Tensor, starts: Tensor | None, cols: int) -
     if starts is not None:
         check("starts", starts, starts.shape, (torch.int64,), values)
     check_packed(values, mask, starts, cols)
-    whole_words = mask.shape[1] % 4 == 0 and mask.data_ptr() % 4 == 0
+    whole_words = mask.numel() and mask.shape[1] % 4 == 0 and mask.data_ptr() % 4 == 0
     words = mask.view(torch.int32) if whole_words else mask
     k = values.shape[1] if starts is None else 0
     matrix = dict(VALUES=values, MASK=words, STARTS=starts)

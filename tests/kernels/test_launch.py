@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 import triton
 
-from sparsefw.kernels import conjugate, launch, step
+from sparsefw.kernels import conjugate, launch, product, step
 
 
 @pytest.mark.parametrize(("arch", "expected"), {80: "sm_80", 90: "sm_90", 100: "sm_90", 120: "sm_80", 0: "hip"}.items())
@@ -16,6 +17,14 @@ def test_platform_of_every_target(arch, expected, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRET", False)
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
     assert launch.platform() == expected
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+def test_no_product_is_in_tf32_on_amd(precision, monkeypatch):
+    """Triton compiles the name for one of its GPUs alone."""
+    monkeypatch.setattr(product, "platform", lambda: "hip")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert product.dot_options((dtype, dtype), precision)["PRECISION"] == "ieee"
 
 
 @pytest.mark.parametrize("d", [120, 360, 480, 960, 4080, 30720])

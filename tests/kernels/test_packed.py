@@ -122,6 +122,11 @@ def test_nothing_is_read_behind_the_values(level, dtype):
         assert torch.equal(level.packed_product(x, moved, mask), level.packed_product(x, values, mask))
 
 
+def test_matrices_without_columns_give_zeros(level):
+    y = level.packed_product(torch.zeros(17, 0), torch.zeros(3, 0), torch.zeros(3, 0, dtype=torch.uint8))
+    assert torch.equal(y, torch.zeros(17, 3))
+
+
 def test_tensors_that_do_not_fit_are_refused(level):
     """Their memory would be read beyond its end."""
     _, (values, mask, _) = packed_matrix(8, 64, torch.float32)

@@ -35,6 +35,22 @@ def test_embeddings_and_blocks_one_after_another_leave_nothing(source):
             model.close(i)
 
 
+def test_a_block_whose_read_has_failed_is_read_again(source, monkeypatch):
+    with StreamedModel(source, torch.device("cpu")) as model:
+        read, failures = model._timed_read, [OSError("the disk was busy")]
+
+        def read_or_fail(i):
+            if i and failures:
+                raise failures.pop()
+            return read(i)
+
+        monkeypatch.setattr(model, "_timed_read", read_or_fail)
+        model.open(0)
+        with pytest.raises(OSError, match="the disk was busy"):
+            model.open(1)
+        model.open(1)
+
+
 def test_blocks_are_read_and_written_through_the_same_memory(source):
     of_block = pinned(source, "model.layers.0.")
     with pretended_gpu() as gpu, StreamedModel(source, torch.device("cuda")) as model:
