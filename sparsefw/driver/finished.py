@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsefw.checkpoint.files import convert
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.driver.job import Run
-from sparsefw.memory import peak_memory, release_pinned, trim_memory
+from sparsefw.memory import on_gpu, peak_memory, release_pinned, trim_memory
 from sparsefw.report import log
 from sparsefw.report.content import BlockRecord
 from sparsefw.solver.layer import LayerResult
@@ -175,7 +175,9 @@ class Finished:
         run = self._run
         with run.model.timeline.span("write", i, WRITE):
             if copied:
-                copied.synchronize()
+                # A new thread would begin on the first GPU, and take some of its memory.
+                with on_gpu(run.model.device):
+                    copied.synchronize()
             compared = {method: tensors[method] for method in run.config.compare}
             shard = run.model.unique_blocks.index(i)
             self._writer.write(shard, tensors[run.config.method], asdict(found), compared)
