@@ -35,7 +35,8 @@ Reference = tuple[DenseBlock, HiddenStates]
 
 def read_block(run: Run, i: int) -> DenseBlock | None:
     """Open block i. Returns a copy of its dense weights if the run needs them after the block is pruned."""
-    if torch.cuda.is_available():
+    # The peak of the first block is that of the run so far, which may have generated text.
+    if i and torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     block = run.model.open(i, run.placement.ahead)
     with run.model.timeline.span("read", i):

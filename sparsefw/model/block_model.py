@@ -109,6 +109,9 @@ class BlockModel:
         self._reader = ThreadPoolExecutor(1)
         # The block that is being read ahead.
         self._next: tuple[int, Future[Mapping[str, Loadable]]] | None = None
+        if self.device.type == "cuda":
+            # Peaks are those since here.
+            torch.cuda.reset_peak_memory_stats()
 
     def __enter__(self) -> Self:
         return self

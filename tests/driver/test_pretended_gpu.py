@@ -157,6 +157,14 @@ def prune(source, output, *flags, stand_ins=False):
     return gpu, report_of(output)
 
 
+def test_the_peak_of_a_run_has_that_of_generated_text(tmp_path):
+    """The whole model is on the GPU then, and a block at a time later."""
+    source = save_model(tmp_path / "model", "llama", torch.bfloat16, num_hidden_layers=12)
+    flags = "--nsamples 2 --seqlen 16 --dataset self --method wanda --recover 0 --kernel torch"
+    gpu, report = prune(source, tmp_path / "out", *flags.split())
+    assert report["blocks"][-1]["gpu_bytes"] < report["peak_memory"]["gpu_bytes"] == gpu.peak
+
+
 def test_whole_run(tmp_path, capsys):
     # A small model, since Triton's interpreter is slow.
     source = save_model(tmp_path / "model", "llama", torch.bfloat16, num_hidden_layers=1)
