@@ -71,7 +71,7 @@ class BlockRecord:
         way: how the calibration windows ran through the block, such as "stage by stage, from the start".
         seconds: by phase, on the main lane of rank 0.
         host_bytes: peak memory of the process on the host, up to the end of this block; the highest of all ranks.
-        gpu_bytes: peak bytes of tensors on the GPU in this block, in the first one since the run began; 0 without a GPU.
+        gpu_bytes: peak bytes of tensors on the GPU in this block, or, in the first one, so far; 0 without a GPU.
         gpu_reserved_bytes: peak bytes that torch reserved on the GPU in this block, which the memory limit bounds.
         reconstruction: the reconstruction of the block; None: the block was not reconstructed.
         zeros: of the first block with layers to prune, the share of zeros in their weights before the run.
