@@ -121,7 +121,8 @@ def pruned(flags: str, sparsity: str, folder: Path, pruning: list[str], mixture:
     of_run = run.format(mixture=" ".join(mixture)).split()
     command = [*program, *pruning, *of_run, "--sparsity", sparsity, "--output", str(output)]
     if recovery:
-        start, made = pruned(run, sparsity, folder, pruning, mixture)
+        start, of_start = pruned(run, sparsity, folder, pruning, mixture)
+        made["commands"] |= of_start["commands"]
         command = ["-m", "sparsefw.recover", start, str(output), *pruning[:4], *mixture, *recovery.split()]
     cost = Path(f"{output}.json")
     if not output.exists():
