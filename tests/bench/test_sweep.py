@@ -8,6 +8,7 @@ from classes.examine import WORKS, WRONG
 from classes.tiny_model import cases
 from safetensors.torch import load_file, save_file
 
+import sparsefw.pack
 import sparsefw.run
 
 CASES = {case.model_type: case for case in cases()}
@@ -70,3 +71,20 @@ def test_mistakes_of_a_run_are_found(layer, change, reason, right, monkeypatch, 
     row = examine.examine(CASES["stablelm"], tmp_path)
     assert row["outcome"] == WRONG
     assert reason in row["reason"]
+
+
+@pytest.mark.slow
+def test_a_mistake_of_packing_is_found(monkeypatch, tmp_path):
+    pack = sparsefw.pack.main
+
+    def main(arguments):
+        status = pack(arguments)
+        for path in (tmp_path / examine.PACKED).glob("*.safetensors"):
+            tensors = {name: 2 * x if x.is_floating_point() else x for name, x in load_file(path).items()}
+            save_file(tensors, path, metadata={"format": "pt"})
+        return status
+
+    monkeypatch.setattr(sparsefw.pack, "main", main)
+    row = examine.examine(CASES["stablelm"], tmp_path)
+    assert row["outcome"] == WRONG
+    assert row["reason"].startswith("packed perplexity")
