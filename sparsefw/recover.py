@@ -16,6 +16,7 @@ from sparsefw.solver.config import PruneConfig
 FLAGS = {
     "model": "the run's",
     "dataset": "the run's",
+    "seqlen": "the run's",
     "seed": "the run's, plus 1",
     "recover": "twice the calibration tokens; four times with fewer than 128 windows",
     **dict.fromkeys(("overwrite", "restart", "gpu_memory", "host_memory", "hours"), ""),

@@ -154,7 +154,7 @@ def _job(pruned: Path, output: Output, given: dict[str, Any], say: Say) -> tuple
     if any(text in VARIABLES for text in inputs.shares):
         raise InputError(f"{pruned}: calibrated on data without a name; give a text with {option('dataset')}")
     if tokens is None and output.hours is None:
-        tokens = default_recovery(inputs.nsamples, inputs.seqlen)
+        tokens = default_recovery(of_run["nsamples"], of_run["seqlen"])
     elif tokens == 0:
         raise InputError(f"{option('recover', 0)}: there is nothing to do")
     # What is read may not be replaced, so nothing advises that first.

@@ -100,6 +100,14 @@ def test_losses_and_steps_are_those_of_the_definition(pruned, tmp_path, monkeypa
     assert torch.allclose((moved - start)[clear], -rate * gradient[clear].sign(), rtol=1e-2)
 
 
+def test_windows_may_be_longer_than_those_of_the_run(pruned, tmp_path):
+    _, output = pruned(*WANDA)
+    folder, report = recovered(output, tmp_path / "recovered", "--seqlen", 64)
+    # By default a recovery after 6 windows takes four times their tokens.
+    assert report.recoveries[0].data.windows == 12
+    assert "--recover 768 --seed 1 --seqlen 64\n" in (folder / "README.md").read_text()
+
+
 class Watched(torch.autograd.Function):
     """The identity. On the way back it keeps torch's mode, and does what torch may refuse."""
 

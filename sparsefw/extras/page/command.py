@@ -36,6 +36,8 @@ def commands_of(report: Report, name: str, packed: bool = False) -> list[str]:
         given: dict[str, Argument] = {"dataset": one.dataset, "recover": tokens, "seed": one.data.seed}
         if one.model != report.argument("model", str):
             given = {"model": one.model, **given}
+        if one.data.seqlen != report.argument("seqlen", int):
+            given |= {"seqlen": one.data.seqlen}
         later.append(["python -m sparsefw.recover", *map(shlex.quote, names[n : n + 2]), *flags_of(given)])
     if packed:
         later.append(["python -m sparsefw.pack", *map(shlex.quote, names[-2:])])
