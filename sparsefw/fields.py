@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from sparsefw.errors import InputError, option
+from sparsefw.errors import InputError, errors_in_one_line, option
 
 # Marks a default that depends on other fields. `__post_init__` replaces it by the value.
 DEPENDS: Any = None
@@ -120,6 +120,13 @@ def _check_text(f: Field, text: Any) -> None:
         raise InputError(f"{option(f.name)}: expected a name or a path, got {type(text).__name__}")
     if choices is not None and text not in choices:
         raise InputError(f"{option(f.name, text)}: expected one of {', '.join(choices)}")
+    _check_encodable(f.name, text)
+
+
+def _check_encodable(name: str, text: str) -> None:
+    """Refuse the name of a file that is no UTF-8: neither safetensors nor a report can hold it."""
+    with errors_in_one_line(option(name), "rename the file or folder"):
+        text.encode()
 
 
 def checked_number(name: str, value: Any, least: float, most: float | None, whole: bool) -> Any:
@@ -146,5 +153,6 @@ def checked_path(name: str, value: str | Path) -> Path:
     """
     if not isinstance(value, str | os.PathLike):
         raise InputError(f"{option(name)}: expected a path, got {type(value).__name__}")
+    _check_encodable(name, os.fspath(value))
     # A shell leaves `--output=~/pruned` as it is.
     return Path(os.path.expanduser(value))

@@ -23,26 +23,28 @@ def test_names_and_shares(dataset, found):
 
 
 def test_shares_by_name():
-    inputs = Inputs(model="m", dataset=["c4", "code.txt=0.5"])
+    inputs = Inputs(dataset=["c4", "code.txt=0.5"])
     assert inputs.dataset == ("c4", "code.txt=0.5")
     assert inputs.shares == {"c4": 1.0, "code.txt": 0.5}
-    assert Inputs(model="m", dataset="c4") == Inputs(model="m", dataset=("c4",))
+    assert Inputs(dataset="c4") == Inputs(dataset=("c4",))
+    # The bytes of a name in another encoding.
+    with refused("dataset: .*surrogates not allowed; rename the file or folder"):
+        Inputs(dataset="\udce9.txt")
 
 
-@pytest.mark.parametrize("share", ["0", "-1", "nan", "1e999"])
+@pytest.mark.parametrize("share", ["0", "nan"])
 def test_shares_are_above_zero(share):
     with refused(f"dataset='a.txt={share}': expected a share above 0 after the last ="):
         Inputs(dataset=["b.txt", f"a.txt={share}"])
 
 
 def test_general_is_a_mixture():
-    shares = Inputs(model="m", dataset=("a.txt", "general=6")).shares
-    assert list(shares.values()) == [1, 2, 2, 2]
-    assert list(shares) == ["a.txt", *MIXTURE]
+    shares = Inputs(dataset=("a.txt", "general=6")).shares
+    assert shares == {"a.txt": 1, **dict.fromkeys(MIXTURE, 2)}
 
 
 def test_numbers_of_numpy_are_numbers():
-    inputs = Inputs(model="m", nsamples=np.int64(6), seqlen=np.int32(32))
+    inputs = Inputs(nsamples=np.int64(6), seqlen=np.int32(32))
     assert [type(x) for x in (inputs.nsamples, inputs.seqlen)] == [int, int]
     assert type(Output(host_memory=np.float32(4)).host_memory) is float
 

@@ -63,7 +63,7 @@ COPIED = (
     "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
     "[0-9]_*/*.json", "[0-9]_*/model.safetensors",
     # Terms of use.
-    "licen[cs]e", "licen[cs]e*.md", "licen[cs]e*.txt", "notice", "notice.md", "notice.txt", "use_policy.md",
+    "licen[cs]e*", "notice", "notice.md", "notice.txt", "use_policy.md",
 )  # fmt: skip
 # Ends of the names, in lower case, of the files that a run writes itself.
 RUN_FILES = (

@@ -54,6 +54,9 @@ class Records:
             for text in texts if isinstance(texts, list | tuple) else (texts,):
                 if not isinstance(text, str):
                     raise InputError(f"{source}: record {number} is {type(text).__name__}, expected a text")
+                with errors_in_one_line(f"{source}: record {number}"):
+                    # Half of an emoji is no text that a tokenizer can take.
+                    text.encode()
                 yield [text]
 
     def tell(self, source: str, say: Say) -> None:

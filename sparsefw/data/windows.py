@@ -282,14 +282,16 @@ def windows_of_records(records: Iterable[Any], source: str, *, nsamples: int, se
         InputError: a record holds no tokens, or the records hold too few.
     """
     rows, ids, generator = list[Tensor](), array("i"), torch.Generator().manual_seed(seed)
+    longest = MIN_SEQLEN
     for number, record in enumerate(records, 1):
         with errors_in_one_line(f"{source}: record {number}: expected tokens"):
             for row in _rows(record):
                 rows.append(row)
                 ids.extend(row.tolist())
-        if len(ids) >= TOKENS_READ * nsamples * (seqlen or len(rows[0])):
+                longest = max(longest, len(row))
+        if len(ids) >= TOKENS_READ * nsamples * (seqlen or longest):
             break
-    seqlen = seqlen or max(MIN_SEQLEN, *map(len, rows))
+    seqlen = seqlen or longest
     if any(len(row) != seqlen for row in rows):
         _check_length(len(ids), source, nsamples, seqlen)
         return torch.stack(list(itertools.islice(_cut(_as_tensor(ids), nsamples, seqlen, generator), nsamples)))

@@ -14,7 +14,7 @@ def old(tmp_path):
     return tmp_path / "old"
 
 
-def test_what_may_be_replaced(old, folder):
+def test_what_may_be_replaced(old, folder, monkeypatch):
     with refused("exists and is not empty; choose another folder or add overwrite=True"):
         check_output(old, folder, False)
     check_output(old, folder, True)
@@ -24,7 +24,10 @@ def test_what_may_be_replaced(old, folder):
     with refused("not a checkpoint .*, so overwrite=True will not remove it"):
         check_output(old, folder, True)
     with refused("a file; give a folder"):
-        check_output(folder / "config.json" / ".." / "config.json", old, True)
+        check_output(folder / "config.json", old, True)
+    monkeypatch.chdir(old)
+    with refused("the current folder, which cannot be replaced"):
+        check_output(old, folder, True)
 
 
 @pytest.mark.parametrize("place", [".", "..", "sub/dir", "../source", "link"])

