@@ -44,11 +44,15 @@ def settle_recovery(run: Run, workload: Workload) -> Run:
         notes_of_recovery(run.recovery, 0, hours)
         return run
     # An unfinished recovery goes on with its windows, also where longer ones would fit now.
-    known = begun(Writer(run.job.output.folder, 0).recovery) if run.job.begun else None
+    folder = Writer(run.job.output.folder, 0).recovery
+    known = begun(folder) if run.job.begun else None
     longest = known.plan.seqlen if known else None
     plan = plan_recovery(run.shape, workload, run.limits, not isinstance(run.calibration, Batches), longest)
     if why := _impossible(run):
         plan = RecoveryPlan(refused=InputError(why))
+    # Steps are made already, and less memory may be free only now.
+    if known and plan.refused and not (folder / FINISHED).exists():
+        raise plan.refused
     notes = run.notes + notes_of_recovery(plan, config.recover, hours)
     asked = bool(config.recover) or hours is not None
     if not asked:
@@ -79,7 +83,7 @@ def pruned_report(run: Run, writer: Writer) -> content.Report | None:
     """
     if (writer.recovery / FINISHED).exists():
         report = content.read_report(writer.recovery / FINISHED)
-        for name, asked in {"recover": run.config.given.get("recover"), "hours": run.job.output.hours}.items():
+        for name, asked in {"recover": run.job.given.get("recover"), "hours": run.job.output.hours}.items():
             if asked not in (None, report.arguments[name]):
                 again = f"give the same, or {option('restart', True)}"
                 raise InputError(f"{option(name, asked)}: the recovery has ended with another value; {again}")

@@ -166,7 +166,7 @@ def _job(pruned: Path, output: Output, given: dict[str, Any], say: Say) -> tuple
         ignore=report.argument("ignore", tuple),
         recover=tokens,
     ).on(memory.this_device())
-    return report, source, resumed(Job(inputs, config, output, folder=folder, say=say))
+    return report, source, resumed(Job(inputs, config, output, folder=folder, say=say, given=given))
 
 
 def _check_models(folder: Path, model: StreamedModel, source: Checkpoint) -> None:
