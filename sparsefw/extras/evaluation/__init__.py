@@ -11,7 +11,8 @@ from sparsefw.extras.evaluation.run import evaluate
 __all__ = ["evaluate"]
 
 if find_spec("lm_eval"):
-    # This imports only the harness's registry.
+    # This imports no model. The harness lists its own models only where there are no others yet.
+    import lm_eval.models
     from lm_eval.api.registry import model_registry
 
     model_registry.register("sparsefw", target=f"{__name__}.harness:StreamedLM")

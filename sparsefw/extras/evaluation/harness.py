@@ -158,7 +158,10 @@ class StreamedLM(TemplateLM):
                     f"an answer of {len(continuation)} tokens, {shown(answer)!r}: the model predicts from 1 to "
                     f"{self.max_length} tokens; leave the document out"
                 )
-        made = [request_of(context, continuation, self.max_length) for _, context, continuation in requests]
+        made = [
+            request_of(context or [self.prefix_token_id], continuation, self.max_length)
+            for _, context, continuation in requests
+        ]
         return [*self.scores(made, disable_tqdm)]
 
     @settings_kept()

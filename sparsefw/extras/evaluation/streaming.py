@@ -361,7 +361,8 @@ def _predictions(
     hidden, whole = states.hidden[j], None
     if not opened.shape.by_window:
         whole = logits(opened.model, ids, hidden, states.after_last(j))
-    size = max(1, LOGIT_BYTES // (4 * (opened.model.vocabulary or 1)))
+    # The targets go through the head as one window.
+    size = max(1, min(LOGIT_BYTES // (4 * (opened.model.vocabulary or 1)), opened.model.max_seqlen or LOGIT_BYTES))
     found = []
     for at, wanted in zip(places.split(size), targets.to(hidden.device).split(size), strict=True):
         n, place = at.T

@@ -7,6 +7,7 @@ card, and it is kept.
 import hashlib
 import os
 import re
+import shlex
 import shutil
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
@@ -79,6 +80,7 @@ def card_of(folder: Path, name: str, report: Report, source: Path | None) -> str
         log=log,
         amount=amount,
         name=name,
+        quoted=shlex.quote(name),
         kind=kind,
         packed=packed,
         files={path.name for path in folder.iterdir()},
