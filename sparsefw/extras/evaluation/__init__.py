@@ -12,7 +12,7 @@ __all__ = ["evaluate"]
 
 if find_spec("lm_eval"):
     # This imports no model. The harness lists its own models only where there are no others yet.
-    import lm_eval.models
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.registry import model_registry
 
     model_registry.register("sparsefw", target=f"{__name__}.harness:StreamedLM")
