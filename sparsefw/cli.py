@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,8 +53,13 @@ FAILED, BAD_INPUT, MISTAKE, INTERRUPTED = 1, 2, 70, 130
 # If another rank is lost, a rank waits this many seconds, in which the launcher may end it.
 PATIENCE = 10
 
-# argparse type of an argument that names a folder.
-folder = partial(checked_path, "folder")
+
+def folder(text: str) -> Path:
+    """Convert an argument of the command line that names a folder."""
+    try:
+        return checked_path("folder", text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main() -> int:

@@ -124,7 +124,7 @@ def _check_text(f: Field, text: Any) -> None:
 
 
 def _check_encodable(name: str, text: str) -> None:
-    """Refuse the name of a file that is no UTF-8: neither safetensors nor a report can hold it."""
+    """Refuse a name that is not UTF-8: safetensors cannot open it, and no report can hold it."""
     with errors_in_one_line(option(name), "rename the file or folder"):
         text.encode()
 
@@ -153,6 +153,7 @@ def checked_path(name: str, value: str | Path) -> Path:
     """
     if not isinstance(value, str | os.PathLike):
         raise InputError(f"{option(name)}: expected a path, got {type(value).__name__}")
-    _check_encodable(name, os.fspath(value))
     # A shell leaves `--output=~/pruned` as it is.
-    return Path(os.path.expanduser(value))
+    path = Path(os.path.expanduser(value))
+    _check_encodable(name, os.path.abspath(path))
+    return path

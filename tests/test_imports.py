@@ -52,12 +52,7 @@ def modules():
 def imported(path):
     """The modules of the package that a file imports, as dotted names below the package."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if (
-            isinstance(node, ast.ImportFrom)
-            and not node.level
-            and node.module
-            and node.module.split(".")[0] == "sparsefw"
-        ):
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] == "sparsefw":
             base = node.module.partition(".")[2]
             # In `from sparsefw.package import name`, the name is a module, or something in a module.
             yield from ((f"{base}.{alias.name}" if base else alias.name) for alias in node.names)

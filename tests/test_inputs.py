@@ -30,7 +30,7 @@ def test_shares_by_name():
         Inputs(dataset="\udce9.txt")
 
 
-@pytest.mark.parametrize("share", ["0", "nan"])
+@pytest.mark.parametrize("share", ["0", "-1", "nan", "1e999"])
 def test_shares_are_above_zero(share):
     with refused(f"dataset='a.txt={share}': expected a share above 0 after the last ="):
         Inputs(dataset=["b.txt", f"a.txt={share}"])

@@ -196,7 +196,9 @@ def check_free(output: Path, overwrite: bool) -> None:
     """
     target = output.resolve()
     if target.is_mount() or Path.cwd().is_relative_to(target):
-        raise InputError(f"{output}: a mount point or the current folder, which cannot be replaced; give another one")
+        raise InputError(
+            f"{output}: a mount point or the current folder, which cannot be replaced; give a folder inside it"
+        )
     if target.exists() and not target.is_dir():
         raise InputError(f"{output}: a file; give a folder")
     if not target.is_dir() or not any(target.iterdir()):

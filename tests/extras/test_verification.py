@@ -217,6 +217,8 @@ def test_a_packed_matrix_that_is_damaged_is_a_failed_check(copied, tmp_path, cap
 
 # The source
 
+IDS = torch.ones(2, 16, dtype=torch.int64)
+
 
 def test_a_source_that_is_not_there_and_another_model(copied, tmp_path, capsys):
     source, output = copied(*WANDA)
@@ -268,7 +270,7 @@ def test_a_model_in_memory_on_text(tmp_path, capsys):
     """What it was loaded from need not be what was pruned, or may have another dtype."""
     source = save_model(tmp_path / "source", "llama", torch.bfloat16, num_hidden_layers=2)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    prune(model, tmp_path / "out", dataset=torch.ones(2, 16, dtype=torch.int64), **QUICK)
+    prune(model, tmp_path / "out", dataset=IDS, **QUICK)
     for against, line in (
         ((), IN_MEMORY),
         (
@@ -287,5 +289,5 @@ def test_a_model_in_memory_is_written_without_what_it_does_not_use(tmp_path, cap
     (source / INDEX).unlink()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(source)
-    prune(model, tmp_path / "out", dataset=torch.ones(2, 16, dtype=torch.int64), **QUICK)
+    prune(model, tmp_path / "out", dataset=IDS, **QUICK)
     assert verdict(capsys, tmp_path / "out", "--against", str(source), summed=False)[0] == 0

@@ -52,8 +52,8 @@ def check_same(found, expected):
             )
 
 
-# Plain, with softcaps, and a hybrid.
-@pytest.mark.parametrize("family", first_is_fast(["llama", "gemma2", "qwen3_next"]))
+# Plain, with softcaps, a hybrid, and with a table of positions.
+@pytest.mark.parametrize("family", first_is_fast(["llama", "gemma2", "qwen3_next", "gpt2"]))
 def test_answers_and_metrics_are_those_of_the_harness(family, tmp_path, manager):
     folder = save_model(tmp_path / "model", family)
     found = evaluated(StreamedLM(folder), TASKS, manager)

@@ -49,8 +49,8 @@ def test_a_run_and_its_packed_copy(pruned, tmp_path, capsys):
     assert pack.main([str(folder), str(packed)]) == 0
     assert run(source, source.parent / "text.txt", folder, *WANDA, "--overwrite") == 0
     assert "README.md was edited, and stays" in capsys.readouterr().out
-    # SHA256SUMS leaves it out, and `verify` what the Hub adds.
-    for name in (".gitattributes", ".cache/huggingface/download/config.json.metadata"):
+    # SHA256SUMS leaves it out, and `verify` what git and the Hub add.
+    for name in (".git/HEAD", ".gitattributes", ".cache/huggingface/download/config.json.metadata"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     assert written(folder, capsys).content == edited
@@ -110,4 +110,6 @@ def test_the_command_has_what_was_given(tmp_path, flags):
 
 
 def test_a_report_that_does_not_tell_what_was_given(tmp_path):
-    assert "sparsefw.run" not in card_of(tmp_path, "out", replace(report_of_run(), given=None), None)
+    card = card_of(tmp_path, "my out", replace(report_of_run(), given=None), None)
+    assert "sparsefw.run" not in card
+    assert "sparsefw.verify 'my out'" in card
