@@ -131,6 +131,8 @@ def pruned(flags: str, sparsity: str, folder: Path, pruning: list[str], mixture:
     report = read_report(output / "report.json")
     *_, (_, figures) = result_rows(report)
     made |= {"machine": {"cpu": cpu(), "device": report.device, **report.versions}, "done": figures[-1]}
+    for later in report.recoveries:
+        made["machine"] |= later.versions
     layers = report.layers_of(report.method)
     # An error compares with that of Wanda's mask only where a layer approximates its own product, and is written so.
     fitted = {"reconstruction", "recovery"} & set(made["done"].split(", "))

@@ -32,7 +32,7 @@ from sparsefw.extras.verification import find_source
 from sparsefw.inputs import Inputs, Output
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.probe import say_kernel
-from sparsefw.report.content import Recovery, Report, device_and_versions, report_of
+from sparsefw.report.content import Recovery, Report, commit, device_and_versions, report_of
 from sparsefw.solver.config import PruneConfig, default_recovery
 
 
@@ -90,7 +90,8 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Say
                 return None
             assert run.stream
             data = replace(own.data, source=run.stream.source or " + ".join(job.inputs.shares), seed=job.inputs.seed)
-            report = replace(report, recoveries=[*report.recoveries, replace(own, data=data)])
+            own = replace(own, data=data, versions=device_and_versions(device) | commit())
+            report = replace(report, recoveries=[*report.recoveries, own])
             durably(writer.folder / "report.json", report.to_json())
             if run.stream.own:
                 durably(writer.folder / OWN_TEXT, run.stream.own)

@@ -192,6 +192,7 @@ class Recovery:
         before, after: divergence of predictions on held-out windows before and after, mean over tokens.
         steps: number of steps.
         tokens: number of tokens that were asked for; 0: as many as fit into a number of hours.
+        versions: by name, versions, commit and device of a later recovery; those of the run's own are the report's.
     """
 
     model: str
@@ -201,6 +202,7 @@ class Recovery:
     after: float
     steps: int
     tokens: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
