@@ -52,7 +52,7 @@ class PruneResult:
 
     @property
     def perplexity(self) -> dict[str, dict[str, float]]:
-        """Perplexity by evaluation text, named as in `evaluate`, then by "dense" and by method."""
+        """Perplexity by evaluation text, named as in `evaluate`, then by "dense", by method, and "recovered"."""
         names = dict.fromkeys(self.report.argument("evaluate", tuple))
         return {name: text.perplexity for name, text in zip(names, self.report.evaluation, strict=True)}
 

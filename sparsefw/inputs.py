@@ -77,7 +77,8 @@ class Inputs:
     )
     seed: int = flag("seed of calibration windows, drawn or written", 0, metavar="N", least=0, most=2**63 - 1)
     evaluate: tuple[str, ...] = flag(
-        "held-out text for perplexity, named like a dataset; may be repeated (default: none; built-in model: its own)",
+        "held-out text for perplexity, named like a dataset, except general and self; may be repeated (default: none; "
+        "built-in model: its own)",
         metavar="wikitext|PATH", several=True,
     )  # fmt: skip
     eval_windows: int | None = flag(
@@ -145,7 +146,8 @@ class Output:
     host_memory: float | None = _memory_flag("host")
     hours: float | None = flag(
         "end the recovery after this many hours with the best weights so far; without --recover it takes as many "
-        "tokens as fit into them (default: no limit)", None, metavar="H", least=0, most=10**6,
+        "tokens as fit into them, and is refused where the default is no recovery (default: no limit)",
+        None, metavar="H", least=0, most=10**6,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

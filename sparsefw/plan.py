@@ -1,6 +1,6 @@
 """Plan a run: `python -m sparsefw.plan --model MODEL --gpu h100`, with the flags of a run.
 
-A plan reads only the model's config.json, and downloads nothing else; --model may also name this file. It prints peak
+A plan downloads only the model's config.json; --model may also name this file. It prints peak
 memory by phase, the placement (how much is in memory at a time, and where), and disk space.
 """
 

@@ -39,7 +39,7 @@ def test_pruned_as_in_fp32_and_rounded(family, dtype, slow, tmp_path):
     model.save_pretrained(tmp_path / "full")
     result = prune(half, tmp_path / "of-half", reconstruct=0, **OPTIONS)
     full = prune(tmp_path / "full", tmp_path / "of-full", reconstruct=0, **OPTIONS)
-    assert any("computed in fp32" in note for note in result.report.notes)
+    assert "computed in fp32" in str(result.report.notes)
     assert not any("computed in fp32" in note for note in full.report.notes)
     written, expected = weights(result.output), weights(full.output)
     assert {x.dtype for x in written.values()} == {dtype}
@@ -69,7 +69,7 @@ def test_a_resumed_run_computes_as_it_began(began, now, tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr(arithmetic, "slowdown", lambda dtype: now)
     result = prune(half, tmp_path / "out", log=lines.append, **WANDA)
-    assert any("resuming" in line for line in lines)
+    assert "resuming" in str(lines)
     # Losses of the finished block, too.
     blocks, others = ([block.reconstruction for block in of.report.blocks] for of in (result, whole))
     assert all(others)
@@ -104,7 +104,7 @@ def test_steps_round_their_products_and_losses_do_not(tmp_path, monkeypatch):
     monkeypatch.setattr(arithmetic, "rounds_products", lambda *of: False)
     result = prune(folder, tmp_path / "out", **WANDA)
     assert found == {exact, steps}
-    assert any("multiply in bf16" in note for note in result.report.notes)
+    assert "multiply in bf16" in str(result.report.notes)
     found.clear()
     prune(folder, tmp_path / "small", **WANDA)
     assert found == {exact, (True, "ieee", "ieee")}

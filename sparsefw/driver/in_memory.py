@@ -27,7 +27,6 @@ from sparsefw.checkpoint.source import (
     locate,
     matches,
 )
-from sparsefw.checkpoint.tensors import read_shard
 from sparsefw.checkpoint.writer import Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches, bytes_of
 from sparsefw.driver.job import Job, Run
@@ -52,7 +51,7 @@ def run_in_memory(
 ) -> Report:
     """Prune a model in place, evaluate it, and write it with its report.
 
-    The model's weights change only after all blocks have been pruned: an earlier error leaves the model unchanged.
+    The model's weights change at the very end: an earlier error leaves the model unchanged.
 
     Args:
         model: the model.
@@ -78,18 +77,29 @@ def run_in_memory(
         run = _settled(job, opened, batches, saves, source)
 
         def finish(writer: Writer, describe: Describe) -> None:
+            pruned: dict[int, Tensor] = {}
             for n, i in enumerate(opened.unique_blocks):
-                opened.change(i, read_shard(writer.latest(n)))
+                # Files are mapped and not read, since a second model may not fit into memory.
+                pruned |= opened.changes(i, safetensors.torch.load_file(writer.latest(n)))
+            slots = [slot for slot in slots_of(model.named_modules()) if id(slot.own) in pruned]
             opened.set_back()
             if saves and job.ranks.first:
-                save(model, writer.folder)
+                # The disk may be full. Then the model is unchanged, and the same call goes on.
+                with filled(slots, lambda slot: pruned[id(slot.own)]):
+                    save(model, writer.folder)
                 if job.tokenizer is not None:
                     job.tokenizer.save_pretrained(writer.folder)
                 if source is not None:
                     # Tokenizer files of the source would contradict the caller's tokenizer.
-                    own = (writer.folder / TOKENIZER_CONFIG).exists()
-                    copy_companions(source, writer.folder, TOKENIZERS if own else ())
+                    config = writer.folder / TOKENIZER_CONFIG
+                    copy_companions(source, writer.folder, TOKENIZERS if config.exists() else ())
             writer.finish(describe if saves else None)
+            # A tensor made in inference mode can only be written to in inference mode.
+            with torch.inference_mode():
+                for slot in slots:
+                    slot.own.copy_(pruned[id(slot.own)])
+            # The files of the first rank go when it leaves.
+            job.ranks.barrier()
 
         return carry_out(run, finish)
 

@@ -349,13 +349,7 @@ class ResidentModel(BlockModel):
         # A block is always copied. Outside of the blocks, tensors on the device are used without a copy.
         return slots if i is not None else [slot for slot in slots if is_copied(slot.own, self.device, self.in_fp32)]
 
-    def change(self, i: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write these weights into block i of the caller's model, in place.
-
-        Buffers are not written: an expanded buffer cannot be written to.
-        """
-        for slot in self._slots(i):
-            if slot.path in tensors and isinstance(slot.own, nn.Parameter):
-                # A tensor made in inference mode can only be written to in inference mode.
-                with torch.inference_mode() if slot.own.is_inference() else torch.no_grad():
-                    slot.own.copy_(tensors[slot.path])
+    def changes(self, i: int, tensors: dict[str, Tensor]) -> dict[int, Tensor]:
+        """Return the new tensors of block i by the `id` of the caller's own. Shared parameters have not changed."""
+        names = tensors.keys() - self.shared.names
+        return {id(slot.own): tensors[slot.path] for slot in self._slots(i) if slot.path in names}

@@ -82,8 +82,9 @@ def solve_layer(
     Args:
         W: (rows, d) weight, fp32 / bf16 / fp16; it is not changed.
         G: (d, d) fp32 Gram matrix (Hessian) X X^T of the layer's inputs X (d, tokens).
-        config: how to prune; None is the default. Fields about a whole model (compare, target, include, ignore) are
-            not used, and no reconstruction follows. A kernel or precision that is not set follows from the device of W.
+        config: how to prune; None is the default, and `damp` is 0.1 unless it is set. Fields about a whole model
+            (compare, target, include, ignore) are not used, and no reconstruction follows. A kernel or precision that
+            is not set follows from the device of W.
         name: the layer's name, for messages and the result.
         B: (rows, d) fp32 cross matrix D X^T, where D (rows, tokens) is the wanted output minus W X. With it the layer's
             target is pruned in place of W, see `targets`.

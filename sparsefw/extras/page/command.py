@@ -34,7 +34,7 @@ def commands_of(report: Report, name: str, packed: bool = False) -> list[str]:
     for n, one in enumerate(report.recoveries):
         tokens = one.tokens or one.data.windows * one.data.seqlen
         given: dict[str, Argument] = {"dataset": one.dataset, "recover": tokens, "seed": one.data.seed}
-        if one.model != report.argument("model", str):
+        if report.in_memory or one.model != report.argument("model", str):
             given = {"model": one.model, **given}
         if one.data.seqlen != report.argument("seqlen", int):
             given |= {"seqlen": one.data.seqlen}
