@@ -1,7 +1,7 @@
 """Plan a run: `python -m sparsefw.plan --model MODEL --gpu h100`, with the flags of a run.
 
-A plan downloads only the model's config.json; --model may also name this file. It prints peak
-memory by phase, the placement (how much is in memory at a time, and where), and disk space.
+A plan downloads only the model's config.json; --model may also name this file. It prints peak memory by phase, the
+placement (how much is in memory at a time, and where), and disk space.
 """
 
 import json

@@ -210,8 +210,8 @@ class PruneConfig:
     )  # fmt: skip
     recover: int = flag(
         "accuracy recovery after the last block: fit all kept weights of the model together to the dense model's "
-        "predictions of this many tokens; 0: no recovery (default: twice the calibration tokens, four times with "
-        "fewer than 128 windows, if the whole model fits into memory; else 0; 0 with --refit 0, another --method or "
+        "predictions of this many tokens (default: twice the calibration tokens, four times with fewer than 128 "
+        "windows, if the whole model fits into memory; else 0, no recovery; 0 with --refit 0, another --method or "
         "--preset)",
         metavar="TOKENS", least=0, most=10**12,
     )  # fmt: skip
