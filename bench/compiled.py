@@ -30,11 +30,12 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+from host import REPO
+
 # The package of this checkout, whatever is installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(REPO))
 
 import triton
-from host import REPO
 from report import markdown
 from triton.backends.compiler import GPUTarget
 

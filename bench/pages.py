@@ -9,18 +9,18 @@ import sys
 from contextlib import chdir, redirect_stdout
 from functools import cache, partial
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
+from host import REPO
+
 # The package of this checkout, and the modules of bench/quality/, which lead to those of bench/.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
+sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(REPO / "bench/quality"))
 
 import expected
 import quality
 import report
 import tables
-from host import REPO
 
 import sparsefw.plan
 from bench.__main__ import catalogue

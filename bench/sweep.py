@@ -23,8 +23,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from host import REPO
+
 # The package of this checkout, whatever is installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(REPO))
 
 import psutil
 import torch
@@ -32,13 +34,12 @@ import transformers
 from classes.examine import NOT_RUN, OUTCOMES, TRACEBACK, WORKS, examine
 from classes.table import page
 from classes.tiny_model import Case, cases
-from host import REPO
 
 # Children take the modules that are imported here from their parent. Importing takes longer than examining a class.
 import sparsefw.driver.run
 from sparsefw.checkpoint.files import durably
 
-RESULTS, PAGE = REPO / "bench" / "results" / "sweep.json", REPO / "docs" / "models.md"
+RESULTS, PAGE = REPO / "bench/results/sweep.json", REPO / "docs/models.md"
 # Name in the folder of a class.
 ROW = "row.json"
 # Limits of one class: seconds of wall time, and GiB of addresses beyond those of the imports, mapped files included.

@@ -91,9 +91,8 @@ class Stopwatch:
 
 def steady(seconds: list[float]) -> bool:
     """Tell whether the mean is known well enough."""
-    if len(seconds) < LEAST:
-        return False
-    return statistics.stdev(seconds) / len(seconds) ** 0.5 <= STEADY * statistics.mean(seconds)
+    n = len(seconds)
+    return n >= LEAST and statistics.stdev(seconds) / n**0.5 <= STEADY * statistics.mean(seconds)
 
 
 def race(timers: Mapping[str, Callable[[], float]], limit: float) -> dict[str, list[float]]:

@@ -179,7 +179,7 @@ def _pointer_kernel(
 
 
 def accumulate(S: Tensor, D: Tensor, X: Tensor, precision: str, *, triangle: bool = False) -> Tensor:
-    """Add D^T X to S in place, and return S. The caller has checked the arguments.
+    """Add D^T X to S in place, and return S. The caller has checked the matrices.
 
     Args:
         S: (rows, d) fp32, any strides.
@@ -187,7 +187,12 @@ def accumulate(S: Tensor, D: Tensor, X: Tensor, precision: str, *, triangle: boo
         X: (tokens, d), dtype of D, any strides.
         precision: rounding of fp32 inputs, "ieee" or "tf32".
         triangle: whether to add only to the lower triangle of S; rows = d. Entries above it become undefined.
+
+    Raises:
+        ValueError: the precision is unknown, or would need a split or converted copy of fp32 inputs.
     """
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision: expected ieee or tf32, got {precision!r}")
     if D.numel() == 0 or X.numel() == 0:
         return S
     (tokens, d), rows = X.shape, len(S)
@@ -195,7 +200,7 @@ def accumulate(S: Tensor, D: Tensor, X: Tensor, precision: str, *, triangle: boo
         options = dot_options((D.dtype, X.dtype), precision)
         shared = dict(TRIANGLE=triangle, DTYPE=options["DTYPE"], enable_fp_fusion=True)
         if not suits(S, D, X, triangle):
-            config = configuration(rows, d, triangle, X.element_size(), vectorized(D) and vectorized(X))
+            config = configuration(rows, d, triangle, X.itemsize, vectorized(D) and vectorized(X))
             _pointer_kernel[(tile_count(rows, d, triangle, config["BLOCK_M"], config["BLOCK_N"]),)](
                 S, D, X, tokens, rows, d, *S.stride(), *D.stride(), *X.stride(),
                 PRECISION=options["PRECISION"], **shared, **config,

@@ -27,11 +27,11 @@ def reference(
     W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor, m: Tensor, v: Tensor, *, rate: float, step: int
 ) -> None:
     """Compute the operation in plain torch."""
-    (beta, gamma), g = DECAYS, gradient[index.long()].to(m.dtype)
+    (beta, gamma), g = DECAYS, gradient[index].to(m.dtype)
     m.copy_(beta * m + (1 - beta) * g)
     v.copy_(gamma * v + (1 - gamma) * g**2)
     weight -= rate * (m / (1 - beta**step)) / ((v / (1 - gamma**step)).sqrt() + ADAM_EPSILON)
-    W[index.long()] = weight.to(W.dtype)
+    W[index] = weight.to(W.dtype)
 
 
 def cost(W: Tensor, gradient: Tensor, index: Tensor, weight: Tensor) -> Cost:
@@ -44,7 +44,7 @@ def example(size: Size, *, index: torch.dtype = torch.int32) -> Arguments:
     """Make the third step of two of five entries of a weight."""
     W, gradient = (size.weight(seed=seed).flatten() for seed in range(2))
     place = torch.arange(size.rows * int(0.4 * size.d), dtype=index, device=size.device) * 5 // 2
-    weight = W[place.long()].float()
+    weight = W[place].float()
     means = dict(m=0.1 * weight, v=weight.square())
     return dict(W=W, gradient=gradient, index=place, weight=weight, **means, rate=0.01, step=3)
 

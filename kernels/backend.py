@@ -17,7 +17,7 @@ from torch import Tensor
 from . import cpu
 from .cpu.vertex_products import VertexProducts
 from .definitions import RowState, check_precision
-from .plain import row_errors
+from .plain import row_blocks, row_errors
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,15 @@ class Terms:
     low: Tensor | None
 
 
-# Number of rows that are split at a time, so that no second fp32 matrix is allocated.
-SPLIT = 1024
-
-
 def split(X: Tensor) -> Terms:
     """Split X (rows, d) into terms. A bf16 matrix has one term, X."""
     if X.dtype == torch.bfloat16:
         return Terms(X, None)
     high = X.bfloat16()
     low = torch.empty_like(high)
-    for rows in range(0, len(X), SPLIT):
-        part = slice(rows, rows + SPLIT)
-        low[part] = torch.sub(X[part], high[part])
+    # In blocks of rows, no second fp32 matrix is allocated.
+    for rows in row_blocks(X):
+        low[rows] = X[rows] - high[rows]
     return Terms(high, low)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .accumulate import accumulate, cost
 from .definitions import round_operand
-from .launch import FLOATS, FP32, check, check_fp32_precision, check_matrix
+from .launch import FLOATS, FP32, check, check_matrix
 from .operation import BULK, NVIDIA, Arguments, Size, launch, operation
 from .product import library
 
@@ -56,5 +56,4 @@ def cross_accumulate(B: Tensor, D: Tensor, X: Tensor, *, precision: str = "ieee"
     rows = check_matrix("D", D, (X.dtype,))[1]
     check("D", D, (tokens, rows), (X.dtype,), X)
     check("B", B, (rows, d), FP32, X)
-    check_fp32_precision(precision)
     return accumulate(B, D, X, precision)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .accumulate import accumulate, cost
 from .definitions import round_operand
-from .launch import FLOATS, FP32, check, check_fp32_precision, check_matrix
+from .launch import FLOATS, FP32, check, check_matrix
 from .operation import BULK, NVIDIA, Arguments, Size, launch, operation
 from .product import library
 
@@ -55,5 +55,4 @@ def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:
     """
     d = check_matrix("X", X, FLOATS)[1]
     check("G", G, (d, d), FP32, X)
-    check_fp32_precision(precision)
     return accumulate(G, X, X, precision, triangle=True)

@@ -51,7 +51,7 @@ def triangle_tiles(d: int, block_m: int, block_n: int) -> int:
 
 def describable(matrix: Tensor) -> bool:
     """Tell whether a tensor descriptor can describe a matrix: its rows are contiguous, and aligned to 16 bytes."""
-    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.itemsize % 16 == 0
     return aligned and matrix.stride(1) == 1
 
 
@@ -60,7 +60,7 @@ def vectorized(matrix: Tensor) -> bool:
 
     Triton does so if rows are contiguous, the address is a multiple of 16 bytes, and the row stride of 16 entries.
     """
-    return matrix.data_ptr() % 16 == 0 and matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0
+    return describable(matrix) and matrix.stride(0) % 16 == 0
 
 
 def interpreter_tile(rows: int, width: int) -> dict[str, int]:
@@ -73,7 +73,7 @@ def check(name: str, tensor: object, shape: tuple[int, ...], dtypes: tuple[torch
     """Raise unless `tensor` is a tensor with this shape, one of these dtypes, and the device of `like`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(str(t) for t in dtypes)}, got {tensor.dtype}")
@@ -94,12 +94,6 @@ def check_matrix(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> 
         raise ValueError(f"{name}: expected two dimensions, got shape {tuple(tensor.shape)}")
     check(name, tensor, tensor.shape, dtypes, tensor)
     return tensor.shape[0], tensor.shape[1]
-
-
-def check_fp32_precision(precision: str) -> None:
-    """Raise unless `precision` is "ieee" or "tf32", which need no split or converted copy of fp32 inputs."""
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"precision: expected ieee or tf32, got {precision!r}")
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

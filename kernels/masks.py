@@ -43,7 +43,7 @@ def at_least(X: Tensor, Y: Tensor | float, out: Tensor | None = None) -> Tensor:
 def choose(kept: Tensor, X: Tensor, Y: Tensor, out: Tensor | None = None) -> Tensor:
     """Take X where `kept` is True, else Y, in `out` or a new tensor. X and Y have one dtype, which `out` has, too."""
     if kept.device.type != "cpu":
-        return torch.where(kept, X, Y) if out is None else torch.where(kept, X, Y, out=out)
+        return torch.where(kept, X, Y, out=out)
     x, y = (Z.view(BITS[Z.dtype.itemsize]) for Z in (X, Y))
     bits = kept.view(torch.int8).neg().to(x.dtype).bitwise_and_(x ^ y)
     return torch.bitwise_xor(bits, y, out=bits if out is None else out.view(x.dtype)).view(X.dtype)

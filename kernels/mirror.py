@@ -6,13 +6,12 @@ A Gram matrix is mirrored once, after the last call of `gram_accumulate`, which 
 GPU that makes f flops in the time it takes to move a byte, the copy takes as long as `gram_accumulate` of 4 f tokens.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .device import triangle_tile
-from .launch import check, check_matrix, on_device, platform, triangle_tiles
+from .launch import FP32, check, check_matrix, on_device, platform, triangle_tiles
 from .operation import Arguments, Cost, Size, metadata, operation
 
 
@@ -66,8 +65,8 @@ def mirror_lower(G: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: an argument does not fit this description.
     """
-    d = check_matrix("G", G, (torch.float32,))[1]
-    check("G", G, (d, d), (torch.float32,), G)
+    d = check_matrix("G", G, FP32)[1]
+    check("G", G, (d, d), FP32, G)
     if d == 0:
         return G
     config = configuration()

@@ -208,7 +208,7 @@ def dot_options(operands: tuple[torch.dtype, ...], precision: str) -> dict[str, 
     check_precision(precision)
     if precision == "bf16":
         return dict(DTYPE=tl.bfloat16, PRECISION="ieee")
-    if operands[0] == operands[1] != torch.float32:
+    if operands[0] == operands[1] != FP32:
         return dict(DTYPE=TRITON_DTYPES[operands[0]], PRECISION="ieee")
     if platform() == "hip":
         # AMD's matrix cores multiply fp32 without rounding. Of its GPUs Triton compiles tf32 for gfx942 alone.
@@ -222,12 +222,12 @@ def _launch(E: Tensor, G: Tensor, out: Tensor, add: bool, options: dict[str, obj
     low = options["DTYPE"] == tl.bfloat16
     unsplit = low or options["PRECISION"] == "tf32"
     # Exact products of fp32 and bf16 would spill in larger tiles than split ones without `vectors` have.
-    mixed = not unsplit and E.element_size() > G.element_size()
+    mixed = not unsplit and E.itemsize > G.itemsize
     split = options["PRECISION"] == "tf32x3" or mixed
     described = platform() in DESCRIPTORS and unsplit and describable(E) and describable(G)
     config = configuration(
         rows, d, 2 if low else 4, described=described, vectors=vectorized(E) and vectorized(G) and not mixed,
-        stored=(E.element_size(), G.element_size()), split=split,
+        stored=(E.itemsize, G.itemsize), split=split,
     )  # fmt: skip
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(d, config["BLOCK_N"])
     if described and config["BLOCK_N"] > 64:
@@ -274,12 +274,12 @@ def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None
         ValueError, TypeError: an argument does not fit this description.
     """
     rows, d = check_matrix("E", E, FLOATS)
-    check("G", G, (d, d), (torch.float32, torch.bfloat16), E)
+    check("G", G, (d, d), (FP32, torch.bfloat16), E)
     if out is None:
-        out = torch.empty(rows, d, dtype=torch.float32, device=E.device)
+        out = torch.empty(rows, d, dtype=FP32, device=E.device)
         if add:
             raise ValueError("add: has nothing to add to; pass out")
-    check("out", out, (rows, d), (torch.float32,), E)
+    check("out", out, (rows, d), (FP32,), E)
     # `dot_options` and `_launch` depend on the current device.
     with on_device(E):
         options = dot_options((E.dtype, G.dtype), precision)

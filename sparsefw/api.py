@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsefw.call_inputs import Dataset, batch_inputs, check_model, text_inputs, tokenizer_of
 from sparsefw.caller import bars_wanted, on_cpu_by_default, settings_kept, to_logger, unwrapped
-from sparsefw.errors import InputError
+from sparsefw.errors import InputError, Say
 from sparsefw.fields import check_names, checked_path
 from sparsefw.inputs import DEFAULT, Inputs, Output, locate
 from sparsefw.memory import this_device
@@ -93,7 +93,7 @@ def prune(
     overwrite: bool = False,
     restart: bool = False,
     hours: float | None = None,
-    log: Callable[[str], None] = to_logger,
+    log: Say = to_logger,
     progress: "bool | Callable[[Progress], None]" = True,
     **options: Any,
 ) -> PruneResult:
@@ -208,7 +208,7 @@ def prune_checkpoint(
     output: Output,
     dataset: Iterable[Any] | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    log: Callable[[str], None] = to_logger,
+    log: Say = to_logger,
     progress: "bool | Callable[[Progress], None] | None" = None,
 ) -> "Report":
     """Prune a checkpoint, write the pruned checkpoint with its report, and return the report.

@@ -7,10 +7,10 @@ The steps of a reconstruction round the operands of fp32 products if that is fas
 precision.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, partial
+from timeit import timeit
 
 import torch
 from torch import Tensor, aminmax
@@ -93,13 +93,8 @@ def speedup_of_rounding() -> float:
 
 def _seconds(*works: Callable[[], object]) -> list[float]:
     """Time several functions alternately, and return the shortest time of each, in seconds."""
-    best = [float("inf")] * len(works)
-    for _ in range(5):
-        for n, work in enumerate(works):
-            begin = time.perf_counter()
-            work()
-            best[n] = min(best[n], time.perf_counter() - begin)
-    return best
+    rounds = [[timeit(work, number=1) for work in works] for _ in range(5)]
+    return [min(seconds) for seconds in zip(*rounds, strict=True)]
 
 
 def rounded_products() -> AbstractContextManager[None]:
@@ -160,9 +155,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     Raises:
         InputError: the tensor has NaN or Inf; the message says how many.
     """
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return
-    if bool(all_finite(tensor)):
+    if not tensor.is_floating_point() or not tensor.numel() or all_finite(tensor):
         return
     nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
     raise InputError(f"{name}: holds {nan} NaN and {inf} Inf among {tensor.numel()} values; finite ones are needed")

@@ -39,7 +39,7 @@ def text_inputs(
         dataset, evaluate: as for `prune`.
         numbers: nsamples, seqlen, seed and eval_windows; None stands for the default.
     """
-    named: dict[str, Any] = numbers | {"evaluate": evaluate}
+    named = numbers | {"evaluate": evaluate}
     inputs = Inputs(model=model, **{name: value for name, value in named.items() if value is not None})
     if dataset is None:
         return inputs, None

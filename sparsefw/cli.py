@@ -208,12 +208,12 @@ def add_flag(parser: Parser, f: Field, default: str = "") -> None:
     text, several = f.metadata["help"], f.metadata["several"]
     if default:
         text = f"{text.partition(' (default:')[0]} (default: {default})"
-    if f.type in (bool, "bool"):
+    if f.type is bool:
         parser.add_argument(flag_of(f.name), dest=f.name, action="store_true", help=text, default=None)
         return
     if f.default is not DEPENDS and not several and "(default:" not in text:
         text = f"{text} (default: {f.default})"
-    kinds: dict[Any, type] = {int: int, float: float, int | None: int, float | None: float, Path: Path}
+    kinds: dict[Any, type] = {int: int, float: float, int | None: int, float | None: float}
     parser.add_argument(
         flag_of(f.name),
         dest=f.name,

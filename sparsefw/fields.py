@@ -66,6 +66,13 @@ def set_field(settings: Any, name: str, value: Any) -> None:
     object.__setattr__(settings, name, value)
 
 
+def set_defaults(settings: Any, values: dict[str, Any]) -> None:
+    """Set each of these fields that has no value yet."""
+    for name, value in values.items():
+        if getattr(settings, name) is DEPENDS:
+            set_field(settings, name, value)
+
+
 def check_fields(settings: Any) -> None:
     """Check types, choices and ranges of all fields, and convert their values.
 
@@ -76,34 +83,34 @@ def check_fields(settings: Any) -> None:
         InputError: a value has the wrong type, is not among the choices, or is out of its range.
     """
     for f in fields(settings):
-        value = getattr(settings, f.name)
+        name, value = f.name, getattr(settings, f.name)
         if value is DEPENDS and f.default is DEPENDS:
             continue
         if f.metadata["least"] is not None:
             whole = f.type in (int, int | None)
-            value = checked_number(f.name, value, f.metadata["least"], f.metadata["most"], whole)
-            set_field(settings, f.name, value)
+            value = checked_number(name, value, f.metadata["least"], f.metadata["most"], whole)
+            set_field(settings, name, value)
         elif f.type is bool:
             # numpy's bool is no subclass of Python's.
             if type(value).__name__ not in ("bool", "bool_"):
-                raise InputError(f"{option(f.name, value)}: expected True or False")
-            set_field(settings, f.name, bool(value))
+                raise InputError(f"{option(name, value)}: expected True or False")
+            set_field(settings, name, bool(value))
         elif f.type in (Path, Path | None):
-            set_field(settings, f.name, checked_path(f.name, value))
+            set_field(settings, name, checked_path(name, value))
         else:
             listed = f.metadata["several"] and isinstance(value, Iterable) and not isinstance(value, str)
             texts = tuple(str(x) if isinstance(x, Path) else x for x in (value if listed else (value,)))
             for text in texts:
                 _check_text(f, text)
-            set_field(settings, f.name, texts if f.metadata["several"] else texts[0])
+            set_field(settings, name, texts if f.metadata["several"] else texts[0])
 
 
-def check_needs(name: str, given: bool, **settings: Any) -> None:
+def check_needs(name: str, given: object, **settings: Any) -> None:
     """Refuse settings that would do nothing, because a field that they need is not set.
 
     Args:
         name: name of the field that the settings need.
-        given: whether that field is set.
+        given: value of that field; if it is empty or None, the field is not set.
         settings: values of the settings by name; None: not set.
 
     Raises:

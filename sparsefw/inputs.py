@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from sparsefw.data.text import GENERAL, MIXTURE, SELF, is_own
 from sparsefw.errors import InputError, option, shown
-from sparsefw.fields import DEPENDS, check_fields, check_needs, flag, set_field
+from sparsefw.fields import check_fields, check_needs, flag, set_defaults, set_field
 
 # Name of the built-in model, which is in the package, and of the built-in text, which comes with every CPython.
 DEFAULT = "default"
@@ -88,12 +88,10 @@ class Inputs:
     def __post_init__(self) -> None:
         check_fields(self)
         others = OTHERS | dict(dataset=(SELF,)) if constants.HF_HUB_OFFLINE else OTHERS
-        for name, default in (BUILT_IN if self.built_in else others).items():
-            if getattr(self, name) is DEPENDS:
-                set_field(self, name, default)
+        set_defaults(self, BUILT_IN if self.built_in else others)
         set_field(self, "dataset", tuple(text for dataset in self.dataset for text in _texts_of(dataset)))
         _check_datasets(self.dataset)
-        check_needs("evaluate", bool(self.evaluate), eval_windows=self.eval_windows)
+        check_needs("evaluate", self.evaluate, eval_windows=self.eval_windows)
 
     @property
     def built_in(self) -> bool:
@@ -222,10 +220,9 @@ class EvaluationInputs:
             raise InputError(f"{option('limit', 0)}: expected more than 0")
         if not names and not self.texts:
             raise InputError(f"{option('tasks')}, {option('texts')}: give tasks, or a text for perplexity")
-        of_tasks = {name: getattr(self, name) for name in ("limit", "num_fewshot", "include_path")}
-        check_needs("tasks", bool(names), **of_tasks)
-        check_needs("texts", bool(self.texts), seqlen=self.seqlen, eval_windows=self.eval_windows)
-        check_needs("output", self.output is not None, overwrite=self.overwrite or None)
+        check_needs("tasks", names, limit=self.limit, num_fewshot=self.num_fewshot, include_path=self.include_path)
+        check_needs("texts", self.texts, seqlen=self.seqlen, eval_windows=self.eval_windows)
+        check_needs("output", self.output, overwrite=self.overwrite or None)
 
 
 def name_and_share(dataset: str) -> tuple[str, float]:

@@ -48,6 +48,11 @@ def peak_memory() -> dict[str, int]:
     }
 
 
+def highest(*peaks: dict[str, int]) -> dict[str, int]:
+    """Return the highest of several peaks, by name, for the names of the first."""
+    return {name: max(peak[name] for peak in peaks) for name in peaks[0]}
+
+
 @contextmanager
 def bounded(what: str, room: int) -> Iterator[None]:
     """Let this process take at most `room` bytes more in the `with` block, of its address space.
@@ -68,8 +73,12 @@ def bounded(what: str, room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+# Bytes of memory: "host", and with a GPU "gpu".
+Limits = dict[str, int]
+
+
 @contextmanager
-def gpu_limited(limits: dict[str, int], asked: float | None) -> Iterator[None]:
+def gpu_limited(limits: Limits, asked: float | None) -> Iterator[None]:
     """Limit the bytes that torch takes of the current GPU in the `with` block.
 
     Args:
@@ -149,7 +158,7 @@ def release_pinned() -> None:
         (public or torch._C._host_emptyCache)()
 
 
-def free_memory(device: torch.device, sharing: int = 1) -> dict[str, int]:
+def free_memory(device: torch.device, sharing: int = 1) -> Limits:
     """Return the bytes that this process may take, those that it has included: "host", and with a GPU "gpu".
 
     Args:

@@ -7,7 +7,7 @@ and the launcher then ends the others.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,8 +90,6 @@ class Ranks:
             G: the matrix.
             owner: the rank that needs the sum, see `reduce`; None: all ranks.
         """
-        if self.alone:
-            return
         # A panel ends at the diagonal.
         d, height = len(G), -(-len(G) // PANELS)
         for panel in (slice(start, min(d, start + height)) for start in range(0, d, height)):
@@ -181,29 +179,22 @@ class Ranks:
 
 
 class Handle:
-    """Handle of transfers that have begun. Wait for it before you use their tensors.
+    """Handle of a transfer that has begun. Wait for it before you use its tensor.
 
     Args:
-        ranks: the ranks of the transfers.
-        works: torch's handles of the transfers.
+        ranks: the ranks of the transfer.
+        work: torch's handle of the transfer; None: there is nothing to wait for.
     """
 
-    def __init__(self, ranks: Ranks, *works: Any) -> None:
-        self._ranks, self._works = ranks, works
+    def __init__(self, ranks: Ranks, work: Any = None) -> None:
+        self._ranks, self._work = ranks, work
 
     def wait(self) -> None:
-        """Wait for the end of the transfers. On a GPU only the kernels that are launched later wait for it."""
-        works, self._works = self._works, ()
-        if works:
+        """Wait for the end of the transfer. On a GPU only the kernels that are launched later wait for it."""
+        work, self._work = self._work, None
+        if work is not None:
             with self._ranks.waiting():
-                for work in works:
-                    work.wait()
-
-    @classmethod
-    def of_all(cls, handles: "Iterable[Handle]") -> "Handle":
-        """Make one handle of several."""
-        listed = list(handles)
-        return cls(listed[0]._ranks, *(work for handle in listed for work in handle._works))
+                work.wait()
 
 
 ALONE = Ranks()

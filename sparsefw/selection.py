@@ -13,7 +13,7 @@ from sparsefw.errors import InputError, first_line, option
 REGEX = "re:"
 
 # The index of an expert that is a slice of a stacked parameter.
-_INDEX = re.compile(r"\[\d+\]$")
+INDEX = re.compile(r"\[\d+\]$")
 
 
 def matches(pattern: str, layer: str) -> bool:
@@ -34,7 +34,7 @@ def matches(pattern: str, layer: str) -> bool:
 
 def without_index(layer: str) -> str:
     """Return the name of the parameter that holds a layer: the layer's name without the index of an expert."""
-    return _INDEX.sub("", layer)
+    return INDEX.sub("", layer)
 
 
 def selected(layer: str, include: Collection[str], ignore: Iterable[str]) -> bool:

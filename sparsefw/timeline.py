@@ -1,11 +1,10 @@
 """Measure the phases of a run, on the main thread and on the threads that read and write blocks."""
 
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -27,17 +26,11 @@ class Span:
     end: float
 
 
-def of_rank(spans: Iterable[Span], number: int) -> list[Span]:
-    """Select the main lane from another rank's spans, and name it after the rank."""
-    return [replace(span, lane=f"rank {number}") for span in spans if span.lane == MAIN]
-
-
 class Timeline:
     """Collects spans; safe for several threads."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._lock = threading.Lock()
         self.spans: list[Span] = []
 
     @contextmanager
@@ -50,8 +43,8 @@ class Timeline:
             if lane == MAIN and phase not in OF_HOST and torch.cuda.is_available():
                 torch.cuda.synchronize()
             end = time.perf_counter()
-            with self._lock:
-                self.spans.append(Span(block, lane, phase, start - self._started, end - self._started))
+            # Appending to a list is safe in several threads.
+            self.spans.append(Span(block, lane, phase, start - self._started, end - self._started))
 
     def seconds(self, block: int | None = None) -> dict[str, float]:
         """Sum the seconds of the main lane by phase, for one block, or for everything if block is None."""

@@ -2,15 +2,12 @@
 
 import sys
 
-from sparsefw.cli import launched
 from sparsefw.pack import packer
 
 
 def main(argv: list[str] | None = None) -> int:
     """Unpack from the command line; returns the exit status, see `Outcome`."""
-    with launched(argv) as outcome:
-        packer("unpack", __doc__, argv)
-    return outcome.status
+    return packer("unpack", __doc__, argv)
 
 
 if __name__ == "__main__":

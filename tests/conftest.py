@@ -68,6 +68,20 @@ def shards(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where a run writes its output."""
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A Llama with one block."""
+    from helpers.families import save_model
+
+    return save_model(tmp_path / "model", "llama", num_hidden_layers=1)
+
+
+@pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the Hub's cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -84,6 +98,12 @@ def pruned(tmp_path_factory):
     from helpers.verifying import outputs
 
     return outputs(tmp_path_factory)
+
+
+@pytest.fixture
+def output(pruned):
+    """The output of a small run of Wanda, which nobody may change."""
+    return pruned("--method", "wanda")[1]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.checkpoints import refused
 from helpers.families import TOKENS, first_is_fast, save_model
+from helpers.tensors import assert_equal
 from transformers import AutoModelForCausalLM
 
 from sparsefw import arithmetic, prune
@@ -49,11 +50,11 @@ def test_pruned_as_in_fp32_and_rounded(family, dtype, slow, tmp_path):
     # A model in memory is pruned to the same weights.
     model = AutoModelForCausalLM.from_pretrained(half, dtype=dtype)
     prune(model, reconstruct=0, **OPTIONS)
-    assert all(torch.equal(x, written[name]) for name, x in model.state_dict().items())
+    assert_equal(model.state_dict(), written)
 
 
 @pytest.mark.parametrize(("began", "now"), first_is_fast([(20.0, 1.2), (1.2, 20.0)]))
-def test_a_resumed_run_computes_as_it_began(began, now, tmp_path, monkeypatch):
+def test_a_resumed_run_computes_as_it_began(began, now, tmp_path, out, monkeypatch):
     """Even if a new timing says otherwise. Blocks that are read are rounded, and so are those in memory."""
     half, written = save_model(tmp_path / "half", "llama", BF16, num_hidden_layers=2), []
     monkeypatch.setattr(arithmetic, "slowdown", lambda dtype: began)
@@ -65,20 +66,19 @@ def test_a_resumed_run_computes_as_it_began(began, now, tmp_path, monkeypatch):
 
     whole = prune(half, tmp_path / "whole", **WANDA)
     with pytest.raises(KeyboardInterrupt):
-        prune(half, tmp_path / "out", log=stop, **WANDA)
+        prune(half, out, log=stop, **WANDA)
     lines = []
     monkeypatch.setattr(arithmetic, "slowdown", lambda dtype: now)
-    result = prune(half, tmp_path / "out", log=lines.append, **WANDA)
+    result = prune(half, out, log=lines.append, **WANDA)
     assert "resuming" in str(lines)
     # Losses of the finished block, too.
     blocks, others = ([block.reconstruction for block in of.report.blocks] for of in (result, whole))
     assert all(others)
     assert blocks == others
-    again = weights(tmp_path / "out")
-    assert all(torch.equal(x, again[name]) for name, x in weights(whole.output).items())
+    assert_equal(weights(out), weights(whole.output))
 
 
-def test_steps_round_their_products_and_losses_do_not(tmp_path, monkeypatch):
+def test_steps_round_their_products_and_losses_do_not(tmp_path, out, monkeypatch):
     """A resumed run rounds as it began, whatever a new timing says; a caller may ask for exact products."""
     folder, found = save_model(tmp_path / "model", "llama", num_hidden_layers=2), set()
     loss_of = BlockFit.loss_of
@@ -98,11 +98,11 @@ def test_steps_round_their_products_and_losses_do_not(tmp_path, monkeypatch):
     assert found == {exact, (True, "ieee", "ieee")}
     found.clear()
     with pytest.raises(KeyboardInterrupt):
-        prune(folder, tmp_path / "out", log=stop, **WANDA)
+        prune(folder, out, log=stop, **WANDA)
     assert found == {exact, steps}
     found.clear()
     monkeypatch.setattr(arithmetic, "rounds_products", lambda *of: False)
-    result = prune(folder, tmp_path / "out", **WANDA)
+    result = prune(folder, out, **WANDA)
     assert found == {exact, steps}
     assert "multiply in bf16" in str(result.report.notes)
     found.clear()

@@ -127,7 +127,7 @@ def test_a_config_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.slow
-def test_goes_on_after_an_interruption(tmp_path):
+def test_goes_on_after_an_interruption(tmp_path, out):
     whole, batches = drawn("whisper")
     prune(whole, tmp_path / "whole", calibration=batches, **WANDA)
     model, _ = drawn("whisper")
@@ -141,16 +141,16 @@ def test_goes_on_after_an_interruption(tmp_path):
     model.save_pretrained = lambda _: interrupt("decoder.layers.0.fc1")
     for log in interrupt, print:
         with pytest.raises(KeyboardInterrupt):
-            prune(model, tmp_path / "out", calibration=batches, log=log, **WANDA)
+            prune(model, out, calibration=batches, log=log, **WANDA)
         assert unchanged(model, before)
     del model.save_pretrained
     with refused("calibration text"):
-        prune(model, tmp_path / "out", calibration=batches[::-1], **WANDA)
+        prune(model, out, calibration=batches[::-1], **WANDA)
     model.config.dropout = 0.25
     with refused("the model was"):
-        prune(model, tmp_path / "out", calibration=batches, **WANDA)
+        prune(model, out, calibration=batches, **WANDA)
     model.config.dropout = whole.config.dropout
-    prune(model, tmp_path / "out", calibration=batches, log=lines.append, **WANDA)
+    prune(model, out, calibration=batches, log=lines.append, **WANDA)
     assert "resuming an unfinished run: 4 of 4 shards are finished" in lines
     assert unchanged(model, weights_of(whole))
 
@@ -263,9 +263,9 @@ class TestRefusals:
             (drawn("vit")[0], [{"pixel_values": torch.randn(2, 3, 9, 9)}], "fails on these batches"),
         ],
     )
-    def test_models_and_batches(self, model, data, line, tmp_path):
+    def test_models_and_batches(self, model, data, line, out):
         with refused(line):
-            prune(model, tmp_path / "out", calibration=data)
+            prune(model, out, calibration=data)
 
     def test_a_module_that_reads_no_text(self):
         with refused(r"got Linear, expected a folder, .* needs batches: calibration="):

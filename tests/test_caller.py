@@ -9,7 +9,7 @@ from helpers.commands import shards
 from helpers.families import TOKENS, first_is_fast, save_model
 
 from sparsefw import prune
-from sparsefw.extras.evaluation import evaluate
+from sparsefw.evaluation import evaluate
 
 
 @contextmanager
@@ -52,9 +52,9 @@ def results(source, output):
 
 
 @pytest.mark.parametrize("mode", first_is_fast(MODES))
-def test_modes_of_the_caller_change_nothing(mode, source, plain, tmp_path):
+def test_modes_of_the_caller_change_nothing(mode, source, plain, out):
     with MODES[mode]():
-        assert results(source, tmp_path / "out") == plain
+        assert results(source, out) == plain
 
 
 def test_products_are_exact_meanwhile(source, tmp_path):

@@ -20,8 +20,8 @@ def main_of(name):
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
 
 
-def test_prune_hub_model(tmp_path, capsys):
-    main_of("prune_hub_model")("default", str(tmp_path / "out"), method="wanda", **FEW)
+def test_prune_hub_model(out, capsys):
+    main_of("prune_hub_model")("default", str(out), method="wanda", **FEW)
     printed = capsys.readouterr().out
     assert "\nwanda " in printed
     assert "The history of" in printed

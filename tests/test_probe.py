@@ -34,14 +34,14 @@ def fails_with(error):
         (PermissionError(13, "Permission denied", "/root/.triton"), "TRITON_CACHE_DIR"),
     ],
 )
-def test_what_a_machine_lacks_is_named_before_a_model_is_read(error, remedy, gpu, tmp_path, monkeypatch, capsys):
+def test_what_a_machine_lacks_is_named_before_a_model_is_read(error, remedy, gpu, out, monkeypatch, capsys):
     monkeypatch.setattr(mirror, "mirror_lower", fails_with(error))
     monkeypatch.setattr("sparsefw.api.locate", fails_with(AssertionError("a model is read")))
-    assert run.main([*SMALL, "--output", str(tmp_path / "out")]) == 2
+    assert run.main([*SMALL, "--output", str(out)]) == 2
     message = capsys.readouterr().err
     assert remedy in message
     assert "or give --kernel torch" in message
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 def test_an_old_gpu_and_wrong_results_are_refused(gpu, monkeypatch, capsys):
@@ -61,9 +61,9 @@ def test_an_old_gpu_and_wrong_results_are_refused(gpu, monkeypatch, capsys):
         TritonError("out of resource: shared memory"),
     ],
 )
-def test_a_kernel_that_fails_inside_of_a_block_is_no_unsupported_model(error, gpu, tmp_path, monkeypatch, capsys):
+def test_a_kernel_that_fails_inside_of_a_block_is_no_unsupported_model(error, gpu, out, monkeypatch, capsys):
     monkeypatch.setattr(triton_ops, "gram_accumulate", fails_with(error))
-    assert run.main([*SMALL, "--output", str(tmp_path / "out")]) == 1
+    assert run.main([*SMALL, "--output", str(out)]) == 1
     message = capsys.readouterr().err
     assert "unsupported model" not in message
     assert message.splitlines()[-1].startswith(f"sparsefw: Triton or CUDA failed, see above: {type(error).__name__}: ")

@@ -43,31 +43,31 @@ def sharing_memory():
     return model
 
 
-def test_weights_in_one_memory_stay_dense(tmp_path):
+def test_weights_in_one_memory_stay_dense(out):
     """Each block is pruned in a copy, and the last one would decide for all."""
     model = sharing_memory()
     before = weights_of(model)["blocks.0.fc1.weight"]
-    result = prune(model, tmp_path / "out", calibration=small_batches(), **QUICK)
+    result = prune(model, out, calibration=small_batches(), **QUICK)
     assert [layer.name for layer in result.layers] == [
         f"blocks.{n}.weight" for n in ("0.fc2", "1.fc1", "1.fc2", "2.fc2")
     ]
     assert result.report.kept_dense == ["blocks.0.fc1.weight", "blocks.2.fc1.weight"]
     assert torch.equal(model.blocks[0].fc1.weight, before)
     loaded = sharing_memory()
-    load_model(loaded, tmp_path / "out" / "model.safetensors")
+    load_model(loaded, out / "model.safetensors")
     assert_same_weights(model, loaded)
 
 
-def test_weights_in_one_buffer(tmp_path):
+def test_weights_in_one_buffer(out):
     """They stay there, as a training loop has laid them."""
     model, batches = drawn("diffusion")
     flat = torch.cat([*(x.detach().flatten() for x in model.parameters()), torch.zeros(8)])
     places = flat[:-8].split([x.numel() for x in model.parameters()])
     for x, place in zip(model.parameters(), places, strict=True):
         x.data = place.view(x.shape)
-    prune(model, tmp_path / "out", calibration=batches, **QUICK)
+    prune(model, out, calibration=batches, **QUICK)
     loaded, _ = drawn("diffusion")
-    load_model(loaded, tmp_path / "out" / "model.safetensors")
+    load_model(loaded, out / "model.safetensors")
     assert_same_weights(model, loaded)
     assert all(x.data_ptr() == place.data_ptr() for x, place in zip(model.parameters(), places, strict=True))
 

@@ -8,7 +8,7 @@ import contextlib
 import io
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def _examine(case: Case, folder: Path, row: dict[str, Any]) -> None:
         raise Ended(WRONG, f"pruned perplexity {reported:.6g}, of the loaded output {loaded:.6g}")
     _compare_weights(report, original, pruned)
     _verify(folder, OUTPUT)
-    status, _ = _run("pack", sparsefw.pack.main, [str(folder / OUTPUT), str(folder / PACKED)])
+    status, _ = _run("pack", folder / OUTPUT, folder / PACKED)
     row["packed"] = not status
     if status == 2:
         return
@@ -100,16 +100,16 @@ def _examine(case: Case, folder: Path, row: dict[str, Any]) -> None:
 
 
 def _verify(folder: Path, name: str) -> None:
-    status, line = _run("verify", sparsefw.verify.main, [str(folder / name), "--against", str(folder / SOURCE)])
+    status, line = _run("verify", folder / name, "--against", folder / SOURCE)
     if status:
         raise Ended(WRONG if status == 1 else TRACEBACK, f"verify: {line}")
 
 
 def _prune(folder: Path) -> None:
-    flags = ["--model", str(folder / SOURCE), "--output", str(folder / OUTPUT), *FLAGS]
-    flags += ["--dataset", str(folder / CALIBRATION), "--eval", str(folder / EVALUATION)]
-    flags += ["--nsamples", str(WINDOWS), "--seqlen", str(SEQLEN), "--eval-windows", str(EVALUATED)]
-    status, line = _run("run", sparsefw.run.main, flags)
+    places = ["--model", folder / SOURCE, "--output", folder / OUTPUT]
+    texts = ["--dataset", folder / CALIBRATION, "--eval", folder / EVALUATION]
+    sizes = ["--nsamples", WINDOWS, "--seqlen", SEQLEN, "--eval-windows", EVALUATED]
+    status, line = _run("run", *places, *texts, *sizes, *FLAGS)
     line = line.replace(str(folder / SOURCE), "MODEL")
     if status == 2:
         begun = any(folder.glob(f".{OUTPUT}.partial/*"))
@@ -118,11 +118,11 @@ def _prune(folder: Path) -> None:
         raise Ended(TRACEBACK, f"run ended with status {status}: {line}")
 
 
-def _run(name: str, main: Callable[[list[str]], int], arguments: list[str]) -> tuple[int, str]:
+def _run(name: str, *arguments: object) -> tuple[int, str]:
     """Run a command of the product; returns its exit status, and the line that says why that was not 0."""
     out, err = io.StringIO(), io.StringIO()
     with _ended_as(TRACEBACK, name), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(arguments)
+        status = getattr(sparsefw, name).main([*map(str, arguments)])
     lines = re.findall(r"^sparsefw: (.*)", err.getvalue(), re.MULTILINE)
     failures = re.findall(r"^  +(.*)", out.getvalue(), re.MULTILINE)
     return status, "; ".join(lines or failures[:2])

@@ -26,37 +26,37 @@ WINDOW = 8
 UNKNOWN = 256
 
 # Entries by their name, and the largest value that they keep. The first pattern that is found counts.
-CAPS = [
-    (r"vocab", VOCABULARY),
+CAPS = {
+    r"vocab": VOCABULARY,
     # Scores of fewer heads are often zero, and which of equal ones are the largest is left open.
-    (r"index(er)?_n_heads", 32),
-    (r"index_top|index_block|rotary_dim", 8),
-    (r"tokens_per_(image|side)", 4),
-    (r"dense_(replace|layers)|num_dense|hash_layers|layer_start|start_layer", 1),
-    (r"experts_per_tok|experts_per_token|top_?k(_experts)?$|moe_k$|selected_experts|num_activated", 2),
-    (r"topk_group", 1),
-    (r"n_groups?$|num_groups?$|ngroups$|shared_experts?$", 2),
-    (r"experts?$|expert_num$|num_.*experts", 4),
-    (r"head_dim|dim_head|d_head|head_size|d_kv$|head_width|kv_channels", HEAD_DIM),
-    (r"key_heads|kv_heads|kv_n_heads|key_value_heads|head_kv|num_kv", 2),
-    (r"heads?$|^heads_|_heads_", HEADS),
-    (r"offset$|layer_(index|idx|id)$|feature_layer$|_layer_idx|select_layer", LAYERS - 1),
-    (r"interval|period|every|_step$|_freq$|pattern$|cadence", LAYERS),
-    (r"^n_(in|out)put_layers$", 1),
-    (r"layers?$|^depths?$|_depth$|^num_blocks$|n_blocks|nlayers|layers_per|_layers_", LAYERS),
-    (r"rank", HEAD_DIM),
-    (r"state_size|d_state|state_dim|ssm_state", 8),
+    r"index(er)?_n_heads": 32,
+    r"index_top|index_block|rotary_dim": 8,
+    r"tokens_per_(image|side)": 4,
+    r"dense_(replace|layers)|num_dense|hash_layers|layer_start|start_layer": 1,
+    r"experts_per_tok|experts_per_token|top_?k(_experts)?$|moe_k$|selected_experts|num_activated": 2,
+    r"topk_group": 1,
+    r"n_groups?$|num_groups?$|ngroups$|shared_experts?$": 2,
+    r"experts?$|expert_num$|num_.*experts": 4,
+    r"head_dim|dim_head|d_head|head_size|d_kv$|head_width|kv_channels": HEAD_DIM,
+    r"key_heads|kv_heads|kv_n_heads|key_value_heads|head_kv|num_kv": 2,
+    r"heads?$|^heads_|_heads_": HEADS,
+    r"offset$|layer_(index|idx|id)$|feature_layer$|_layer_idx|select_layer": LAYERS - 1,
+    r"interval|period|every|_step$|_freq$|pattern$|cadence": LAYERS,
+    r"^n_(in|out)put_layers$": 1,
+    r"layers?$|^depths?$|_depth$|^num_blocks$|n_blocks|nlayers|layers_per|_layers_": LAYERS,
+    r"rank": HEAD_DIM,
+    r"state_size|d_state|state_dim|ssm_state": 8,
     # Longer than a window, as by default: some classes go through the blocks several times from there on.
-    (r"max_.*chunk", 128),
-    (r"window|chunk|block_size|block_len|stride_len|context_size", WINDOW),
-    (r"adapter_(in|out|input)_", HIDDEN),
-    (r"image_size|img_size|crop_size|input_size$|resolution", 32),
-    (r"patch_size", 8),
-    (r"expert.*(intermediate|ffn|hidden)|moe.*(intermediate|ffn|hidden)", 48),
-    (r"intermediate|ffn|inner|ff_dim|mlp_dim|feed_?forward|d_ff|mlp_hidden|ff_size", 96),
-    (r"position|n_ctx|max_seq|max_.*len|seq_len|context_len|seqlen", 128),
-    (r"hidden|d_model|embd|embed|width|emb_|^dim$|_dim$|_size$|channels|features", HIDDEN),
-]  # fmt: skip
+    r"max_.*chunk": 128,
+    r"window|chunk|block_size|block_len|stride_len|context_size": WINDOW,
+    r"adapter_(in|out|input)_": HIDDEN,
+    r"image_size|img_size|crop_size|input_size$|resolution": 32,
+    r"patch_size": 8,
+    r"expert.*(intermediate|ffn|hidden)|moe.*(intermediate|ffn|hidden)": 48,
+    r"intermediate|ffn|inner|ff_dim|mlp_dim|feed_?forward|d_ff|mlp_hidden|ff_size": 96,
+    r"position|n_ctx|max_seq|max_.*len|seq_len|context_len|seqlen": 128,
+    r"hidden|d_model|embd|embed|width|emb_|^dim$|_dim$|_size$|channels|features": HIDDEN,
+}
 # Numbers of these names are no sizes, however large they are.
 NO_SIZES = re.compile(r"theta|base|freq|rate|seed|token|scal|fft|mel|hop|sampling|factor|version|time|step|eps|floor")
 TOKEN_ID = re.compile(r"(^|_)token(_id|_index|_idx)?s?$|(^|_)(id|ids|index)$")
@@ -143,7 +143,7 @@ def tiny_number(key: str, value: int, values: dict[str, Any], new_ids: Iterator[
     if TOKEN_ID.search(key) and ("token" in key or value >= VOCABULARY):
         return token_id(key, new_ids)
     unknown = HIDDEN if value > UNKNOWN and not NO_SIZES.search(key) else value
-    cap = next((cap for pattern, cap in CAPS if re.search(pattern, key)), unknown)
+    cap = next((cap for pattern, cap in CAPS.items() if re.search(pattern, key)), unknown)
     as_many_as_queries = cap == 2 and re.search("kv|key", key) and value == values.get("num_attention_heads")
     return min(value, HEADS if as_many_as_queries else cap)
 

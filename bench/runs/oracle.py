@@ -28,24 +28,23 @@ from torch import nn
 REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "bench"), str(REPO / "tests")]
 
-DIGESTS = REPO / "bench" / "results" / "oracle.json"
+DIGESTS = REPO / "bench/results/oracle.json"
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\n" for n in range(400))
 OTHER = "".join(f"def f{n}(x):\n    return x ** {n} + {n % 7}\n" for n in range(300))
 SHORT = ["--nsamples", "16", "--eval-windows", "8"]
-# The runs of the built-in model, with their flags. Without --recover they do not recover the model.
+# Flags of short runs of the built-in model. Without --recover they do not recover the model.
 BUILT_IN = {
-    "default": [],
-    "recovered": [*SHORT, "--recover", "2048"],
-    "refit-0": [*SHORT, "--refit", "0"],
-    "2-4": [*SHORT, "--sparsity", "2:4"],
-    "layer": [*SHORT, "--sparsity", "layer:0.6"],
-    "paper": [*SHORT, "--preset", "paper", "--steps", "20"],
-    "fast": [*SHORT, "--preset", "fast"],
-    "sparsegpt": [*SHORT, "--method", "sparsegpt"],
-    "wanda": [*SHORT, "--method", "wanda", "--reconstruct", "1"],
-    "ria": [*SHORT, "--method", "ria", "--sparsity", "4:8"],
-    "bf16": [*SHORT, "--precision", "bf16"],
-    "selected": [*SHORT, "--include", "re:.*mlp", "--ignore", "re:.*layers.0", "--reconstruct", "0"],
+    "recovered": "--recover 2048",
+    "refit-0": "--refit 0",
+    "2-4": "--sparsity 2:4",
+    "layer": "--sparsity layer:0.6",
+    "paper": "--preset paper --steps 20",
+    "fast": "--preset fast",
+    "sparsegpt": "--method sparsegpt",
+    "wanda": "--method wanda --reconstruct 1",
+    "ria": "--method ria --sparsity 4:8",
+    "bf16": "--precision bf16",
+    "selected": "--include re:.*mlp --ignore re:.*layers.0 --reconstruct 0",
 }
 # The flags of runs of tiny models on two texts.
 TINY = ["--nsamples", "6", "--seqlen", "32", "--eval-windows", "4"]
@@ -83,9 +82,7 @@ def run(folder: Path, flags: Sequence[str], ranks: int = 1) -> dict[str, Any]:
     return result_of(folder / "out")
 
 
-def tiny(
-    *arguments: Any, helper: str = "families.save_model", flags: Sequence[str] = (), ranks: int = 1, **changes: Any
-) -> Run:
+def tiny(*arguments: Any, helper: str = "families.save_model", flags: str = "", ranks: int = 1, **changes: Any) -> Run:
     """Return a run on a tiny random checkpoint, calibrated on a mixture of two texts.
 
     Args:
@@ -100,7 +97,7 @@ def tiny(
         lines = (json.dumps({"text": OTHER[i : i + 500]}) + "\n" for i in range(0, 9000, 500))
         (folder / "b.jsonl").write_text("".join(lines))
         texts = ["--dataset", "a.txt=2", "--dataset", "b.jsonl", "--eval", "a.txt"]
-        return run(folder, ["--model", str(folder / "model"), *texts, *TINY, *flags], ranks)
+        return run(folder, ["--model", str(folder / "model"), *texts, *TINY, *flags.split()], ranks)
 
     return do
 
@@ -136,10 +133,11 @@ def on_batches(folder: Path) -> dict[str, Any]:
 
 
 RUNS = {
-    **{name: partial(run, flags=flags) for name, flags in BUILT_IN.items()},
+    "default": partial(run, flags=[]),
+    **{name: partial(run, flags=[*SHORT, *flags.split()]) for name, flags in BUILT_IN.items()},
     "llama": tiny("llama"),
-    "mixture": tiny("mixtral", flags=["--reconstruct", "1"]),
-    "experts-bf16": tiny("qwen2_moe", dtype=torch.bfloat16, flags=["--sparsity", "2:4"]),
+    "mixture": tiny("mixtral", flags="--reconstruct 1"),
+    "experts-bf16": tiny("qwen2_moe", dtype=torch.bfloat16, flags="--sparsity 2:4"),
     "handed-on": tiny("gemma3n_text"),
     "parallel": tiny("gptj"),
     "fp8": tiny("deepseek_v3", helper="quantized.save_fp8"),
@@ -173,7 +171,7 @@ def main() -> int:
         if not arguments.write:
             sys.exit(f"{DIGESTS}: made on {known['machine']}, this is {machine()}: --write them before the change")
         known = {"machine": machine(), "runs": {}}
-    changed = []
+    changed = False
     for name in arguments.names or RUNS:
         with tempfile.TemporaryDirectory() as scratch:
             result = RUNS[name](Path(scratch))
@@ -182,11 +180,11 @@ def main() -> int:
         if arguments.write:
             known["runs"][name] = result
         elif not same:
-            changed.append(name)
+            changed = True
             print(f"  was {known['runs'].get(name)}\n  is  {result}")
     if arguments.write:
         DIGESTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    return int(bool(changed))
+    return int(changed)
 
 
 if __name__ == "__main__":

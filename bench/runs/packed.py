@@ -16,13 +16,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# The package of this checkout, and the modules of bench/.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+# The modules of bench/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from host import REPO, commit, cpu
+
+# The package of this checkout.
+sys.path.insert(0, str(REPO))
 
 import psutil
 import torch
-from host import commit, cpu
 from transformers import AutoModelForCausalLM
 
 import sparsefw.packed  # noqa: F401  # tells transformers how to load packed checkpoints

@@ -87,8 +87,8 @@ def unpack(
     last = last_row(mask, first, last)
     if compiled := _library_for(values, cols):
         out = values.new_empty(last - first, cols)
-        arguments = [*_matrix(values, mask, starts, cols), first, last, out.data_ptr()]
-        compiled.packed_unpack(level(), torch.get_num_threads(), *arguments)
+        matrix = _matrix(values, mask, starts, cols)
+        compiled.packed_unpack(level(), torch.get_num_threads(), *matrix, first, last, out.data_ptr())
         return out
     part = values[first:last] if starts is None else values[starts[first] : starts[last]]
     return expanded(part, mask[first:last], cols)
@@ -109,9 +109,8 @@ def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | Non
     takes_x = 0 < batch <= MOST and x.dtype in _DTYPES and x.device == values.device and x.is_contiguous()
     if takes_x and (compiled := _library_for(values, cols)):
         y = x.new_empty(batch, len(mask))
-        half = int(x.dtype == torch.bfloat16)
-        arguments = [half, x.data_ptr(), batch, *_matrix(values, mask, starts, cols), y.data_ptr()]
-        compiled.packed_product(level(), torch.get_num_threads(), *arguments)
+        half, matrix = int(x.dtype == torch.bfloat16), _matrix(values, mask, starts, cols)
+        compiled.packed_product(level(), torch.get_num_threads(), half, x.data_ptr(), batch, *matrix, y.data_ptr())
         return y
     return unpacked_product(x, values, mask, starts, unpack)
 

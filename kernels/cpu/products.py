@@ -15,10 +15,11 @@ TILE = 128
 
 def product(E: Tensor, G: Tensor, *, precision: str = "ieee", out: Tensor | None = None, add: bool = False) -> Tensor:
     """Compute E G."""
+    E, G = round_operand(E, precision), round_operand(G, precision)
     if add:
         assert out is not None
-        return out.addmm_(round_operand(E, precision), round_operand(G, precision))
-    return torch.mm(round_operand(E, precision), round_operand(G, precision), out=out)
+        return out.addmm_(E, G)
+    return torch.mm(E, G, out=out)
 
 
 def gram_accumulate(G: Tensor, X: Tensor, *, precision: str = "ieee") -> Tensor:

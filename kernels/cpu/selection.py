@@ -56,9 +56,10 @@ def round_mask(M: Tensor, saliency: Tensor, k: int | Tensor, *, group: int = 0) 
     M, saliency = M.reshape(-1, width), saliency.reshape(-1, width)
     V = at_least(M, 0.5)
     count = V.view(torch.uint8).sum(1, dtype=torch.int32)
-    rest = (count != (k.to(M.device) if isinstance(k, Tensor) else k)).nonzero().squeeze(1)
+    k = k.to(M.device) if isinstance(k, Tensor) else k
+    rest = (count != k).nonzero().squeeze(1)
     if len(rest):
-        m, budget = M[rest], k.to(M.device)[rest] if isinstance(k, Tensor) else k
+        m, budget = M[rest], k[rest] if isinstance(k, Tensor) else k
         first = torch.empty(m.shape, dtype=torch.bool, device=m.device)
         select(m, budget, group=group, fixed=None, positive=False, out=first)
         lowest = m.add(as_float(~first), alpha=2).amin(1, keepdim=True)

@@ -125,8 +125,7 @@ def take_rows(X: Tensor, Y: Tensor, taken: Tensor) -> None:
         X.copy_(torch.where(taken[:, None], Y, X))
         return
     rows = torch.from_numpy(np.flatnonzero(taken.numpy()))
-    if len(rows):
-        X.index_copy_(0, rows, Y[rows])
+    X.index_copy_(0, rows, Y[rows])
 
 
 def repeat(step: Callable[..., object], numbers: Sequence[Sequence[float]], like: Tensor) -> Iterator[None]:

@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsefw.checkpoint import packed
 from sparsefw.checkpoint.packed import MASK
-from sparsefw.checkpoint.tensors import EXPONENT, TensorInfo
+from sparsefw.checkpoint.tensors import EXPONENT, Infos, TensorInfo
 from sparsefw.errors import InputError, shown
 
 KEY = "quantization_config"
@@ -60,6 +60,10 @@ BYTES_OF_CHUNK = 12
 Fit = tuple[tuple[int, ...], str]
 
 
+# The name of a quantized tensor in the model, and the name of its scales; None: the tensor is not quantized.
+Found = tuple[str, str] | None
+
+
 @dataclass(frozen=True)
 class Fp8:
     """Values in FP8, with a scale for each block of a matrix.
@@ -69,14 +73,14 @@ class Fp8:
     """
 
     block: tuple[int, int] | None = None
-    method: ClassVar[str] = "fp8"
-    form: ClassVar[str] = "quantized (fp8)"
+    method = "fp8"
+    form = "quantized (fp8)"
 
     def share(self, dtype: torch.dtype) -> float:
         """Return the stored bytes of a tensor for each byte that it has in another dtype."""
         return (1 + (4 / math.prod(self.block) if self.block else 0)) / dtype.itemsize
 
-    def find(self, stored: dict[str, TensorInfo], name: str) -> tuple[str, str] | None:
+    def find(self, stored: Infos, name: str) -> Found:
         """Return the name in the model, and the name of the scales, of a tensor in FP8; None if it is in no FP8.
 
         Raises:
@@ -137,14 +141,14 @@ class Fp8:
 class Mxfp4:
     """4-bit floats, with an exponent for each group of 32. A tensor holds the matrices of all experts."""
 
-    method: ClassVar[str] = "mxfp4"
-    form: ClassVar[str] = "quantized (mxfp4)"
+    method = "mxfp4"
+    form = "quantized (mxfp4)"
 
     def share(self, dtype: torch.dtype) -> float:
         """Return the stored bytes of a tensor for each byte that it has in another dtype."""
         return (GROUP_BYTES + 1) / (2 * GROUP_BYTES * dtype.itemsize)
 
-    def find(self, stored: dict[str, TensorInfo], name: str) -> tuple[str, str] | None:
+    def find(self, stored: Infos, name: str) -> Found:
         """Return the name in the model, and the name of the exponents, of a tensor in MXFP4; None if it is in none."""
         joint = name.removesuffix(BLOCKS)
         return (joint, f"{joint}{SCALES}") if joint != name and stored[name].dtype == torch.uint8 else None
@@ -193,14 +197,14 @@ class Packed:
     """
 
     kept: float
-    method: ClassVar[str] = "sparsefw"
-    form: ClassVar[str] = "packed"
+    method = "sparsefw"
+    form = "packed"
 
     def share(self, dtype: torch.dtype) -> float:
         """Return the stored bytes of a tensor for each byte that it has unpacked."""
         return self.kept + 1 / (8 * dtype.itemsize)
 
-    def find(self, stored: dict[str, TensorInfo], name: str) -> tuple[str, str] | None:
+    def find(self, stored: Infos, name: str) -> Found:
         """Return the name of a packed matrix, and the name of its mask; None if the tensor is not packed."""
         return (name, name + MASK) if name + MASK in stored else None
 
@@ -265,9 +269,7 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def joined(
-    stored: dict[str, TensorInfo], quantization: Quantization, config: dict[str, Any], path: Path
-) -> tuple[dict[str, TensorInfo], torch.dtype]:
+def joined(stored: Infos, quantization: Quantization, config: dict[str, Any], path: Path) -> tuple[Infos, torch.dtype]:
     """Join the tensors in the files of a quantized checkpoint to the tensors of the model.
 
     Args:
@@ -283,7 +285,7 @@ def joined(
     Raises:
         InputError: no tensor is quantized, scales are missing, or scales or values have a wrong dtype or shape.
     """
-    quantized: dict[str, TensorInfo] = {}
+    quantized: Infos = {}
     for name, values in stored.items():
         if found := quantization.find(stored, name):
             joint, scale = found
@@ -339,7 +341,7 @@ def note(infos: Collection[TensorInfo], quantization: Quantization | None) -> st
     )
 
 
-def _scales_activations(name: str, stored: dict[str, TensorInfo]) -> bool:
+def _scales_activations(name: str, stored: Infos) -> bool:
     """Tell whether a tensor is the scale of an FP8 weight's input, which a dequantized weight does not need."""
     stem = name.removesuffix(ACTIVATION_SCALE)
     weights = [stored[other] for other in (f"{stem}weight", stem.removesuffix("_")) if other in stored]

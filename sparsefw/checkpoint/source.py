@@ -18,10 +18,9 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sparsefw.checkpoint import files
-from sparsefw.checkpoint.files import CONFIG, parse_object, read_bounded, roots_of
+from sparsefw.checkpoint.files import CONFIG, MAX_JSON_BYTES, parse_object, read_bounded, roots_of
 from sparsefw.checkpoint.quantization import FP8_DTYPES, Quantization, joined, most_bytes, quantization_of
-from sparsefw.checkpoint.tensors import TensorInfo, in_files, stamp_of
+from sparsefw.checkpoint.tensors import Infos, TensorInfo, in_files, stamp_of
 from sparsefw.errors import InputError, errors_in_one_line, first_line, shown
 
 SINGLE = "model.safetensors"
@@ -93,7 +92,7 @@ class Checkpoint:
 
     folder: Path
     config: dict
-    tensors: dict[str, TensorInfo]
+    tensors: Infos
     dtype: torch.dtype
     quantization: Quantization | None = None
 
@@ -246,10 +245,10 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: the file is missing, too large, no JSON object, or lies outside of its folder.
     """
     check_file(path)
-    return parse_object(read_bounded(path, files.MAX_JSON_BYTES), path)
+    return parse_object(read_bounded(path, MAX_JSON_BYTES), path)
 
 
-def _find_tensors(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
+def _find_tensors(folder: Path, dtypes: dict[str, torch.dtype]) -> Infos:
     """Read the headers of all tensors of a checkpoint. `dtypes` are those allowed, by their names in the files."""
     if os.path.lexists(folder / SINGLE):
         return read_headers(folder, [SINGLE], dtypes)
@@ -268,9 +267,7 @@ def _find_tensors(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, Ten
     return tensors
 
 
-def read_headers(
-    folder: Path, names: Iterable[str], dtypes: dict[str, torch.dtype] = FILE_DTYPES
-) -> dict[str, TensorInfo]:
+def read_headers(folder: Path, names: Iterable[str], dtypes: dict[str, torch.dtype] = FILE_DTYPES) -> Infos:
     """Read the headers of safetensors files. A tensor in more than one of them is refused.
 
     Args:
@@ -278,7 +275,7 @@ def read_headers(
         names: names of the files.
         dtypes: the allowed dtypes, by their names in the files.
     """
-    tensors: dict[str, TensorInfo] = {}
+    tensors: Infos = {}
     for path in (folder / name for name in names):
         check_file(path, folder)
         for name, tensor in _read_header(path, dtypes).items():
@@ -288,7 +285,7 @@ def read_headers(
     return tensors
 
 
-def _read_header(path: Path, dtypes: dict[str, torch.dtype]) -> dict[str, TensorInfo]:
+def _read_header(path: Path, dtypes: dict[str, torch.dtype]) -> Infos:
     tensors = {}
     try:
         with path.open("rb") as content:

@@ -7,10 +7,11 @@ A quantized tensor is several tensors in the files (see `quantization`), and one
 keeps its stored form until a model is loaded with it.
 """
 
+import itertools
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,12 @@ class TensorInfo:
         return sum(part.nbytes for part in self.parts.values()) or self.nbytes
 
 
-def in_files(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+# Tensors by name: their places and forms, or the tensors themselves.
+Infos = dict[str, TensorInfo]
+Tensors = dict[str, Tensor]
+
+
+def in_files(tensors: Infos) -> Infos:
     """Return the tensors in the files that make up tensors of a model, by name."""
     return {part: x for name, info in tensors.items() for part, x in (info.parts or {name: info}).items()}
 
@@ -108,8 +114,11 @@ class QuantizedTensor:
 # A tensor that a model can be loaded with.
 Loadable = Tensor | QuantizedTensor
 
+# Such tensors, by name.
+Loadables = Mapping[str, Loadable]
 
-def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Loadable]:
+
+def read_tensors(tensors: Infos, pin: bool = False) -> dict[str, Loadable]:
     """Read tensors of a checkpoint that `source.inspect` has checked.
 
     Args:
@@ -124,17 +133,15 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
         OSError: a file is gone, or cannot be read.
     """
     stored = in_files(tensors)
-    by_file: dict[Path, list[str]] = {}
-    for name in sorted(stored, key=lambda name: stored[name].offset):
-        by_file.setdefault(stored[name].file, []).append(name)
-    read: dict[str, Tensor] = {}
-    for path, names in by_file.items():
+    in_order = sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset))
+    read: Tensors = {}
+    for path, of_file in itertools.groupby(in_order, lambda item: item[1].file):
         with path.open("rb") as file:
-            for name in names:
-                read[name] = torch.empty(stored[name].shape, dtype=stored[name].dtype, pin_memory=pin)
-                file.seek(stored[name].offset)
+            for name, info in of_file:
+                read[name] = torch.empty(info.shape, dtype=info.dtype, pin_memory=pin)
+                file.seek(info.offset)
                 count = file.readinto(read[name].reshape(-1).view(torch.uint8).numpy().data)
-                if stamp_of(os.fstat(file.fileno())) != stored[name].stamp or count != read[name].nbytes:
+                if stamp_of(os.fstat(file.fileno())) != info.stamp or count != read[name].nbytes:
                     raise InputError(f"{path}: changed since the run began; do not change the model during a run")
     loadable: dict[str, Loadable] = {}
     for name, info in tensors.items():
@@ -150,7 +157,7 @@ def read_tensors(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str,
     return loadable
 
 
-def read_shard(path: Path) -> dict[str, Tensor]:
+def read_shard(path: Path) -> Tensors:
     """Read all tensors of a safetensors file that a run has written, as copies that do not map the file."""
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 

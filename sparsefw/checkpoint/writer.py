@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 import filelock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from sparsefw.checkpoint.files import (
     CARD,
@@ -38,10 +37,14 @@ from sparsefw.checkpoint.files import (
 )
 from sparsefw.checkpoint.quantization import without_quantization
 from sparsefw.checkpoint.source import INDEX, TOKENIZER_CONFIG, companions, matches, read_headers, read_json
+from sparsefw.checkpoint.tensors import Tensors
 from sparsefw.errors import InputError, first_line, invocation, option, shown, worded
 from sparsefw.ranks import ALONE, Ranks
 
 T = TypeVar("T")
+
+# Writes pages about a model into its folder; None: none are written.
+Describe = Callable[[Path], None] | None
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,13 @@ class Writer:
         check_free(self.output, self._overwrite)
         before = self.begun()
         if before:
-            self._check_identity(before["identity"])
+            for name, now in self._identity.items():
+                if (then := before["identity"].get(name)) != now:
+                    raise InputError(
+                        f"{self.output}: an unfinished run of other input is there: {worded(name)} was "
+                        f"{shown(then, 60)}, and is {shown(now, 60)}; give the same to go on, or "
+                        f"{option('restart', True)} to discard it, or choose another folder"
+                    )
             # Ranks finish shards in any order. Shards after a gap are made again.
             for n in takewhile(lambda n: self._record(n).exists(), count()):
                 self.records[n] = self._read(self._record(n), Record)
@@ -151,15 +160,6 @@ class Writer:
             for name in ("new", "kept", "records", "recovery"):
                 (self._partial / name).mkdir(exist_ok=True)
             self.choose({})
-
-    def _check_identity(self, before: dict[str, Any]) -> None:
-        for name, now in self._identity.items():
-            if (then := before.get(name)) != now:
-                raise InputError(
-                    f"{self.output}: an unfinished run of other input is there: {worded(name)} was {shown(then, 60)}, "
-                    f"and is {shown(now, 60)}; give the same to go on, or {option('restart', True)} to discard it, or "
-                    "choose another folder"
-                )
 
     def begun(self) -> dict[str, dict[str, Any]]:
         """Read identity and choices of the unfinished run that this one resumes; empty if there is none.
@@ -238,9 +238,9 @@ class Writer:
     def write(
         self,
         n: int,
-        tensors: dict[str, Tensor],
+        tensors: Tensors,
         note: Any = None,
-        compared: dict[str, dict[str, Tensor]] | None = None,
+        compared: dict[str, Tensors] | None = None,
     ) -> None:
         """Write a shard. Once this returns, it is on disk.
 
@@ -275,7 +275,7 @@ class Writer:
         """Drop all finished shards, so that no run goes on from them."""
         self._record(0).unlink()
 
-    def finish(self, describe: Callable[[Path], None] | None = None) -> None:
+    def finish(self, describe: Describe = None) -> None:
         """Complete the output, write SHA256SUMS, and move the output into place.
 
         Args:
@@ -285,6 +285,7 @@ class Writer:
             InputError: `output` has been taken by other files meanwhile.
         """
         self.records = {n: r for records in self._ranks.gather(self.records) for n, r in records.items()}
+        folder = self.folder
         if self._ranks.first:
             for n in range(self.shards):
                 self.latest(n).replace(self.path(n))
@@ -295,21 +296,21 @@ class Writer:
             }
             if self._source is not None:
                 self._write_index()
-                copy_companions(self._source, self.folder)
+                copy_companions(self._source, folder)
             if describe:
-                describe(self.folder)
+                describe(folder)
             lines = []
-            for name in sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file()):
-                path = self.folder / name
+            for name in sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()):
+                path = folder / name
                 # safetensors makes files that only the owner can read.
-                path.chmod(self.folder.stat().st_mode & 0o666)
+                path.chmod(folder.stat().st_mode & 0o666)
                 if name != CARD:
                     lines.append(f"{written.get(path) or file_digest(path)}  {name}\n")
-            durably(self.folder / SUMS, "".join(lines))
+            durably(folder / SUMS, "".join(lines))
             check_free(self.output, self._overwrite)
             if self.output.exists():
                 self.output.rename(self._old)
-            self.folder.rename(self.output)
+            folder.rename(self.output)
         self._done = True
         self._ranks.barrier()
 

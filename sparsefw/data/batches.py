@@ -127,7 +127,7 @@ def _batch_of(item: Any, name: str) -> Batch:
         held = ", ".join(dict.fromkeys(type(x).__name__ for x in (*batch.args, *batch.kwargs.values()))) or "nothing"
         raise InputError(f"{name}: holds {held}, and no tensor with entries; a DataLoader makes batches of tensors")
     # Infinity is allowed, since attention masks have it.
-    if any(x.is_floating_point() and bool(x.isnan().any()) for x in batch.tensors):
+    if any(x.is_floating_point() and x.isnan().any() for x in batch.tensors):
         raise InputError(f"{name}: holds NaN")
     # Tensors from inference mode have no version counter, which shows later whether they were written to.
     return batch.map(lambda x: x.clone() if x.is_inference() else x)

@@ -152,7 +152,7 @@ def _from_hub(dataset: str, split: Split, records: Records) -> Text:
 
     name, detail, part = NAMED.get((dataset, split), (dataset, "", None))
     if detail.endswith(".gz"):
-        options: dict[str, Any] = {"data_files": {part: detail}, "streaming": True}
+        options = {"data_files": {part: detail}, "streaming": True}
     else:
         # A configuration is so small that `datasets` may cache it, for later runs without a network.
         options = {"name": detail} if detail else {"streaming": True}

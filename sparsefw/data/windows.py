@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsefw.data.batches import Batch, token_batch
+from sparsefw.data.batches import Batch, Batches, token_batch
 from sparsefw.data.records import Records
 from sparsefw.data.text import is_own, read_text
 from sparsefw.data.tokens import Tokenizer, start_tokens, tokens_of
@@ -74,6 +74,9 @@ class Windows:
         """Split the windows into micro-batches of `size` windows; the last one may have fewer."""
         return map(token_batch, self.ids.split(size)) if self.n else iter(())
 
+
+# Samples that run through a model: windows of tokens, or a caller's batches.
+Samples = Windows | Batches
 
 # Has the model write calibration windows itself. Its arguments are the tokenizer, the tokens of a window, and the
 # number of windows.

@@ -4,6 +4,7 @@ If layers approximate the dense model's outputs, the calibration windows also ru
 is pruned stage by stage: the inputs of later layers are measured after earlier layers are pruned.
 """
 
+import itertools
 import math
 from collections.abc import Container, Iterable
 from dataclasses import replace
@@ -24,7 +25,7 @@ from sparsefw.model.measure import Captured, Pair, capture, measure
 from sparsefw.model.partial_forward import INPUT
 from sparsefw.model.stages import stages, survey
 from sparsefw.model.swap import DenseBlock
-from sparsefw.ranks import DONE, Handle
+from sparsefw.ranks import Handle
 from sparsefw.report import log
 from sparsefw.selection import without_index
 from sparsefw.solver.layer import LayerResult, prune_layers
@@ -84,7 +85,9 @@ def measure_stage(
             pair = Pair(i, states, dense[1], dense[0], experts)
             keep = _is_kept(run, stage)
             measured = measure(stage, pair, backend=backend, selected=selected, keep=keep, passing=held_out)
-        measured = _combined(run, i, measured)
+        measured = combine(run.model.blocks[i], measured, run.ranks, experts)
+        if not measured.layers and not measured.ignored:
+            raise InputError(f"{run.model.names[i]}: unsupported model: no matrix of this block was seen in a product")
         if stage is None:
             _check_known(run, i, measured.ignored)
         # The solve allocates tensors of other sizes, which do not fit into the memory that micro-batches have freed.
@@ -127,7 +130,7 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
     timeline, ranks = run.model.timeline, run.ranks
     results = dict[str, LayerResult]()
     solves = find_solves(captured, method, run.config, ranks, run.of(i).expert_names)
-    arriving = dict[str, Handle]()
+    arriving = dict[str, list[Handle]]()
     if not ranks.alone:
         with timeline.span("exchange", i):
             arriving = add_up(captured, solves, ranks, run.config.backend)
@@ -140,7 +143,8 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
             parts = [*zip(solve.layers, solve.rows(ranks), strict=True)]
             with timeline.span("solve", i):
                 for layer in solve.layers:
-                    arriving.pop(layer.name, DONE).wait()
+                    for handle in arriving.pop(layer.name, ()):
+                        handle.wait()
                 solved = prune_layers(
                     [(f"{run.model.names[i]}.{layer.name}", layer.weight[rows]) for layer, rows in parts],
                     captured.grams[solve.gram],
@@ -156,7 +160,7 @@ def solve(run: Run, i: int, captured: Captured, method: str) -> list[LayerResult
             captured.grams.pop(solve.gram, None)
     if not ranks.alone:
         with timeline.span("exchange", i):
-            for handle in arriving.values():
+            for handle in itertools.chain(*arriving.values()):
                 # Waits also for matrices that other ranks need, as their memory is reused after this.
                 handle.wait()
             results = exchange(solves, results, ranks)
@@ -230,18 +234,6 @@ def _surveyed(run: Run, i: int, states: HiddenStates) -> list[Stage]:
             f"{run.model.names[i]}: unsupported model: windows on other ranks make other calls in it; use one rank"
         )
     return found
-
-
-def _combined(run: Run, i: int, captured: Captured) -> Captured:
-    """Add the layers that only other ranks have seen.
-
-    Raises:
-        InputError: no rank has seen a layer in the block.
-    """
-    captured = combine(run.model.blocks[i], captured, run.ranks, run.of(i).expert_names)
-    if not captured.layers and not captured.ignored:
-        raise InputError(f"{run.model.names[i]}: unsupported model: no matrix of this block was seen in a product")
-    return captured
 
 
 def _check_known(run: Run, i: int, unselected: Iterable[str]) -> None:

@@ -38,7 +38,7 @@ from sparsefw.memory import trim_memory
 from sparsefw.model.activations import Store
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import embed_batches
-from sparsefw.model.gradients import SliceGradients, deterministic, refused
+from sparsefw.model.gradients import SliceGradients, deterministic, with_same_bits
 from sparsefw.model.head import add_divergence, logits_of_batch
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.solver.kept_weights import KeptWeights
@@ -178,9 +178,11 @@ def _fit(
         return torch.stack(each).mean().item()
 
     trial = partial(_step, model, states, 0, held_out[0], weights, rate=0.0, trial=True)
-    varies = _operation_that_varies(trial)
+    # A trial, because a real step that fails cannot be repeated: it moves weights during the backward.
+    varies = list[str]()
+    with_same_bits(trial, varies)
     if varies:
-        run.say(f"another run may give other bits: {varies}")
+        run.say(f"another run may give other bits: {varies[0]}")
     with deterministic(refuse=not varies):
         # The first trial also loads what all steps use. A number on the host waits for all that the GPU has to do.
         began = time.perf_counter()
@@ -278,21 +280,6 @@ def _with_dense(run: Run, batches: Iterator[Batch]) -> Iterator[tuple[HiddenStat
             yield states, j, batch
         states.close()
         trim_memory()
-
-
-def _operation_that_varies(trial: Callable[[], object]) -> str:
-    """Name an operation of a step that may give other bits in another run; empty if there is no such operation.
-
-    This needs a trial, because a real step that fails cannot be repeated: it moves weights during the backward.
-    """
-    try:
-        with deterministic():
-            trial()
-    except (InputError, RuntimeError) as error:
-        if operation := refused(error):
-            return operation
-        raise
-    return ""
 
 
 def _step(

@@ -6,19 +6,19 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparsefw.checkpoint.files import convert
+from sparsefw.checkpoint.tensors import Tensors
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.driver.job import Run
-from sparsefw.memory import on_gpu, peak_memory, release_pinned, trim_memory
+from sparsefw.memory import highest, on_gpu, peak_memory, release_pinned, trim_memory
 from sparsefw.report import log
 from sparsefw.report.content import BlockRecord
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import WRITE
 
 # Tensors of a block on the host, by method and then by their names in the checkpoint.
-TensorsByMethod = dict[str, dict[str, Tensor]]
+TensorsByMethod = dict[str, Tensors]
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Finished:
         # Repeats of blocks are not written. Repeats that follow the last finished block count as finished.
         begin = [*unique, count][len(self.blocks)]
         self.before, self.left = range(begin), range(begin, count)
-        pruned = [i for i in range(count) if run.selected(i)] or [0]
+        pruned = [*filter(run.selected, range(count))] or [0]
         self.first, self.last = pruned[0], pruned[-1]
         self._started = time.perf_counter()
         self._background = ThreadPoolExecutor(1)
@@ -103,7 +103,7 @@ class Finished:
     def report_again(self, i: int) -> None:
         """Report block i, which an unfinished run has finished."""
         model = self._run.model
-        self._run.say(log.block_row(model.names[i], i + 1, len(model.blocks)))
+        self._run.say(log.block_row(model.names, i))
         found = FinishedBlock.of(i, model.names[i])
         if i in model.unique_blocks:
             found = self.blocks[model.unique_blocks.index(i)]
@@ -120,25 +120,21 @@ class Finished:
         """
         run, model, ranks = self._run, self._run.model, self._run.ranks
         self._say(i, found)
-        if i not in model.unique_blocks:
-            self._on_block(found.block, found.layers)
-            return
-        written_here = self.is_written_here(i)
-        with model.timeline.span("wait", i):
-            if written_here:
-                self._wait()
-        peaks = ranks.gather(peak_memory())
-        measured: dict[str, Any] = {name: max(peak[name] for peak in peaks) for name in peaks[0]}
-        found.block = replace(found.block, seconds=model.timeline.seconds(i), **measured)
-        # Each rank writes some of the records. All of them have rank 0's values, since rank 0 makes the report.
-        found = ranks.broadcast_object(found)
-        if written_here:
-            cuda = model.device.type == "cuda"
-            copied = torch.cuda.current_stream(model.device).record_event() if cuda else None
-            self._written = self._background.submit(self._write, i, tensors, found, copied)
-            if not run.placement.ahead:
-                self._wait()
-        self.blocks.append(found)
+        if i in model.unique_blocks:
+            with model.timeline.span("wait", i):
+                if tensors:
+                    self._wait()
+            measured: dict[str, Any] = highest(*ranks.gather(peak_memory()))
+            found.block = replace(found.block, seconds=model.timeline.seconds(i), **measured)
+            # Each rank writes some of the records. All of them have rank 0's values, since rank 0 makes the report.
+            found = ranks.broadcast_object(found)
+            if tensors:
+                cuda = model.device.type == "cuda"
+                copied = torch.cuda.current_stream(model.device).record_event() if cuda else None
+                self._written = self._background.submit(self._write, i, tensors, found, copied)
+                if not run.placement.ahead:
+                    self._wait()
+            self.blocks.append(found)
         self._on_block(found.block, found.layers)
 
     def write_the_rest(self) -> None:
@@ -161,7 +157,7 @@ class Finished:
         else:
             left = max(0.0, (self.last - i) * (time.perf_counter() - self._started) / (i + 1 - first))
         model = self._run.model
-        self._run.say(log.block_row(model.names[i], i + 1, len(model.blocks), left, found.block.reconstruction))
+        self._run.say(log.block_row(model.names, i, left, found.block.reconstruction))
 
     def _wait(self) -> None:
         if self._written:

@@ -27,11 +27,11 @@ from sparsefw.checkpoint.source import (
     locate,
     matches,
 )
-from sparsefw.checkpoint.writer import Writer, copy_companions
+from sparsefw.checkpoint.writer import Describe, Writer, copy_companions
 from sparsefw.data.batches import Batch, Batches, bytes_of
 from sparsefw.driver.job import Job, Run
 from sparsefw.driver.resume import computes_in_fp32, resumed
-from sparsefw.driver.run import Describe, carry_out, settled
+from sparsefw.driver.run import carry_out, settled
 from sparsefw.driver.texts import Texts, read_texts, with_defaults
 from sparsefw.errors import InputError, errors_in_one_line, shown
 from sparsefw.estimate.profile import shape_of_resident, shape_of_text
@@ -137,16 +137,13 @@ def _settled(
         f"{opened.class_name} in memory",
         next(opened.model.parameters()).dtype,
         whole,
-        texts.calibration,
-        texts.evaluation,
-        texts.seqlen,
-        stream=texts.stream,
+        **vars(texts),
         notes=opened.notes,
         fingerprint=_fingerprint(dict(opened.model.named_buffers()) | tensors, getattr(opened.model, "config", None)),
         source=source,
     )
     saved = sum(tensor.nbytes for tensor in tensors.values()) if saves else 0
-    return settled(run, texts.generated, saved)
+    return settled(run, saved)
 
 
 def _tokens_without_padding(calibration: Batches, seqlen: int, notes: list[str]) -> int:
@@ -223,7 +220,7 @@ def save(model: nn.Module, folder: Path) -> None:
     Raises:
         InputError: the model cannot be written.
     """
-    own: Any = getattr(model, "save_pretrained", None)
+    own = getattr(model, "save_pretrained", None)
     # safetensors refuses tensors that are views of a larger one, as in models with one flat buffer. So they are copied.
     slots = [] if own else slots_of(model.named_modules())
     parts = [slot for slot in slots if slot.own.untyped_storage().nbytes() > slot.own.nbytes]

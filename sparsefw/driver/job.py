@@ -10,14 +10,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sparsefw import memory
-from sparsefw.data.batches import Batches
-from sparsefw.data.windows import Windows, WindowStream
+from sparsefw.data.windows import Samples, WindowStream
 from sparsefw.errors import Say
 from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.estimate.placement import RecoveryPlan, memory_limits
 from sparsefw.estimate.shapes import BlockShape, ModelShape
 from sparsefw.estimate.workload import Workload, process_bytes
 from sparsefw.inputs import Inputs, Output
+from sparsefw.memory import Limits
 from sparsefw.model.activations import Placement
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.stages import SplitFailures
@@ -25,9 +25,6 @@ from sparsefw.ranks import ALONE, Ranks
 from sparsefw.report.content import Report
 from sparsefw.report.log import Shown
 from sparsefw.solver.config import PruneConfig
-
-# Samples that run through a model: windows of tokens, or a caller's batches.
-Samples = Windows | Batches
 
 # Writes report.html and the model card. Arguments: the report, the output's folder, the source's folder, a function
 # that logs a line, and the folder to write to, which is later moved to the output's folder.
@@ -85,6 +82,7 @@ class Run:
         fingerprint: digest of the model. A resumed run must have a model with the same digest.
         stream: the windows that follow the calibration windows; None: the calibration uses batches, or there are
             several ranks.
+        generated: number of windows that the model generates in one batch; 0: it generates no text.
         files: sizes and times of the checkpoint's files, which a resumed run compares; empty for a model in memory, and
             on all ranks but the first.
         source: folder with the model's config, tokenizer and model card; None: the model has no folder.
@@ -108,9 +106,10 @@ class Run:
     notes: list[str]
     fingerprint: str
     stream: WindowStream | None = None
+    generated: int = 0
     files: dict[str, Any] = field(default_factory=dict)
     source: Path | None = None
-    limits: dict[str, int] = field(default_factory=dict)
+    limits: Limits = field(default_factory=dict)
     placement: Placement = field(default_factory=partial(Placement, 1))
     needs: MemoryNeeds = field(default_factory=partial(MemoryNeeds, {}))
     recovery: RecoveryPlan = field(default_factory=RecoveryPlan)
@@ -141,7 +140,7 @@ class Run:
         return frozenset(self.shape.names_by_block[i][1])
 
 
-def limits_of(job: Job, model: BlockModel) -> dict[str, int]:
+def limits_of(job: Job, model: BlockModel) -> Limits:
     """Find the memory limits of a run in bytes: "host", and with a GPU "gpu"."""
     free = memory.free_memory(model.device, job.ranks.here)
     return memory_limits(job.output.gpu_memory, job.output.host_memory, free, job.ranks)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsefw.errors import InputError
 from sparsefw.kernels.backend import Backend
-from sparsefw.model.layers import Layer, is_expert, layer_of
+from sparsefw.model.layers import Experts, Layer, is_expert, layer_of
 from sparsefw.model.measure import Captured
 from sparsefw.ranks import Handle, Ranks, balanced, shares
 from sparsefw.solver.config import PruneConfig
@@ -61,9 +61,7 @@ class Solve:
         return self.parts(ranks)[ranks.number] if self.owner is None else [slice(None)] * len(self.layers)
 
 
-def find_solves(
-    captured: Captured, method: str, config: PruneConfig, ranks: Ranks, experts: frozenset[str]
-) -> list[Solve]:
+def find_solves(captured: Captured, method: str, config: PruneConfig, ranks: Ranks, experts: Experts) -> list[Solve]:
     """Group the layers of a block into solves, in the order in which the block uses them; `experts` as for `kind_of`.
 
     Each layer whose rows depend on each other is a solve by itself.
@@ -82,7 +80,7 @@ def find_solves(
     return solves
 
 
-def combine(block: nn.Module, captured: Captured, ranks: Ranks, experts: frozenset[str]) -> Captured:
+def combine(block: nn.Module, captured: Captured, ranks: Ranks, experts: Experts) -> Captured:
     """Add the layers that only other ranks have seen, with Gram matrices of zeros; `experts` as for `kind_of`.
 
     A router sends each token to few experts, so ranks may see different experts.
@@ -104,15 +102,14 @@ def combine(block: nn.Module, captured: Captured, ranks: Ranks, experts: frozens
         own_layers.get(name) or layer_of(block, name, gram, shape, transposed)
         for name, (gram, _, shape, transposed) in descriptions.items()
     ]
-    grams = dict(captured.grams)
     for layer in layers:
-        if layer.gram not in grams:
+        if layer.gram not in captured.grams:
             d = layer.weight.shape[1]
-            grams[layer.gram] = torch.zeros(d, d, dtype=torch.float32, device=layer.weight.device)
-    return Captured(layers, grams, captured.crosses, captured.ignored)
+            captured.grams[layer.gram] = torch.zeros(d, d, dtype=torch.float32, device=layer.weight.device)
+    return replace(captured, layers=layers)
 
 
-def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backend) -> dict[str, Handle]:
+def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backend) -> dict[str, list[Handle]]:
     """Sum Gram and cross matrices over all ranks, in place, on the ranks that need them.
 
     Other ranks drop the Gram matrices that they do not need.
@@ -132,10 +129,10 @@ def add_up(captured: Captured, solves: list[Solve], ranks: Ranks, backend: Backe
     return handles
 
 
-def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> dict[str, Handle]:
+def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> dict[str, list[Handle]]:
     """Begin to sum the cross matrices. If rows are divided among ranks, each rank gets the sums of its own rows."""
-    begun: dict[int, Handle] = {}
-    handles: dict[str, Handle] = {}
+    begun: dict[int, list[Handle]] = {}
+    handles: dict[str, list[Handle]] = {}
     for solve in solves:
         parts = zip(*solve.parts(ranks), strict=True)
         for layer, rows_of_ranks in zip(solve.layers, parts, strict=True):
@@ -147,13 +144,11 @@ def _add_up_crosses(captured: Captured, solves: list[Solve], ranks: Ranks) -> di
             if id(matrix) not in begun:
                 owners = {other.owner for other in solves if other.gram == solve.gram}
                 if solve.owner is not None and (len(owners) == 1 or cross.of != "inputs"):
-                    begun[id(matrix)] = ranks.reduce(solve.owner, matrix)
+                    begun[id(matrix)] = [ranks.reduce(solve.owner, matrix)]
                 elif cross.of == "inputs":
-                    begun[id(matrix)] = ranks.all_reduce(matrix)
+                    begun[id(matrix)] = [ranks.all_reduce(matrix)]
                 else:
-                    begun[id(matrix)] = Handle.of_all(
-                        ranks.reduce(n, matrix[rows]) for n, rows in enumerate(rows_of_ranks)
-                    )
+                    begun[id(matrix)] = [ranks.reduce(n, matrix[rows]) for n, rows in enumerate(rows_of_ranks)]
             handles[layer.name] = begun[id(matrix)]
     return handles
 

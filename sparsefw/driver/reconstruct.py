@@ -13,11 +13,10 @@ as the block that gives the first token its large hidden state.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from sparsefw.estimate.steps import tokens_and_steps
 from sparsefw.memory import trim_memory
 from sparsefw.model.activations import split_batches
 from sparsefw.model.block_model import BlockModel
-from sparsefw.model.gradients import SliceGradients, deterministic, refused
+from sparsefw.model.gradients import SliceGradients, with_same_bits
 from sparsefw.model.head import divergence, logits_are_tokenwise, tokens_of_pass
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.layers import layer_of
@@ -39,8 +38,6 @@ from sparsefw.report.content import HIDDEN, PREDICTIONS, Reconstruction
 from sparsefw.selection import without_index
 from sparsefw.solver.kept_weights import KeptWeights
 from sparsefw.solver.layer import LayerResult
-
-T = TypeVar("T")
 
 # The rate of a round's first step, see `kept_weights`. It falls to 0 along half a period of a cosine.
 RATE = 0.16
@@ -214,7 +211,7 @@ class BlockFit:
     def loss(self) -> float:
         """Compute the mean loss of a token over the held-out micro-batches of all ranks."""
         some = 0 if self.hidden_first else None
-        losses = self._with_same_bits(lambda: [self.loss_of(j, some) for j in self.held_out])
+        losses = with_same_bits(lambda: [self.loss_of(j, some) for j in self.held_out], self.varies)
         gathered = self.run.ranks.gather((sum(x.item() for x, *_ in losses), sum(tokens for _, tokens, _ in losses)))
         return sum(loss for loss, _ in gathered) / sum(tokens for _, tokens in gathered)
 
@@ -238,7 +235,7 @@ class BlockFit:
             # Steps take the micro-batches in order, as the windows were drawn at random.
             of_pass, n = divmod(step, len(fitted.steps[0]))
             add_gradients = partial(fitted.add_gradients, n, of_pass, weights.parameters)
-            fitted._with_same_bits(add_gradients, weights.parameters)
+            with_same_bits(add_gradients, self.varies, weights.parameters)
             for handle in [self.run.ranks.all_reduce(gradient) for gradient in weights.gradients()]:
                 handle.wait()
             weights.step(rate * (1 + math.cos(math.pi * step / steps)) / 2)
@@ -276,26 +273,6 @@ class BlockFit:
             some = tokens_of_pass(of_pass, self.every)
             ids, out, target = ids[:, some], out[:, some], target[:, some]
         return divergence(self.run.model, ids, out, target), target.shape[:-1].numel(), target.shape[-1]
-
-    def _with_same_bits(self, work: Callable[[], T], parameters: Sequence[nn.Parameter] = ()) -> T:
-        """Call `work` with algorithms that give the same bits in every run, and return its result.
-
-        torch refuses an operation that has no such algorithm. Then the gradients of `parameters` are dropped, and
-        `work` is called again with any algorithm.
-        """
-        if not self.varies:
-            try:
-                with deterministic():
-                    return work()
-            except (InputError, RuntimeError) as error:
-                operation = refused(error)
-                if not operation:
-                    raise
-                self.varies.append(operation)
-                for parameter in parameters:
-                    parameter.grad = None
-        with deterministic(refuse=False):
-            return work()
 
     def add_gradients(self, j: int, of_pass: int, parameters: list[nn.Parameter]) -> None:
         """Add the gradients of the loss of micro-batch j of `steps` in pass `of_pass` of a round.

@@ -24,7 +24,7 @@ from sparsefw.errors import InputError, first_line, option
 from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.estimate.placement import RecoveryPlan, notes_of_recovery, plan_recovery
 from sparsefw.estimate.workload import Workload
-from sparsefw.memory import gpu_limited, is_full, peak_memory, trim_memory
+from sparsefw.memory import gpu_limited, highest, is_full, peak_memory, trim_memory
 from sparsefw.model.forward import embed_batches
 from sparsefw.model.head import perplexity
 from sparsefw.report import content
@@ -127,7 +127,7 @@ def recover(run: Run, writer: Writer, report: content.Report) -> content.Report:
         # It may fail at its very end, for example in an evaluation.
         writer.drop(writer.shards)
         report = _noted(run, report, f"no recovery of the whole model: {first_line(error)}")
-    peak = {what: max(n, report.peak_memory[what]) for what, n in peak_memory().items()}
+    peak = highest(peak_memory(), report.peak_memory)
     seconds = report.seconds | {"recover": time.perf_counter() - started}
     # The report of an output that is recovered again has the arguments of its run.
     own = {"recover": run.config.recover, "hours": run.job.output.hours}

@@ -4,14 +4,13 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from sparsefw import arithmetic, memory
 from sparsefw.checkpoint.files import check_output, durably
 from sparsefw.checkpoint.source import fingerprint, inspect, note_of_others, stamps
-from sparsefw.checkpoint.writer import Writer
+from sparsefw.checkpoint.writer import Describe, Writer
 from sparsefw.data.batches import Batches
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.windows import Windows
@@ -30,10 +29,7 @@ from sparsefw.estimate.steps import reconstruction_line, reconstruction_steps
 from sparsefw.estimate.workload import pruned_shape
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.report import content, log
-from sparsefw.timeline import of_rank
-
-# Writes report.html and the model card into a folder; None: neither is written.
-Describe = Callable[[Path], None] | None
+from sparsefw.timeline import MAIN
 
 
 def run_job(job: Job) -> content.Report:
@@ -56,24 +52,20 @@ def run_job(job: Job) -> content.Report:
             job.inputs.model,
             source.dtype,
             whole,
-            texts.calibration,
-            texts.evaluation,
-            texts.seqlen,
-            stream=texts.stream,
+            **vars(texts),
             notes=model.notes + note_of_others(source.folder),
             fingerprint=fingerprint(source),
             files=stamps(source) if job.ranks.first else {},
             source=job.folder,
         )
-        return carry_out(settled(run, texts.generated), Writer.finish)
+        return carry_out(settled(run), Writer.finish)
 
 
-def settled(run: Run, generated: int, saved: int = 0) -> Run:
+def settled(run: Run, saved: int = 0) -> Run:
     """Settle the arithmetic and the placement of a run, and log what it prunes.
 
     Args:
         run: the run; its shape has all prunable layers.
-        generated: number of calibration windows that the model has generated in one batch; 0: it has generated no text.
         saved: bytes that the run writes at its end, while the finished blocks are still on the disk.
 
     Raises:
@@ -88,7 +80,7 @@ def settled(run: Run, generated: int, saved: int = 0) -> Run:
     batches = {"batch": 1} if isinstance(run.calibration, Batches) else {}
     chosen = batches | job.begun.get("chosen", {})
     placement = place(shape, workload, limits, job.output.folder.resolve().parent, fixed=chosen)
-    needs = memory_needs(shape, replace(workload, generated=generated), placement)
+    needs = memory_needs(shape, replace(workload, generated=run.generated), placement)
     run = replace(run, shape=shape, limits=limits, placement=placement, needs=needs, rounded=rounded)
     run = settle_recovery(run, workload)
     if run.stream and run.config.recover == 0:
@@ -208,7 +200,7 @@ def _report(run: Run, outcome: Outcome) -> content.Report:
     arguments = asdict(job.inputs) | {"seqlen": run.seqlen} | asdict(job.config) | asdict(job.output)
     arguments["output"] = str(arguments.pop("folder"))
     blocks = [finished.block for finished in outcome.finished]
-    peak = {what: max(record.peak_memory[what] for record in records) for what in own_record.peak_memory}
+    peak = memory.highest(*(record.peak_memory for record in records))
     return content.Report(
         arguments=arguments,
         given=job.given,
@@ -225,9 +217,15 @@ def _report(run: Run, outcome: Outcome) -> content.Report:
         kept_dense=[name for finished in outcome.finished for name in finished.kept_dense] + outcome.unused,
         seconds=seconds,
         blocks=blocks,
+        # The main lanes of other ranks are named after the ranks.
         timeline=timelines[0]
-        + [span for number, spans in enumerate(timelines[1:], 1) for span in of_rank(spans, number)],
-        peak_memory={what: max(n, *(getattr(block, what) for block in blocks)) for what, n in peak.items()},
+        + [
+            replace(span, lane=f"rank {number}")
+            for number, spans in enumerate(timelines[1:], 1)
+            for span in spans
+            if span.lane == MAIN
+        ],
+        peak_memory=memory.highest(peak, *map(vars, blocks)),
         memory=content.MemoryRecord(
             limits=run.limits,
             expected={what: getattr(run.needs, what) for what in run.limits},

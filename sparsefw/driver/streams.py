@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsefw.data.windows import Windows
+from sparsefw.data.windows import Samples, Windows
 from sparsefw.driver.block import kept_dense, tensors_of
 from sparsefw.driver.finished import FinishedBlock, TensorsByMethod
-from sparsefw.driver.job import Run, Samples
+from sparsefw.driver.job import Run
 from sparsefw.model.forward import embed_batches
 from sparsefw.model.head import perplexity
 from sparsefw.model.hidden_states import HiddenStates

@@ -11,9 +11,9 @@ from sparsefw.checkpoint.writer import Writer
 from sparsefw.data import windows
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.tokens import Tokenizer, load_tokenizer
-from sparsefw.data.windows import Generate, Windows, WindowStream
+from sparsefw.data.windows import Generate, Samples, Windows, WindowStream
 from sparsefw.driver import generation
-from sparsefw.driver.job import Job, Samples, limits_of, workload_of
+from sparsefw.driver.job import Job, limits_of, workload_of
 from sparsefw.errors import InputError, option
 from sparsefw.estimate.placement import generation_batch, place
 from sparsefw.estimate.shapes import ModelShape

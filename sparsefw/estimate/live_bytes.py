@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from sparsefw.model.tape import tensors_in
 
 # Tokens of the two windows: enough for every kind of attention, and few enough to take little memory.
 FEW, MORE = 8, 12
@@ -55,10 +55,10 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
+        before = {x.untyped_storage()._cdata for x in tensors_in((args, kwargs))}
+        for x in tensors_in(out):
             # Views and in-place results share the storage of an argument, so they allocate nothing.
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in before:
+            if x.untyped_storage()._cdata not in before:
                 self.add(x.untyped_storage())
         return out
 

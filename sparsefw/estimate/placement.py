@@ -14,6 +14,7 @@ from sparsefw.estimate.memory import GIB, MemoryNeeds, kept_widths, memory_needs
 from sparsefw.estimate.shapes import ModelShape
 from sparsefw.estimate.workload import Workload
 from sparsefw.inputs import Inputs
+from sparsefw.memory import Limits
 from sparsefw.model.activations import BATCH_TOKENS, HELD_OUT, LEAST_STEPS, PLACES, SOLVER, Placement
 from sparsefw.ranks import ALONE, Ranks
 from sparsefw.solver.config import default_recovery
@@ -29,9 +30,7 @@ LEAST_TOKENS = 256
 MOST_GENERATED = 64
 
 
-def memory_limits(
-    gpu_memory: float | None, host_memory: float | None, free: dict[str, int], ranks: Ranks = ALONE
-) -> dict[str, int]:
+def memory_limits(gpu_memory: float | None, host_memory: float | None, free: Limits, ranks: Ranks = ALONE) -> Limits:
     """Find the memory limits of a process in bytes: "host", and with a GPU "gpu". All ranks get the lowest limits.
 
     Args:
@@ -58,7 +57,7 @@ def memory_limits(
 def place(
     shape: ModelShape,
     workload: Workload,
-    limits: dict[str, int],
+    limits: Limits,
     folder: Path | None = None,
     fixed: dict[str, Any] | None = None,
 ) -> Placement:
@@ -105,7 +104,7 @@ class RecoveryPlan:
 
 
 def plan_recovery(
-    shape: ModelShape, workload: Workload, limits: dict[str, int], divides: bool = True, longest: int | None = None
+    shape: ModelShape, workload: Workload, limits: Limits, divides: bool = True, longest: int | None = None
 ) -> RecoveryPlan:
     """Plan the recovery of a run, in the longest windows that fit the memory limits.
 
@@ -144,7 +143,7 @@ def notes_of_recovery(plan: RecoveryPlan, recover: int | None, hours: float | No
     return [f"no recovery of the whole model: {plan.refused}"]
 
 
-def generation_batch(shape: ModelShape, workload: Workload, limits: dict[str, int], inputs: Inputs) -> int:
+def generation_batch(shape: ModelShape, workload: Workload, limits: Limits, inputs: Inputs) -> int:
     """Choose how many windows of calibration text the dense model generates in a batch; 0: it generates no text.
 
     Raises:
@@ -164,12 +163,12 @@ def generation_batch(shape: ModelShape, workload: Workload, limits: dict[str, in
         batch //= 2
 
 
-def fits(needs: MemoryNeeds, limits: dict[str, int]) -> bool:
+def fits(needs: MemoryNeeds, limits: Limits) -> bool:
     """Tell whether the peaks of a run stay within its limits."""
     return needs.gpu <= limits.get("gpu", 0) and needs.host <= limits["host"]
 
 
-def too_little(tried: Sequence[MemoryNeeds], limits: dict[str, int], remedy: str, ranks_here: int = 1) -> InputError:
+def too_little(tried: Sequence[MemoryNeeds], limits: Limits, remedy: str, ranks_here: int = 1) -> InputError:
     """Make the error for limits that are too low. It names the smallest limit that could be enough.
 
     Args:
@@ -223,8 +222,11 @@ def _placements(shape: ModelShape, workload: Workload, folder: Path | None, fixe
         Placement(folder=folder, **dict(zip(choices, values, strict=True))) for values in product(*choices.values())
     ]
     # Inputs are not kept in a file: reading one from the disk is no faster than computing it again.
-    found = [x for x in found if x.place != "file" or not x.kept_width]
-    found = [replace(x, step=step if divided and step < x.batch else 0) for x in found]
+    found = [
+        replace(x, step=step if divided and step < x.batch else 0)
+        for x in found
+        if x.place != "file" or not x.kept_width
+    ]
     few = max(1, BUSY_TOKENS // workload.seqlen)
 
     def cost(x: Placement) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsefw.checkpoint.source import Checkpoint
-from sparsefw.checkpoint.tensors import TensorInfo
+from sparsefw.checkpoint.tensors import Infos, Tensors
 from sparsefw.data.batches import Batch
 from sparsefw.errors import InputError
 from sparsefw.estimate.live_bytes import FEW, MORE, LinearCount, count_forward
@@ -25,7 +25,7 @@ from sparsefw.model.experts import choose_all_over, experts_of, find_no_layers, 
 from sparsefw.model.find_layers import record_block
 from sparsefw.model.forward import embed, embed_batches
 from sparsefw.model.hidden_states import HiddenStates
-from sparsefw.model.layers import Layer, is_expert, kind_of, slices_of
+from sparsefw.model.layers import Experts, Layer, is_expert, kind_of, slices_of
 from sparsefw.model.partial_forward import INPUT
 from sparsefw.model.skeleton import attention_implementation
 from sparsefw.model.stages import survey_tape, without_failed_split
@@ -34,7 +34,7 @@ from sparsefw.model.tape import Calls
 from sparsefw.selection import without_index
 
 
-def zeros(tensors: dict[str, TensorInfo], pin: bool = False) -> dict[str, Tensor]:
+def zeros(tensors: Infos, pin: bool = False) -> Tensors:
     """Make tensors of zeros in place of `checkpoint.read_tensors`. They take no memory until they are written to."""
     return {
         name: torch.from_numpy(np.zeros(info.nbytes, np.uint8)).view(info.dtype).view(info.shape)
@@ -266,7 +266,7 @@ def _cut_unevenly(layers: list[Layer]) -> set[str]:
     return {layer.name for layer in layers if len(sizes[without_index(layer.name)]) > 1}
 
 
-def _names_by_kind(block: nn.Module, first: dict[str, Layer], experts: frozenset[str]) -> dict[str, list[str]]:
+def _names_by_kind(block: nn.Module, first: dict[str, Layer], experts: Experts) -> dict[str, list[str]]:
     """List the names of all layers of each kind, including experts that no token has reached.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from sparsefw.estimate.live_bytes import NOTHING, LinearCount
-from sparsefw.model.layers import Role, by_input, kind_of
+from sparsefw.model.layers import Experts, Role, by_input, kind_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class BlockShape:
     all_layers: tuple[LayerShape, ...]
     seen: frozenset[str] = frozenset()
     predicts: bool = False
-    expert_names: frozenset[str] = frozenset()
+    expert_names: Experts = frozenset()
     live: tuple[LinearCount, ...] = ()
     allocated: LinearCount = NOTHING
 

@@ -174,8 +174,8 @@ def _check_models(folder: Path, model: StreamedModel, source: Checkpoint) -> Non
     """Refuse checkpoints of two different models, and models that do not predict tokens."""
     if model.runs is not model.model or not model.logits_itemsize:
         raise InputError(f"{folder}: unsupported model: {model.class_name} predicts no tokens of a text")
-    shapes = ({name: x.shape for name, x in infos.items()} for infos in (model.infos, source.tensors))
-    alike = len({tuple(sorted(of.items())) for of in shapes}) == 1
+    dense, pruned = ({name: x.shape for name, x in infos.items()} for infos in (model.infos, source.tensors))
+    alike = dense == pruned
     for piece in model.pieces if alike else ():
         # Tensors outside of the blocks are never pruned, so they must be equal.
         written = read_tensors({name: source.tensors[name] for name in piece})

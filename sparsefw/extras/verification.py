@@ -245,25 +245,19 @@ class _Model:
         # A run on batches prunes any model in memory, even if its class is not from transformers.
         batches = report.arguments["dataset"] == (BATCHES,)
         config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-        if batches and not has_class(config.get("architectures")):
-            # Without a class of transformers, the names in the files are taken as the names in the model.
-            self._skeleton, self._tensors, self.dtype = None, tensors_in(folder), None
-            parameter_of, self.unused = {name: name for name in self._tensors}, set[str]()
-        else:
-            found = inspect(folder)
-            self._skeleton, self._tensors, self.dtype = (
-                build(found, as_named=batches or report.in_memory),
-                found.tensors,
-                found.dtype,
-            )
-            parameter_of = {name: self._skeleton.goes_into.get(name, name) for name in self._tensors}
-            self.unused = {*self._skeleton.unused}
-        model = self._skeleton.model if self._skeleton else None
-        self._buffers = {name for name, _ in model.named_buffers()} if model else set[str]()
-        self.tied = {*model.all_tied_weights_keys} if model else set[str]()
+        found = None if batches and not has_class(config.get("architectures")) else inspect(folder)
+        # Without a class of transformers, the names in the files are taken as the names in the model.
+        self._tensors = found.tensors if found else tensors_in(folder)
+        self.dtype = found.dtype if found else None
+        self._skeleton = build(found, as_named=batches or report.in_memory) if found else None
+        self.unused, self._buffers, self.tied, goes_into = set[str](), set[str](), set[str](), dict[str, str]()
+        if self._skeleton:
+            model, goes_into, self.unused = self._skeleton.model, self._skeleton.goes_into, {*self._skeleton.unused}
+            self._buffers, self.tied = {name for name, _ in model.named_buffers()}, {*model.all_tied_weights_keys}
         blocks = {block.name for block in report.blocks}
         self.groups: dict[str, list[str]] = defaultdict(list)
-        for name, parameter in parameter_of.items():
+        for name in self._tensors:
+            parameter = goes_into.get(name, name)
             self.groups[block_of(parameter, blocks) or parameter].append(name)
 
     def passes_over(self, name: str) -> bool:
@@ -367,7 +361,7 @@ def _check_layer(verdict: Verdict, report: Report, layer: LayerResult, after: Te
 def _over_budget(mask: Tensor, width: int, most: int) -> str:
     """Say how many budgets of `width` entries have more than `most` set entries; empty if no budget has."""
     over = mask.reshape(-1, width).sum(1) > most
-    return f"{int(over.sum())} of {len(over)} budgets" if bool(over.any()) else ""
+    return f"{int(over.sum())} of {len(over)} budgets" if over.any() else ""
 
 
 def _other_form(after: Tensor, before: Tensor | None) -> str:
@@ -385,8 +379,8 @@ def _difference(after: Tensor, before: Tensor | None) -> str:
     if before is None or other:
         return other
     differ = _bits(after) != _bits(before)
-    return f"{int(differ.sum())} of {differ.numel()} values differ" if bool(differ.any()) else ""
+    return f"{int(differ.sum())} of {differ.numel()} values differ" if differ.any() else ""
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(BITS[tensor.element_size()])
+    return tensor.contiguous().view(BITS[tensor.itemsize])

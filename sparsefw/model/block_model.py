@@ -1,6 +1,6 @@
 """A model that runs one block at a time (`BlockModel`), and its variant for a model in memory (`ResidentModel`)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sparsefw import arithmetic
 from sparsefw.arithmetic import check_finite, computed, computes_in_fp32
 from sparsefw.caller import as_python
-from sparsefw.checkpoint.tensors import Loadable, dequantized
+from sparsefw.checkpoint.tensors import Loadables, Tensors, dequantized
 from sparsefw.data.batches import Batch
 from sparsefw.errors import InputError
 from sparsefw.memory import release_pinned, to_host
@@ -108,7 +108,7 @@ class BlockModel:
         self.after_blocks: dict[tuple[torch.Size, ...], Callable[[Tensor], Tensor] | None] = {}
         self._reader = ThreadPoolExecutor(1)
         # The block that is being read ahead.
-        self._next: tuple[int, Future[Mapping[str, Loadable]]] | None = None
+        self._next: tuple[int, Future[Loadables]] | None = None
         if self.device.type == "cuda":
             # Peaks are those since here.
             torch.cuda.reset_peak_memory_stats()
@@ -127,11 +127,11 @@ class BlockModel:
         """Turn any exception of the model's own code inside the `with` block into one line, see `stubs.explained`."""
         return explained(self.class_name, place, self.input_kind)
 
-    def read(self, i: int | None) -> Mapping[str, Loadable]:
+    def read(self, i: int | None) -> Loadables:
         """Read block i's tensors that are not in memory, by the names of `block_tensors`; i=None: outside of blocks."""
         return {}
 
-    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> MakeTensor:
+    def _make(self, i: int | None, tensors: Loadables) -> MakeTensor:
         """Return a function from a slot of block i to its tensor on the device. `tensors` is a result of `read`."""
         return lambda slot: dequantized(tensors.get(slot.path, slot.own)).detach().to(self.device, copy=True)
 
@@ -165,7 +165,7 @@ class BlockModel:
             self._next = i + 1, self._reader.submit(self._timed_read, i + 1)
         return block
 
-    def open_alone(self, i: int, tensors: Mapping[str, Loadable] | None = None) -> nn.Module:
+    def open_alone(self, i: int, tensors: Loadables | None = None) -> nn.Module:
         """Put block i on the device, without the check for NaN, and without reading the next block.
 
         `tensors` are weights by the names of `block_tensors`; None: the model's own weights.
@@ -173,7 +173,7 @@ class BlockModel:
         self._fill(i, self._timed_read(i) if tensors is None else tensors)
         return self.blocks[i]
 
-    def _fill(self, i: int | None, tensors: Mapping[str, Loadable]) -> list[TensorSlot]:
+    def _fill(self, i: int | None, tensors: Loadables) -> list[TensorSlot]:
         """Put weights into the slots of block i (None: outside of the blocks); return these slots."""
         if i not in self._open:
             self._open[i] = self._slots(i)
@@ -251,7 +251,7 @@ class BlockModel:
         """Whether the model's own weights are all on the device, and need no conversion to fp32."""
         return not any(is_copied(x, self.device, self.in_fp32) for x in self.model.parameters())
 
-    def block_tensors(self, i: int) -> dict[str, Tensor]:
+    def block_tensors(self, i: int) -> Tensors:
         """The parameters of the open block i on the host, by the names under which they are written.
 
         Parameters on a GPU are copied, see `to_host`. Opening the block again does not change the returned tensors.
@@ -263,11 +263,11 @@ class BlockModel:
         tensors = {slot.path: (slot.tensors[slot.name], slot.own.dtype) for slot in reversed(first.values())}
         return {path: to_host(x.detach().to(dtype)) for path, (x, dtype) in tensors.items()}
 
-    def other_tensors(self, names: list[str]) -> dict[str, Tensor]:
+    def other_tensors(self, names: list[str]) -> Tensors:
         """Read tensors outside of the blocks to the host; see `pieces`."""
         return {}
 
-    def _timed_read(self, i: int | None) -> Mapping[str, Loadable]:
+    def _timed_read(self, i: int | None) -> Loadables:
         with self.timeline.span("read", i, READ):
             return self.read(i)
 
@@ -349,7 +349,7 @@ class ResidentModel(BlockModel):
         # A block is always copied. Outside of the blocks, tensors on the device are used without a copy.
         return slots if i is not None else [slot for slot in slots if is_copied(slot.own, self.device, self.in_fp32)]
 
-    def changes(self, i: int, tensors: dict[str, Tensor]) -> dict[int, Tensor]:
+    def changes(self, i: int, tensors: Tensors) -> dict[int, Tensor]:
         """Return the new tensors of block i by the `id` of the caller's own. Shared parameters have not changed."""
         names = tensors.keys() - self.shared.names
         return {id(slot.own): tensors[slot.path] for slot in self._slots(i) if slot.path in names}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.model.find_layers import MIXING, BlockTape, Reading
+from sparsefw.model.layers import Experts
 from sparsefw.model.tape import Op, TapeValue, name_of
 
 # Names of functions that choose among the entries of a tensor.
@@ -35,7 +36,7 @@ _RAISING = {"float", "double", "type"}
 _NOTHING: frozenset[str] = frozenset()
 
 
-def experts_of(block: nn.Module) -> frozenset[str]:
+def experts_of(block: nn.Module) -> Experts:
     """Names of the modules in a block that look like experts: numbered modules that are alike.
 
     Modules are alike if their parameters have the same names. So the attention and the MLP of T5, which are numbered,
@@ -55,7 +56,7 @@ def experts_of(block: nn.Module) -> frozenset[str]:
     return frozenset(experts)
 
 
-def without_sequential_parts(experts: frozenset[str], tape: BlockTape) -> frozenset[str]:
+def without_sequential_parts(experts: Experts, tape: BlockTape) -> Experts:
     """Remove sequential parts from the names of modules that look like experts.
 
     The modules of a list are sequential parts if all are called, and all but one read outputs of modules in the list.
@@ -149,7 +150,7 @@ def find_no_layers(tape: BlockTape) -> frozenset[str]:
             raised.update(filter(None, [tape.names.locate(weight)[0]]))
         for name in indices.of(op.inputs) | (by_entry.of(op.inputs) if _chooses(op) else _NOTHING):
             uses[name].decides = True
-        products = tape.products.get(op.number, ())
+        products = tape.products[op.number]
         for product in products:
             name, use = product.layer.name, uses[product.layer.name]
             use.reads.update(by_entry.of([product.X]))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.model.layers import Layer
+from sparsefw.model.partial_forward import RunBlock
 from sparsefw.model.stubs import hidden_of
 from sparsefw.model.tape import Calls, Op, Tape, TapeValue, tensors_in
 
@@ -215,7 +216,7 @@ class BlockTape:
 
 def record_block(
     block: nn.Module,
-    run: Callable[[Tensor], Any],
+    run: RunBlock,
     hidden: Tensor,
     handed_on: Callable[[Any], Any] = lambda returned: (),
     modules: Collection[str] = (),
@@ -247,5 +248,5 @@ def record_block(
             returned = run(hidden)
     output = hidden_of(returned)
     given, made, *others = map(tape.value, tensors_in((hidden, output, handed_on(returned))))
-    products = {op.number: found for op in tape.ops if (found := products_of(op, names))}
+    products = {op.number: products_of(op, names) for op in tape.ops}
     return BlockTape(tape.ops, products, given, made, others, names, calls), output

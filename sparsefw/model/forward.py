@@ -21,7 +21,7 @@ from sparsefw.model.nested import ConstantRef, ValueRef, rebuilt
 from sparsefw.model.padding import unpadded_of
 from sparsefw.model.partial_forward import DIFFERS
 from sparsefw.model.stubs import BATCHES, Template, run_with_stubs
-from sparsefw.model.trace import Call, Trace, replay
+from sparsefw.model.trace import Call, Trace, Values, replay
 from sparsefw.model.tracer import Tracer
 
 
@@ -173,7 +173,7 @@ def _difference(model: BlockModel, batch: Batch, states: HiddenStates, trace: Tr
 
 
 def run_after_blocks(
-    model: BlockModel, batch: Batch, hidden: Tensor | None, others: dict[int, Tensor], tracer: Tracer | None = None
+    model: BlockModel, batch: Batch, hidden: Tensor | None, others: Values, tracer: Tracer | None = None
 ) -> Any:
     """Run the part of the model's forward that comes after the last block.
 

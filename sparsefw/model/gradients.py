@@ -11,13 +11,17 @@ attention and convolutions. For nearly all of these torch also has a determinist
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from sparsefw.errors import InputError
+
+T = TypeVar("T")
 
 # Functions that take one part of a tensor. A function that returns all parts, such as chunk, makes one gradient anyway.
 _TAKING = {Tensor.__getitem__, Tensor.select, Tensor.narrow, torch.select, torch.narrow}
@@ -92,6 +96,33 @@ def deterministic(refuse: bool = True) -> Iterator[None]:
         finally:
             torch.set_deterministic_debug_mode(mode)
             memory.fill_uninitialized_memory = fill
+
+
+def with_same_bits(work: Callable[[], T], varies: list[str], parameters: Iterable[nn.Parameter] = ()) -> T:
+    """Call a function with algorithms that give the same bits in every run, and return its result.
+
+    torch refuses an operation that has no such algorithm. Then the operation's name is appended to `varies`, the
+    gradients of the parameters are dropped, and the function is called again with any algorithm. If `varies` has a name
+    already, it is called with any algorithm at once.
+
+    Args:
+        work: the function. It must be possible to call it again after a failure.
+        varies: names of the operations that torch has refused so far.
+        parameters: parameters that get gradients.
+    """
+    if not varies:
+        try:
+            with deterministic():
+                return work()
+        except (InputError, RuntimeError) as error:
+            operation = refused(error)
+            if not operation:
+                raise
+            varies.append(operation)
+            for parameter in parameters:
+                parameter.grad = None
+    with deterministic(refuse=False):
+        return work()
 
 
 def refused(error: BaseException | None) -> str:

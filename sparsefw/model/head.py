@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from sparsefw.data.batches import Batch, Batches, token_batch
-from sparsefw.data.windows import Windows
+from sparsefw.data.windows import Samples
 from sparsefw.errors import InputError
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import logits_after_blocks, run_after_blocks
 from sparsefw.model.hidden_states import HiddenStates
 from sparsefw.model.tape import Calls
+from sparsefw.model.trace import Values
 from sparsefw.ranks import ALONE, Ranks
 
 # Number of logits in a piece, by type of device; a piece has at least one token. On a CPU a piece fits into the cache.
@@ -36,7 +37,7 @@ LOSSES = {F.cross_entropy, F.nll_loss, F.log_softmax, F.kl_div, F.mse_loss, F.l1
 LOSSES |= {F.binary_cross_entropy, F.binary_cross_entropy_with_logits}
 
 
-def perplexity(states: HiddenStates, samples: Windows | Batches, ranks: Ranks = ALONE) -> float:
+def perplexity(states: HiddenStates, samples: Samples, ranks: Ranks = ALONE) -> float:
     """exp of the mean loss (`window_losses`) over the windows of all ranks. Each rank has a part of the samples.
 
     Raises:
@@ -48,7 +49,7 @@ def perplexity(states: HiddenStates, samples: Windows | Batches, ranks: Ranks = 
 
 
 @torch.no_grad()
-def window_losses(states: HiddenStates, samples: Windows | Batches) -> list[list[float]]:
+def window_losses(states: HiddenStates, samples: Samples) -> list[list[float]]:
     """The losses of the windows, in a list for each micro-batch.
 
     The loss of a window is the mean negative log-likelihood of its predicted tokens. A caller's batch has one loss,
@@ -80,7 +81,7 @@ def window_losses(states: HiddenStates, samples: Windows | Batches) -> list[list
     return losses
 
 
-def _losses(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> list[float]:
+def _losses(model: BlockModel, ids: Tensor, hidden: Tensor, others: Values | None = None) -> list[float]:
     """Each window's mean negative log-likelihood of all its tokens but the first; arguments as for `logits`."""
     predictions = logits(model, ids, hidden, others)
     targets = ids[:, 1:].to(model.device)
@@ -121,7 +122,7 @@ def check_losses(model: BlockModel, batches: Iterable[Batch]) -> None:
             _own_loss(model, batch, j, None, {})
 
 
-def _own_loss(model: BlockModel, batch: Batch, j: int, hidden: Tensor | None, others: dict[int, Tensor]) -> Tensor:
+def _own_loss(model: BlockModel, batch: Batch, j: int, hidden: Tensor | None, others: Values) -> Tensor:
     """The loss that the model returns for batch j of the evaluation; other arguments as for `run_after_blocks`."""
     with Calls(_in_fp32):
         returned = run_after_blocks(model, batch, hidden, others)
@@ -134,7 +135,7 @@ def _own_loss(model: BlockModel, batch: Batch, j: int, hidden: Tensor | None, ot
     return value
 
 
-def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Tensor] | None = None) -> Any:
+def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: Values | None = None) -> Any:
     """Logits (batch, seqlen, vocabulary); None if the model returns no logits.
 
     Loads the weights outside of the blocks, unless the caller has entered `BlockModel.outside_loaded`.
@@ -148,7 +149,7 @@ def logits(model: BlockModel, ids: Tensor, hidden: Tensor, others: dict[int, Ten
     return logits_of_batch(model, token_batch(ids), hidden, others)
 
 
-def logits_of_batch(model: BlockModel, batch: Batch, hidden: Tensor, others: dict[int, Tensor] | None) -> Any:
+def logits_of_batch(model: BlockModel, batch: Batch, hidden: Tensor, others: Values | None) -> Any:
     """Logits of a batch, as `logits`."""
     with model.outside_loaded():
         if model.flow.by_window:

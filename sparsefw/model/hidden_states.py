@@ -18,7 +18,7 @@ from sparsefw.model.block_model import BlockModel
 from sparsefw.model.nested import ConstantRef, ObjectRef, ValueRef, leaves_of, outline, rebuilt, tensors_of
 from sparsefw.model.partial_forward import INPUT, UNSUPPORTED, Point, run_part
 from sparsefw.model.stubs import hidden_of
-from sparsefw.model.trace import Call, replay
+from sparsefw.model.trace import Call, Values, replay
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class HiddenStates:
         """(batch, seqlen) for micro-batch j in block i: true at tokens, false at padding; None: there is no padding."""
         return self.batches[j].calls[i].unpadded
 
-    def after_last(self, j: int) -> dict[int, Tensor]:
+    def after_last(self, j: int) -> Values:
         """The tensors of blocks that the forward reads after the last block for micro-batch j, by number.
 
         The last block's hidden states are not among them.

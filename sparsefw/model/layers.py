@@ -12,13 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsefw.model.partial_forward import INPUT, Point
-from sparsefw.selection import without_index
+from sparsefw.selection import INDEX, without_index
 
 # Dtypes of quantized weights: single bytes, or integers that pack several weights.
 QUANTIZED = {getattr(torch, name) for name in dir(torch) if re.match(r"u?int(8|16|32)$|float8", name)}
-
-# The index of a slice in a layer's name, such as "[3]".
-_SLICE = re.compile(r"\[\d+\]")
 
 
 @dataclass(frozen=True)
@@ -42,14 +39,18 @@ class Layer:
     transposed: bool = False
 
 
-def kind_of(name: str, experts: frozenset[str]) -> str:
+# Names of the modules in a block that may be experts.
+Experts = frozenset[str]
+
+
+def kind_of(name: str, experts: Experts) -> str:
     """A layer's name with "*" for an expert's index, so that it is the same for all experts.
 
     Args:
         name: the layer's name inside its block.
         experts: names of the modules that may be experts.
     """
-    parts = _SLICE.sub("*", name).split(".")
+    parts = INDEX.sub("*", name).split(".")
     starts = accumulate(parts, "{}.{}".format)
     return ".".join("*" if start in experts else part for part, start in zip(parts, starts, strict=True))
 
@@ -65,7 +66,7 @@ class ReadsInput(Protocol):
 L = TypeVar("L", bound=ReadsInput)
 
 
-def by_input(layers: Iterable[L], experts: frozenset[str] = frozenset()) -> dict[str, list[L]]:
+def by_input(layers: Iterable[L], experts: Experts = frozenset()) -> dict[str, list[L]]:
     """Group layers by the Gram matrix of their input, in the order of use. The layers of a group are a stage.
 
     Args:
@@ -78,7 +79,7 @@ def by_input(layers: Iterable[L], experts: frozenset[str] = frozenset()) -> dict
     return groups
 
 
-def is_expert(name: str, experts: frozenset[str]) -> bool:
+def is_expert(name: str, experts: Experts) -> bool:
     """Whether a layer belongs to an expert, which sees only some of the tokens. Arguments as for `kind_of`."""
     return kind_of(name, experts) != name
 

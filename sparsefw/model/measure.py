@@ -17,7 +17,7 @@ from sparsefw.kernels.backend import Backend
 from sparsefw.model.activations import Activations
 from sparsefw.model.find_layers import WeightNames
 from sparsefw.model.hidden_states import BlockRun, HiddenStates
-from sparsefw.model.layers import Layer, Stage, is_expert
+from sparsefw.model.layers import Experts, Layer, Stage, is_expert
 from sparsefw.model.padding import without_padding
 from sparsefw.model.partial_forward import INPUT, Point
 from sparsefw.model.stubs import hidden_of
@@ -81,7 +81,7 @@ def capture(
     dense: tuple[nn.Module, Run] | None = None,
     unpadded: Callable[[int], Tensor | None] = lambda j: None,
     move: Callable[[int, Any], None] = lambda j, ran: None,
-    experts: frozenset[str],
+    experts: Experts,
 ) -> Captured:
     """Run a block on its calibration inputs; find its layers and accumulate the Gram matrices of their inputs.
 
@@ -145,7 +145,7 @@ class Pair:
     pruned: HiddenStates
     dense: HiddenStates
     dense_block: nn.Module
-    experts: frozenset[str]
+    experts: Experts
 
 
 def measure(

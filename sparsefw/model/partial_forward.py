@@ -69,6 +69,10 @@ def next_point(last: Point, function: Any) -> Point:
     return Point(last.call + 1, name, zlib.crc32(name.encode(), last.path))
 
 
+# Runs a micro-batch through a block: called with the block's input, returns the block's output.
+RunBlock = Callable[[Tensor], Any]
+
+
 class _Part:
     """A part of a block's forward while it runs, see `run_part`."""
 
@@ -136,7 +140,7 @@ class _Part:
 
 
 def run_part(
-    run: Callable[[Tensor], Any], given: dict[Point, Tensor], take: Iterable[Point] = (), end: Point | None = None
+    run: RunBlock, given: dict[Point, Tensor], take: Iterable[Point] = (), end: Point | None = None
 ) -> tuple[dict[Point, Tensor], Any]:
     """Run a part of a block.
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -34,7 +33,7 @@ from transformers.utils import logging
 
 from sparsefw.checkpoint.quantization import GUARD, KEY, ORIGINAL
 from sparsefw.checkpoint.source import CONFIG, Checkpoint
-from sparsefw.checkpoint.tensors import Loadable, TensorInfo
+from sparsefw.checkpoint.tensors import Loadables, TensorInfo, Tensors
 from sparsefw.errors import InputError, errors_in_one_line, first_line, shown
 from sparsefw.memory import bounded, to_host
 from sparsefw.model.settings import ONE_BY_ONE, ask_for_no_more
@@ -85,7 +84,7 @@ class Skeleton:
     unused: list[str]
     replaced: str
 
-    def load(self, tensors: Mapping[str, Loadable], device: torch.device) -> dict[str, Tensor]:
+    def load(self, tensors: Loadables, device: torch.device) -> Tensors:
         """Make parameters from tensors of the checkpoint; returns them by name. They may share the tensors' memory.
 
         Quantized tensors are dequantized on the device.
@@ -112,7 +111,7 @@ class Skeleton:
             names.setdefault(parameter, []).append(name)
         return names
 
-    def exported(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def exported(self, tensors: Tensors) -> Tensors:
         """Convert parameters, by their names in the model, back to tensors of a checkpoint, on the host (`to_host`)."""
         return {k: to_host(v) for k, v in revert_weight_conversion(self.model, tensors).items()}
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sparsefw.errors import InputError, first_line, shown
 from sparsefw.model.find_layers import BlockTape, record_block
-from sparsefw.model.layers import Layer, ResidualWrite, Role, Stage, by_input, is_expert
-from sparsefw.model.partial_forward import INPUT, SAME, Point, next_point, run_part
+from sparsefw.model.layers import Experts, Layer, ResidualWrite, Role, Stage, by_input, is_expert
+from sparsefw.model.partial_forward import INPUT, SAME, Point, RunBlock, next_point, run_part
 from sparsefw.model.stubs import hidden_of
 from sparsefw.model.tape import READING, Op, TapeValue
 from sparsefw.model.watch import Outputs, Selector, Watch, everything
@@ -26,9 +26,6 @@ _CALLER = 1 << 60
 
 # Names of functions whose result has a shape that depends on the values of a tensor.
 _SHAPED = {"nonzero", "argwhere", "unique", "unique_consecutive", "masked_select"}
-
-# Runs a micro-batch through a block: called with the block's input, returns the block's output.
-RunBlock = Callable[[Tensor], Any]
 
 # Maps the signature of a survey to the reason why such blocks cannot run in parts; "" if they can.
 SplitFailures = dict[tuple, str]
@@ -51,7 +48,7 @@ class Survey:
     roles: dict[str, Role]
     cuts: list[Point]
     ignored: tuple[str, ...]
-    experts: frozenset[str]
+    experts: Experts
     signature: tuple
 
 
@@ -63,7 +60,7 @@ def survey(
     *,
     handed_on: Callable[[Any], Any] = lambda returned: (),
     split_failures: SplitFailures,
-    experts: frozenset[str],
+    experts: Experts,
 ) -> Survey:
     """Survey the layers of a block.
 
@@ -78,7 +75,7 @@ def survey(
     return without_failed_split(found, run, hidden, output, split_failures)
 
 
-def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector) -> Survey:
+def survey_tape(tape: BlockTape, experts: Experts, selected: Selector) -> Survey:
     """Survey a recorded forward of a block. `without_failed_split` then tests whether the block runs in parts.
 
     Args:
@@ -88,7 +85,7 @@ def survey_tape(tape: BlockTape, experts: frozenset[str], selected: Selector) ->
     """
     watch, flow = Watch(tape.names, experts, selected), _Dataflow(tape, experts)
     for op in tape.ops:
-        watch.outputs.follow(op, [*filter(watch.see, tape.products.get(op.number, ()))])
+        watch.outputs.follow(op, [*filter(watch.see, tape.products[op.number])])
     roles = {name: flow.role(name, watch.outputs) for name in watch.layers}
     # Two forwards count as equal if they call the same functions with outputs of the same shapes.
     made = [(op.name, tuple(tuple(x.shape) for x in op.made)) for op in tape.ops]
@@ -126,7 +123,7 @@ class _Dataflow:
         cuts: see `Survey`.
     """
 
-    def __init__(self, tape: BlockTape, experts: frozenset[str]) -> None:
+    def __init__(self, tape: BlockTape, experts: Experts) -> None:
         self._tape, self._experts = tape, experts
         points = accumulate(tape.ops, lambda point, op: next_point(point, op.function), initial=INPUT)
         self._calls = [_Call(point, n, n) for n, point in enumerate(points)]
@@ -148,7 +145,7 @@ class _Dataflow:
     def _add(self, op: Op) -> None:
         """Add the next call."""
         sources = {call for x in op.inputs if (call := self._call_of(x)) is not None}
-        products = self._tape.products.get(op.number, ())
+        products = self._tape.products[op.number]
         for product in products:
             input_point = self._unchanged(product.X) if product.alone else None
             self._uses.setdefault(product.layer.name, []).append((op.number, input_point))
@@ -176,10 +173,6 @@ class _Dataflow:
             return None
         return self._calls[call].point if not call or x in self._tape.ops[call - 1].made else None
 
-    def _varies(self, point: Point) -> bool:
-        """Whether another micro-batch may number the point's call differently."""
-        return self._varying <= point.call
-
     def _find_cuts(self) -> list[Point]:
         """Find the first cut between each two successive layers, if there is one."""
         uses = sorted(call for uses in self._uses.values() for call, _ in uses)
@@ -188,7 +181,7 @@ class _Dataflow:
         found = []
         for before, after in pairwise(uses):
             cuts = (n for n in range(before, after) if self._calls[n].like_hidden and read_until[n] <= n)
-            if (cut := next(cuts, None)) is not None and not self._varies(self._calls[cut].point):
+            if (cut := next(cuts, None)) is not None and cut < self._varying:
                 found.append(self._calls[cut].point)
         return found
 
@@ -197,7 +190,7 @@ class _Dataflow:
         (call, input_point), *more_uses = self._uses[layer]
         segment = sum(cut.call < call for cut in self.cuts)
         # A layer that is used twice has two inputs, and so no single point.
-        if input_point is None or more_uses or self._varies(input_point) or is_expert(layer, self._experts):
+        if input_point is None or more_uses or self._varying <= input_point.call or is_expert(layer, self._experts):
             return Role(segment)
         stream, write = self.cuts[segment - 1] if segment else INPUT, None
         if sums := outputs.sums.get(layer):

@@ -5,7 +5,7 @@ that the model's class does not use.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from sparsefw import arithmetic
 from sparsefw.arithmetic import computed
 from sparsefw.checkpoint import quantization
 from sparsefw.checkpoint.source import Checkpoint
-from sparsefw.checkpoint.tensors import Loadable, TensorInfo, dequantized, read_tensors
+from sparsefw.checkpoint.tensors import Infos, Loadables, Tensors, dequantized, read_tensors
 from sparsefw.errors import counted
 from sparsefw.model import skeleton
 from sparsefw.model.block_model import BlockModel
@@ -44,7 +44,7 @@ class StreamedModel(BlockModel):
         self,
         checkpoint: Checkpoint,
         device: torch.device,
-        read: Callable[[dict[str, TensorInfo], bool], Mapping[str, Loadable]] = read_tensors,
+        read: Callable[[Infos, bool], Loadables] = read_tensors,
         in_fp32: bool = False,
     ) -> None:
         self._read_tensors, self._skeleton = read, skeleton.build(checkpoint)
@@ -74,9 +74,9 @@ class StreamedModel(BlockModel):
         self.quantized_bytes = self._find_quantized_bytes()
         parts = Counter(goes_into.values())
         self.joined_bytes = max((x.nbytes for name, x in model.named_parameters() if parts[name] > 1), default=0)
-        self.notes = [*self._notes_of_model(), *self._notes_of_tensors()]
+        self.notes = [*self._notes()]
 
-    def read(self, i: int | None) -> Mapping[str, Loadable]:
+    def read(self, i: int | None) -> Loadables:
         """Read block i's stored tensors to the host; None: the tensors that text needs outside of the blocks."""
         return self._read_tensors({name: self.infos[name] for name in self.tensors_of(i)}, self.device.type == "cuda")
 
@@ -84,7 +84,7 @@ class StreamedModel(BlockModel):
         # Computed buffers are in memory already, and need not be loaded.
         return [slot for slot in super()._slots(i) if slot.path in self._own and slot.own.is_meta]
 
-    def _make(self, i: int | None, tensors: Mapping[str, Loadable]) -> MakeTensor:
+    def _make(self, i: int | None, tensors: Loadables) -> MakeTensor:
         goes_into = self._skeleton.goes_into
         # `tensors` may lack parameters that the block shares with other modules. Pruning never changes these, so the
         # checkpoint's tensors are read.
@@ -99,7 +99,7 @@ class StreamedModel(BlockModel):
 
         return lambda slot: values.get(slot.path, of_tied.get(id(self._own[slot.path]), slot.own))
 
-    def block_tensors(self, i: int) -> dict[str, Tensor]:
+    def block_tensors(self, i: int) -> Tensors:
         """As `BlockModel.block_tensors`, with the checkpoint's names and layout (e.g. one tensor for each expert)."""
         state = self.blocks[i].state_dict(prefix=f"{self.names[i]}.")
         sources = self.shared.sources
@@ -111,7 +111,7 @@ class StreamedModel(BlockModel):
         same = {exported[p][0]: stored[p][0] for p in exported if len(exported[p]) == len(stored.get(p, ())) == 1}
         return {same.get(name, name): tensor for name, tensor in tensors.items()}
 
-    def other_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def other_tensors(self, names: Iterable[str]) -> Tensors:
         """Read tensors outside of the blocks to the host, dequantized, by the checkpoint's names; see `pieces`."""
         read = dict(self._read_tensors({name: self.infos[name] for name in names}, False))
         # `pop` frees the quantized tensor as soon as it is dequantized.
@@ -150,10 +150,10 @@ class StreamedModel(BlockModel):
             stored = {name: stored.get(name, 0) + x.nbytes for name, x in self.infos.items()}
         return max(sum(stored.get(name, 0) for name in names) for names in together)
 
-    def _notes_of_model(self) -> Iterator[str]:
-        """What the user should know about the class of the model, and about how it runs."""
-        built, kind = self._skeleton, self.class_name
-        source = built.checkpoint
+    def _notes(self) -> Iterator[str]:
+        """What the user should know: how the model runs, and which tensors are not pruned or change their dtype."""
+        built, kind, infos = self._skeleton, self.class_name, self.infos
+        source, unused = built.checkpoint, built.unused
         if built.replaced:
             yield f"config.json names {built.replaced}: pruned as {kind}"
         if self.runs is not self.model:
@@ -161,14 +161,10 @@ class StreamedModel(BlockModel):
         yield from self.shared.notes
         if self.in_fp32:
             yield arithmetic.note(source.dtype)
-        if dequantized := quantization.note(self.infos.values(), source.quantization):
+        if dequantized := quantization.note(infos.values(), source.quantization):
             yield dequantized
         if source.config.get("auto_map"):
             yield "auto_map is not written: it names code in the checkpoint, and this code is neither run nor copied"
-
-    def _notes_of_tensors(self) -> Iterator[str]:
-        """What the user should know about tensors that are not pruned, or are written in another dtype."""
-        infos, unused, kind = self.infos, self._skeleton.unused, self.class_name
         loaded = {*self.tensors_of(None), *unused}
         others = [name for piece in self.pieces for name in piece if name not in loaded]
         for why, names in ((f"{kind} has no use for", unused), ("text does not run through", others)):
@@ -177,7 +173,7 @@ class StreamedModel(BlockModel):
                 yield f"not pruned: {len(names)} tensors that {why}, {size:.2f} GB, {names[0]} first"
         changed: dict[torch.dtype, list[str]] = {}
         for name in (name for i in self.unique_blocks for name in self.tensors_of(i)):
-            dtype = self._own[self._skeleton.goes_into[name]].dtype
+            dtype = self._own[built.goes_into[name]].dtype
             if infos[name].dtype.is_floating_point and infos[name].dtype != dtype:
                 changed.setdefault(dtype, []).append(name)
         for dtype, names in changed.items():

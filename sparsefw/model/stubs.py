@@ -238,14 +238,15 @@ def _called_with(block: nn.Module, attributes: dict[str, Any]) -> Iterator[dict[
 
     If `attributes` has no `forward`, the block has the forward of its class.
     """
-    own = {name: vars(block)[name] for name in ("forward", *_HOOKS) if name in vars(block)}
+    present = vars(block)
+    own = {name: present[name] for name in ("forward", *_HOOKS) if name in present}
     try:
-        vars(block).pop("forward", None)
-        vars(block).update(attributes)
+        present.pop("forward", None)
+        present.update(attributes)
         yield own
     finally:
-        vars(block).pop("forward", None)
-        vars(block).update(own)
+        present.pop("forward", None)
+        present.update(own)
 
 
 def _first_parameter(block: nn.Module) -> str:

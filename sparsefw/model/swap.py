@@ -40,14 +40,13 @@ MakeTensor = Callable[[TensorSlot], Tensor]
 
 def slots_of(modules: Iterable[tuple[str, nn.Module]]) -> list[TensorSlot]:
     """List the slots of all tensors in modules. Each module comes with its name."""
-    slots = []
-    for path, module in modules:
-        stored: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in stored:
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    slots.append(TensorSlot(tensors, name, f"{path}.{name}".removeprefix("."), tensor))
-    return slots
+    return [
+        TensorSlot(tensors, name, f"{path}.{name}".removeprefix("."), tensor)
+        for path, module in modules
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
 
 
 def fill(slots: Iterable[TensorSlot], make: MakeTensor) -> None:
@@ -101,12 +100,6 @@ class DenseBlock(nn.Module):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
         """Yield the copies by the names of the block's parameters."""
         return iter(self._named)
-
-
-def addresses(tensor: Tensor) -> tuple[int, int]:
-    """The address of a tensor's first entry, and the address after its last entry."""
-    last = sum(step * (size - 1) for step, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 @contextmanager
@@ -246,7 +239,11 @@ def _groups(parameters: list[tuple[str, nn.Parameter]], tied: dict[str, str]) ->
 
 
 def _memory_of(x: nn.Parameter) -> tuple[str, int, int]:
-    """Name the memory of a parameter, with its addresses there. A tensor without data has a memory for itself alone."""
+    """Name the memory of a parameter, with the addresses of its first entry and after its last entry.
+
+    A tensor without data has a memory for itself alone.
+    """
     if x.is_meta or not x.numel() or not x.data_ptr():
         return f"tensor {id(x)}", 0, 1
-    return str(x.device), *addresses(x)
+    last = sum(step * (size - 1) for step, size in zip(x.stride(), x.shape, strict=True))
+    return str(x.device), x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

@@ -60,6 +60,10 @@ class TapeValue:
     tensor: Tensor | None
 
 
+# The tensors of an operation's inputs, by their values.
+Operands = dict[TapeValue, Tensor]
+
+
 @dataclass(frozen=True)
 class Op:
     """An operation: a call of a torch function.
@@ -122,8 +126,8 @@ class Tape:
         return self.call(func, args, kwargs)[0]
 
     def call(
-        self, func: Any, args: tuple, kwargs: dict, on_call: Callable[[Op, list[Tensor]], None] | None = None
-    ) -> tuple[Any, Op | None, list[Tensor]]:
+        self, func: Any, args: tuple, kwargs: dict, on_call: Callable[[Op, Operands], None] | None = None
+    ) -> tuple[Any, Op | None, Operands]:
         """Make a call, and record it; returns its result, the operation, and the tensors of the operation's inputs.
 
         While paused there is no operation (None).
@@ -134,7 +138,7 @@ class Tape:
                 inputs. If it raises an error, the call is not made.
         """
         if self.paused:
-            return func(*args, **kwargs), None, []
+            return func(*args, **kwargs), None, {}
         operands: list[Tensor] = []
         inputs: list[TapeValue] = []
 
@@ -146,8 +150,9 @@ class Tape:
         own, others = with_tensors((args, kwargs), input_value)
         versions, number = [_version(x) for x in operands], len(self.ops) + 1
         op = Op(number, func, own, others, None, tuple(inputs), ())
+        tensors = dict(zip(inputs, operands, strict=True))
         if on_call:
-            on_call(op, operands)
+            on_call(op, tensors)
         out = func(*args, **kwargs)
         written = dict[int, tuple[TapeValue, TapeValue]]()
         for x, before, version in zip(operands, inputs, versions, strict=True):
@@ -165,7 +170,7 @@ class Tape:
 
         result = with_tensors(out, output_value)
         self.ops.append(replace(op, out=result, outputs=tuple(outputs), written=tuple(written.values())))
-        return out, self.ops[-1], operands
+        return out, self.ops[-1], tensors
 
     def value(self, x: Tensor) -> TapeValue:
         """Find the present value of a tensor. A tensor that no operation has made or read before is a constant.

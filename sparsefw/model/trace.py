@@ -10,6 +10,9 @@ from torch import Tensor
 from sparsefw.model.nested import ValueRef, numbers_in, rebuilt
 from sparsefw.model.tape import name_of, tensors_in
 
+# Tensors by their numbers in a trace.
+Values = dict[int, Tensor]
+
 
 @dataclass
 class Step:
@@ -36,7 +39,7 @@ class Step:
         return numbers_in((self.args, self.kwargs))
 
 
-def replay(steps: list[Step], values: dict[int, Tensor], constant: Callable[[int], Tensor]) -> None:
+def replay(steps: list[Step], values: Values, constant: Callable[[int], Tensor]) -> None:
     """Repeat recorded calls with other tensors.
 
     Args:
@@ -111,7 +114,7 @@ class Trace:
     calls: dict[int, Call]
     hidden: Tensor
     live: dict[int, list[int]]
-    constants: dict[int, Tensor] = field(default_factory=dict)
+    constants: Values = field(default_factory=dict)
     objects: list[Any] = field(default_factory=list)
     batch_dependent: set[int] = field(default_factory=set)
     end: set[int] = field(default_factory=set)

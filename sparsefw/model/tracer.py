@@ -27,7 +27,7 @@ from sparsefw.model.nested import (
     tensors_of,
 )
 from sparsefw.model.partial_forward import UNSUPPORTED
-from sparsefw.model.tape import READING, Op, Tape, TapeValue, with_tensors
+from sparsefw.model.tape import READING, Op, Operands, Tape, TapeValue, with_tensors
 from sparsefw.model.trace import Call, Step, Trace
 
 # Names of functions that read only the shape, dtype and device of a tensor.
@@ -79,7 +79,7 @@ class Tracer:
                 (args, kwargs), lambda x: real.get(self._numbers.get(self.tape.value(x), -1), x)
             )
             return func(*args, **kwargs)
-        out, op, operands = self.tape.call(func, args, kwargs)
+        out, op, tensors = self.tape.call(func, args, kwargs)
         if op is None:
             return out
         for before, after in op.written:
@@ -87,12 +87,12 @@ class Tracer:
                 self._check_weight(op, before)
                 self._weights[after] = self._weights[before]
         if any(value in self._numbers for value in op.inputs):
-            self._follow(op, dict(zip(op.inputs, operands, strict=True)))
+            self._follow(op, tensors)
         elif op.name not in _OF_METADATA and any(map(self._depends_on_batch, op.inputs)):
             self._batch_dependent.update(op.made)
         return out
 
-    def _follow(self, op: Op, tensors: dict[TapeValue, Tensor]) -> None:
+    def _follow(self, op: Op, tensors: Operands) -> None:
         """Record a step: a call with followed values."""
         makers = {v.maker for v in op.inputs if v not in self._numbers and v.maker}
         # An in-place step can be replayed only if it writes to a single tensor, and returns this tensor.

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sparsefw.errors import InputError
 from sparsefw.model.find_layers import Product, Reading, WeightNames, products_of
-from sparsefw.model.layers import Layer, Stage, is_expert, kind_of
+from sparsefw.model.layers import Experts, Layer, Stage, is_expert, kind_of
 from sparsefw.model.padding import without_padding
 from sparsefw.model.partial_forward import ForwardIsOver
-from sparsefw.model.tape import Calls, Op, Tape, TapeValue
+from sparsefw.model.tape import Calls, Op, Operands, Tape, TapeValue
 
 # Called with the name of a layer inside its block, such as "mlp.down_proj.weight" or "mlp.experts.down_proj[3]".
 Selector = Callable[[str], bool]
@@ -47,7 +47,7 @@ class Outputs:
         pairs: input and output of each layer.
     """
 
-    def __init__(self, experts: frozenset[str]) -> None:
+    def __init__(self, experts: Experts) -> None:
         self._experts = experts
         self.sums: dict[str, list[tuple[Any, TapeValue]]] = {}
         self.pairs: dict[str, tuple[TapeValue, TapeValue]] = {}
@@ -116,7 +116,7 @@ class Watch:
     def __init__(
         self,
         names: WeightNames,
-        experts: frozenset[str],
+        experts: Experts,
         selected: Selector,
         take_input: Callable[[str, Tensor], None] | None = None,
         stage: Stage | None = None,
@@ -161,16 +161,14 @@ class Watch:
     def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         products = list[Product]()
 
-        def find_products(op: Op, operands: list[Tensor]) -> None:
+        def find_products(op: Op, tensors: Operands) -> None:
             # Before the call: the first product after the stage is not computed any more.
-            tensors = dict(zip(op.inputs, operands, strict=True))
             products.extend(p for p in products_of(op, self._names) if self.see(p, tensors[p.X]))
 
-        out, op, operands = self._tape.call(func, args, kwargs, find_products)
+        out, op, tensors = self._tape.call(func, args, kwargs, find_products)
         assert op is not None
         if self._record_outputs:
             self.outputs.follow(op, products)
-            tensors = dict(zip(op.inputs, operands, strict=True))
             if isinstance(out, Tensor):
                 tensors[op.out] = out
             self._tensors |= {x: tensors[x] for pair in self.outputs.pairs.values() for x in pair if x in tensors}

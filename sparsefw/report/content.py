@@ -258,7 +258,7 @@ class Report:
         if name not in self.arguments:
             raise InputError(f"arguments.{name}: missing; prune again with this version of sparsefw")
         value = self.arguments[name]
-        if not isinstance(value, kind) or type(value) is not kind:
+        if type(value) is not kind:
             raise InputError(f"arguments.{name}: expected {kind.__name__}, got {type(value).__name__}")
         return value
 
@@ -285,7 +285,7 @@ class Report:
     @property
     def all_recoveries(self) -> list[Recovery]:
         """The run's own recovery and later ones, in order."""
-        return [*([self.recovery] if self.recovery else []), *self.recoveries]
+        return [*filter(None, [self.recovery]), *self.recoveries]
 
     def layers_of(self, method: str) -> list[LayerResult]:
         """Return the results of one method."""

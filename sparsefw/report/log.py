@@ -20,7 +20,7 @@ from sparsefw.errors import counted
 from sparsefw.estimate.memory import MemoryNeeds
 from sparsefw.estimate.placement import placement_words
 from sparsefw.estimate.shapes import ModelShape
-from sparsefw.memory import peak_memory
+from sparsefw.memory import Limits, peak_memory
 from sparsefw.model.activations import Placement
 from sparsefw.report.content import (
     DENSE,
@@ -143,18 +143,17 @@ def _row(cells: Sequence[str], peak: str) -> str:
     return " ".join([*shown, f"{peak:>6}"])
 
 
-def block_row(name: str, number: int, count: int, left: float = 0.0, found: Reconstruction | None = None) -> str:
+def block_row(blocks: Sequence[str], i: int, left: float = 0.0, found: Reconstruction | None = None) -> str:
     """Write the line at the end of a block.
 
     Args:
-        name: name of the block.
-        number: number of the block, from 1.
-        count: number of all blocks.
+        blocks: names of all blocks.
+        i: number of the block, from 0.
         left: seconds that the later blocks are expected to take; 0: there is no later block, or it is unknown.
         found: the block's reconstruction; None: it had none.
     """
     time = f", {tqdm.format_interval(left)} left" if left else ""
-    line = f"block {number}/{count}{time}: {name}"
+    line = f"block {i + 1}/{len(blocks)}{time}: {blocks[i]}"
     if not found:
         return line
     notes = "; put back" if found.put_back else ""
@@ -207,7 +206,7 @@ def _done(report: Report, name: str) -> str:
     done = {
         "mask": True,
         "weight updates": method.changes_weights,
-        "refit": method.refits and bool(report.argument("refit", int)),
+        "refit": method.refits and report.argument("refit", int),
         "reconstruction": own and any(block.reconstruction for block in report.blocks),
         "recovery": name == RECOVERED,
     }
@@ -292,7 +291,7 @@ def kept_line(report: Report) -> str:
     )
 
 
-def placement_line(placement: Placement, needs: MemoryNeeds, limits: dict[str, int], of_batches: bool) -> str:
+def placement_line(placement: Placement, needs: MemoryNeeds, limits: Limits, of_batches: bool) -> str:
     """Write the memory that a run is expected to take.
 
     Args:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsefw import selection
 from sparsefw.errors import InputError, option
-from sparsefw.fields import DEPENDS, check_fields, flag, set_field
+from sparsefw.fields import DEPENDS, check_fields, flag, set_defaults, set_field
 from sparsefw.solver import patterns
 from sparsefw.solver.patterns import Pattern
 
@@ -113,6 +113,11 @@ PASSES, MANY_WINDOWS, PASSES_OF_MANY, RECOVERED = 2, 128, 1, 2
 MIN_WINDOWS = 2
 
 
+def _count_flag(text: str, metavar: str = "N", most: int = 10**6) -> Any:
+    """Make the field of a number of steps, rounds or tokens, whose default depends on other fields."""
+    return flag(text, metavar=metavar, least=0, most=most)
+
+
 @dataclass(frozen=True)
 class PruneConfig:
     """How a model is pruned.
@@ -154,11 +159,10 @@ class PruneConfig:
     )  # fmt: skip
     keep_zeros: bool = flag("weights that are zero before pruning stay zero (default: a refit may change them)", False)
     warm_start: str = flag("saliency (importance score) of the first mask (default: wanda)", choices=WARM_STARTS)
-    steps: int = flag(
+    steps: int = _count_flag(
         "Frank-Wolfe steps (default: 12; 24 with --reconstruct 0; 40 with --refit 0; 3 with --preset fast; 10 with "
         "--preset fast --refit 0; 2000 with --preset paper)",
-        metavar="N", least=0, most=10**6,
-    )  # fmt: skip
+    )
     step_rule: str = flag(
         "line-search: exact line search; open-loop: steps of 2 / (t + 2) (default: line-search; open-loop with "
         "--preset paper)",
@@ -173,21 +177,19 @@ class PruneConfig:
         "with --preset paper)",
         metavar="P", least=0, most=1,
     )  # fmt: skip
-    swaps: int = flag(
+    swaps: int = _count_flag(
         "make at most N 1-swaps in every row's mask after Frank-Wolfe; each swap lowers the row's error (default: 0; "
         "100 with --refit 0, unless another --preset is named)",
-        metavar="N", least=0, most=10**6,
-    )  # fmt: skip
-    refit: int = flag(
+    )
+    refit: int = _count_flag(
         "weight update: conjugate-gradient steps of each refit, in which kept weights make up for removed ones; with 0 "
         "kept weights do not change (default: 2; 4 with --reconstruct 0 and with --preset fast; 0 with --preset paper)",
-        metavar="STEPS", least=0, most=10**6,
+        "STEPS",
     )  # fmt: skip
-    rounds: int = flag(
+    rounds: int = _count_flag(
         "rounds that choose the mask again for refitted weights; with 0 the mask is only refitted (default: 3; 0 with "
         "--refit 0 and with --preset fast and paper)",
-        metavar="N", least=0, most=10**6,
-    )  # fmt: skip
+    )
     target: str = flag(
         "what a layer approximates. dense: its output in the dense model, so that it makes up for the layers pruned "
         "before it; layer: the output of its own dense weight, without passes of the dense model (default: dense; "
@@ -202,18 +204,18 @@ class PruneConfig:
         # The limit is far above useful values. Up to it, the damped diagonal of real inputs stays finite in fp32.
         metavar="D", least=0, most=2**20,
     )  # fmt: skip
-    reconstruct: int = flag(
+    reconstruct: int = _count_flag(
         "block-wise reconstruction: passes over the calibration windows that fit all kept weights of a block together, "
         "after --method has pruned its layers; 0: no reconstruction (default: 1; 2 with fewer than 128 windows on a "
         "rank; 0 with --refit 0, with another --method or --preset, and with a single window on a rank)",
-        metavar="PASSES", least=0, most=10**4,
+        "PASSES", 10**4,
     )  # fmt: skip
-    recover: int = flag(
+    recover: int = _count_flag(
         "accuracy recovery after the last block: fit all kept weights of the model together to the dense model's "
         "predictions of this many tokens (default: twice the calibration tokens, four times with fewer than 128 "
         "windows, if the whole model fits into memory; else 0, no recovery; 0 with --refit 0, another --method or "
         "--preset)",
-        metavar="TOKENS", least=0, most=10**12,
+        "TOKENS", 10**12,
     )  # fmt: skip
     kernel: str = flag(
         "triton: Triton kernels, which without a GPU run in the interpreter, exact and slow; torch: plain torch "
@@ -234,7 +236,7 @@ class PruneConfig:
         set_field(self, "_given", given)
         set_field(self, "compare", tuple(name for name in dict.fromkeys(self.compare) if name != self.method))
         set_field(self, "_pattern", patterns.parse(self.sparsity))
-        self._with_defaults(self._defaults())
+        set_defaults(self, self._defaults())
         self._check_together()
         for name in ("include", "ignore"):
             selection.check_patterns(name, getattr(self, name))
@@ -271,18 +273,14 @@ class PruneConfig:
     def replace(self, **changes: Any) -> "PruneConfig":
         """Change some fields, and compute the defaults that depend on them again."""
         changed = type(self)(**(self.given | changes))
-        return changed._with_defaults({name: getattr(self, name) for name in ON_CPU})
+        set_defaults(changed, {name: getattr(self, name) for name in ON_CPU})
+        return changed
 
     def on(self, device: "torch.device") -> "PruneConfig":
         """Set kernel and precision for tensors on a device, unless the user has named them."""
-        return copy.copy(self)._with_defaults(ON_CPU if device.type == "cpu" else ON_GPU)
-
-    def _with_defaults(self, values: dict[str, Any]) -> "PruneConfig":
-        """Set each of these fields that has no value yet."""
-        for name, value in values.items():
-            if getattr(self, name) is DEPENDS:
-                set_field(self, name, value)
-        return self
+        config = copy.copy(self)
+        set_defaults(config, ON_CPU if device.type == "cpu" else ON_GPU)
+        return config
 
     def for_calibration(self, windows: int, seqlen: int, ranks: int = 1) -> "PruneConfig":
         """Choose the passes of a reconstruction and the damping for a calibration, unless the user has set them.

@@ -210,6 +210,6 @@ def kept_entries(parameter: Tensor, views: Iterable[Tensor]) -> Tensor:
     """
     kept = torch.zeros_like(parameter, dtype=torch.bool)
     for view in views:
-        offset = int(view.storage_offset()) - int(parameter.storage_offset())
+        offset = view.storage_offset() - parameter.storage_offset()
         kept.as_strided(view.shape, view.stride(), offset).copy_(view != 0)
     return kept

@@ -28,7 +28,7 @@ def test_part_on_a_gpu(name, folder, monkeypatch):
 
 @pytest.mark.parametrize("name", gpu.OPERATIONS)
 def test_operations_of_parts_are_there(name):
-    assert named(gpu.OPERATIONS[name][0])
+    assert named(gpu.OPERATIONS[name][0].split())
 
 
 def test_the_page_has_what_passed_and_the_end_of_what_failed(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from classes.tiny_model import byte_tokenizer
 from helpers.checkpoints import TENSORS, make_hub_cache, refused, write_index
+from helpers.tensors import assert_equal
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,8 +92,7 @@ class TestTensors:
         assert found.nbytes == sum(tensor.nbytes for tensor in TENSORS.values())
         # 22 bytes of bf16 against 8 of fp32 and 24 of integers.
         assert found.dtype == torch.bfloat16
-        read = read_tensors(found.tensors)
-        assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
+        assert_equal(read_tensors(found.tensors), TENSORS)
 
     def test_memory_is_aligned_as_torchs_own(self, folder):
         """Whatever the length of the header: products may round differently with another alignment."""
@@ -237,9 +237,8 @@ class TestHeaders:
         """Any header, a body of zeros, and any length in front of them."""
         length = length or len(header)
         (folder / SINGLE).write_bytes(length.to_bytes(8, "little") + header.encode() + bytes(body))
-        with refused("model.safetensors: ") as caught:
+        with refused("model.safetensors: "):
             inspect(folder)
-        assert str(caught.value).isprintable()
 
     @settings(max_examples=200, deadline=None)
     @given(data=st.data())

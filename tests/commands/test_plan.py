@@ -20,8 +20,8 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def config(tmp_path):
-    return config_of(save_model(tmp_path / "model", "llama", num_hidden_layers=1), tmp_path / "config")
+def config(source, tmp_path):
+    return config_of(source, tmp_path / "config")
 
 
 SMALL = ["--nsamples", "8", "--seqlen", "32"]
@@ -101,10 +101,10 @@ def test_without_flags_it_is_the_built_in_models_run(tmp_path, capsys):
     assert "reconstruct" not in planned(capsys, tmp_path, "--reconstruct", "0")["memory"]
 
 
-def test_a_run_refuses_what_a_plan_refuses(capsys, tmp_path):
+def test_a_run_refuses_what_a_plan_refuses(capsys, out):
     least = []
     for command in (main, sparsefw.run.main):
-        assert command(["--host-memory", "0.1", "--output", str(tmp_path / "out")]) == 2
+        assert command(["--host-memory", "0.1", "--output", str(out)]) == 2
         least.append(float(re.search(r"needs at least ([\d.]+) GiB of host", capsys.readouterr().err)[1]))
     assert least[1] == pytest.approx(least[0], abs=0.03)
 

@@ -7,7 +7,7 @@ import torch
 from helpers.commands import report_of, run, shards, tensors_of
 from helpers.families import first_is_fast
 from helpers.quantized import change_stored, dequantized, fp8, save_fp8, save_mxfp4
-from helpers.verifying import change_tensor, flip_bit, only_failure, put, verdict
+from helpers.verifying import change_tensor, flip_bit, only_failure, passed, put
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -40,21 +40,21 @@ def source(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", first_is_fast(SAVE))
-def test_pruned_as_the_checkpoint_that_transformers_dequantizes(name, source, text, tmp_path, capsys):
+def test_pruned_as_the_checkpoint_that_transformers_dequantizes(name, source, text, tmp_path, out, capsys):
     plain = dequantized(source(name), tmp_path / "plain")
-    assert run(source(name), text, tmp_path / "out", "--method", "sparsegpt") == 0
+    assert run(source(name), text, out, "--method", "sparsegpt") == 0
     said = capsys.readouterr().out
     assert run(plain, text, tmp_path / "expected", "--method", "sparsegpt") == 0
-    assert shards(tmp_path / "out") == shards(tmp_path / "expected")
-    notes = report_of(tmp_path / "out")["notes"]
+    assert shards(out) == shards(tmp_path / "expected")
+    notes = report_of(out)["notes"]
     count = sum(name.endswith(("_scale_inv", "_scales")) for name in load_file(source(name) / SINGLE))
     method = "mxfp4" if name == "gpt_oss" else "fp8"
     begin = f"the source is quantized ({method}): {count} tensors are converted to bfloat16, all tensors "
     assert [note.startswith(begin) for note in notes] == [True] + [False] * (len(notes) - 1)
     assert f"note: {notes[0]}\n" in said
-    assert notes[0] in (tmp_path / "out" / "report.html").read_text()
-    assert verdict(capsys, tmp_path / "out")[0] == 0
-    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert notes[0] in (out / "report.html").read_text()
+    passed(capsys, out)
+    config = json.loads((out / CONFIG).read_text())
     before = json.loads((source(name) / CONFIG).read_text())
     assert before.pop("quantization_config")
     assert config == before
@@ -64,16 +64,14 @@ def test_pruned_as_the_checkpoint_that_transformers_dequantizes(name, source, te
     assert torch.equal(model(ids).logits, expected(ids).logits)
 
 
-def test_verify_compares_with_the_dequantized_source(source, text, tmp_path, capsys):
-    assert run(source("gpt_oss"), text, tmp_path / "out", "--method", "wanda") == 0
-    status, printed, _ = verdict(capsys, tmp_path / "out")
-    assert status == 0
-    assert "kept weights are the source's" in printed
-    change_tensor(tmp_path / "out", OUT, lambda W: put(tuple((W != 0).nonzero()[5]), flip_bit)(W))
-    assert "1 of " in only_failure(capsys, tmp_path / "out", "kept")
+def test_verify_compares_with_the_dequantized_source(source, text, out, capsys):
+    assert run(source("gpt_oss"), text, out, "--method", "wanda") == 0
+    assert "kept weights are the source's" in passed(capsys, out)
+    change_tensor(out, OUT, lambda W: put(tuple((W != 0).nonzero()[5]), flip_bit)(W))
+    assert "1 of " in only_failure(capsys, out, "kept")
 
 
-def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, capsys):
+def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, out, capsys):
     """Embeddings, and a layer that the model's class has no use for, larger than a block."""
     folder = save_fp8(tmp_path / "model", "qwen3")
     small = shape_of(inspect(folder)).quantized_bytes
@@ -87,12 +85,12 @@ def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, capsys):
     change_stored(folder, quantize)
     shape, stored = shape_of(inspect(folder)), load_file(folder / SINGLE)
     assert shape.quantized_bytes == stored[unused].nbytes + stored[scale].nbytes > small
-    assert run(folder, text, tmp_path / "out", "--method", "wanda") == 0
-    assert verdict(capsys, tmp_path / "out")[0] == 0
-    written = tensors_of(tmp_path / "out")
+    assert run(folder, text, out, "--method", "wanda") == 0
+    passed(capsys, out)
+    written = tensors_of(out)
     assert not {f"{embeddings}_scale_inv", scale} & written.keys()
     for name in (embeddings, unused):
         expected = Fp8((16, 16)).dequantize(stored[name], stored[f"{name}_scale_inv"], torch.bfloat16)
         assert torch.equal(written[name], expected)
-    change_tensor(tmp_path / "out", unused, put((5, 5), flip_bit))
-    assert unused in only_failure(capsys, tmp_path / "out", "others")
+    change_tensor(out, unused, put((5, 5), flip_bit))
+    assert unused in only_failure(capsys, out, "others")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.commands import TEXT, interrupted_at, killed_at, report_of
+from helpers.commands import TEXT, interrupted_at, killed_at, make_place, report_of
 from helpers.families import save_model
 from safetensors.torch import load_file
 
@@ -22,9 +22,7 @@ def place(tmp_path_factory):
     threads = torch.get_num_threads()
     # A run goes on with as many threads as it began with, and a forked process has none of its parent's.
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("resume")
-    save_model(folder / "model", "qwen3_moe", torch.bfloat16)
-    (folder / "text.txt").write_text(TEXT)
+    folder = make_place(tmp_path_factory.mktemp("resume"), "qwen3_moe", torch.bfloat16)
     assert run(folder, "undisturbed") == 0
     yield folder
     torch.set_num_threads(threads)
@@ -50,9 +48,9 @@ def content(place, output):
 
 
 @pytest.mark.parametrize("n", [16, 33])
-def test_killed_ends_with_the_same_bytes(place, n, monkeypatch, capsys):
+def test_killed_ends_with_the_same_bytes(place, n, capsys):
     output = f"killed-{n}"
-    killed_at(monkeypatch, n, lambda: run(place, output))
+    killed_at(n, lambda: run(place, output))
     finished = len(list((place / f".{output}.partial" / "records").glob("*.json")))
     assert run(place, output) == 0
     said = f"resuming an unfinished run: {finished} of 4 shards are finished"
@@ -64,21 +62,18 @@ def test_a_model_that_computes_in_fp32_goes_on_with_the_same_bytes(place, monkey
     """Windows that move on stage by stage have to see rounded weights, as they do where a finished block is read."""
     monkeypatch.setattr("sparsefw.arithmetic.slowdown", lambda dtype: 20.0)
     assert run(place, "in-fp32") == 0
-    with monkeypatch.context() as patched:
-        interrupted_at(patched, 20)
+    with interrupted_at(20):
         assert run(place, "in-fp32-interrupted") == 130
     assert run(place, "in-fp32-interrupted") == 0
     assert content(place, "in-fp32-interrupted") == content(place, "in-fp32")
 
 
-def test_a_resumed_run_makes_again_what_finished_blocks_hand_on(tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_makes_again_what_finished_blocks_hand_on(tmp_path, capsys):
     """Later blocks read keys and values of the blocks that are finished, as each method has pruned them."""
-    save_model(tmp_path / "model", "gemma3n_text")
-    (tmp_path / "text.txt").write_text(TEXT)
+    make_place(tmp_path, "gemma3n_text")
     assert run(tmp_path, "undisturbed") == 0
-    with monkeypatch.context() as patched:
-        # The last two of the six blocks share what the two before them make.
-        interrupted_at(patched, 28)
+    # The last two of the six blocks share what the two before them make.
+    with interrupted_at(28):
         assert run(tmp_path, "interrupted") == 130
     assert " of 7 shards are finished" in capsys.readouterr().err
     assert run(tmp_path, "interrupted") == 0
@@ -87,15 +82,14 @@ def test_a_resumed_run_makes_again_what_finished_blocks_hand_on(tmp_path, monkey
     assert content(tmp_path, "interrupted") == content(tmp_path, "undisturbed")
 
 
-def test_other_arguments_model_or_text_are_refused(place, tmp_path, monkeypatch, capsys):
+def test_other_arguments_model_or_text_are_refused(place, tmp_path, capsys):
     def refused(*more, said):
         assert run(place, "other", *more) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert said in error
 
-    with monkeypatch.context() as patched:
-        interrupted_at(patched, 14)
+    with interrupted_at(14):
         assert run(place, "other") == 130
     assert " of 4 shards are finished" in capsys.readouterr().err
     (tmp_path / "text.txt").write_text(TEXT[100:])
@@ -115,8 +109,7 @@ def test_other_arguments_model_or_text_are_refused(place, tmp_path, monkeypatch,
 
 def test_a_resumed_run_needs_disk_space_for_the_rest_alone(place, monkeypatch, capsys):
     """The last block by both methods, and the other tensors."""
-    with monkeypatch.context() as patched:
-        interrupted_at(patched, 19)
+    with interrupted_at(19):
         assert run(place, "full") == 130
     assert "2 of 4 shards are finished" in capsys.readouterr().err
     shards = [load_file(place / "undisturbed" / f"model-0000{n}-of-00004.safetensors") for n in (3, 4)]

@@ -18,14 +18,14 @@ def perplexities(report):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "refit"), [*((family, "4") for family in FAMILIES), ("llama", "0")])
-def test_every_family_end_to_end(family, refit, tmp_path, text):
+def test_every_family_end_to_end(family, refit, tmp_path, out, text):
     """The perplexity that is measured while streaming is that of the written checkpoint."""
     source = save_model(tmp_path / "model", family, torch.bfloat16)
     evaluation = ["--eval", str(text), "--eval-windows", "3"]
-    assert run(source, text, tmp_path / "out", "--sparsity", "2:4", "--refit", refit, *evaluation) == 0
-    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    assert run(source, text, out, "--sparsity", "2:4", "--refit", refit, *evaluation) == 0
+    before, after = tensors_of(source), tensors_of(out)
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
-    report = report_of(tmp_path / "out")
+    report = report_of(out)
     assert len(report["layers"]) >= 3 * 4
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert changed
@@ -35,9 +35,9 @@ def test_every_family_end_to_end(family, refit, tmp_path, text):
         assert (kept.view(-1, 4).sum(1) <= 2).all()
     # Perplexity of the checkpoint that was written, by transformers alone.
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype="auto", attn_implementation="eager" if "gemma" in family else None
+        out, dtype="auto", attn_implementation="eager" if "gemma" in family else None
     )
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(out)
     ids = torch.tensor(tokenizer(TEXT)["input_ids"][: 3 * 32]).view(3, 32)
     with torch.no_grad():
         loss = torch.stack([model(row[None], labels=row[None]).loss for row in ids]).mean()
@@ -55,9 +55,8 @@ def test_compare_prunes_each_method_as_if_alone(tmp_path, text):
     assert shards(tmp_path / "both") == shards(tmp_path / "sparsefw")
 
 
-def test_long_windows_are_cut(tmp_path, text, capsys):
-    source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
-    assert run(source, text, tmp_path / "out", "--seqlen", "1000", "--method", "magnitude") == 0
+def test_long_windows_are_cut(source, out, text, capsys):
+    assert run(source, text, out, "--seqlen", "1000", "--method", "magnitude") == 0
     assert "seqlen: 64 tokens, the model's maximum (asked for 1000)\n" in capsys.readouterr().out
 
 
@@ -72,9 +71,7 @@ def test_long_windows_are_cut(tmp_path, text, capsys):
         (["--steps", "many"], "--steps"),
     ],
 )
-def test_bad_flags_are_one_line_and_leave_nothing_behind(flags, named, tmp_path, text, capsys):
-    source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
-    capsys.readouterr()
+def test_bad_flags_are_one_line_and_leave_nothing_behind(flags, named, source, tmp_path, text, capsys):
     assert run(source, text, tmp_path / "out", *flags) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("sparsefw: ")

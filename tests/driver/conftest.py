@@ -19,6 +19,6 @@ def constants() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and a text."""
-    from helpers.reconstructed import make_place
+    from helpers.commands import make_place
 
     return make_place(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=2)

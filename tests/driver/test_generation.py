@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.checkpoints import refused
 from helpers.commands import interrupted_at, killed_at, report_of, tensors_of
+from helpers.tensors import assert_equal
 from helpers.texts import BOS, make_tokenizer
 from helpers.whole import streamed
 from transformers import AutoModelForCausalLM
@@ -60,38 +61,36 @@ def test_the_same_seed_writes_the_same_bytes(written, tmp_path):
     assert windows_of(ids, "").hash == report.data.hash == report_of(written)["data"]["hash"]
 
 
-def test_a_share_of_a_mixture_by_another_seed(written, tmp_path, capsys):
-    assert run(tmp_path / "out", "--seed", "1", dataset=("self=3", "default")) == 0
+def test_a_share_of_a_mixture_by_another_seed(written, out, capsys):
+    assert run(out, "--seed", "1", dataset=("self=3", "default")) == 0
     # The line is wrapped.
     said = " ".join(capsys.readouterr().out.split())
     assert "windows of 24 tokens of self (T=" in said
     assert "seed 1) (3) + default, training text (1)" in said
-    ids, other = own(written)[1], own(tmp_path / "out")[1]
+    ids, other = own(written)[1], own(out)[1]
     assert not any((row == ids).all(1).any() for row in other)
 
 
-def test_a_killed_run_is_resumed_with_its_text(written, tmp_path, monkeypatch, capsys):
-    killed_at(monkeypatch, 16, lambda: run(tmp_path / "out"))
+def test_a_killed_run_is_resumed_with_its_text(written, out, monkeypatch, capsys):
+    killed_at(16, lambda: run(out))
     # It is read.
     monkeypatch.setattr(generation, "write_tokens", None)
-    assert run(tmp_path / "out", dataset=(f"self={__file__}",)) == 2
+    assert run(out, dataset=(f"self={__file__}",)) == 2
     assert "the text that the model writes" in capsys.readouterr().err
-    assert run(tmp_path / "out") == 0
+    assert run(out) == 0
     assert "resuming an unfinished run" in capsys.readouterr().out
-    first, second = tensors_of(written), tensors_of(tmp_path / "out")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert own(tmp_path / "out")[0] == own(written)[0]
+    assert_equal(tensors_of(written), tensors_of(out))
+    assert own(out)[0] == own(written)[0]
 
 
-def test_a_resumed_run_refuses_other_prompts(tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_refuses_other_prompts(tmp_path, out, capsys):
     prompts = tmp_path / "asked.jsonl"
     asked = {"dataset": (f"self={prompts}",)}
     prompts.write_text('{"text": "Which"}\n')
-    with monkeypatch.context() as patched:
-        interrupted_at(patched, 16)
-        assert run(tmp_path / "out", **asked) == 130
+    with interrupted_at(16):
+        assert run(out, **asked) == 130
     prompts.write_text('{"text": "Why"}\n')
-    assert run(tmp_path / "out", **asked) == 2
+    assert run(out, **asked) == 2
     assert "its prompts" in capsys.readouterr().err
 
 
@@ -173,10 +172,10 @@ def test_tokens_are_drawn_from_the_nucleus(monkeypatch):
     assert chosen[1] / chosen[2] == pytest.approx(2, rel=0.1)
 
 
-def test_a_model_that_does_not_fit_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_model_that_does_not_fit_is_refused(out, monkeypatch, capsys):
     monkeypatch.setattr("sparsefw.estimate.memory.BYTES_OF_SAMPLING", 2**32)
     assert sparsefw.plan.main([*FLAGS, "--dataset", "self", "--host-memory", "2"]) == 2
-    assert run(tmp_path / "out", "--host-memory", "2") == 2
+    assert run(out, "--host-memory", "2") == 2
     for line in capsys.readouterr().err.splitlines():
         assert line.startswith("sparsefw: --host-memory 2.0: this run needs at least ")
         assert "; give more, or another text than --dataset self" in line

@@ -1,9 +1,10 @@
 """The last block is fitted to predictions: as the plan says, if the data allow it, and the same on all ranks."""
 
 import pytest
+from helpers.commands import make_place
 from helpers.families import first_is_fast
 from helpers.ranks import on_ranks, prune
-from helpers.reconstructed import SEQLEN, WINDOWS, make_place, run
+from helpers.reconstructed import SEQLEN, WINDOWS, run
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.driver import reconstruct
@@ -65,9 +66,9 @@ def test_a_run_predicts_where_its_plan_does(family, changes, predicts, tmp_path,
     assert seen.beside_head == [len(planned) - 1] * predicts
 
 
-def test_data_that_show_no_predictions_let_the_head_go(llama, tmp_path, monkeypatch):
+def test_data_that_show_no_predictions_let_the_head_go(llama, out, monkeypatch):
     seen = Watched(monkeypatch, answer=False)
-    report, _ = run(llama, tmp_path / "out", *FLAGS)
+    report, _ = run(llama, out, *FLAGS)
     assert [block.reconstruction.loss for block in report.blocks] == [HIDDEN] * 2
     assert seen.asked == [False]
     assert [fit.number for fit in seen.fits] == [0, 1]
@@ -83,7 +84,7 @@ def fitted_to(ranks, answers, folder, output):
 
 
 @pytest.mark.parametrize("answers", [(True, False), pytest.param((True, True), marks=pytest.mark.slow)], ids=str)
-def test_ranks_agree_on_what_the_last_block_is_fitted_to(answers, llama, tmp_path):
+def test_ranks_agree_on_what_the_last_block_is_fitted_to(answers, llama, out):
     """Otherwise they would make different numbers of steps, and wait for each other."""
     last = PREDICTIONS if all(answers) else HIDDEN
-    assert on_ranks(2, fitted_to, answers, llama, tmp_path / "out") == [[HIDDEN, last]] * 2
+    assert on_ranks(2, fitted_to, answers, llama, out) == [[HIDDEN, last]] * 2

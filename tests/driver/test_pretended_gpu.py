@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import verifying
-from helpers.commands import report_of, shards
+from helpers.commands import TEXT, report_of, shards
 from helpers.families import experts_like, save_model
 from helpers.pretended_gpu import DEVICE, NAME, SEGMENT, late_copies, pretended_gpu
 from helpers.problems import make_problem, warm_of
 from helpers.problems import on_gpu as problem_on_gpu
 from helpers.stacks import drawn
+from helpers.verifying import passed
 
 from sparsefw import prune as prune_in_memory
 from sparsefw import run
@@ -147,7 +147,7 @@ def test_two_copies_out_at_most_are_on_their_way(gpu, monkeypatch):
 def prune(source, output, *flags, stand_ins=False):
     """Prune on a pretended GPU; returns it with the report. Stand-ins for the kernels need no interpreter."""
     text = output.parent / "text.txt"
-    text.write_text(5 * verifying.TEXT)
+    text.write_text(5 * TEXT)
     places = ["--model", str(source), "--dataset", str(text), "--output", str(output)]
     with pretended_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
         for name, operation in vars(triton_ops).copy().items() if stand_ins else ():
@@ -165,11 +165,11 @@ def test_the_peak_of_a_run_has_that_of_generated_text(tmp_path):
     assert report["blocks"][-1]["gpu_bytes"] < report["peak_memory"]["gpu_bytes"] == gpu.peak
 
 
-def test_whole_run(tmp_path, capsys):
+def test_whole_run(tmp_path, out, capsys):
     # A small model, since Triton's interpreter is slow.
     source = save_model(tmp_path / "model", "llama", torch.bfloat16, num_hidden_layers=1)
     little = ["--nsamples", "2", "--seqlen", "16", "--steps", "1", "--refit", "1", "--rounds", "0"]
-    gpu, report = prune(source, tmp_path / "out", *little, "--reconstruct", "0")
+    gpu, report = prune(source, out, *little, "--reconstruct", "0")
     assert "kernel: triton (CUDA is available), precision " in capsys.readouterr().out
     assert report["device"] == NAME
     assert report["memory"]["limits"]["gpu"] == int(0.9 * (80 << 30))
@@ -179,8 +179,7 @@ def test_whole_run(tmp_path, capsys):
     assert report["peak_memory"]["gpu_bytes"] < report["peak_memory"]["gpu_reserved_bytes"] <= gpu.peak + SEGMENT
     assert report["blocks"][0]["gpu_reserved_bytes"] == report["peak_memory"]["gpu_reserved_bytes"]
     assert gpu.allocated == 0
-    _, said, failures = verifying.verdict(capsys, tmp_path / "out")
-    assert not failures, said
+    passed(capsys, out)
 
 
 def test_a_model_in_memory_is_limited_on_its_own_gpu():

@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 import torch
-from helpers.commands import TEXT, report_of, run
+from helpers.commands import make_place, report_of, run
 from helpers.families import save_model
 from helpers.texts import calibration_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,8 +24,7 @@ FEW_STEPS = ["--steps", "9", "--reconstruct", "0", "--recover", "0", "--damp", "
 def prune(folder, *flags, family="llama", **changes):
     """Prune a small model on a few windows, in a folder; returns the exit status, and the report if there is one."""
     if not (folder / "model").exists():
-        save_model(folder / "model", family, **changes)
-        (folder / "text.txt").write_text(TEXT)
+        make_place(folder, family, **changes)
     windows = ["--nsamples", "40", "--precision", "ieee"]
     status = run(folder / "model", folder / "text.txt", folder / "out", *windows, *flags)
     return status, None if status else report_of(folder / "out")
@@ -98,7 +97,7 @@ def test_layers_approximate_what_the_dense_model_puts_out(tmp_path):
     assert all(a < b for a, b in zip(*lost, strict=True))
 
 
-def test_experts_that_no_token_reaches_are_no_model(tmp_path, capsys):
+def test_experts_that_no_token_reaches_are_no_model(tmp_path, out, capsys):
     """Which experts are reached is known only when their block has run."""
     (text := tmp_path / "text.txt").write_text("all tokens of so few words reach few experts. " * 9)
     folder = save_model(tmp_path / "model", "mixtral", num_hidden_layers=1, num_local_experts=32, num_experts_per_tok=1)
@@ -106,9 +105,9 @@ def test_experts_that_no_token_reaches_are_no_model(tmp_path, capsys):
     assert run(folder, text, tmp_path / "all", *few) == 0
     kept_dense = report_of(tmp_path / "all")["kept_dense"]
     idle = next(name for name in kept_dense if "[" in name)
-    assert run(folder, text, tmp_path / "out", *few, "--include", "re:" + re.escape(idle)) == 2
+    assert run(folder, text, out, *few, "--include", "re:" + re.escape(idle)) == 2
     assert "nothing was pruned: no calibration token reaches the selected experts" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 def test_windows_run_no_more_than_they_must_around_the_blocks_that_are_pruned(tmp_path, monkeypatch):
@@ -152,7 +151,7 @@ def test_next_block_is_read_and_the_last_one_written_beside_the_work(pruned):
         assert sum(block["seconds"].values()) == pytest.approx(spent)
 
 
-def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, text, monkeypatch, capsys):
+def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, out, text, monkeypatch, capsys):
     """From the last finished block on, and so does a run that goes on with what is finished."""
     source = save_model(tmp_path / "model", "llama")
     flags = ["--eval", str(text), "--eval-windows", "3", "--nsamples", "9", "--method", "wanda"]
@@ -170,10 +169,10 @@ def test_a_full_gpu_takes_half_the_windows_at_a_time(tmp_path, text, monkeypatch
         return pruned
 
     monkeypatch.setattr(driver, "prune_block", full)
-    assert run(source, text, tmp_path / "out", *flags) == 130
+    assert run(source, text, out, *flags) == 130
     assert "out of memory on the GPU: continuing with 2 windows at a time\n" in capsys.readouterr().out
     assert batches == [(0, 4), (1, 4), (1, 2), (2, 2)]
-    assert run(source, text, tmp_path / "out", *flags) == 0
+    assert run(source, text, out, *flags) == 0
     assert batches[4:] == [(2, 2)]
     whole, report = (read_report(tmp_path / name / "report.json") for name in ("whole", "out"))
     assert report.memory.batch_windows == 2

@@ -119,7 +119,7 @@ def varying(ranks, do, *args):
 
 
 @pytest.mark.slow
-def test_a_run_is_resumed_by_the_same_number_of_ranks(tmp_path, text):
+def test_a_run_is_resumed_by_the_same_number_of_ranks(tmp_path, out, text):
     """Finished blocks are reported as without an interruption.
 
     Rank 1 has written the second one.
@@ -129,23 +129,22 @@ def test_a_run_is_resumed_by_the_same_number_of_ranks(tmp_path, text):
     (whole, lines), _ = on_ranks(2, varying, prune, source, tmp_path / "whole", *on)
     assert [block.reconstruction.varies for block in whole.blocks] == ["put_"] * 3
     assert sum("another run may give other bits: put_" in line for line in lines) == 3
-    ends = on_ranks(2, varying, fail_at, 0, 2, source, tmp_path / "out", *on)
+    ends = on_ranks(2, varying, fail_at, 0, 2, source, out, *on)
     assert ends == ["InputError", "LostRankError"]
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
     with pytest.raises(AssertionError, match=r"an unfinished run .* the number of ranks was 2, and is 3"):
-        on_ranks(3, prune, source, tmp_path / "out", *on)
+        on_ranks(3, prune, source, out, *on)
     # No operation is refused now: those that are named come from the records.
-    (report, lines), _ = on_ranks(2, prune, source, tmp_path / "out", *on)
+    (report, lines), _ = on_ranks(2, prune, source, out, *on)
     assert any(line.startswith("resuming an unfinished run: 2 of ") for line in lines)
     assert [block.reconstruction.varies for block in report.blocks] == ["put_", "put_", ""]
     for mine, theirs in zip(report.blocks[:2], whole.blocks, strict=False):
         assert mine.reconstruction == theirs.reconstruction
-    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    assert shards(out) == shards(tmp_path / "whole")
     assert not (tmp_path / ".out.partial").exists()
 
 
-def test_other_flags_on_a_rank_are_named(tmp_path, text):
-    source = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
+def test_other_flags_on_a_rank_are_named(source, tmp_path, text):
     line = "rank 2: sparsity is 0.5, and that of rank 0 is 0.6; start all ranks with the same call"
     found = on_ranks(3, prune_with_own_flags, [{}, {}, {"sparsity": "0.5"}], source, tmp_path / "out", text)
     assert found == 3 * [line]

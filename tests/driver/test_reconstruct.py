@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import verifying
-from helpers.commands import tensors_of
+from helpers.commands import make_place, tensors_of
 from helpers.families import first_is_fast
-from helpers.reconstructed import METHODS, SEQLEN, WINDOWS, make_place, run
+from helpers.reconstructed import METHODS, SEQLEN, WINDOWS, run
 from helpers.texts import calibration_windows
+from helpers.verifying import passed
 from helpers.whole import streamed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,8 +115,7 @@ def test_zeros_stay_and_all_else_is_the_dense_models(reconstructed, llama, capsy
         assert torch.equal(tensor != 0, before != 0)
         if not report.blocks[i].reconstruction.put_back:
             assert (tensor != before).sum() > 0.9 * (before != 0).sum()
-    _, printed, failures = verifying.verdict(capsys, output, summed=False)
-    assert not failures, printed
+    passed(capsys, output, summed=False)
 
 
 @pytest.mark.parametrize(
@@ -130,16 +129,15 @@ def test_zeros_stay_and_all_else_is_the_dense_models(reconstructed, llama, capsy
         ]
     ),
 )
-def test_families(family, dtype, tmp_path, capsys):
+def test_families(family, dtype, tmp_path, out, capsys):
     """Blocks of all kinds get better on held-out windows, and keep to their budgets."""
     make_place(tmp_path, family, dtype)
-    report, _ = run(tmp_path, tmp_path / "out", "--method", "wanda", "--reconstruct", "2")
+    report, _ = run(tmp_path, out, "--method", "wanda", "--reconstruct", "2")
     found = [block.reconstruction for block in report.blocks]
     assert all(found)
     assert not all(x.put_back for x in found)
     assert all(x.after < x.before for x in found if not x.put_back)
-    _, printed, failures = verifying.verdict(capsys, tmp_path / "out")
-    assert not failures, printed
+    passed(capsys, out)
 
 
 def test_gradients_that_fp16_has_no_room_for_as_sums(tmp_path, monkeypatch):
@@ -183,7 +181,7 @@ def test_one_token_does_not_outweigh_others():
 
 
 @pytest.mark.parametrize(("least", "every", "passes"), first_is_fast([(SEQLEN // 8, 8, 4), (SEQLEN // 8 + 1, 1, 2)]))
-def test_steps_compare_some_predictions_and_losses_all_of_them(least, every, passes, llama, tmp_path, monkeypatch):
+def test_steps_compare_some_predictions_and_losses_all_of_them(least, every, passes, llama, out, monkeypatch):
     """A step looks at every eighth token of a long window, in each pass at others, and there are twice the passes."""
     seen, divergence_of = [], reconstruct.divergence
     monkeypatch.setattr(steps_of, "MIN_TOKENS", least)
@@ -194,7 +192,7 @@ def test_steps_compare_some_predictions_and_losses_all_of_them(least, every, pas
         return divergence_of(model, ids, hidden, dense)
 
     monkeypatch.setattr(reconstruct, "divergence", spy)
-    report, _ = run(llama, tmp_path / "out", "--method", "wanda", "--include", "layers.1", "--reconstruct", "2")
+    report, _ = run(llama, out, "--method", "wanda", "--include", "layers.1", "--reconstruct", "2")
     # A block without pruned layers is as it was.
     assert [bool(block.reconstruction) for block in report.blocks] == [False, True]
     windows, (learned, held_out) = windows_of(llama), split_batches(WINDOWS)
@@ -240,5 +238,4 @@ def test_steps_on_pieces_are_those_on_micro_batches_of_their_own(i, llama):
                 weight.grad = None
             weight.requires_grad_(False)
             model.close(i)
-    for own, whole in zip(*found, strict=True):
-        torch.testing.assert_close(own, whole, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)

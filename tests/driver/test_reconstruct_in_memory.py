@@ -8,6 +8,7 @@ from helpers.checkpoints import refused
 from helpers.families import first_is_fast
 from helpers.ranks import on_ranks
 from helpers.stacks import STACKS, Block, check_pruned, drawn, small, small_batches, weights_of
+from helpers.tensors import assert_equal
 
 from sparsefw import prune
 from sparsefw.driver import prune as driver
@@ -77,7 +78,7 @@ def test_blocks_without_gradients_are_refused_in_one_line(monkeypatch):
     before = weights_of(model)
     with refused(r"^blocks\.0: unsupported model: its output has no gradients; "):
         prune(model, reconstruct=1, **options)
-    assert all(torch.equal(x, before[name]) for name, x in weights_of(model).items())
+    assert_equal(weights_of(model), before)
     prune(model, reconstruct=0, **options)
 
 
@@ -121,4 +122,4 @@ def test_a_rank_that_reaches_no_pruned_weight_learns_from_the_others():
     assert found == other
     assert [x.steps for x in found] == [8 * 4] * 2
     assert all(x.after < x.before for x in found)
-    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+    assert_equal(weights, same)

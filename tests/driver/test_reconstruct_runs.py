@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.commands import tensors_of
+from helpers.commands import make_place, tensors_of
 from helpers.families import first_is_fast
-from helpers.reconstructed import METHODS, RATE, WINDOWS, make_place, run
+from helpers.reconstructed import METHODS, RATE, WINDOWS, run
 from transformers import AutoModelForCausalLM
 
 from sparsefw.driver import reconstruct, texts
@@ -22,15 +22,15 @@ pytestmark = pytest.mark.usefixtures("constants")
     ("way", "rate"),
     first_is_fast([("wanda", 1e30), ("dense targets", 1e3)]),
 )
-def test_a_block_that_gets_worse_is_put_back(way, rate, llama, tmp_path, monkeypatch):
+def test_a_block_that_gets_worse_is_put_back(way, rate, llama, out, monkeypatch):
     """Then its weights are what they were, bit for bit, even if they had gone beyond all numbers."""
     evaluation = ["--eval", str(llama / "text.txt"), "--eval-windows", "2"]
     monkeypatch.setattr(reconstruct, "RATE", rate)
-    report, seen = run(llama, tmp_path / "out", *METHODS[way], *evaluation, "--reconstruct", "1")
+    report, seen = run(llama, out, *METHODS[way], *evaluation, "--reconstruct", "1")
     assert all(block.reconstruction.put_back for block in report.blocks)
     # Loads, whatever the losses are.
     assert all(math.isnan(x.after) or x.after >= x.before for x in (b.reconstruction for b in report.blocks))
-    written = tensors_of(tmp_path / "out")
+    written = tensors_of(out)
     for i, block in enumerate(report.blocks):
         assert seen.weights[i]
         for name, before in seen.weights[i].items():
@@ -80,12 +80,12 @@ STEPS = len(split_batches(WINDOWS)[0])
         ([math.nan], 1, math.nan, True),
     ],
 )
-def test_rounds_follow_each_other_as_long_as_they_pay(found, steps, after, put_back, llama, tmp_path, monkeypatch):
+def test_rounds_follow_each_other_as_long_as_they_pay(found, steps, after, put_back, llama, out, monkeypatch):
     losses = iter(found)
     monkeypatch.setattr(reconstruct, "MAX_ROUNDS", 4)
     monkeypatch.setattr(BlockFit, "loss", lambda self: 1.0)
     monkeypatch.setattr(BlockFit, "round", lambda self, *given: next(losses))
-    report, _ = run(llama, tmp_path / "out", *FIRST_BLOCK)
+    report, _ = run(llama, out, *FIRST_BLOCK)
     record = report.blocks[0].reconstruction
     assert next(losses, None) is None
     assert record.steps == steps * STEPS
@@ -94,7 +94,7 @@ def test_rounds_follow_each_other_as_long_as_they_pay(found, steps, after, put_b
 
 
 @pytest.mark.parametrize(("rate", "gains"), first_is_fast([(1e3, False), (RATE, True)]), ids=["loses", "gains"])
-def test_a_second_round_begins_where_the_first_ended(rate, gains, llama, tmp_path, monkeypatch):
+def test_a_second_round_begins_where_the_first_ended(rate, gains, llama, out, monkeypatch):
     losses, weights, measure = [], [], BlockFit.loss
 
     def watched(fit):
@@ -108,7 +108,7 @@ def test_a_second_round_begins_where_the_first_ended(rate, gains, llama, tmp_pat
     monkeypatch.setattr(BlockFit, "loss", watched)
     monkeypatch.setattr(reconstruct, "MAX_ROUNDS", 2)
     monkeypatch.setattr(reconstruct, "WORTH", 0.0)
-    report, _ = run(llama, tmp_path / "out", *FIRST_BLOCK)
+    report, _ = run(llama, out, *FIRST_BLOCK)
     before, first, second = losses
     assert first < before
     assert (second < first) is gains
@@ -116,7 +116,7 @@ def test_a_second_round_begins_where_the_first_ended(rate, gains, llama, tmp_pat
     assert (found.before, found.after) == (before, min(first, second))
     assert found.steps == 2 * STEPS
     assert not found.put_back
-    written = tensors_of(tmp_path / "out")
+    written = tensors_of(out)
     for layer in report.layers:
         of_round = [behind[layer.name] for behind in weights]
         assert torch.equal(written[layer.name], of_round[2 if gains else 1])

@@ -120,8 +120,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(first, go, monkeypatch):
     monkeypatch.setattr(Progress, "is_due", True)
     expected = files_of(go("undisturbed", *FOUR))
     for n in range(first, 99):
-        with monkeypatch.context() as patched:
-            interrupted_at(patched, n, killed)
+        with interrupted_at(n, killed):
             status, folder = went = go("killed", *FOUR)
         if not status:
             break
@@ -144,7 +143,7 @@ def test_chunks_make_no_difference(go, monkeypatch):
     assert rates == pytest.approx(3 * [0.04 * math.sqrt(3 / 2) * min(1, 3 - n // 3 / 2) for n in range(18)])
 
 
-def test_ctrl_c_ends_the_steps_with_the_best_state(go, pruned, monkeypatch, capsys):
+def test_ctrl_c_ends_the_steps_with_the_best_state(go, monkeypatch, capsys):
     """The steps after the saved one go astray."""
 
     def astray(n, rate):
@@ -215,11 +214,11 @@ def test_the_report_is_of_the_run_that_ends(pruned, tmp_path, monkeypatch):
     assert report.notes == ["no recovery of the whole model: too large"]
 
 
-def test_where_nothing_is_gained_the_pruned_weights_stay(go, pruned, monkeypatch, capsys):
+def test_where_nothing_is_gained_the_pruned_weights_stay(go, output, monkeypatch, capsys):
     change_rates(monkeypatch, lambda n, rate: -rate)
     report = report_of(went := go("out", *FOUR))
     assert (report.recovery, len(report.notes)) == (None, 1)
-    assert shards(went[1]) == shards(pruned(*WANDA)[1])
+    assert shards(went[1]) == shards(output)
     assert "nothing is gained, so the pruned weights stay" in capsys.readouterr().out
 
 
@@ -257,8 +256,8 @@ def test_by_default_it_takes_what_fits(go, monkeypatch, capsys):
     assert report_of(go("fits", *DEFAULT)).arguments["recover"] == 4 * 6 * 32
     with monkeypatch.context() as patched:
         patched.setattr(Progress, "is_due", True)
-        interrupted_at(patched, 24, lambda: 1 / 0)
-        assert go("begun", *DEFAULT)[0]
+        with interrupted_at(24, lambda: 1 / 0):
+            assert go("begun", *DEFAULT)[0]
     monkeypatch.setattr(placement, "recovery_needs", lambda *given: MemoryNeeds({"recover": (0, 2**50)}))
     capsys.readouterr()
     assert report_of(go("none", *DEFAULT)).recovery is None
@@ -280,8 +279,7 @@ def test_windows_are_divided_where_memory_asks_for_it(go, monkeypatch):
     expected = go("out", *FOUR)
     found = report_of(expected).recovery
     assert (found.data.seqlen, found.data.windows, found.steps) == (8, 16, 15)
-    with monkeypatch.context() as patched:
-        interrupted_at(patched, 24, lambda: 1 / 0)
+    with interrupted_at(24, lambda: 1 / 0):
         assert go("resumed", *FOUR)[0]
     with monkeypatch.context() as patched:
         # More memory takes longer windows, but not in the middle of a recovery.

@@ -17,20 +17,17 @@ FLAGS = ["--method", "wanda", "--include", "layers.0", "--reconstruct", "1"]
 USUAL, WARNS, REFUSES = range(3)
 
 
-class Watched(torch.autograd.Function):
-    """The identity. It keeps torch's mode on the way forward and on the way back."""
+def watched(x, forwards, backwards):
+    """Keep torch's mode on the way forward and on the way back."""
 
-    @staticmethod
-    def forward(ctx, x, forwards, backwards):
-        ctx.backwards = backwards
-        forwards.append(torch.get_deterministic_debug_mode())
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
+    def keep(gradient):
         filled = torch.utils.deterministic.fill_uninitialized_memory
-        ctx.backwards.append((torch.get_deterministic_debug_mode(), filled))
-        return gradient, None, None
+        backwards.append((torch.get_deterministic_debug_mode(), filled))
+
+    forwards.append(torch.get_deterministic_debug_mode())
+    if x.requires_grad:
+        x.register_hook(keep)
+    return x
 
 
 def put_by_index(x):
@@ -44,16 +41,16 @@ def with_mlp(patch, change):
     patch.setattr(LlamaMLP, "forward", lambda self, x: change(forward(self, x)))
 
 
-def test_gradients_are_made_in_the_deterministic_mode(llama, tmp_path, monkeypatch):
+def test_gradients_are_made_in_the_deterministic_mode(llama, out, monkeypatch):
     forwards, backwards, losses, loss_of = [], [], [], BlockFit.loss_of
-    with_mlp(monkeypatch, lambda x: Watched.apply(x, forwards, backwards))
+    with_mlp(monkeypatch, lambda x: watched(x, forwards, backwards))
 
     def spy(fit, *args):
         losses.append(torch.get_deterministic_debug_mode())
         return loss_of(fit, *args)
 
     monkeypatch.setattr(BlockFit, "loss_of", spy)
-    report, _ = run(llama, tmp_path / "out", *FLAGS)
+    report, _ = run(llama, out, *FLAGS)
     assert report.blocks[0].reconstruction.varies == ""
     # The steps take the same algorithms as what is held out.
     assert set(losses) == {REFUSES}
@@ -68,7 +65,7 @@ def test_gradients_are_made_in_the_deterministic_mode(llama, tmp_path, monkeypat
 def test_operations_without_a_deterministic_algorithm_are_named(llama, tmp_path, monkeypatch, capsys, recwarn):
     plain, _ = run(llama, tmp_path / "plain", *FLAGS)
     forwards, backwards = [], []
-    with_mlp(monkeypatch, lambda x: put_by_index(Watched.apply(x, forwards, backwards)))
+    with_mlp(monkeypatch, lambda x: put_by_index(watched(x, forwards, backwards)))
     refused, _ = run(llama, tmp_path / "refused", *FLAGS)
     told, expected = refused.blocks[0].reconstruction, plain.blocks[0].reconstruction
     assert (told.varies, expected.varies) == ("put_", "")

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import random_checkpoint
-from helpers import verifying
-from helpers.commands import run
+from helpers.commands import TEXT, run
 from helpers.families import first_is_fast
 from torch.utils._pytree import tree_leaves
 
@@ -55,12 +54,12 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random")
     random_checkpoint.generate(folder / "llama", "llama", **SIZES)
     random_checkpoint.generate(folder / "qwen3_moe", "qwen3_moe", decoder_sparse_step=1, **SIZES, **EXPERTS)
-    (folder / "text.txt").write_text(5 * verifying.TEXT)
+    (folder / "text.txt").write_text(5 * TEXT)
     return folder
 
 
 @pytest.mark.parametrize("name", first_is_fast(RUNS))
-def test_a_run_takes_what_is_expected(name, models, tmp_path, monkeypatch):
+def test_a_run_takes_what_is_expected(name, models, out, monkeypatch):
     family, flags = RUNS[name]
     text, expected, watched = str(models / "text.txt"), [], Watched()
     # A reconstruction is watched by itself: a solve may be expected to take more.
@@ -90,13 +89,13 @@ def test_a_run_takes_what_is_expected(name, models, tmp_path, monkeypatch):
     monkeypatch.setattr(driver_run, "place", placed)
     monkeypatch.setattr(module, function, counted)
     flags = [text if flag == "TEXT" else flag for flag in flags.split()]
-    assert run(models / family, text, tmp_path / "out", "--precision", "ieee", *flags) == 0
+    assert run(models / family, text, out, "--precision", "ieee", *flags) == 0
     # Small models are mostly what is bounded from above: the state of a solve, and a micro-batch.
     assert expected[-1] / 3 <= max(watched.points) <= expected[-1], (name, max(watched.points), expected[-1])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_a_recovery_takes_what_is_expected(family, models, tmp_path, monkeypatch):
+def test_a_recovery_takes_what_is_expected(family, models, out, monkeypatch):
     expected, watched, needed, fit = [], Watched(), memory.recovery_bytes, distill._fit
 
     def asked(*args):
@@ -110,5 +109,5 @@ def test_a_recovery_takes_what_is_expected(family, models, tmp_path, monkeypatch
     monkeypatch.setattr(memory, "recovery_bytes", asked)
     monkeypatch.setattr(distill, "_fit", counted)
     flags = ["--nsamples", "8", "--seqlen", "64", "--method", "magnitude", "--recover", "1024"]
-    assert run(models / family, models / "text.txt", tmp_path / "out", *flags) == 0
+    assert run(models / family, models / "text.txt", out, *flags) == 0
     assert expected[0] / 2 <= max(watched.points) <= expected[0], (max(watched.points), expected[0])

@@ -9,6 +9,7 @@ from helpers.checkpoints import contents, refused
 from helpers.commands import interrupted_at, run, tensors_of
 from helpers.families import first_is_fast, save_model
 from helpers.pretended_gpu import pretended_gpu
+from helpers.tensors import assert_equal
 from helpers.verifying import DOWN, WANDA, change_tensor, put
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
@@ -18,7 +19,7 @@ from sparsefw import pack, prune, recover, unpack, verify
 from sparsefw.checkpoint import packed as layout
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.tokens import load_tokenizer
-from sparsefw.extras.evaluation import evaluate
+from sparsefw.evaluation import evaluate
 from sparsefw.extras.packed import matrices
 from sparsefw.extras.packed.folders import generalized
 from sparsefw.extras.packed.quantizer import METHOD, PackedLinear
@@ -49,8 +50,7 @@ def test_layers_may_be_on_the_disk(text, tmp_path):
     assert torch.equal(logits(packed), logits(AutoModelForCausalLM.from_pretrained(output)))
 
 
-def test_another_process_s_own_method_is_refused(pruned, tmp_path, monkeypatch, capsys):
-    _, output = pruned(*WANDA)
+def test_another_process_s_own_method_is_refused(output, tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(METHODS, "wanda")
     assert pack.main([str(output), str(tmp_path / "packed")]) == verify.main([str(output)]) == 2
     assert capsys.readouterr().err.count("sparsefw: wanda: no method of this name; if it is your own") == 2
@@ -96,13 +96,11 @@ def test_packed_checkpoints_are_smaller_and_the_same(pruned, tmp_path, capsys, f
     restored = AutoModelForCausalLM.from_pretrained(folder, quantization_config=PackedConfig(dequantize=True))
     assert not hasattr(restored.config, "quantization_config")
     for state in (restored.state_dict(), model.dequantize().state_dict()):
-        assert state.keys() == truth.state_dict().keys()
-        assert all(torch.equal(state[name], tensor) for name, tensor in truth.state_dict().items())
+        assert_equal(state, truth.state_dict())
 
 
-def test_gradients_of_inputs_are_those_of_the_dense_model(pruned, tmp_path):
+def test_gradients_of_inputs_are_those_of_the_dense_model(output, tmp_path):
     """Also of the model without its head."""
-    _, output = pruned(*WANDA)
     gradients = []
     for folder in (output, packed_of(output, tmp_path)):
         layer = AutoModel.from_pretrained(folder).layers[0].mlp.down_proj
@@ -113,9 +111,9 @@ def test_gradients_of_inputs_are_those_of_the_dense_model(pruned, tmp_path):
     torch.testing.assert_close(*gradients)
 
 
-def test_without_sparsefw_loading_fails(pruned, tmp_path, monkeypatch):
+def test_without_sparsefw_loading_fails(output, tmp_path, monkeypatch):
     """transformers alone makes no weights up: it says what to install."""
-    folder = packed_of(pruned(*WANDA)[1], tmp_path)
+    folder = packed_of(output, tmp_path)
     # As if sparsefw.packed were not imported: it makes two entries, and a process without it takes seconds.
     for entries in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(entries, METHOD)
@@ -133,10 +131,10 @@ def test_perplexity_is_that_of_the_dense_checkpoint(pruned, tmp_path):
     assert dense == packed
 
 
-def test_layers_of_other_classes_are_not_packed(tmp_path, text, capsys):
+def test_layers_of_other_classes_are_not_packed(tmp_path, out, text, capsys):
     source = save_model(tmp_path / "model", "falcon", num_hidden_layers=1)
-    assert run(source, text, tmp_path / "out", *WANDA) == 0
-    assert pack.main([str(tmp_path / "out"), str(tmp_path / "packed")]) == 2
+    assert run(source, text, out, *WANDA) == 0
+    assert pack.main([str(out), str(tmp_path / "packed")]) == 2
     assert "no matrix can be packed; those stay dense that keep nearly all" in capsys.readouterr().err
 
 
@@ -155,12 +153,10 @@ def test_own_text_is_packed_too_and_folders_may_be_the_users(copied, monkeypatch
     assert (output.parent / "packed" / OWN_TEXT).read_text() == "{}"
 
 
-def test_an_interrupted_command_goes_on(pruned, tmp_path, monkeypatch, capsys):
-    _, output = pruned(*WANDA)
+def test_an_interrupted_command_goes_on(output, tmp_path, capsys):
     whole = contents(packed_of(output, tmp_path / "whole"))
-    with monkeypatch.context() as patched:
-        # Behind the first shard and its record.
-        interrupted_at(patched, 8)
+    # Behind the first shard and its record.
+    with interrupted_at(8):
         assert pack.main([str(output), str(tmp_path / "packed")]) == 130
     assert "shards are finished: the same command goes on from there" in capsys.readouterr().err
     assert contents(packed_of(output, tmp_path)) == whole
@@ -232,4 +228,4 @@ def test_a_gpu_multiplies_by_triton_where_it_is_installed(installed, monkeypatch
 
 def test_names_with_numbers_are_written_once():
     every = [f"layers.{n}.{part}.weight" for n in range(3) for part in ("a", "b")]
-    assert generalized(every[:5], every) == ["layers.*.a.weight", "layers.0.b.weight", "layers.1.b.weight"]
+    assert generalized({*every[:5]}, every) == ["layers.*.a.weight", "layers.0.b.weight", "layers.1.b.weight"]

@@ -100,46 +100,37 @@ def test_losses_and_steps_are_those_of_the_definition(pruned, tmp_path, monkeypa
     assert torch.allclose((moved - start)[clear], -rate * gradient[clear].sign(), rtol=1e-2)
 
 
-def test_windows_may_be_longer_than_those_of_the_run(pruned, tmp_path):
-    _, output = pruned(*WANDA)
+def test_windows_may_be_longer_than_those_of_the_run(output, tmp_path):
     folder, report = recovered(output, tmp_path / "recovered", "--seqlen", 64)
     # By default a recovery after 6 windows takes four times their tokens.
     assert report.recoveries[0].data.windows == 12
     assert "--recover 768 --seed 1 --seqlen 64\n" in (folder / "README.md").read_text()
 
 
-class Watched(torch.autograd.Function):
-    """The identity. On the way back it keeps torch's mode, and does what torch may refuse."""
-
-    @staticmethod
-    def forward(ctx, x, modes, varies):
-        ctx.modes, ctx.varies = modes, varies
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.modes.append(torch.get_deterministic_debug_mode())
-        if ctx.varies:
-            torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
-        return gradient, None, None
-
-
-def test_steps_give_the_same_bits_or_name_what_does_not(pruned, tmp_path, capsys, monkeypatch):
-    _, output = pruned(*WANDA)
+def test_steps_give_the_same_bits_or_name_what_does_not(output, tmp_path, capsys, monkeypatch):
     forward, (warns, refuses) = LlamaMLP.forward, (1, 2)
     for varies in (False, True):
         modes = []
-        watched = (modes, varies)
+
+        def back(gradient, modes=modes, varies=varies):
+            modes.append(torch.get_deterministic_debug_mode())
+            if varies:
+                torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+
+        def watched(mlp, x, back=back):
+            if x.requires_grad:
+                x.register_hook(back)
+            return forward(mlp, x)
+
         # Weights of the last MLP would have moved in the step that is refused.
-        monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x, w=watched: forward(mlp, Watched.apply(x, *w)))
+        monkeypatch.setattr(LlamaMLP, "forward", watched)
         recovered(output, tmp_path / str(varies), "--recover", 128)
         assert modes.count(refuses if varies else warns) == varies
         assert ("another run may give other bits: put_" in capsys.readouterr().out) == varies
     assert shards(tmp_path / "True") == shards(tmp_path / "False")
 
 
-def test_each_recovery_has_other_windows(pruned, tmp_path):
-    _, output = pruned(*WANDA)
+def test_each_recovery_has_other_windows(output, tmp_path):
     first, _ = recovered(output, tmp_path / "first", "--recover", 128)
     second, report = recovered(first, tmp_path / "second", "--recover", 640)
     assert [x.data.seed for x in report.recoveries] == [1, 2]
@@ -158,9 +149,8 @@ def test_what_was_pruned_is_found_in_the_hub_or_named(pruned, copied, tmp_path, 
         assert report.recoveries[0].model == model
 
 
-def test_weights_without_gradients_stay(pruned, tmp_path, monkeypatch):
+def test_weights_without_gradients_stay(output, tmp_path, monkeypatch):
     """Such as those that choose what a sparse attention looks at."""
-    _, output = pruned(*WANDA)
     monkeypatch.setattr(LlamaMLP, "forward", lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.up_proj(x).detach()))
     folder, _ = recovered(output, tmp_path / "recovered", "--recover", 256)
     before, after = tensors_of(output), tensors_of(folder)
@@ -208,11 +198,9 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
         assert ", which is read; choose another folder" in capsys.readouterr().err
 
 
-def test_what_cannot_be_written_is_refused_before_the_steps(pruned, tmp_path, capsys, monkeypatch):
-    _, output = pruned(*WANDA)
+def test_what_cannot_be_written_is_refused_before_the_steps(output, tmp_path, capsys, monkeypatch):
     x = tmp_path / "x"
-    with monkeypatch.context() as patched:
-        interrupted_at(patched, 8)
+    with interrupted_at(8):
         assert pack.main([str(output), str(x)]) == 130
     monkeypatch.setattr(distill, "_fit", None)
     size = sum(x.nbytes for x in tensors_of(output).values())
@@ -226,13 +214,11 @@ def test_what_cannot_be_written_is_refused_before_the_steps(pruned, tmp_path, ca
 
 
 @pytest.mark.parametrize("n", [8, 24, 34])
-def test_an_interrupted_one_goes_on(pruned, tmp_path, monkeypatch, capsys, n):
+def test_an_interrupted_one_goes_on(output, tmp_path, capsys, n):
     """While blocks are copied, between the steps and the end, and at the end."""
-    _, output = pruned(*WANDA)
     expected, _ = recovered(output, tmp_path / "x", "--recover", 128)
     shutil.move(expected, tmp_path / "expected")
-    with monkeypatch.context() as patched:
-        interrupted_at(patched, n)
+    with interrupted_at(n):
         assert recover.main([str(output), str(tmp_path / "x"), "--recover", "128"]) == 130
     assert "shards are finished: the same command goes on from there" in capsys.readouterr().err
     assert recover.main([str(output), str(tmp_path / "x"), "--seed", "7"]) == 2
@@ -248,8 +234,7 @@ def test_no_step_goes_on_with_another_text(pruned, tmp_path, monkeypatch, capsys
     flags = [f"{output}", f"{tmp_path}/x", f"--model={dense}", f"--dataset={text}", "--recover=640"]
     monkeypatch.setattr("sparsefw.driver.saves.Progress.is_due", True)
     text.write_text("One two three. " * 9999)
-    with monkeypatch.context() as patched:
-        interrupted_at(patched, 26, lambda: [][0])
+    with interrupted_at(26, lambda: [][0]):
         assert recover.main(flags)
     min(dense.glob("*.safetensors")).touch()
     assert recover.main(flags) == 2
@@ -259,7 +244,6 @@ def test_no_step_goes_on_with_another_text(pruned, tmp_path, monkeypatch, capsys
     assert "begin again: their number, hours" in capsys.readouterr().out
 
 
-def test_the_model_writes_the_text(pruned, tmp_path):
-    _, output = pruned(*WANDA)
+def test_the_model_writes_the_text(output, tmp_path):
     folder, _ = recovered(output, tmp_path / "recovered", "--dataset", "self", "--recover", 1280)
     assert len((folder / "calibration.jsonl").read_text().splitlines()) == 6

@@ -5,7 +5,10 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
+from helpers.families import save_model
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,6 +27,13 @@ def run(model: Path, text: Path, output: Path, *flags: str) -> int:
     steps = [] if "--method" in flags else ["--steps", "4", "--reconstruct", "0", "--recover", "0"]
     dataset = [] if "--dataset" in flags else ["--dataset", str(text)]
     return main(["--model", str(model), *dataset, "--output", str(output), *SMALL, *steps, *flags])
+
+
+def make_place(folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """A folder with a model and a text."""
+    save_model(folder / "model", family, dtype, **changes)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -45,8 +55,8 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-def interrupted_at(monkeypatch, n, end=interrupt):
-    """From now on, the n-th call that makes a file durable ends the run, by default as Ctrl-C does."""
+def interrupted_at(n, end=interrupt):
+    """In a `with` block, the n-th call that makes a file durable ends the run, by default as Ctrl-C does."""
     left, sync = [n], files._sync
 
     def count(path):
@@ -55,14 +65,14 @@ def interrupted_at(monkeypatch, n, end=interrupt):
             end()
         sync(path)
 
-    monkeypatch.setattr(files, "_sync", count)
+    return patch.object(files, "_sync", count)
 
 
-def killed_at(monkeypatch, n, run):
+def killed_at(n, run):
     """Kill a copy of this process, which need not import anything, in its n-th call that makes a file durable."""
     child = os.fork()
     if not child:
-        interrupted_at(monkeypatch, n, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        run()
+        with interrupted_at(n, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            run()
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -40,12 +40,12 @@ def damaged_pair(folder, tokens=TOKENS, store=None, loss: float = 1) -> Pair:
 class Block(nn.Module):
     """A block with layers a to d and a norm, whose forward is given."""
 
-    def __init__(self, forward, width: int = 8):
+    def __init__(self, forward):
         super().__init__()
         torch.manual_seed(0)
         self._forward = forward
-        self.norm = nn.LayerNorm(width)
-        self.a, self.b, self.c, self.d = (nn.Linear(width, width) for _ in range(4))
+        self.norm = nn.LayerNorm(8)
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
         self.requires_grad_(False)
 
     def forward(self, x, *arguments):

@@ -63,6 +63,15 @@ OTHERS = {
         shared_expert_intermediate_size=40, decoder_sparse_step=1,
         layer_types=["linear_attention", "full_attention", "linear_attention"], **EXPERTS,
     ),
+    "deepseek_v3": dict(
+        moe_intermediate_size=16, first_k_dense_replace=1, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=32,
+        head_dim=16, qk_rope_head_dim=16, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2,
+        n_shared_experts=1, n_group=1, topk_group=1,
+    ),
+    "gpt_oss": dict(
+        intermediate_size=64, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 }  # fmt: skip
 
 _SHARED_KEYS = dict(
@@ -121,9 +130,9 @@ def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, se
     return shutil.copytree(made.name, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
-def experts_like(family: str, tokens: int = 7, **changes) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+def experts_like(family: str, tokens: int = 7) -> tuple[torch.nn.Module, list[torch.Tensor]]:
     """The experts of a block of a family, random, and what they are given: hidden states, numbers, weights."""
-    config = AutoConfig.for_model(**(COMMON | EXPERTS | {"model_type": family} | changes))
+    config = AutoConfig.for_model(**(COMMON | EXPERTS | {"model_type": family}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     experts = next(module for module in model.modules() if hasattr(module, "_apply_gate"))

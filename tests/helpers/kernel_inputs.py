@@ -63,10 +63,10 @@ def hard_scores(rows: int, d: int) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def gram(d: int, tokens: int = 300, seed: int = 0) -> Tensor:
+def gram(d: int) -> Tensor:
     """Gram matrix (d, d) of inputs with a common part, as activations have; exactly symmetric."""
-    X = torch.randn(tokens, d, generator=generator(seed), dtype=torch.float64)
-    X += torch.randn(tokens, 1, generator=generator(seed + 1), dtype=torch.float64)
+    X = torch.randn(300, d, generator=generator(0), dtype=torch.float64)
+    X += torch.randn(300, 1, generator=generator(1), dtype=torch.float64)
     G = (X.T @ X).float()
     return (G.tril() + G.tril(-1).T).to(DEVICE)
 

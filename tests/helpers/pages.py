@@ -11,14 +11,14 @@ from sparsefw.timeline import Span
 TYPES = ("self_attn.q_proj", "mlp.down_proj")
 
 
-def layer(name: str, method: str, mask: float, error: float, shape: tuple[int, int] = (4, 8)) -> LayerResult:
+def layer(name: str, method: str, mask: float, error: float) -> LayerResult:
     """A layer with these relative errors."""
     warm = 1000.0
     return LayerResult(
         name=name,
-        shape=shape,
+        shape=(4, 8),
         pattern="0.5",
-        kept=shape[0] * shape[1] // 2,
+        kept=16,
         method=method,
         warm_start="wanda",
         alpha=0.0,

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from helpers.kernel_inputs import generator
+from helpers.tensors import assert_equal
 
 from sparsefw.kernels import triton_ops
 from sparsefw.kernels.backend import TORCH, Backend
@@ -91,6 +92,11 @@ def make_layers(rows=ROWS, d=D, dtype=torch.bfloat16):
     return [(f"layer{i}", torch.randn(n, d, generator=generator(i)).to(dtype)) for i, n in enumerate(rows)]
 
 
+def make_layer(rows, dtype=torch.bfloat16):
+    """The weights of one layer, and the Gram matrix of its inputs."""
+    return make_layers((rows,), dtype=dtype)[0][1], make_gram()
+
+
 def make_crosses():
     """A cross matrix B of recorded outputs for every layer."""
     return [Cross("outputs", 200 * torch.randn(n, D, generator=generator(50 + i))) for i, n in enumerate(ROWS)]
@@ -117,8 +123,7 @@ def run(layers, G=None, method="sparsefw", config=None, **options):
 
 
 def assert_same(first, second):
-    for name, W in first[0].items():
-        assert torch.equal(W, second[0][name]), name
+    assert_equal(first[0], second[0])
     for a, b in zip(first[1], second[1], strict=True):
         assert (a.name, a.kept, a.alpha) == (b.name, b.kept, b.alpha)
         assert all(getattr(a, e) == getattr(b, e) for e in ERRORS)

@@ -7,12 +7,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from classes.tiny_model import byte_tokenizer
 from helpers.commands import tensors_of
-from helpers.families import COMMON, change_config, save_model
+from helpers.families import change_config, save_model
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.quantizers import quantizer_finegrained_fp8
 
 from sparsefw.checkpoint.source import CONFIG, INDEX, SINGLE
@@ -21,34 +20,10 @@ FP8 = torch.float8_e4m3fn
 # Matrices that FP8 checkpoints hold in FP8; routers, embeddings and the head are left.
 MATRICES = re.compile(r"layers\.\d+\..*_proj(_with_mqa)?\.weight|layers\.\d+\..*_[ab]_proj\.weight")
 
-DEEPSEEK = COMMON | dict(
-    moe_intermediate_size=16, first_k_dense_replace=1, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=32,
-    head_dim=16, qk_rope_head_dim=16, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2,
-    n_shared_experts=1, n_group=1, topk_group=1,
-)  # fmt: skip
-GPT_OSS = COMMON | dict(
-    intermediate_size=64, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
-    layer_types=["sliding_attention", "full_attention"],
-)  # fmt: skip
-SIZES = {"deepseek_v3": DEEPSEEK, "gpt_oss": GPT_OSS}
-
-
-def save_plain(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A random checkpoint that is not quantized."""
-    if family not in SIZES:
-        return save_model(folder, family, dtype)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES[family]), dtype=dtype)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
 
 def save_fp8(folder: Path, family: str, block: tuple[int, int] | None = (16, 16), **entries) -> Path:
     """A checkpoint in FP8; `entries` go into its quantization config."""
-    save_plain(folder, family)
+    save_model(folder, family, torch.bfloat16)
     tensors = {}
     for name, tensor in tensors_of(folder).items():
         if MATRICES.search(name):
@@ -63,7 +38,7 @@ def save_fp8(folder: Path, family: str, block: tuple[int, int] | None = (16, 16)
 
 def save_mxfp4(folder: Path) -> Path:
     """A checkpoint of gpt-oss with experts in MXFP4."""
-    save_plain(folder, "gpt_oss")
+    save_model(folder, "gpt_oss", torch.bfloat16)
     tensors = {}
     for name, tensor in tensors_of(folder).items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):

@@ -55,7 +55,6 @@ def prune(
     config: dict[str, Any],
     windows: int = 10,
     eval_windows: int = 7,
-    **places: Any,
 ) -> tuple[Report, list[str]]:
     """Prune a checkpoint; returns the report, and the lines of the log."""
     inputs = Inputs(
@@ -68,7 +67,7 @@ def prune(
     )
     config = PruneConfig(**dict(kernel="torch", precision="ieee") | config)
     lines: list[str] = []
-    job = Job(inputs, config, Output(output, **places), None, None, source, lines.append, False, ranks)
+    job = Job(inputs, config, Output(output), None, None, source, lines.append, False, ranks)
     return run_job(job), lines
 
 

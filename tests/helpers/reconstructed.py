@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import commands, verifying
-from helpers.families import save_model
+from helpers import commands
 
 from sparsefw.driver import prune as driver
 from sparsefw.driver import reconstruct
@@ -35,13 +33,6 @@ def set_constants(patch: pytest.MonkeyPatch) -> None:
     for device in BATCH_TOKENS:
         patch.setitem(BATCH_TOKENS, device, SEQLEN)
     patch.setattr(reconstruct, "RATE", RATE)
-
-
-def make_place(folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes) -> Path:
-    """A folder with a model and a text."""
-    save_model(folder / "model", family, dtype, **changes)
-    (folder / "text.txt").write_text(verifying.TEXT)
-    return folder
 
 
 class Seen:

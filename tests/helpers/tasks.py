@@ -78,16 +78,13 @@ TASKS: dict[str, tuple[dict, list[dict]]] = {
         [_choices(n) for n in range(1, 6)],
     ),
 }
-GROUP, TAG = "tiny_group", "tiny_tag"
 
 
-def write_tasks(folder: Path, names: "list[str] | None" = None, **changes) -> Path:
-    """A folder with these tasks, by default all, a group of two and a tag; `changes` go into each task's config."""
-    folder.mkdir(exist_ok=True)
-    for name in names or TASKS:
-        config, documents = TASKS[name]
-        write_task(folder, name, config | {"tag": TAG} | changes, documents)
-    group = {"group": GROUP, "task": ["tiny_choices", "tiny_mutual"]}
+def write_tasks(folder: Path) -> Path:
+    """Write all tasks, a group of two and a tag to a folder."""
+    for name, (config, documents) in TASKS.items():
+        write_task(folder, name, config | {"tag": "tiny_tag"}, documents)
+    group = {"group": "tiny_group", "task": ["tiny_choices", "tiny_mutual"]}
     group["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": True}]
     (folder / "group.yaml").write_text(json.dumps(group))
     return folder

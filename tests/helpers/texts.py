@@ -1,16 +1,12 @@
 """Shared by the tests of texts and windows: a tokenizer of one token per byte, files of records, expected refusals."""
 
-import gzip
 import json
 from pathlib import Path
 
-import datasets
-import pytest
 from helpers.checkpoints import refused as refused
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sparsefw.data.text import Text
 from sparsefw.data.windows import Windows, WindowStream
 
 BOS = 256
@@ -42,16 +38,10 @@ def calibration_windows(tokenizer, dataset, write=None, **sizes) -> Windows:
 
 
 def records(path: Path, rows: list) -> str:
-    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
-def whole(text: Text) -> list[str]:
-    """The documents of a text."""
-    return ["".join(document) for document in text[1]]
-
-
-def replace_hub(monkeypatch: pytest.MonkeyPatch, load) -> None:
+def replace_hub(monkeypatch, load) -> None:
     """Have `load` give the records of a dataset, or of its splits, in place of the Hub."""
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("datasets.load_dataset", load)

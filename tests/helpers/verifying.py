@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from helpers.commands import TEXT, run
-from helpers.families import save_model
+from helpers.commands import make_place, run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,10 +30,9 @@ def outputs(folders) -> Callable[..., tuple[Path, Path]]:
         key = flags, family, dtype
         if key not in runs:
             folder = folders.mktemp("pruned")
-            source = save_model(folder / "model", family, dtype, num_hidden_layers=2)
-            (folder / "text.txt").write_text(TEXT)
-            assert run(source, folder / "text.txt", folder / "out", *flags) == 0
-            runs[key] = source, folder / "out"
+            make_place(folder, family, dtype, num_hidden_layers=2)
+            runs[key] = folder / "model", folder / "out"
+            assert run(folder / "model", folder / "text.txt", folder / "out", *flags) == 0
         return runs[key]
 
     return make
@@ -73,8 +71,8 @@ def flip_bit(x: Tensor) -> Tensor:
     return (x.view(torch.int32 if x.element_size() == 4 else torch.int16) ^ 1).view(x.dtype)
 
 
-def verdict(capsys, folder: Path, *flags: str, summed: bool = True) -> tuple[int, str, dict[str, list[str]]]:
-    """Exit status, what was printed, and the failures of the checks that failed.
+def verdict(capsys, folder: Path, *flags: str, summed: bool = True) -> tuple[str, dict[str, list[str]]]:
+    """What was printed, and the failures of the checks that failed.
 
     By default SHA256SUMS is written anew, which the other checks must not depend on.
     """
@@ -95,12 +93,19 @@ def verdict(capsys, folder: Path, *flags: str, summed: bool = True) -> tuple[int
             check = None
     assert status == bool(failures)
     assert printed.splitlines()[-1].startswith(f"failed: {', '.join(failures)}" if failures else "all checks")
-    return status, printed, failures
+    return printed, failures
+
+
+def passed(capsys, folder: Path, *flags: str, summed: bool = True) -> str:
+    """What was printed of an output that passes all checks."""
+    printed, failures = verdict(capsys, folder, *flags, summed=summed)
+    assert not failures, printed
+    return printed
 
 
 def only_failure(capsys, folder: Path, check: str, *flags: str) -> str:
     """The failure of this check, which must be the only failure."""
-    _, printed, failures = verdict(capsys, folder, *flags)
+    printed, failures = verdict(capsys, folder, *flags)
     assert failures.keys() == {check}, printed
     assert len(failures[check]) == 1, printed
     return failures[check][0]

@@ -2,19 +2,16 @@
 
 import pytest
 import torch
-from helpers.commands import TEXT, run, tensors_of
-from helpers.families import save_model
+from helpers.commands import run, tensors_of
 
 
 @pytest.mark.slow
-def test_kernels_agree(tmp_path):
+def test_kernels_agree(source, tmp_path, text):
     """A few steps in one block on a few windows go through every kernel."""
-    model, text = save_model(tmp_path / "model", "llama", num_hidden_layers=1), tmp_path / "text.txt"
-    text.write_text(TEXT)
     flags = "--precision", "ieee", "--refit", "1", "--rounds", "1", "--kernel"
     outputs = []
     for kernel in ("torch", "triton"):
-        assert run(model, text, tmp_path / kernel, *flags, kernel) == 0
+        assert run(source, text, tmp_path / kernel, *flags, kernel) == 0
         outputs.append(tensors_of(tmp_path / kernel))
     for name, weight in outputs[0].items():
         other = outputs[1][name]

@@ -14,6 +14,7 @@ from helpers.kernel_inputs import (
     shapes,
     uniform,
 )
+from helpers.tensors import assert_equal
 
 from sparsefw.estimate.live_bytes import LiveBytes
 from sparsefw.kernels import plain
@@ -146,8 +147,9 @@ def test_blocks_change_no_bit_and_no_argument(monkeypatch):
     for entries in (100, 1000, 1 << 20):
         monkeypatch.setattr(plain, "BLOCK", entries)
         found.append([x for case in (*CASES, *OTHERS) for x in results(*case, given)])
-    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
-    assert all(torch.equal(x, before[name]) for name, x in given.items())
+    for other in found[1:]:
+        assert_equal(other, found[0])
+    assert_equal(given, before)
 
 
 def test_temporaries_have_the_size_of_a_block(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import naive
 from helpers.kernel_inputs import DEVICE, DTYPES, assert_near, example, normal, of_wider, shapes, uniform
+from helpers.tensors import assert_equal
 
 from sparsefw.kernels.operation import OPERATIONS, converted
 
@@ -71,7 +72,7 @@ def test_rounding_takes_the_highest_entries_in_order(row_backend, group):
             expected[row, best[:k]] = True
         got = row_backend.round_mask(*(x.view(shape) for x in given), k, group=group)
         assert torch.equal(got.cpu(), expected.view(shape))
-        assert all(torch.equal(x.cpu(), before) for x, before in zip(given, (M, saliency), strict=True))
+        assert_equal([x.cpu() for x in given], [M, saliency])
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])

@@ -5,10 +5,10 @@ import os
 
 import pytest
 import torch
+from helpers.kernel_inputs import DEVICE
 
 from sparsefw.model.activations import Activations, Store
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLACES = ["gpu", "file", pytest.param("host", marks=pytest.mark.gpu)]
 
 
@@ -24,7 +24,7 @@ def filled(place, folder):
 def same(activations, batches):
     assert len(activations) == len(batches)
     for x, batch in zip(activations, batches, strict=True):
-        assert (x.device.type, x.dtype) == (DEVICE.type, batch.dtype)
+        assert (x.device.type, x.dtype) == (DEVICE, batch.dtype)
         assert torch.equal(x, batch)
         assert x.untyped_storage().nbytes() == x.nbytes
 

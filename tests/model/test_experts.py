@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.families import experts_like
+from helpers.tensors import assert_equal
 from torch import nn
 
 from sparsefw.data.batches import batches_of
@@ -176,5 +177,4 @@ def test_experts_one_by_one_give_the_bits_of_transformers_own_loop(family, token
         out = experts(hidden, numbers, weights)
         out.square().sum().backward()
         found.append([out, *(leaf.grad for leaf in leaves)])
-    for own, theirs in zip(*found, strict=True):
-        assert torch.equal(own, theirs)
+    assert_equal(*found)

@@ -26,8 +26,8 @@ class Block(nn.Module):
         return self._forward(x, self.w, self.bias)
 
 
-def inputs(*shape, count=2):
-    return [torch.randn(*shape, generator=torch.Generator().manual_seed(n)) for n in range(count)]
+def inputs(*shape):
+    return [torch.randn(*shape, generator=torch.Generator().manual_seed(n)) for n in range(2)]
 
 
 def captured(block, batches):

@@ -7,6 +7,7 @@ import torch
 from helpers.damaged import check_moves_on, damage, damaged_pair, measured_stages, pruned_block, stages_of, whole_runs
 from helpers.families import first_is_fast, is_layer, save_model
 from helpers.kernel_inputs import DEVICE
+from helpers.tensors import assert_equal
 
 from sparsefw.kernels.backend import TORCH
 from sparsefw.model.activations import Store
@@ -158,8 +159,7 @@ def test_kept_inputs_and_placement_change_nothing(family, tmp_path):
     plain = results_of(folder, "gpu", keep=False)
     for place, keep in (("gpu", True), ("host", True), ("file", False), ("file", True)):
         found = results_of(folder, place, keep)
-        assert found.keys() == plain.keys()
-        assert all(torch.equal(x, plain[key]) for key, x in found.items())
+        assert_equal(found, plain)
 
 
 class Counted:

@@ -73,10 +73,9 @@ def test_what_does_not_depend_on_the_input_is_made_for_real():
 
 
 def fails(match, block, given, take=(), end=None):
-    """Assert that a part ends in an InputError of one line."""
-    with refused(match) as caught:
+    """Assert that a part ends in an InputError."""
+    with refused(match):
         run_part(block, given, take, end)
-    assert "\n" not in str(caught.value)
 
 
 def behind_sum(block):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.families import TOKENS, first_is_fast, save_model
+from helpers.tensors import assert_equal
 from helpers.whole import streamed
 from transformers import AutoModelForCausalLM
 
@@ -72,7 +73,7 @@ def test_what_is_done_after_the_last_block_is_done_again_with_the_same_bits(open
     assert len(runs) == 2
     monkeypatch.setattr(head, "logits_after_blocks", lambda *args: forward.run_after_blocks(*args, {}).logits)
     for again in found:
-        assert all(torch.equal(x, y) for x, y in zip(again, differentiated(), strict=True))
+        assert_equal(again, differentiated())
 
 
 # By the sizes of the head and of the block's layers: small models; large vocabularies; a model of 70B.

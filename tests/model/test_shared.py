@@ -5,7 +5,7 @@ import torch
 from helpers.checkpoints import refused
 from helpers.commands import report_of, tensors_of
 from helpers.families import TOKENS, save_model
-from helpers.verifying import verdict
+from helpers.verifying import passed
 from helpers.whole import check_streamed
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -45,9 +45,9 @@ def test_blocks_run_as_in_the_whole_model(source):
     assert all(parameter.is_meta for parameter in model.model.parameters())
 
 
-def test_what_is_shared_stays_dense_and_the_rest_is_pruned(source, tmp_path, capsys):
-    result = prune(source, tmp_path / "out", dataset=TOKENS, kernel="torch", method="wanda")
-    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+def test_what_is_shared_stays_dense_and_the_rest_is_pruned(source, out, capsys):
+    result = prune(source, out, dataset=TOKENS, kernel="torch", method="wanda")
+    before, after = tensors_of(source), tensors_of(out)
     assert before.keys() == after.keys()
     names = [layer.name for layer in result.layers]
     assert len(set(names)) == len(names)
@@ -59,10 +59,9 @@ def test_what_is_shared_stays_dense_and_the_rest_is_pruned(source, tmp_path, cap
         changed = not torch.equal(tensor, after[name])
         assert changed == (name in map(without_index, names)), name
         assert not changed or (after[name] == 0).float().mean() >= 0.5
-    dense = report_of(tmp_path / "out")["kept_dense"]
+    dense = report_of(out)["kept_dense"]
     assert sum("shared_transf" in name and "self_attn.q_proj" in name for name in dense) == 3
-    status, printed, _ = verdict(capsys, tmp_path / "out")
-    assert status == 0, printed
+    passed(capsys, out)
 
 
 def test_plan_and_run_agree(source):

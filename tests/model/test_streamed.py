@@ -5,13 +5,13 @@ import torch
 from helpers.checkpoints import refused
 from helpers.commands import tensors_of
 from helpers.families import TOKENS, VOCABULARY, change_config, save_model
+from helpers.kernel_inputs import DEVICE
+from helpers.tensors import assert_equal
 from helpers.verifying import change_tensor
 
 from sparsefw.checkpoint.source import inspect
 from sparsefw.model.forward import embed
 from sparsefw.model.streamed import StreamedModel
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def open_model(folder):
@@ -81,9 +81,8 @@ def test_config_that_does_not_fit(tmp_path, changes, message):
     folder = save_model(tmp_path, "llama")
     (folder / "evil.py").write_text("raise SystemExit('executed')")
     change_config(folder, **changes)
-    with refused(message) as caught:
+    with refused(message):
         open_model(folder)
-    assert "\n" not in str(caught.value)
 
 
 def test_integers_in_place_of_weights(tmp_path):
@@ -106,7 +105,7 @@ def test_tensors_that_the_model_does_not_use_are_named_and_written(tmp_path):
     written = {name: tensor for piece in model.pieces for name, tensor in model.other_tensors(piece).items()}
     stored = tensors_of(folder)
     assert {n for n in stored if "layers.2." in n} < written.keys()
-    assert all(torch.equal(x, stored[n]) and x.dtype == stored[n].dtype for n, x in written.items())
+    assert_equal(written, {name: stored[name] for name in written})
 
 
 def test_a_block_that_is_set_aside_comes_back_as_it_was(tmp_path):

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import TEXT
-from helpers.families import save_model
+from helpers.commands import make_place
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -49,22 +48,21 @@ def be_rank(folder: Path, fails: bool) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_ends_all_and_is_named(tmp_path, capfd):
-    save_model(tmp_path / "model", "llama", num_hidden_layers=2)
-    (tmp_path / "text.txt").write_text(TEXT)
+def test_a_rank_that_fails_ends_all_and_is_named(tmp_path, out, capfd):
+    make_place(tmp_path, "llama", num_hidden_layers=2)
     # torchrun's report: the rank that failed first.
     with pytest.raises(ChildFailedError, match=r"(?s)Root Cause.*rank      : 1 "):
         elastic_launch(TORCHRUN, be_rank)(tmp_path, True)
     printed = capfd.readouterr().err
     assert "sparsefw: rank 1: rank 1 has had enough" in printed
     assert "the connection to another rank broke" not in printed
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
     # The same command goes on, and two ranks give one output and one log.
     elastic_launch(TORCHRUN, be_rank)(tmp_path, False)
     lines = (tmp_path / "stdout").read_text().splitlines()
     assert len([line for line in lines if line.startswith("kernel: ")]) == 1
     assert len([line for line in lines if line.startswith("checkpoint: ")]) == 1
     assert [line.split(" windows")[0] for line in lines if line.startswith("rank ")] == ["rank 0: 3", "rank 1: 3"]
-    report = read_report(tmp_path / "out" / "report.json")
+    report = read_report(out / "report.json")
     assert [rank.windows for rank in report.ranks] == [3, 3]
     assert {span.lane for span in report.timeline} >= {"main", "read", "rank 1"}

@@ -78,9 +78,8 @@ def test_every_field_that_depends_has_a_default(preset, refit):
     ids=str,
 )
 def test_values_and_combinations_that_are_refused(options, named):
-    with refused(f"^{named}: ") as error:
+    with refused(f"^{named}: "):
         PruneConfig(**options)
-    assert "\n" not in str(error.value)
 
 
 def test_options_of_frank_wolfe_go_with_it_alone():

@@ -17,9 +17,11 @@ from helpers.problems import (
     make_config,
     make_crosses,
     make_gram,
+    make_layer,
     make_layers,
     run,
 )
+from helpers.tensors import assert_equal
 
 from sparsefw.errors import InputError
 from sparsefw.solver import methods, patterns
@@ -155,7 +157,7 @@ class TestTargets:
     @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 2e4)])
     def test_the_error_is_that_of_the_weights_as_they_are_written(self, dtype, size):
         """Where hardly a weight is removed, rounding is most of the error. fp16 has no room for some targets."""
-        (_, W), G = make_layers((64,), dtype=torch.float32)[0], make_gram()
+        W, G = make_layer(64, torch.float32)
         W, B = (size * W).to(dtype), 0.5 * size * torch.randn(W.shape, generator=generator(51)) @ G
         _, Z, result = solve_layer(W, G, make_config("0.05", damp=0), B=B.clone())
         assert Z.isfinite().all()
@@ -166,7 +168,7 @@ class TestTargets:
 class TestKeepZeros:
     """Weights that are zero stay zero with `keep_zeros`, and masks are no worse for it."""
 
-    def layers(self, dtype=torch.float32):
+    def layers(self, dtype):
         """Weights of one sign, with zeros in every row and every sixth column; some rows have few others."""
         layers = []
         for i, (name, W) in enumerate(make_layers(dtype=dtype)):
@@ -220,7 +222,7 @@ class TestSolveLayer:
     def test_as_prune_layers(self, dtype, method, text):
         """Also of tensors that record gradients, as those of a hook in a forward pass, and under autocast."""
         config = config_of(method, text)
-        W, G = make_layers((37,), dtype=dtype)[0][1], make_gram()
+        W, G = make_layer(37, dtype)
         B = 200 * torch.randn(37, D, generator=generator(50)) if method == "sparsefw" else None
         before = W.clone(), G.clone()
         masks = []
@@ -233,13 +235,12 @@ class TestSolveLayer:
         assert not Z.requires_grad
         assert torch.equal(mask, torch.cat(masks)[:37])
         assert replace(result, seconds=0) == replace(row, seconds=0)
-        assert torch.equal(W, before[0])
-        assert torch.equal(G, before[1])
+        assert_equal((W, G), before)
         assert (Z.dtype, Z.shape, mask.dtype, mask.shape) == (dtype, W.shape, torch.bool, W.shape)
 
     def test_default(self):
         """That of a run whose blocks are not reconstructed."""
-        W, G = make_layers((5,), dtype=torch.float32)[0][1], make_gram()
+        W, G = make_layer(5, torch.float32)
         mask, Z, result = solve_layer(W, G)
         for config in (PruneConfig(), PruneConfig(reconstruct=0), PruneConfig(steps=24, refit=4)):
             same_mask, same, _ = solve_layer(W, G, config)
@@ -248,7 +249,7 @@ class TestSolveLayer:
         assert (result.pattern, result.method, result.steps) == ("0.6", "sparsefw", 24)
 
     def test_on_a_cpu_beside_a_gpu_it_is_the_same(self, monkeypatch):
-        W, G = make_layers((5,), dtype=torch.float32)[0][1], make_gram()
+        W, G = make_layer(5, torch.float32)
         _, expected, _ = solve_layer(W, G)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert torch.equal(solve_layer(W, G)[1], expected)
@@ -270,7 +271,7 @@ class TestFailures:
     @pytest.mark.parametrize("where", ["W", "G", "B"])
     @pytest.mark.parametrize(("method", "text"), [*((m, "0.6") for m in METHODS), ("sparsefw", "layer:0.6")])
     def test_not_finite(self, method, text, where, value):
-        inputs = {"W": make_layers((3,))[0][1], "G": make_gram()}
+        inputs = dict(zip("WG", make_layer(3), strict=True))
         if where == "B":
             if not METHODS[method].dense_target:
                 return
@@ -281,18 +282,18 @@ class TestFailures:
 
     @pytest.mark.parametrize("method", METHODS)
     def test_too_large_for_errors(self, method):
-        W = 1e30 * make_layers((3,), dtype=torch.float32)[0][1]
+        W, G = make_layer(3, torch.float32)
         with pytest.raises(FloatingPointError, match=r"^mine: .*too large"):
-            solve_layer(W, make_gram(), config_of(method), name="mine")
+            solve_layer(1e30 * W, G, config_of(method), name="mine")
 
     @pytest.mark.parametrize("options", [{"refit": 0}, {"refit": 2}, {"preset": "paper"}])
     def test_a_weight_that_the_warm_start_keeps(self, options):
         """Without a step, no error depends on it."""
-        W = make_layers((3,))[0][1]
+        W, G = make_layer(3)
         W[1, 3] = math.inf
         config = PruneConfig(steps=0, kernel="torch", precision="ieee", **options)
         with pytest.raises(FloatingPointError, match=r"^mine: .*(not finite|NaN or Inf)"):
-            solve_layer(W, make_gram(), config, name="mine")
+            solve_layer(W, G, config, name="mine")
 
     def test_too_large_on_the_way(self):
         """What overflows in SparseGPT's sweep reaches later columns; refits are only taken where they are better."""

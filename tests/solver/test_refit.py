@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.kernel_inputs import DEVICE, generator, gram, normal, uniform
 from helpers.problems import TRITON, assert_budget, error, problem_of, warm_of
+from helpers.tensors import assert_equal
 
 from sparsefw.kernels import cpu, triton_ops
 from sparsefw.kernels.backend import TORCH, Backend
@@ -101,7 +102,7 @@ class TestRefit:
         torch.testing.assert_close(fit.R.double(), R, rtol=0, atol=1e-5 * R.abs().max().item())
         torch.testing.assert_close(fit.error.double(), error(W, fit.Z, G), rtol=1e-5, atol=0)
         assert (fit.Z[~mask] == 0).all()
-        assert all(torch.equal(X, Y) for X, Y in zip((W, G, mask), before, strict=True))
+        assert_equal([W, G, mask], before)
 
     def test_dead_inputs_stay_and_rows_without_weights_stay_empty(self):
         W, G, mask = normal(ROWS, D), gram(D), random_mask()
@@ -185,7 +186,7 @@ class TestReselect:
         torch.testing.assert_close(fit.error.double(), truth, rtol=1e-4, atol=0)
         assert (truth <= refitted * (1 + 1e-5)).all()
         assert truth.sum() < 0.97 * refitted.sum()
-        assert all(torch.equal(X, Y) for X, Y in zip((problem.W, problem.H), before, strict=True))
+        assert_equal([problem.W, problem.H], before)
 
     @pytest.mark.parametrize("backend", [TORCH, TRITON], ids=["torch", "triton"])
     def test_a_row_that_overflows_spoils_no_other(self, backend):

@@ -7,6 +7,7 @@ import torch
 from helpers.families import first_is_fast
 from helpers.kernel_inputs import DEVICE, gram, normal, strided, uniform
 from helpers.problems import error
+from helpers.tensors import assert_equal
 
 from sparsefw.solver import patterns
 from sparsefw.solver.methods import inverse_factor, sparsegpt
@@ -14,7 +15,7 @@ from sparsefw.solver.methods import inverse_factor, sparsegpt
 PATTERNS = ("0.6", "0.29", "layer:0.6", "2:4", "1:3", "5:24")
 
 
-def brain_surgeon(W, G, text, damp, blocksize, support=None):
+def brain_surgeon(W, G, text, damp, blocksize, support):
     """SparseGPT's sweep from its definition: every column inverts the Hessian of the columns not yet settled."""
     support = torch.ones(W.shape, dtype=torch.bool) if support is None else support.cpu()
     pattern = patterns.parse(text)
@@ -65,8 +66,7 @@ def test_mask_and_weights_by_definition(text, blocksize):
     W, G = normal(5, 72), gram(72)
     before = W.clone(), G.clone()
     check(strided(W), G, text, blocksize=blocksize)
-    assert torch.equal(W, before[0])
-    assert torch.equal(G, before[1])
+    assert_equal((W, G), before)
 
 
 @pytest.mark.parametrize("damp", [0.0, 0.01, 1.0])

@@ -6,10 +6,6 @@ only to run tasks.
 
 from importlib.util import find_spec
 
-from sparsefw.extras.evaluation.run import evaluate
-
-__all__ = ["evaluate"]
-
 if find_spec("lm_eval"):
     # This imports no model. The harness lists its own models only where there are no others yet.
     import lm_eval.models  # noqa: F401

@@ -6,7 +6,7 @@ and to the earlier tokens of its own request.
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ class Tree:
     @property
     def depth(self) -> int:
         """Number of tokens of the longest request."""
-        return max(map(len, self.paths.values()), default=0)
+        return max(map(len, self.paths.values()))
 
     @property
     def branched(self) -> bool:
@@ -107,10 +107,7 @@ def trees_of(requests: Mapping[int, Request], branch: bool, min_length: int = 1)
 
 def ids_of(trees: Sequence[Tree]) -> torch.Tensor:
     """Return the tokens of trees of one length, padded on the right: (trees, length) int64."""
-    ids = torch.zeros(len(trees), trees[0].length, dtype=torch.int64)
-    for n, tree in enumerate(trees):
-        ids[n, : len(tree.tokens)] = torch.tensor(tree.tokens)
-    return ids
+    return torch.tensor([[*tree.tokens, *[0] * (tree.length - len(tree.tokens))] for tree in trees])
 
 
 def batch_of(trees: Sequence[Tree], dtype: torch.dtype) -> Batch:
@@ -135,7 +132,7 @@ def batch_of(trees: Sequence[Tree], dtype: torch.dtype) -> Batch:
     # An additive mask, which every implementation of attention accepts.
     mask = torch.zeros(attends.shape, dtype=dtype).masked_fill_(~torch.from_numpy(attends), torch.finfo(dtype).min)
     arguments = {"attention_mask": mask[:, None], "position_ids": torch.from_numpy(positions)}
-    return Batch(batch.args, batch.kwargs | arguments, batch.windows)
+    return replace(batch, kwargs=batch.kwargs | arguments)
 
 
 def _common(one: "array[int]", other: "array[int]") -> int:

@@ -267,7 +267,16 @@ def _averaged(records: Sequence[TaskRecord], children: Mapping[str, Sequence[str
 
 
 # Columns of the table, with their alignment.
-COLUMNS = dict(task="<", metric="<", n=">", shots=">", value=">", difference=">") | {"z-score": ">", "model": "<"}
+COLUMNS = {
+    "task": "<",
+    "metric": "<",
+    "n": ">",
+    "shots": ">",
+    "value": ">",
+    "difference": ">",
+    "z-score": ">",
+    "model": "<",
+}
 
 
 def lines(evaluation: Evaluation) -> Iterator[str]:

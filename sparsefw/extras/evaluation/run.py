@@ -54,7 +54,12 @@ def evaluate(
     """
     check_names("evaluate", options, [f.name for f in fields(EvaluationInputs)])
     inputs = EvaluationInputs(models, tasks, **options)  # type: ignore[arg-type]
-    _check_output(inputs)
+    if inputs.output:
+        # Checked before the evaluation, so that its result can be written.
+        check_writable(inputs.output)
+        result = inputs.output / RESULT
+        if result.exists() and not inputs.overwrite:
+            raise InputError(f"{result}: is there already; give {option('overwrite', True)} to replace it")
     with joined_with(log) as (ranks, say):
         ranks.agree(
             {"models": inputs.models, "--against": inputs.against, "--tasks": inputs.tasks, "--texts": inputs.texts}
@@ -77,22 +82,8 @@ def evaluate(
             of_texts.append(text_record(windows, losses, inputs.against))
         evaluation = Evaluation([*inputs.models], inputs.against, records, of_texts)
         if inputs.output and ranks.first:
-            _write(evaluation, inputs.output / RESULT, say)
+            _write(evaluation, result, say)
     return evaluation
-
-
-def _check_output(inputs: EvaluationInputs) -> None:
-    """Check before the evaluation that its result can be written.
-
-    Raises:
-        InputError: the folder cannot be written to, or has an older result that may not be replaced.
-    """
-    if inputs.output is None:
-        return
-    check_writable(inputs.output)
-    result = inputs.output / RESULT
-    if result.exists() and not inputs.overwrite:
-        raise InputError(f"{result}: is there already; give {option('overwrite', True)} to replace it")
 
 
 def _write(evaluation: Evaluation, result: Path, say: Say) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,7 +192,7 @@ class _OpenModel:
                 if self.progress is None and bar.disable:
                     # Without a terminal there is no bar: log a line for each block.
                     left = (len(names) / (i + 1) - 1) * (time.perf_counter() - started)
-                    self.say(block_row(name, i + 1, len(names), left))
+                    self.say(block_row(names, i, left))
 
 
 @contextmanager
@@ -260,10 +261,7 @@ def _scores_of_trees(opened: _OpenModel, requests: Mapping[int, Request], trees:
 
 def _embedded(opened: _OpenModel, trees: Sequence[Tree], placement: Placement) -> Iterator[_Group]:
     """Embed trees: yields groups of trees with their hidden states before the first block."""
-
-    def shape_of_tree(tree: Tree) -> tuple[int, bool]:
-        return tree.length, tree.branched
-
+    shape_of_tree = attrgetter("length", "branched")
     dtype: Any = opened.model.model.dtype
     store, tokens = placement.store(opened.model.device), placement.batch * max(tree.length for tree in trees)
     for (length, _), alike in groupby(sorted(trees, key=shape_of_tree, reverse=True), shape_of_tree):
@@ -303,9 +301,12 @@ class _Probe(NamedTuple):
 
 def _hidden_of(groups: Sequence[_Group], tree: Tree) -> Tensor:
     """Find the hidden states (length, d) of a tree."""
-    places = ((states, j, batch) for batches, states in groups for j, batch in enumerate(batches) if tree in batch)
-    states, j, batch = next(places)
-    return states.hidden[j][batch.index(tree)]
+    return next(
+        states.hidden[j][batch.index(tree)]
+        for batches, states in groups
+        for j, batch in enumerate(batches)
+        if tree in batch
+    )
 
 
 def _probes(trees: Sequence[Tree]) -> list[_Probe]:
@@ -368,8 +369,7 @@ def _predictions(
         n, place = at.T
         rows = (
             logits(opened.model, ids[n, place][None], hidden[n, place][None])[0] if whole is None else whole[n, place]
-        )
-        rows = rows.float()
+        ).float()
         logprobs = rows.gather(1, wanted[:, None])[:, 0].double() - rows.logsumexp(-1).double()
         found.append((logprobs.cpu(), (rows.argmax(-1) == wanted).cpu()))
     logprobs, greedy = (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -148,9 +148,9 @@ def _budgets(skeleton: Skeleton, report: Report, pattern: Pattern, whole: bool) 
     return kept
 
 
-def generalized(chosen: Iterable[str], parameters: Iterable[str]) -> list[str]:
+def generalized(chosen: set[str], parameters: Iterable[str]) -> list[str]:
     """Shorten names of parameters: `*` replaces the numbers in names if all parameters of such a name are chosen."""
-    chosen, forms = set(chosen), defaultdict(set)
+    forms = defaultdict(set)
     for name in parameters:
         forms[form_of(name)].add(name)
     return sorted(x for form, names in forms.items() for x in ({form} if names <= chosen else names & chosen))

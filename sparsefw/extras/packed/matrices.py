@@ -26,7 +26,7 @@ def pack(name: str, W: Tensor, kept: int, whole: bool) -> tuple[Tensor, Tensor]:
     """
     cols = W.shape[-1]
     flat, rows = W.reshape(-1, cols), max(1, CHUNK // cols)
-    mask = flat.view(BITS[flat.element_size()]) != 0
+    mask = flat.view(BITS[flat.itemsize]) != 0
     counts = torch.cat([bits.sum(-1) for bits in mask.split(rows)])
     most = int(counts.sum() if whole else counts.max())
     if most > kept:

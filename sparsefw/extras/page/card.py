@@ -75,7 +75,9 @@ def card_of(folder: Path, name: str, report: Report, source: Path | None) -> str
         tags=["sparsefw", "pruned", "sparse", *([pattern] if parse(pattern).scope == "group" else [])],
     )
     packed = KEY in config
-    facts: dict[str, Any] = dict(
+    card = ModelCard.from_template(
+        data,
+        str(TEMPLATE),
         report=report,
         log=log,
         amount=amount,
@@ -88,7 +90,7 @@ def card_of(folder: Path, name: str, report: Report, source: Path | None) -> str
         commands=commands_of(report, name, packed),
         language="python" if from_python(report) else "sh",
     )
-    return str(ModelCard.from_template(data, str(TEMPLATE), **facts))
+    return str(card)
 
 
 def _front_matter(card: Path) -> dict[str, Any]:

@@ -102,13 +102,13 @@ def _template() -> Template:
 
 
 def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
-    """Collect the facts of a run: by heading, a list of (name, value)."""
+    """Collect the facts of a run: by heading, a list of (name, value), which may be empty."""
     memory = report.memory
     sizes = {"limit": memory.limits, "expected": memory.expected, "peak": report.peak_memory}
     sizes["most at once"] = {"solver": memory.solver_bytes}
     placement = ("activations", "batch_windows", "step_windows", "read_ahead", "kept_width")
     texts = [("calibration", report.data), *(("evaluation", text) for text in report.evaluation)]
-    facts = {
+    return {
         "machine": [("device", report.device), *report.versions.items()],
         "texts": [(n, f"{amount(t.source, t.windows, t.seqlen)} of {t.source}, sha256 {t.hash}") for n, t in texts],
         "memory": [
@@ -126,7 +126,6 @@ def _facts(report: Report) -> dict[str, list[tuple[str, str]]]:
             if value not in (None, ())
         ],
     }
-    return {heading: found for heading, found in facts.items() if found}
 
 
 def _block_cells(block: BlockRecord, phases: list[str]) -> list[str]:
@@ -230,13 +229,13 @@ def timeline(spans: list[Span], blocks: list[BlockRecord]) -> Chart | None:
         title = f"{subject}, {span.phase}: {span.end - span.start:.3f} s from {span.start:.3f} s"
         bar = (f"{span.start:.8g}", f"{span.end - span.start:.8g}", lanes.index(span.lane), span.phase, title)
         bars[span.block].append(bar)
-    shown = [block for block in blocks if block.block in bars]
     start, end = min(span.start for span in spans), max(span.end for span in spans)
     return {
         "lanes": lanes,
         "bars": bars,
         "box": f"{start:.8g} 0 {max(end - start, 1e-5):.8g} {len(lanes)}",
-        "options": {"all": "the whole run"} | {str(b.block): f"block {b.block}, {b.name}" for b in shown},
+        "options": {"all": "the whole run"}
+        | {str(b.block): f"block {b.block}, {b.name}" for b in blocks if b.block in bars},
     }
 
 

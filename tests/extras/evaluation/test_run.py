@@ -12,7 +12,8 @@ from helpers.families import save_model
 from helpers.texts import make_tokenizer
 
 from sparsefw.evaluate import main
-from sparsefw.extras.evaluation import evaluate, run
+from sparsefw.evaluation import evaluate
+from sparsefw.extras.evaluation import run
 from sparsefw.extras.evaluation.run import RESULT
 
 NAMES = ["tiny_choices", "tiny_rolling", "tiny_last_word"]
@@ -56,7 +57,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(place, tmp_
         evaluated(place, output=tmp_path / "file" / "out")
 
 
-def test_a_full_disk_loses_nothing(place, tmp_path, monkeypatch):
+def test_a_full_disk_loses_nothing(place, out, monkeypatch):
     def full(path, *_, **__):
         path.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -64,9 +65,9 @@ def test_a_full_disk_loses_nothing(place, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     lines = []
     with pytest.raises(OSError, match=r"No space left on device: .*evaluation\.json"):
-        evaluated(place, output=tmp_path / "out", log=lines.append)
+        evaluated(place, output=out, log=lines.append)
     assert any("perplexity" in line for line in lines)
-    assert not [*(tmp_path / "out").iterdir()]
+    assert not [*out.iterdir()]
 
 
 def test_the_example_compares_methods(tasks, tmp_path, capsys):
