@@ -35,7 +35,7 @@ from .cpu.packed import MOST, check_packed, expanded, last_row, unpacked_product
 from .device import cast, dot
 from .launch import FLOATS, check, check_matrix, on_device, platform, warps
 from .operation import ALL, HOPPER, Arguments, Cost, Size, launch, metadata, operation
-from .product import FP32, TRITON_DTYPES
+from .product import TRITON_DTYPES
 
 # Lock for launches: transformers unpacks in several threads when it loads a checkpoint, and a server may multiply in
 # several. Then launches may fail: Triton 3.6 to 3.9 gives other threads a kernel's launcher before its module is
@@ -68,7 +68,7 @@ def cost_unpacked(values: Tensor, mask: Tensor, cols: int, first: int = 0, last:
 def cost(x: Tensor, values: Tensor, mask: Tensor) -> Cost:
     """Read the matrix and x, and write y. Products with zeros count as flops."""
     (batch, cols), rows = x.shape, len(mask)
-    unit = "bf16" if x.dtype == values.dtype != FP32 else "ieee"
+    unit = "bf16" if x.dtype == values.dtype != torch.float32 else "ieee"
     return Cost(2 * batch * rows * cols, values.nbytes + mask.nbytes + batch * (rows + cols) * x.itemsize, unit)
 
 
@@ -222,7 +222,7 @@ def configuration(size: int, batch: int = 0) -> dict[str, int]:
 @operation(
     reference_unpacked, cost_unpacked, lambda size: _example(size) | dict(cols=size.d), tolerance=0.0,
     launches=(
-        launch(ALL, dtype=FP32),
+        launch(ALL, dtype=torch.float32),
         # Words of 8 columns.
         launch(HOPPER, d=4104),
     ),
@@ -259,8 +259,8 @@ def unpack(
     library=library,
     launches=(
         launch(ALL, batch=8, starts=True),
-        launch(ALL, dtype=FP32),
-        launch(ALL, dtype=FP32, batch=16),
+        launch(ALL, dtype=torch.float32),
+        launch(ALL, dtype=torch.float32, batch=16),
         # Words of 8 columns.
         launch(HOPPER, d=4104),
     ),
@@ -282,12 +282,12 @@ def packed_product(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor | Non
         return unpacked_product(x, values, mask, starts, unpack)
     y = x.new_empty(batch, len(mask))
     if y.numel():
-        low = x.dtype == values.dtype != FP32
+        low = x.dtype == values.dtype != torch.float32
         config = configuration(2 if low else 4, batch)
         with on_device(x), LAUNCH:
             _product_kernel[(triton.cdiv(len(mask), config["BLOCK_R"]),)](
                 X=x.contiguous(), Y=y, batch=batch, rows=len(mask),
-                DTYPE=TRITON_DTYPES[x.dtype if low else FP32], BLOCK_B=MOST, SPLIT=SPLIT,
+                DTYPE=TRITON_DTYPES[x.dtype if low else torch.float32], BLOCK_B=MOST, SPLIT=SPLIT,
                 enable_fp_fusion=True, **matrix, **config,
             )  # fmt: skip
     return y

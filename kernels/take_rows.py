@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import columns, load
-from .launch import BOOL, FLOATS, INTERPRET, check_matrix, check_rows, interpreter_tile, launch_rows, row_strides, warps
+from .launch import BOOL, FLOATS, check_matrix, check_rows, interpreter_tile, launch_rows, platform, row_strides, warps
 from .operation import ALL, Arguments, Cost, Size, launch, metadata, operation
 
 
@@ -34,7 +34,7 @@ def example(size: Size) -> Arguments:
 
 def configuration(rows: int, d: int) -> dict[str, int]:
     """Choose tile sizes and launch options."""
-    if INTERPRET:
+    if platform() == "interpreter":
         return interpreter_tile(rows, d)
     BLOCK_D = min(triton.next_power_of_2(d), 4096)
     # A thread has 8 entries of each matrix.

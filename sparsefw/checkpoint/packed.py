@@ -19,6 +19,9 @@ from torch import Tensor
 from sparsefw.errors import InputError
 from sparsefw.kernels.cpu import packed as packed_cpu
 
+# Version of this layout.
+FORMAT = 1
+
 # The end of a mask's name, after the name of its matrix.
 MASK = "_mask"
 

@@ -233,19 +233,29 @@ def quantization_of(config: dict[str, Any], path: Path) -> Quantization | None:
         path: the file's path, for the message.
 
     Raises:
-        InputError: checkpoints of this method are not read.
+        InputError: checkpoints of this method or format are not read, or one of its settings is wrong.
     """
     content = next((section[KEY] for section in _sections(config) if section.get(KEY) is not None), None)
     if content is None:
         return None
-    method = content.get("quant_method", "an unnamed method") if isinstance(content, dict) else content
+    content = content if isinstance(content, dict) else {}
+    method = content.get("quant_method", "an unnamed method")
     if method == Fp8.method:
-        block = content.get("weight_block_size", DEFAULT_BLOCK)
-        return Fp8(tuple(block) if block else None)
+        match content.get("weight_block_size", DEFAULT_BLOCK):
+            case None:
+                return Fp8(None)
+            case [int(height), int(width)] if height > 0 and width > 0:
+                return Fp8((height, width))
+            case block:
+                raise InputError(f"{path}: weight_block_size is {shown(block)}, and not two positive integers ({KEY})")
     if method == Mxfp4.method:
         return Mxfp4()
     if method == Packed.method:
-        return Packed(float(content["kept"]))
+        if (found := content.get("format")) != packed.FORMAT:
+            raise InputError(f"{path}: the checkpoint is packed in format {shown(found)}: update sparsefw")
+        if not isinstance(kept := content.get("kept"), float):
+            raise InputError(f"{path}: kept is {shown(kept)}, and not a fraction ({KEY})")
+        return Packed(kept)
     raise InputError(f"{path}: the model is quantized by {shown(method)}, which is not read; {ORIGINAL} ({KEY})")
 
 

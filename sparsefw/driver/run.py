@@ -9,7 +9,7 @@ import torch
 
 from sparsefw import arithmetic, memory
 from sparsefw.checkpoint.files import check_output, durably
-from sparsefw.checkpoint.source import fingerprint, inspect, note_of_others, stamps
+from sparsefw.checkpoint.source import fingerprint, inspect, note_of_others, sample, stamps
 from sparsefw.checkpoint.writer import Describe, Writer
 from sparsefw.data.batches import Batches
 from sparsefw.data.text import OWN_TEXT
@@ -42,6 +42,9 @@ def run_job(job: Job) -> content.Report:
     assert job.folder is not None
     check_output(job.output.folder, job.folder, job.output.overwrite, job.inputs.paths)
     source, device, job = inspect(job.folder), memory.this_device(), resumed(job)
+    if not job.ranks.alone:
+        # Each machine may have a folder of its own.
+        job.ranks.agree({"the digest of the model's weights": sample(source)})
     in_fp32 = job.ranks.on_first(lambda: computes_in_fp32(job, source.dtype, device))
     with StreamedModel(source, device, in_fp32=in_fp32) as model:
         whole = shape_of(source, in_fp32)

@@ -8,7 +8,7 @@ from helpers.checkpoints import TENSORS, refused
 from helpers.quantized import change_stored, save_fp8, save_mxfp4
 from safetensors.torch import load_file, save_file
 
-from sparsefw.checkpoint.quantization import Fp8, Mxfp4, quantization_of, without_quantization
+from sparsefw.checkpoint.quantization import Fp8, Mxfp4, Packed, quantization_of, without_quantization
 from sparsefw.checkpoint.source import CONFIG, SINGLE, inspect
 from sparsefw.checkpoint.tensors import QuantizedTensor, read_tensors
 
@@ -27,6 +27,7 @@ class TestConfigs:
             ({"quant_method": "fp8", "modules_to_not_convert": None}, Fp8((128, 128))),
             ({"quant_method": "fp8", "weight_block_size": None}, Fp8()),
             ({"quant_method": "mxfp4"}, Mxfp4()),
+            ({"quant_method": "sparsefw", "format": 1, "kept": 0.5}, Packed(0.5)),
             (None, None),
         ],
     )
@@ -38,6 +39,23 @@ class TestConfigs:
     def test_of_other_methods(self, method):
         with refused("config.json: the model is quantized by .*, which is not read; give the unquantized checkpoint"):
             quantization_of({"quantization_config": {"quant_method": method}}, PATH)
+
+    @pytest.mark.parametrize(
+        ("content", "problem"),
+        [
+            ("fp8", "the model is quantized by an unnamed method"),
+            *[
+                ({"quant_method": "fp8", "weight_block_size": size}, "weight_block_size is .*, and not two positive")
+                for size in (128, "128x128", [128], [0, 0], [64, 32, 2], [1.5, 2])
+            ],
+            ({"quant_method": "sparsefw", "format": 2, "kept": 0.5}, "packed in format 2: update sparsefw"),
+            ({"quant_method": "sparsefw", "kept": 0.5}, "packed in format None"),
+            ({"quant_method": "sparsefw", "format": 1}, "kept is None"),
+        ],
+    )
+    def test_that_are_wrong(self, content, problem):
+        with refused(f"config.json: .*{problem}"):
+            quantization_of({"quantization_config": content}, PATH)
 
     @pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", {"dtype": "bfloat16"}), ("float8_e4m3fn", {})])
     def test_what_is_written(self, dtype, kept):

@@ -146,14 +146,22 @@ def test_a_run_is_resumed_by_the_same_number_of_ranks(tmp_path, out, text):
 
 def test_other_flags_on_a_rank_are_named(source, tmp_path, text):
     line = "rank 2: sparsity is 0.5, and that of rank 0 is 0.6; start all ranks with the same call"
-    found = on_ranks(3, prune_with_own_flags, [{}, {}, {"sparsity": "0.5"}], source, tmp_path / "out", text)
+    found = on_ranks(3, prune_own, 3 * [source], [{}, {}, {"sparsity": "0.5"}], tmp_path / "out", text)
     assert found == 3 * [line]
     assert not (tmp_path / ".out.partial").exists()
 
 
-def prune_with_own_flags(ranks, configs, *args):
+def test_another_model_on_a_rank_is_named(tmp_path, text):
+    """Each machine may have a folder of its own, here with other weights and the same config."""
+    sources = [save_model(tmp_path / f"model-{seed}", "llama", seed=seed) for seed in (0, 1)]
+    found = on_ranks(2, prune_own, sources, [{}, {}], tmp_path / "out", text)
+    assert all(line.startswith("rank 1: the digest of the model's weights is ") for line in found)
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def prune_own(ranks, sources, configs, *args):
     with pytest.raises(InputError) as refused:
-        prune(ranks, *args, configs[ranks.number] | {"method": "magnitude"})
+        prune(ranks, sources[ranks.number], *args, configs[ranks.number] | {"method": "magnitude"})
     return str(refused.value)
 
 

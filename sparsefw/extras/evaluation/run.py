@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsefw.caller import bars_wanted, on_cpu_by_default, settings_kept, to_logger
 from sparsefw.checkpoint.files import check_writable, durably
-from sparsefw.checkpoint.source import Checkpoint, inspect
+from sparsefw.checkpoint.source import Checkpoint, inspect, sample
 from sparsefw.data.tokens import load_tokenizer
 from sparsefw.data.windows import Windows, evaluation_windows, window_length
 from sparsefw.errors import InputError, Say, naming, option
@@ -61,10 +61,12 @@ def evaluate(
         if result.exists() and not inputs.overwrite:
             raise InputError(f"{result}: is there already; give {option('overwrite', True)} to replace it")
     with joined_with(log) as (ranks, say):
-        ranks.agree(
-            {"models": inputs.models, "--against": inputs.against, "--tasks": inputs.tasks, "--texts": inputs.texts}
-        )
+        # Limits of memory may differ, and only rank 0 writes.
+        own = {"gpu_memory", "host_memory", "output", "overwrite"}
+        ranks.agree({option(name): value for name, value in vars(inputs).items() if name not in own})
         sources = {name: inspect(ranks.local_first(partial(locate, name))) for name in inputs.models}
+        if not ranks.alone:
+            ranks.agree({f"the digest of the weights of {name}": sample(source) for name, source in sources.items()})
         if inputs.against is not None and len({source.folder.resolve() for source in sources.values()}) == 1:
             raise InputError(
                 f"{option('against', inputs.against)}: the model itself; name another one, or leave it out"

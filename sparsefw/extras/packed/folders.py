@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from sparsefw.caller import to_logger
 from sparsefw.checkpoint.files import check_output, durably, file_digest
-from sparsefw.checkpoint.packed import MASK
+from sparsefw.checkpoint.packed import FORMAT, MASK
 from sparsefw.checkpoint.quantization import GUARD, KEY, without_quantization
 from sparsefw.checkpoint.source import CONFIG, Checkpoint, inspect, stamps
 from sparsefw.checkpoint.tensors import dequantized, read_tensors
@@ -26,7 +26,7 @@ from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.errors import InputError
 from sparsefw.extras.packed.matrices import pack
-from sparsefw.extras.packed.quantizer import FORMAT, METHOD, form_of, holds
+from sparsefw.extras.packed.quantizer import METHOD, form_of, holds
 from sparsefw.extras.page import write_pages
 from sparsefw.model.skeleton import Skeleton, build, reads_weight
 from sparsefw.report.content import Report, read_report, report_of

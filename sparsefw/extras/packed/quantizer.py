@@ -14,16 +14,13 @@ from torch.nn import functional as F
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsefw.checkpoint.packed import MASK, check, kernels_for, starts_of, unpack
+from sparsefw.checkpoint.packed import FORMAT, MASK, check, kernels_for, starts_of, unpack
 from sparsefw.checkpoint.quantization import GUARD
 from sparsefw.errors import InputError
 from sparsefw.model.skeleton import with_masks
 from sparsefw.solver import patterns
 
 METHOD = "sparsefw"
-
-# Version of the packed layout.
-FORMAT = 1
 
 
 def form_of(name: str) -> str:
