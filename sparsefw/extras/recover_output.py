@@ -28,7 +28,7 @@ from sparsefw.estimate.profile import shape_of
 from sparsefw.estimate.workload import pruned_shape
 from sparsefw.extras.page import write_pages
 from sparsefw.extras.page.command import VARIABLES
-from sparsefw.extras.verification import find_source
+from sparsefw.extras.verification import find_source, is_same_run
 from sparsefw.inputs import Inputs, Output
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.probe import say_kernel
@@ -143,6 +143,8 @@ def _job(pruned: Path, output: Output, given: dict[str, Any], say: Say) -> tuple
         raise
     if folder is None:
         raise InputError(missing)
+    if is_same_run(folder, pruned):
+        raise InputError(f"{folder}: is the same run's output; give the dense model with {option('model')}")
     of_run: dict[str, Any] = {
         name: report.argument(name, kind)
         for name, kind in dict(model=str, dataset=tuple, nsamples=int, seqlen=int).items()

@@ -142,9 +142,7 @@ def verify(output: Path, against: str | None = None, digest: str | None = None) 
     source, same_run = None, False
     if folder:
         source = _Model(folder, report)
-        # True if the source is the same pruned checkpoint, packed or unpacked.
-        other = folder / "report.json"
-        same_run = other.is_file() and file_digest(other) == file_digest(output / "report.json")
+        same_run = is_same_run(folder, output)
     if source and report.in_memory and source.dtype != written.dtype:
         verdict.not_compared = f"the model in memory had dtype {written.dtype}, and the source has {source.dtype}"
         source = None
@@ -211,6 +209,12 @@ def find_source(report: Report, output: Path, against: str | None, named: str = 
     return folder, ""
 
 
+def is_same_run(folder: Path, output: Path) -> bool:
+    """Tell whether a folder has the same pruned checkpoint as `output`, packed or unpacked: the report of the same run."""
+    other = folder / "report.json"
+    return other.is_file() and file_digest(other) == file_digest(output / "report.json")
+
+
 def tensors_in(folder: Path) -> dict[str, TensorInfo]:
     """Read the headers of all safetensors files in a folder, without a config or an index.
 
@@ -243,7 +247,7 @@ class _Model:
 
     def __init__(self, folder: Path, report: Report) -> None:
         # A run on batches prunes any model in memory, even if its class is not from transformers.
-        batches = report.arguments["dataset"] == (BATCHES,)
+        batches = report.argument("dataset", tuple) == (BATCHES,)
         config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
         found = None if batches and not has_class(config.get("architectures")) else inspect(folder)
         # Without a class of transformers, the names in the files are taken as the names in the model.

@@ -25,6 +25,7 @@ from sparsefw.errors import InputError, Say, first_line, option, shown
 from sparsefw.extras.evaluation.batching import Request, request_of
 from sparsefw.extras.evaluation.metrics import DERIVATIVES
 from sparsefw.extras.evaluation.streaming import Score, scores_of
+from sparsefw.fields import checked_number
 from sparsefw.inputs import locate
 from sparsefw.model.skeleton import read_config
 from sparsefw.ranks import joined_with
@@ -58,13 +59,14 @@ class StreamedLM(TemplateLM):
         failure: the exception that ended `scores`; None: there was none.
 
     Raises:
-        InputError: there is no such checkpoint, or its tokenizer cannot be used.
+        InputError: an argument is unknown or no such value, there is no such checkpoint, or its tokenizer cannot be
+            used.
     """
 
     @settings_kept()
     def __init__(
         self,
-        pretrained: str | Path,
+        pretrained: str | Path = "",
         *,
         max_length: int | None = None,
         add_bos_token: bool | None = None,
@@ -76,15 +78,24 @@ class StreamedLM(TemplateLM):
         device: str | torch.device | None = None,
         log: Say = lambda line: None,
         progress: bool | None = None,
+        **unknown: object,
     ) -> None:
         super().__init__()
+        for name in unknown:
+            raise InputError(f"{name}: no argument of the model; give pretrained, max_length or a memory limit")
+        if not pretrained:
+            raise InputError("pretrained: no model is named; give one")
+        limits = {"gpu_memory": gpu_memory, "host_memory": host_memory}
+        for name, value in (limits | {"max_length": max_length, "prefix_token_id": prefix_token_id}).items():
+            if value is not None:
+                checked_number(name, value, 0, None, whole=name not in limits)
         self.checkpoint = inspect(locate(str(pretrained)))
         self.tokenizer = load_tokenizer(self.checkpoint.folder, add_bos_token)
         self.max_length = max_length or resolve_max_length(read_config(self.checkpoint), self.tokenizer)
         self._special = add_bos_token is not False
         tokens = (prefix_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         self._prefix = next((token for token in tokens if token is not None), None)
-        self._limits, self._log = {"gpu_memory": gpu_memory, "host_memory": host_memory}, log
+        self._limits, self._log = limits, log
         self._progress = progress
         self.failure: BaseException | None = None
 

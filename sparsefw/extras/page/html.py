@@ -74,7 +74,7 @@ def page(report: Report) -> str:
         summary="; ".join([log.kept_line(report), *log.recovery_lines(report)]),
         facts=_facts(report),
         # The page does not name its own folder, so that all copies of an output have the same page.
-        commands=commands_of(report, "recovered" if report.recoveries else str(report.arguments["output"])),
+        commands=commands_of(report, "recovered" if report.recoveries else report.argument("output", str)),
         # Values are classes of the style sheet.
         method_colours={m: f"m{i}" for i, m in enumerate(reversed(report.methods))},
         phase_colours={phase: f"p{[*PHASES, phase].index(phase)}" for phase in phases},

@@ -128,6 +128,15 @@ def test_the_harness_command_knows_the_model(model, tasks, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*flags, f"pretrained={model}"])
     assert command.main() == 0
     assert "|tiny_choices|" in capsys.readouterr().out
+    for of_model, message in (
+        ("max_length=64", "pretrained: no model is named; give one"),
+        (f"pretrained={model},dtype=bfloat16", "dtype: no argument of the model; give pretrained, max_length or a "),
+        (f"pretrained={model},max_length=long", "max_length='long': expected a whole number"),
+        (f"pretrained={model},gpu_memory=a", "gpu_memory='a': expected a number"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*flags, of_model])
+        assert command.main() == 2
+        assert f"\nsparsefw: {message}" in f"\n{capsys.readouterr().err}"
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     assert command.main() == 2
     line = "sparsefw: lm-evaluation-harness is not installed; pip install -e '.[eval]' brings it\n"
