@@ -9,6 +9,7 @@ from torch import Tensor
 from sparsefw import memory
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data import windows
+from sparsefw.data.batches import BATCHES
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.tokens import Tokenizer, load_tokenizer
 from sparsefw.data.windows import Generate, Samples, Windows, WindowStream
@@ -69,7 +70,8 @@ def with_defaults(job: Job, count: int, tokens: int) -> Job:
     """Set the defaults of a job's config that depend on the calibration: `count` windows of `tokens` tokens each."""
     ranks = job.ranks.count
     if count < ranks:
-        raise InputError(f"{option('nsamples', count)}: expected at least {ranks}, a window for each rank")
+        named = "calibration" if job.inputs.dataset == (BATCHES,) else "nsamples"
+        raise InputError(f"{option(named)}: {count} for {ranks} ranks; give at least one for each rank")
     config = job.config.for_calibration(count, tokens, ranks)
     if job.config.reconstruct and not config.reconstruct:
         job.say("note: no block is reconstructed: every rank needs two calibration windows, one of them held out")

@@ -182,7 +182,7 @@ def too_little(tried: Sequence[MemoryNeeds], limits: Limits, remedy: str, ranks_
     among = ranks_here if what == "host" else 1
     # Rounded up, because the same process takes a little more or less memory each time.
     enough = math.ceil(100 * among * (least / GIB + 0.01)) / 100
-    limit = option(f"{what}_memory", round(among * limits.get(what, 0) / GIB, 2))
+    limit = option(f"{what}_memory", float(memory.gib(among * limits.get(what, 0))))
     kind = f"{what.replace('gpu', 'GPU')} memory{f' for {among} ranks' if among > 1 else ''}"
     return InputError(f"{limit}: this run needs at least {enough:.2f} GiB of {kind}; give more, or {remedy}")
 

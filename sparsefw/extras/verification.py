@@ -210,7 +210,7 @@ def find_source(report: Report, output: Path, against: str | None, named: str = 
 
 
 def is_same_run(folder: Path, output: Path) -> bool:
-    """Tell whether a folder has the same pruned checkpoint as `output`, packed or unpacked: the report of the same run."""
+    """Tell whether a folder has the same run's output as `output`, packed or unpacked."""
     other = folder / "report.json"
     return other.is_file() and file_digest(other) == file_digest(output / "report.json")
 

@@ -115,7 +115,7 @@ def test_a_run_refuses_what_a_plan_refuses(capsys, out):
         ("--gpu-memory 8", "--gpu-memory 8.0: no CUDA device; a plan for another machine names its card (--gpu)"),
         ("--gpu rtx4090 --gpu-memory 23", "--gpu-memory 23.0: the GPU has 22.35 GiB free; a plan for another machine"),
         ("--gpu nothing", "argument --gpu: invalid choice: 'nothing' (choose from "),
-        ("--host-memory 0.01", "--host-memory 0.01: this run needs at least"),
+        ("--host-memory 0.001", "--host-memory 0.001: this run needs at least"),
         ("--eval text.txt", "--eval text.txt: a plan reads no texts; give the number of its windows with --eval-win"),
         ("--json /nowhere/plan.json", "/nowhere/plan.json: No such file or directory"),
         ("--unheard-of", "unrecognized arguments: --unheard-of (--help lists the options)"),

@@ -1,19 +1,24 @@
 """A run that several ranks share: what one process gives, but for rounding, and the same bytes every time."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.checkpoints import refused
 from helpers.commands import shards, tensors_of
 from helpers.families import first_is_fast, save_model
 from helpers.ranks import on_ranks, prune
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
+from sparsefw.data.batches import BATCHES
 from sparsefw.driver import prune as driver
 from sparsefw.driver import streams
 from sparsefw.driver.partition import find_solves
+from sparsefw.driver.texts import with_defaults
 from sparsefw.errors import InputError
+from sparsefw.inputs import Inputs
 from sparsefw.model.layers import Layer
 from sparsefw.model.measure import Captured
 from sparsefw.ranks import ALONE, LostRankError, Ranks
@@ -149,6 +154,13 @@ def test_other_flags_on_a_rank_are_named(source, tmp_path, text):
     found = on_ranks(3, prune_own, 3 * [source], [{}, {}, {"sparsity": "0.5"}], tmp_path / "out", text)
     assert found == 3 * [line]
     assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize(("dataset", "named"), [("c4", "nsamples"), (BATCHES, "calibration")])
+def test_every_rank_needs_a_window(dataset, named):
+    job = SimpleNamespace(ranks=SimpleNamespace(count=2), inputs=Inputs(model="m", dataset=(dataset,)))
+    with refused(f"^{named}: 1 for 2 ranks; give at least one for each rank$"):
+        with_defaults(job, 1, 8)
 
 
 def test_another_model_on_a_rank_is_named(tmp_path, text):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import runpy
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 from helpers.checkpoints import refused
 from helpers.families import save_model
+from helpers.ranks import on_ranks
 from helpers.texts import make_tokenizer
 
+from sparsefw.errors import InputError
 from sparsefw.evaluate import main
 from sparsefw.evaluation import evaluate
 from sparsefw.extras.evaluation import run
@@ -98,6 +101,23 @@ def test_perplexities_in_other_tokens_are_not_compared(place, tmp_path):
         evaluate(save_model(tmp_path / "other", "llama", max_position_embeddings=32), **given)
     with refused("models: none"):
         evaluate([], texts=given["texts"])
+
+
+def test_ranks_that_differ_are_named(place, tmp_path):
+    """Each machine may have a folder of its own, here with other weights."""
+    save_model(tmp_path / "pruned", "llama", num_hidden_layers=1, seed=1)
+    for folders, windows, message in (
+        ([place, place], [3, 2], "rank 1: eval_windows is 2, and that of rank 0 is 3; start all ranks with the same"),
+        ([place, tmp_path], [3, 3], "rank 1: the digest of the weights of pruned is "),
+    ):
+        assert all(x.startswith(message) for x in on_ranks(2, refused_in, folders, windows, place / "text.txt"))
+
+
+def refused_in(ranks, folders, windows, text):
+    os.chdir(folders[ranks.number])
+    with pytest.raises(InputError) as error:
+        evaluate("pruned", texts=text, seqlen=32, eval_windows=windows[ranks.number])
+    return str(error.value)
 
 
 def test_the_command(place, tasks, capsys):
