@@ -279,6 +279,9 @@ class TestRefusals:
         lines, unlabelled = [], {"pixel_values": batches[1]["pixel_values"]}
         with refused(r"evaluate\[1\]: ViTForImageClassification returns no loss"):
             prune(model, calibration=batches, evaluate=[batches[0], unlabelled], log=lines.append, **QUICK)
+        ignored = batches[1] | {"labels": torch.full_like(batches[1]["labels"], -100)}
+        with refused(r"evaluate\[1\]: the loss of this batch is NaN; give labels that are not all ignored"):
+            prune(model, calibration=batches, evaluate=[batches[0], ignored], log=lines.append, **QUICK)
         # At the end, what was pruned would be lost: with other batches it is another run.
         assert not any("q_proj" in line for line in lines)
         batches[2]["pixel_values"] = torch.full_like(batches[2]["pixel_values"], torch.inf)

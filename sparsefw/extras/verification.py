@@ -36,8 +36,8 @@ from sparsefw.solver.layer import LayerResult
 # has such a dtype.
 OTHER_DTYPES = {"F64": torch.float64, "C64": torch.complex64}
 
-# Files that need not be in SHA256SUMS: a user edits them, or git, the Hub and its library add them.
-FREE = (CARD, ".git/*", ".gitattributes", ".cache/huggingface/*")
+# Files that need not be in SHA256SUMS: a user edits them, or `evaluate`, git, the Hub and its library add them.
+FREE = (CARD, "evaluation.json", ".git/*", ".gitattributes", ".cache/huggingface/*")
 
 # At most this many failures of a check are listed. Further failures are only counted.
 LISTED = 10

@@ -110,16 +110,17 @@ def exp(x: float) -> float:
 
 @torch.no_grad()
 def check_losses(model: BlockModel, batches: Iterable[Batch]) -> None:
-    """Refuse batches for which the model returns no loss, before a run that would end without a perplexity.
+    """Refuse batches for which the model returns no loss, or NaN, before a run that would end without a perplexity.
 
     The model's own forward runs with stubs in place of the blocks.
 
     Raises:
-        InputError: the model returns no loss for a batch.
+        InputError: the model returns no loss for a batch, or NaN, as torch's losses do without labels.
     """
     with model.outside_loaded():
         for j, batch in enumerate(batches):
-            _own_loss(model, batch, j, None, {})
+            if _own_loss(model, batch, j, None, {}).isnan():
+                raise InputError(f"evaluate[{j}]: the loss of this batch is NaN; give labels that are not all ignored")
 
 
 def _own_loss(model: BlockModel, batch: Batch, j: int, hidden: Tensor | None, others: Values) -> Tensor:

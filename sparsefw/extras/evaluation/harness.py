@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sparsefw.caller import on_cpu_by_default, settings_kept
 from sparsefw.checkpoint.source import inspect
 from sparsefw.data.tokens import load_tokenizer, tokenize
-from sparsefw.errors import InputError, Say, first_line, option, shown
+from sparsefw.errors import InputError, Say, errors_in_one_line, first_line, option, shown
 from sparsefw.extras.evaluation.batching import Request, request_of
 from sparsefw.extras.evaluation.metrics import DERIVATIVES
 from sparsefw.extras.evaluation.streaming import Score, scores_of
@@ -132,14 +132,15 @@ class StreamedLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Write a conversation as one text."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
+        with errors_in_one_line(f"{self.checkpoint.folder}: the chat template fails"):
+            return str(
+                self.tokenizer.apply_chat_template(
+                    chat_history,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
             )
-        )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Compute the log-likelihoods of whole texts, cut into windows so that each token is predicted once."""

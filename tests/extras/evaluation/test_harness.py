@@ -67,7 +67,11 @@ def test_chat_template(model, manager):
     prompts = [[of["arguments"] for of in results["samples"]["tiny_choices"]] for results in (found, expected)]
     assert prompts[0] == prompts[1]
     check_same(found, expected)
-    assert StreamedLM(model).tokenizer_name == hf(model).tokenizer_name
+    lm = StreamedLM(model)
+    assert lm.tokenizer_name == hf(model).tokenizer_name
+    lm.tokenizer.chat_template = "{{ raise_exception('no system prompt') }}"
+    with refused("the chat template fails.*: no system prompt"):
+        lm.apply_chat_template([{"role": "system", "content": "Be brief."}])
 
 
 @pytest.mark.parametrize("add_bos_token", [None, False])

@@ -50,7 +50,7 @@ def test_a_run_and_its_packed_copy(pruned, tmp_path, capsys):
     assert run(source, source.parent / "text.txt", folder, *WANDA, "--overwrite") == 0
     assert "README.md was edited, and stays" in capsys.readouterr().out
     # SHA256SUMS leaves it out, and `verify` what git and the Hub add.
-    for name in (".git/HEAD", ".gitattributes", ".cache/huggingface/download/config.json.metadata"):
+    for name in ("evaluation.json", ".git/HEAD", ".gitattributes", ".cache/huggingface/download/config.json.metadata"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     assert written(folder, capsys).content == edited
