@@ -169,6 +169,8 @@ def check_model(model: Any, on_batches: bool) -> None:
                 f"{name}: is on the meta device, without data; give a model with all weights in memory, or the folder "
                 "or Hub id of a language model's checkpoint, which is read block by block"
             )
+        if isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and tensor.dtype == torch.float64:
+            raise InputError(f"{name}: has dtype float64; give a model in fp32, fp16 or bf16: model.float()")
 
 
 def tokenizer_of(model: Any) -> "PreTrainedTokenizerBase":

@@ -1,6 +1,7 @@
 """Probe the GPU before anything is read, so that kernels that do not compile end a run in its first seconds."""
 
 import functools
+import os
 import subprocess
 from typing import Any
 
@@ -42,8 +43,9 @@ def say_kernel(config: PruneConfig, say: Say) -> None:
     cuda, first = torch.cuda.is_available(), False
     if config.kernel == "triton" and cuda:
         first = probe_gpu()
-    if config.kernel == "triton" and not cuda:
-        why = f"as asked; {why_no_gpu()}, so Triton's interpreter: exact and slow"
+    if config.kernel == "triton" and (not cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        cause = "TRITON_INTERPRET is set" if cuda else f"as asked; {why_no_gpu()}"
+        why = f"{cause}, so Triton's interpreter: exact and slow"
     elif "kernel" in config.given:
         why = "as asked"
     else:

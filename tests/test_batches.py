@@ -260,6 +260,7 @@ class TestRefusals:
             (nn.Linear(8, 8), [X], "Linear: its forward on these batches calls no modules of a ModuleList"),
             (small(0, 1, 0, 1), [X], r"blocks\.0 runs more than once in a forward"),
             (small().to("meta"), [X], r"blocks\.0\.fc1\.weight: is on the meta device"),
+            (small().double(), [X.double()], r"blocks\.0\.fc1\.weight: has dtype float64; give a model in fp32"),
             (drawn("vit")[0], [{"pixel_values": torch.randn(2, 3, 9, 9)}], "fails on these batches"),
         ],
     )
