@@ -9,6 +9,8 @@ import torch
 from host import commit, cpu, output
 from timing import DEVICE, GPU, Stopwatch, race
 
+from sparsefw.caller import products_of_fp32
+
 # Bytes that are copied, and rows of the square matrices that are multiplied.
 COPIED, SIDE = (1 << 30, 8192) if GPU else (256 << 20, 3072)
 
@@ -18,7 +20,9 @@ def describe() -> dict[str, Any]:
     # It reads an environment variable, which `timing` sets.
     import triton
 
-    query = partial(output, "nvidia-smi", "--format=csv,noheader", "--id=0")
+    # nvidia-smi counts all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves.
+    this = f"--id=GPU-{torch.cuda.get_device_properties().uuid}" if GPU else ""
+    query = partial(output, "nvidia-smi", "--format=csv,noheader", this)
     return dict(
         device=torch.cuda.get_device_name() if GPU else cpu(),
         threads=torch.get_num_threads(),
@@ -50,9 +54,8 @@ def roofs(limit: float) -> dict[str, float]:
             A, B = A.bfloat16(), B.bfloat16()
             # On a CPU torch has no such product, and rounds the result to bf16.
             options = dict(out_dtype=torch.float32) if GPU else {}
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        rates[precision] = 2 * SIDE**3 / _seconds(partial(torch.mm, A, B, **options), limit)
-    torch.backends.cuda.matmul.allow_tf32 = False
+        with products_of_fp32("ieee", "tf32" if precision == "tf32" else "ieee"):
+            rates[precision] = 2 * SIDE**3 / _seconds(partial(torch.mm, A, B, **options), limit)
     if not GPU and rates["bf16"] < rates["ieee"]:
         del rates["bf16"]
     return rates

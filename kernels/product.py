@@ -77,12 +77,12 @@ def library(E: Tensor, G: Tensor, *, precision: str, out: Tensor, transposed: bo
     dtype = G.dtype if G.is_cuda else FP32
     options: Arguments = {} if dtype == FP32 else dict(out_dtype=FP32)
     E, G = _converted(E, dtype), _converted(G, dtype)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         return torch.mm(E.T if transposed else E, G, out=out, **options)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def configuration(

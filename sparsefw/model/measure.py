@@ -201,7 +201,7 @@ def _measure_known(
                 sums.add_cross(layer.name, (S - h).to(X.dtype), X)
                 if layer.bias is not None:
                     # The bias is part of h. It is subtracted in fp32 here, as the gap is rounded.
-                    sums.crosses[layer.name].addr_(layer.bias.float(), X.float().sum(0), alpha=-1)
+                    sums.crosses[layer.name].addr_(layer.bias.float(), X.sum(0, dtype=torch.float32), alpha=-1)
     backend.mirror_lower(sums.grams[gram])
     # X^T (X_dense - X) of all layers that do not write to the stream.
     shared = Cross("inputs", sums.crosses.pop("")) if "" in sums.crosses else None
