@@ -13,8 +13,9 @@ from helpers.checkpoints import refused
 from helpers.commands import TEXT, run, shards
 from helpers.families import TOKENS, change_config, save_model
 from helpers.texts import calibration_windows
+from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from sparsefw import InputError, PruneConfig, prune, verify
 from sparsefw.driver import run as driver_run
@@ -106,6 +107,29 @@ def test_in_memory_without_an_output_or_a_tokenizer(source):
         prune(model, config=CONFIG, dataset=[TEXT], **SMALL)
     tokenizer = AutoTokenizer.from_pretrained(source)
     assert prune(model, config=CONFIG, dataset=[TEXT], **SMALL, tokenizer=tokenizer).layers
+
+
+class Kernelized(LlamaForCausalLM):
+    """Has a kernel without gradients, as transformers 5.25 loads a model to a GPU."""
+
+    def set_use_kernels(self, use_kernels, *_):
+        for layer in self.model.layers:
+            layer.mlp.act_fn.forward = lambda x: functional.silu(x).detach()
+        self._use_kernels = True
+
+    def reset_kernels(self):
+        for layer in self.model.layers:
+            del layer.mlp.act_fn.forward
+        self._use_kernels = False
+
+
+def test_kernels_of_the_hub_are_out_of_a_run(source):
+    model, plain = (kind.from_pretrained(source) for kind in (Kernelized, LlamaForCausalLM))
+    for each in (model, plain):
+        prune(each, config=PruneConfig(kernel="torch", method="wanda", reconstruct=3), dataset=TOKENS)
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+    assert model.use_kernels
+    assert all("forward" in vars(layer.mlp.act_fn) for layer in model.model.layers)
 
 
 def test_in_memory_without_a_head(source, out):

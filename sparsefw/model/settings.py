@@ -133,19 +133,26 @@ def _ask(config: Any) -> None:
 def asked_for_no_more(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Put a model in memory into evaluation mode, with the config entries of a run, inside the `with` block.
 
+    Its functions are torch's own, without kernels of the Hub.
+
     Yields a function that undoes this before the end of the block, so that a model is written with its own config.
     """
     # By id, since modules may share a config.
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(config, name, getattr(config, name, None)) for config in configs for name in _ENTRIES]
     before += [(module, "training", module.training) for module in model.modules()]
+    # transformers 5.25 puts kernels of the Hub into a model on a GPU, some of them without gradients.
+    kernelized: list[Any] = [m for m in model.modules() if hasattr(m, "reset_kernels") and m.use_kernels]
+    before += [(module, "use_kernels", True) for module in kernelized]
 
     def set_back() -> None:
         for owner, name, value in before:
-            if value is not None:
+            if value is not None and getattr(owner, name) != value:
                 setattr(owner, name, value)
 
     try:
+        for module in kernelized:
+            module.reset_kernels()
         model.eval()
         for config in configs:
             _ask(config)
