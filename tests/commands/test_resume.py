@@ -101,7 +101,7 @@ def test_other_arguments_model_or_text_are_refused(place, tmp_path, capsys):
     # Neither where the model lies nor what a solve may take changes the result.
     os.rename(place / "model", place / "moved")
     try:
-        assert run(place, "other", "--model", str(place / "moved"), "--host-memory", "2") == 0
+        assert run(place, "other", "--model", str(place / "moved"), "--host-memory", "4") == 0
     finally:
         os.rename(place / "moved", place / "model")
     assert content(place, "other") == content(place, "undisturbed")
