@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from classes.tiny_model import byte_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, __version__
 from transformers.utils import logging
 
 # A test that saves a model looks at what a command prints, whichever test of its file comes first.
@@ -135,7 +135,9 @@ def experts_like(family: str, tokens: int = 7) -> tuple[torch.nn.Module, list[to
     config = AutoConfig.for_model(**(COMMON | EXPERTS | {"model_type": family}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    experts = next(module for module in model.modules() if hasattr(module, "_apply_gate"))
+    experts = next((module for module in model.modules() if hasattr(module, "_apply_gate")), None)
+    if experts is None:
+        pytest.skip(f"transformers {__version__} has experts of another kind in {family}")
     scores, numbers = torch.randn(tokens, experts.num_experts).topk(2)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
