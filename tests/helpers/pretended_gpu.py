@@ -366,7 +366,8 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.accelerator, "empty_host_cache", gpu.release_pinned, raising=False)
         # A build of torch for CUDA would ask the driver for its stream.
-        patch.setattr(Optimizer, "_accelerator_graph_capture_health_check", lambda optimizer: None)
+        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+            patch.setattr(Optimizer, name, lambda optimizer: None, raising=False)
         patch.setattr(GridExecutor, "__call__", launched)
         patch.setattr(threading.Thread, "run", run)
         patch.setattr(torch, "empty", partial(made, torch.empty))
