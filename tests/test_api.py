@@ -110,7 +110,7 @@ def test_in_memory_without_an_output_or_a_tokenizer(source):
 
 
 class Kernelized(LlamaForCausalLM):
-    """Has a kernel without gradients, as transformers 5.25 loads a model to a GPU."""
+    """Has a kernel without gradients, as may a model that transformers 5.25 loads to a GPU."""
 
     def set_use_kernels(self, use_kernels, *_):
         for layer in self.model.layers:
@@ -130,6 +130,14 @@ def test_kernels_of_the_hub_are_out_of_a_run(source):
     assert all(map(torch.equal, model.parameters(), plain.parameters()))
     assert model.use_kernels
     assert all("forward" in vars(layer.mlp.act_fn) for layer in model.model.layers)
+
+
+@pytest.mark.skipif(hasattr(LlamaForCausalLM, "reset_kernels"), reason="this transformers takes kernels out")
+def test_kernels_that_stay_are_refused(source):
+    model = LlamaForCausalLM.from_pretrained(source)
+    model._use_kernels = True
+    with refused("model: its kernels of the Hub .* load it without use_kernels"):
+        prune(model, config=CONFIG, dataset=TOKENS)
 
 
 def test_in_memory_without_a_head(source, out):

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from sparsefw.errors import InputError
 
 
 @contextmanager
@@ -136,14 +138,20 @@ def asked_for_no_more(model: nn.Module) -> Iterator[Callable[[], None]]:
     Its functions are torch's own, without kernels of the Hub.
 
     Yields a function that undoes this before the end of the block, so that a model is written with its own config.
+
+    Raises:
+        InputError: the model has kernels of the Hub, and this transformers cannot take them out.
     """
     # By id, since modules may share a config.
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(config, name, getattr(config, name, None)) for config in configs for name in _ENTRIES]
     before += [(module, "training", module.training) for module in model.modules()]
-    # transformers 5.25 puts kernels of the Hub into a model on a GPU, some of them without gradients.
-    kernelized: list[Any] = [m for m in model.modules() if hasattr(m, "reset_kernels") and m.use_kernels]
+    # transformers 5.25 puts kernels of the Hub into a model on a GPU, some of them for inference only. Older versions
+    # do so if asked, and cannot take them out.
+    kernelized: list[Any] = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.use_kernels]
     before += [(module, "use_kernels", True) for module in kernelized]
+    if any(not hasattr(module, "reset_kernels") for module in kernelized):
+        raise InputError("model: its kernels of the Hub may have no gradients; load it without use_kernels")
 
     def set_back() -> None:
         for owner, name, value in before:
