@@ -47,15 +47,15 @@ TARGETS = {
     "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Targets with an expected time, and its size: a matrix of Llama-3-70B.
 EXPECTED, SIZE = ("sm_80", "sm_89", "sm_90"), Size(8192, 8192, tokens=8192)
 # Targets and sizes for which every setting is compiled.
 SIZES = ((ALL, Size(4096, 4096)), (HOPPER, Size(576, 576)), (HOPPER, Size(4096, 28672)), (EXPECTED, SIZE))
-# Shared memory that one program may ask for, KiB. A GPU of sm_80 has 163, but those of sm_86, sm_89 and sm_120 run the
-# same tiles.
-SHARED = {"sm_80": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+# Shared memory that one program may ask for, KiB. A GPU of sm_80 has 163, but those of sm_86 run the same tiles.
+SHARED = {"sm_80": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 # mma.sync is Ampere's, wgmma Hopper's and tcgen05 Blackwell's. No name contains another.
 TENSOR_CORES = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma")
 BULK_COPY = "cp.async.bulk.tensor"

@@ -16,7 +16,8 @@ from torch import Tensor
 from .definitions import RowState
 
 # Targets for which launches are compiled.
-ALL, NVIDIA = ("sm_80", "sm_90", "sm_100", "gfx942"), ("sm_80", "sm_90", "sm_100")
+NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")
+ALL = (*NVIDIA, "gfx942")
 BULK, HOPPER = ("sm_90", "sm_100"), ("sm_90",)
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])

@@ -18,6 +18,7 @@ INSTRUCTION = {
     "sm_89": "mma.sync",
     "sm_90": "wgmma.mma_async",
     "sm_100": "tcgen05.mma",
+    "sm_120": "mma.sync",
     "gfx942": "v_mfma",
 }
 
@@ -83,7 +84,7 @@ def test_the_committed_table_is_true(compiled):
 
 
 def test_what_is_not_the_same_is_compiled_again(runs):
-    assert {case["target"] for case in runs[1]} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {case["target"] for case in runs[1]} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
     assert all(row["registers"] for row in runs[1])
 
 
