@@ -139,6 +139,11 @@ class Run:
         """Return the names of the layers to prune in block i, without the block's name."""
         return frozenset(self.shape.names_by_block[i][1])
 
+    @property
+    def first(self) -> int:
+        """Return the number of the first block with layers to prune."""
+        return next(filter(self.selected, range(len(self.model.blocks))))
+
 
 def limits_of(job: Job, model: BlockModel) -> Limits:
     """Find the memory limits of a run in bytes: "host", and with a GPU "gpu"."""

@@ -75,7 +75,7 @@ def prune_block(run: Run, i: int, streams: Streams, writes: bool) -> tuple[Finis
     model, config, tensors = run.model, run.config, TensorsByMethod()
     block = FinishedBlock.of(i, model.names[i])
     dense = read_block(run, i)
-    if i == next(filter(run.selected, range(len(model.blocks)))):
+    if i == run.first:
         block.block.zeros = share_of_zeros(run, i)
         if block.block.zeros > SPARSE:
             run.say(f"note: {log.zeros_line(block.block.zeros)}")

@@ -19,6 +19,7 @@ from sparsefw.checkpoint.tensors import dequantized, read_tensors
 from sparsefw.checkpoint.writer import Writer
 from sparsefw.data.text import OWN_TEXT
 from sparsefw.data.windows import Windows, window_length
+from sparsefw.driver.block import share_of_zeros
 from sparsefw.driver.job import Job, Run, limits_of, workload_of
 from sparsefw.driver.recovery import pruned_report, recover, settle_recovery
 from sparsefw.driver.resume import IN_FP32, ROUNDED, computes_in_fp32, resumed, rounds_products
@@ -28,11 +29,11 @@ from sparsefw.estimate.profile import shape_of
 from sparsefw.estimate.workload import pruned_shape
 from sparsefw.extras.page import write_pages
 from sparsefw.extras.page.command import VARIABLES
-from sparsefw.extras.verification import find_source, is_same_run
+from sparsefw.extras.verification import find_source
 from sparsefw.inputs import Inputs, Output
 from sparsefw.model.streamed import StreamedModel
 from sparsefw.probe import say_kernel
-from sparsefw.report.content import Recovery, Report, commit, device_and_versions, report_of
+from sparsefw.report.content import SPARSE, Recovery, Report, commit, device_and_versions, report_of
 from sparsefw.solver.config import PruneConfig, default_recovery
 
 
@@ -62,6 +63,10 @@ def recover_output(pruned: Path, output: Output, given: dict[str, Any], say: Say
     with StreamedModel(dense, device, in_fp32=in_fp32) as model:
         _check_models(job.folder, model, source)
         run = _run(job, model, dense)
+        model.open_alone(run.first)
+        if share_of_zeros(run, run.first) > max(SPARSE, report.zeros):
+            raise InputError(f"{job.folder}: is pruned, too; give the dense model with {option('model')}")
+        model.close(run.first)
         values = {flag_of(name): value for name, value in asdict(job.inputs).items() if name != "model"}
         values |= {
             "the dense model": run.fingerprint,
@@ -143,8 +148,6 @@ def _job(pruned: Path, output: Output, given: dict[str, Any], say: Say) -> tuple
         raise
     if folder is None:
         raise InputError(missing)
-    if is_same_run(folder, pruned):
-        raise InputError(f"{folder}: is the same run's output; give the dense model with {option('model')}")
     of_run: dict[str, Any] = {
         name: report.argument(name, kind)
         for name, kind in dict(model=str, dataset=tuple, nsamples=int, seqlen=int).items()

@@ -182,7 +182,8 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
         (output, "--model", half, another),
         (output, "--model", retrained, another),
         (output, "--model", output, "is the output itself"),
-        (output, "--model", tmp_path / "packed", "is the same run's output; give the dense model with --model"),
+        (output, "--model", tmp_path / "packed", "packed: is pruned, too; give the dense model with --model"),
+        (output, "--model", same, "same: is pruned, too; give the dense model with --model"),
         (output, "--recover", 0, "--recover 0: there is nothing to do"),
         (output, "--host-memory", 0.1, "--host-memory 0.1: this run needs at least "),
     ):
@@ -190,9 +191,11 @@ def test_what_cannot_be_recovered_is_refused(pruned, copied, tmp_path, capsys):
         assert recover.main([str(pruned_folder), str(tmp_path / "x"), "--restart", *map(str, flags)]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "x").exists()
-    # The dense model has the weights of the pruned one.
-    (same / "report.json").unlink()
-    assert recover.main([str(output), str(tmp_path / "x"), "--model", str(same), "--restart"]) == 1
+    # The model that was pruned had these weights already, so it was as sparse.
+    report = report_of(same)
+    report["blocks"][0]["zeros"] = 1.0
+    (same / "report.json").write_text(json.dumps(report))
+    assert recover.main([str(same), str(tmp_path / "x"), "--model", str(output), "--restart"]) == 1
     assert "nothing is gained" in capsys.readouterr().out
     assert not (tmp_path / "x").exists()
     for folder in (source, output):
