@@ -1,5 +1,7 @@
 """row_step against the specification in float64, and against the definition of each of its parts."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers import naive
@@ -16,7 +18,7 @@ from helpers.kernel_inputs import (
     normal,
     row_state,
 )
-from helpers.problems import make_problem, on_gpu, warm_of
+from helpers.problems import problem_of, warm_of
 
 from sparsefw.kernels import step as step_module
 from sparsefw.kernels import triton_ops
@@ -157,9 +159,11 @@ def test_a_nan_ends_a_search_from_any_threshold(row_backend):
 
 
 def test_a_solve_carries_thresholds_from_step_to_step():
-    problem, last = make_problem(9, 40), None
-    problem = problem if DEVICE == "cpu" else on_gpu(problem)
-    schedule = frank_wolfe.penalty_schedule(10, 1.0)
+    # Powers of two: their products are exact, so a compiler that contracts products and sums changes no score.
+    W, G = (2 ** normal(9, 40).round()).copysign(normal(9, 40, seed=1)), gram(40)
+    G = (G / G.diagonal().outer(G.diagonal()).sqrt()).fill_diagonal_(1)
+    problem, last = problem_of(W, G, W.abs(), 16), None
+    schedule = [*pairwise([0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 1.0, 1.0, 1.0])]
     steps = frank_wolfe.iterate(problem, warm_of(problem), schedule, backend=Backend(triton_ops))
     for (_, theta), state in zip(schedule, steps, strict=True):
         q = problem.W**2 * problem.H.diagonal()
