@@ -10,7 +10,7 @@ FILES = (
     "test_unusual_models.py",
     "driver/test_reconstruct_in_memory.py",
     "extras/test_pack.py",
-    *(f"kernels/test_{name}.py" for name in ("accumulate", "product", "conjugate", "plain", "repeat")),
+    *(f"kernels/test_{name}.py" for name in ("accumulate", "product", "conjugate", "operation", "plain", "repeat")),
 )
 
 

@@ -44,6 +44,8 @@ aten = torch.ops.aten
 NUMBERS = {aten._local_scalar_dense, aten._unique2, aten.bincount, aten.equal, aten.masked_select, aten.nonzero}
 COPIES = {aten._to_copy, aten.copy_}
 INDEXING = {aten.index, aten.index_put, aten.index_put_}
+# Operations that torch has for CUDA alone.
+OF_CUDA = {aten.mm.dtype_out: lambda a, b, dtype, *, out: torch.mm(a.to(dtype), b.to(dtype), out=out)}
 
 
 class OnGPU(Tensor):
@@ -60,7 +62,9 @@ class OnGPU(Tensor):
         self.memory, self.inner = memory, inner
         return self
 
-    device, is_cuda = property(lambda self: DEVICE), property(lambda self: True)
+    # The tracer sees these calls, too, as on a real GPU. The CPU's answer is dropped.
+    device = property(lambda self: (Tensor.device.__get__(self), DEVICE)[1])
+    is_cuda = property(lambda self: (Tensor.is_cuda.__get__(self), True)[1])
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -69,6 +73,9 @@ class OnGPU(Tensor):
 
     def __repr__(self) -> str:
         return f"OnGPU({self.inner!r})"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.inner, spec)
 
     def __deepcopy__(self, memo: dict) -> "OnGPU":
         return memo.setdefault(id(self), self.detach().clone())
@@ -127,7 +134,9 @@ class GPU(TorchDispatchMode):
             # Into zeros that torch makes for a gradient, unseen. It believes that they are needed on the CPU.
             args = (self.put(args[0]), *args[1:])
         here = any(isinstance(x, OnGPU) for x in tensors_in((args, kwargs)))
-        return self.compute(func, args, kwargs) if here or _is_gpu(kwargs.get("device")) else func(*args, **kwargs)
+        if here or _is_gpu(kwargs.get("device")):
+            return self.compute(OF_CUDA.get(func, func), args, kwargs)
+        return func(*args, **kwargs)
 
     def compute(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """func(*args, **kwargs), with an operand or the result on the GPU."""
@@ -296,6 +305,7 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
     # would keep the `made` of below for ever, and models on the meta device would take memory.
     with torch.device("cpu"):
         torch.empty(0)
+    generator = torch.Generator
     to, data, lifts = Tensor.to, Tensor.data, torch._C._only_lift_cpu_tensors()
 
     def moved(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
@@ -312,6 +322,9 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         form = {"dtype": dtype or tensor.dtype, "device": DEVICE if there else device, "non_blocking": non_blocking}
         # Not through torch, which would ask for CUDA, and knows nothing of the mode in another thread.
         return gpu.compute(aten._to_copy.default, (tensor,), form)
+
+    # The tracer knows calls by their name.
+    moved.__name__ = to.__name__
 
     def made(make: Callable[..., Tensor], *args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
         tensor = make(*args, **kwargs)
@@ -372,6 +385,8 @@ def pretended_gpu(memory: int = 80 << 30) -> Iterator[GPU]:
         patch.setattr(threading.Thread, "run", run)
         patch.setattr(torch, "empty", partial(made, torch.empty))
         patch.setattr(torch, "empty_strided", partial(made, torch.empty_strided))
+        # This build has no random numbers of a GPU.
+        patch.setattr(torch, "Generator", lambda device=None: generator())
         patch.setattr(Tensor, "to", moved)
         patch.setattr(Tensor, "data", property(data.__get__, replaced))
         # torch's own code makes `one_hot` of several operations.
