@@ -3,6 +3,7 @@
 import gc
 import os
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -18,11 +19,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
 
+# What `--numerics` pretends, and the tiles of these GPUs.
+NUMERICS = {"hopper": "sm_90", "ampere": "sm_80"}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option that shows the GPU."""
+    """Add the options that show a GPU, or pretend a part of one."""
     parser.addoption("--gpu", action="store_true", help="run on the GPU, which is hidden otherwise (`make test-gpu`)")
     parser.addoption("--tiles", choices=("sm_80", "sm_90"), help="in the interpreter, too, tiles are this GPU's")
+    parser.addoption("--numerics", choices=NUMERICS, help="the interpreter rounds as this GPU, and has its tiles")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,8 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("TRITON_INTERPRET", "1")
     set_environment()
+    if numerics := config.getoption("numerics"):
+        config.option.tiles = NUMERICS[numerics]
     if config.getoption("dist", "no") == "no":
         _prepare_triton(config.getoption("gpu"))
+        if numerics:
+            import_module("helpers.numerics").install(numerics)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

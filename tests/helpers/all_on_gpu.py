@@ -7,7 +7,7 @@ seconds.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +30,13 @@ LEFT_OUT = {
 
 def run_on_gpu(*paths: str) -> None:
     """Run the fast tests of files below tests/ there, in a process of its own, with the tiles of an H100."""
-    command = [sys.executable, "-m", "pytest", "-qq", "-p", __name__, "-p", "no:cacheprovider", "-m", "not slow"]
-    command += ["--tiles", "sm_90", *(str(TESTS / path) for path in paths)]
+    run_fast_tests(paths, "-p", __name__, "--tiles", "sm_90")
+
+
+def run_fast_tests(paths: Iterable[str], *options: str) -> None:
+    """Run the fast tests of files below tests/ with these options of pytest, in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-qq", "-p", "no:cacheprovider", "-m", "not slow", *options]
+    command += [str(TESTS / path) for path in paths]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -14,7 +14,7 @@ OF_TORCH = ("test_cpu.py", "test_reference.py", "test_vertex_products.py")
 def tf32_of_tensor_cores(request, monkeypatch):
     """On a GPU the references cut tf32 operands off, as tensor cores do. Triton's interpreter reads every bit."""
     import torch
-    from helpers.kernel_inputs import DEVICE
+    from helpers.kernel_inputs import ROUNDS_AS_A_GPU
 
     from sparsefw.kernels import cross, gram, product
     from sparsefw.kernels.definitions import round_operand, widened
@@ -29,7 +29,7 @@ def tf32_of_tensor_cores(request, monkeypatch):
         integer, rest = (torch.int32, 13) if X.dtype == torch.float32 else (torch.int64, 42)
         return X.view(integer).bitwise_and(-(2**rest)).view(X.dtype)
 
-    if DEVICE == "cuda" and request.path.name not in OF_TORCH:
+    if ROUNDS_AS_A_GPU and request.path.name not in OF_TORCH:
         for module in (product, gram, cross):
             monkeypatch.setattr(module, "round_operand", cut_off)
 
