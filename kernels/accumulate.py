@@ -3,7 +3,18 @@
     D (tokens, rows), X (tokens, d) fp32 / bf16 / fp16, of the same dtype     S (rows, d) fp32
 
 There are two kernels. One program adds to an entry of S, once, so every run gives the same bits. Products of bf16 and
-fp16 inputs are exact; fp32 inputs are rounded to `precision`. Sums are accumulated in fp32.
+fp16 inputs are exact; fp32 inputs are rounded to `precision`. Sums are accumulated in fp32, but tensor cores cut off
+what does not fit, always towards 0, so sums of squares are too small. By a model of their arithmetic
+(tests/helpers/numerics.py) the diagonal of a Gram matrix of 16-bit inputs misses this share of itself:
+
+    tokens of a call                    2,048    8,192    16,384
+    sm_80 and sm_120, at once            9e-6     5e-5      1e-4
+    with partial sums, as they are       9e-6     9e-6      9e-6
+    sm_90 and sm_100                     5e-6     3e-5      6e-5
+
+On sm_80 and sm_120 a thread adds partial sums of 2,048 tokens by plain additions: 64 of them, and 64 registers that
+were free. On sm_90 no registers are free for that beside tiles of 128 x 256. Eight launches would move S eight times:
+at 16,384 tokens 0.15 ms more in memory, beside 0.39 ms of products (d = 4096).
 
 One kernel runs on sm_90 and later, except sm_120, for 16-bit inputs if large tiles fill the GPU and rows are aligned to
 16 bytes. It launches a program on each multiprocessor, and each program computes several tiles. Bulk copies through
@@ -43,6 +54,9 @@ TILES = (
 
 # With fewer tiles of 128 x 128 than this, tiles of 64 x 64 fill a GPU better.
 ENOUGH = 128
+
+# Tokens of a partial sum.
+PARTIAL = 2048
 
 
 def cost(S: Tensor, X: Tensor, precision: str = "ieee", triangle: bool = False) -> Cost:
@@ -85,7 +99,7 @@ def configuration(rows: int, d: int, triangle: bool, size: int, vectors: bool) -
     """
     target = platform()
     if target == "interpreter":
-        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8)
+        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, PARTIAL=PARTIAL)
     BLOCK_K, stages = 128 // size, dict(hip=2, sm_80=3, sm_90=4)[target]
     # Larger tiles spill in the epilogue, where registers hold a tile of S and the sums.
     BLOCK, num_warps = 128, 8
@@ -98,7 +112,8 @@ def configuration(rows: int, d: int, triangle: bool, size: int, vectors: bool) -
     elif target == "sm_80" and size == 4:
         # Steps of 128 bytes need 245 registers on sm_80, and spill on sm_120. Steps of half the size need 158 and 150.
         BLOCK_K, stages = BLOCK_K // 2, stages + 1
-    return dict(BLOCK_M=BLOCK, BLOCK_N=BLOCK, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=num_warps, num_stages=stages)
+    options = dict(num_warps=num_warps, num_stages=stages, PARTIAL=PARTIAL if target == "sm_80" and size == 2 else 0)
+    return dict(BLOCK_M=BLOCK, BLOCK_N=BLOCK, BLOCK_K=BLOCK_K, GROUP_M=8, **options)
 
 
 @triton.jit
@@ -142,7 +157,7 @@ def _bulk_kernel(
 def _pointer_kernel(
     S, D, X, tokens, rows, d, stride_sr, stride_sd, stride_dt, stride_dr, stride_xt, stride_xd,
     TRIANGLE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr = 0,
 ):  # fmt: skip
     if TRIANGLE:
         first_m, first_n = triangle_tile(tl.program_id(0), d, GROUP_M, BLOCK_M, BLOCK_N)
@@ -160,6 +175,8 @@ def _pointer_kernel(
     d_ptrs = D + token[None, :] * stride_dt + offs_m.to(tl.int64)[:, None] * stride_dr
     x_ptrs = X + token[:, None] * stride_xt + offs_n.to(tl.int64)[None, :] * stride_xd
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if PARTIAL:
+        total = acc
     for start in range(0, tokens, BLOCK_K):
         valid_k = offs_k < tokens - start
         a = tl.load(d_ptrs, mask=valid_m[:, None] & valid_k[None, :], other=0.0)
@@ -167,6 +184,13 @@ def _pointer_kernel(
         acc = dot(a, b, acc, DTYPE, PRECISION)
         d_ptrs += BLOCK_K * stride_dt
         x_ptrs += BLOCK_K * stride_xt
+        # The outer condition is decided by the compiler.
+        if PARTIAL:  # noqa: SIM102
+            if (start + BLOCK_K) % PARTIAL == 0:
+                total += acc
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if PARTIAL:
+        acc += total
 
     row = offs_m.to(tl.int64)[:, None]
     column = offs_n.to(tl.int64)[None, :]
