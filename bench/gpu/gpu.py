@@ -1,6 +1,6 @@
 """Measure what works on a GPU, part by part: `python bench/gpu/gpu.py FOLDER [PART ...]`.
 
-Without PART these parts run, within ten minutes in all:
+Without PART these parts run, within twelve minutes in all:
 
     machine          the GPU, its driver, and versions
     first command    README's first command, and `sparsefw.verify` of its output
@@ -132,10 +132,10 @@ def kernel_tests(part: Part) -> None:
     import torch
 
     tests = "tests/kernels/test_launch.py" if part.tiny else "tests/kernels"
-    # A killed pytest shows no failure, one that stops by itself shows them all.
+    # A killed pytest shows no failure, one that stops by itself shows them all. `tested` counts the lines of -v.
     options = ["-m", "not slow", "--maxfail=10", *["--gpu"] * torch.cuda.is_available()]
     if find_spec("xdist") and not part.tiny:
-        options += ["-n", 12]
+        options += ["-n", min(12, os.cpu_count() or 1)]
     python("-m", "pytest", "-v", *options, tests)
 
 
@@ -154,8 +154,8 @@ def parts() -> dict[str, tuple[int, Callable[[Part], None]]]:
 
     return {
         "machine": (20, describe),
-        "first command": (110, first_command),
-        "kernel tests": (230, kernel_tests),
+        "first command": (150, first_command),
+        "kernel tests": (300, kernel_tests),
         "8B block": (140, runs.prune),
         "row kernels": (90, compare),
         "products": (150, compare),
@@ -197,13 +197,20 @@ def run_limited(part: Part, limit: float) -> None:
             status = process.wait(limit)
             end = "passed" if status == 0 else f"failed with status {status}"
         except subprocess.TimeoutExpired:
-            end = f"cut off after {limit:.0f} s"
+            end = f"cut off after {limit:.0f} s{tested(part)}"
         finally:
             # A part that has ended may have left others.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     part.add(end=end, part_seconds=round(time.monotonic() - started, 1))
+
+
+def tested(part: Part) -> str:
+    """Tell how many tests had ended when a part was cut off; nothing if it runs none."""
+    words = part.path(".txt").read_text("utf-8", errors="replace").split()
+    counts = {word: words.count(word) for word in ("PASSED", "FAILED", "ERROR")}
+    return "".join(f", {count} {word.lower()}" for word, count in counts.items() if count)
 
 
 def page(done: list[Part]) -> str:

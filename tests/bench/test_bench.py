@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import machine
 import measure
@@ -11,6 +12,7 @@ import torch
 
 from bench import __main__ as command
 from sparsefw.kernels import cpu
+from sparsefw.kernels.operation import OPERATIONS
 
 PROVIDERS = ["--providers", "ours,torch,library"]
 
@@ -52,6 +54,16 @@ def test_a_wrong_result_gets_no_time(tmp_path, monkeypatch, capsys):
         assert (ours["seconds"], ours["share"], ours["speedup"], theirs["speedup"]) == (None,) * 4
         assert ours["wrong"].startswith("wrong: error " if number < 3 else "failed: 'it fails'")
         assert f"\n| ours     | {ours['wrong']} |\n" in capsys.readouterr().out
+
+
+def test_a_rival_that_is_wrong_gets_no_time_and_decides_nothing(tmp_path, monkeypatch):
+    operation = OPERATIONS["mirror_lower"]
+    monkeypatch.setitem(OPERATIONS, "mirror_lower", replace(operation, library=lambda G: G.add_(1)))
+    assert bench("mirror", *PROVIDERS, "--json", str(tmp_path / "run.json")) == 0
+    rows = {row["provider"]: row for row in json.loads((tmp_path / "run.json").read_text())["rows"]}
+    assert rows["library"]["wrong"].startswith("wrong: error ")
+    assert rows["library"]["seconds"] is None
+    assert rows["ours"]["seconds"] > 0
 
 
 def test_the_base_is_compared_with_ours_only(monkeypatch):

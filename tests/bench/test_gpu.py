@@ -31,6 +31,12 @@ def test_operations_of_parts_are_there(name):
     assert named(gpu.OPERATIONS[name][0].split())
 
 
+def test_a_part_that_is_cut_off_tells_how_many_tests_had_ended(tmp_path):
+    part = gpu.Part("kernel tests", tmp_path, tmp_path, tiny=True)
+    part.path(".txt").write_text("[gw0] [ 1%] PASSED tests/a.py::test\n[gw1] [ 2%] FAILED tests/b.py::test\n" * 2)
+    assert gpu.tested(part) == ", 2 passed, 2 failed"
+
+
 def test_the_page_has_what_passed_and_the_end_of_what_failed(tmp_path, monkeypatch):
     limits = {"machine": (60, gpu.describe), "no part": (60, None), "kernel tests": (0.01, gpu.kernel_tests)}
     monkeypatch.setattr(gpu, "parts", lambda: limits)
