@@ -125,6 +125,21 @@ def test_windows_run_no_more_than_they_must_around_the_blocks_that_are_pruned(tm
     assert each["kept_dense"] == once["kept_dense"]
 
 
+def test_a_stage_is_measured_with_weights_as_they_are_written(tmp_path, monkeypatch):
+    """The checkpoint is in bf16, and computed in fp32. Each stage but the first follows one with other weights."""
+    measure, measured = driver.measure_stage, []
+
+    def checked(run, i, *given):
+        weights = [x for name, x in run.model.blocks[i].named_parameters() if x.dim() == 2]
+        measured.append(all(x.dtype == torch.float32 and torch.equal(x, x.bfloat16().float()) for x in weights))
+        return measure(run, i, *given)
+
+    monkeypatch.setattr(driver, "measure_stage", checked)
+    monkeypatch.setattr("sparsefw.arithmetic.computes_in_fp32", lambda *_: True)
+    assert prune(tmp_path, *FEW_STEPS, "--method", "sparsefw", dtype=torch.bfloat16)[0] == 0
+    assert measured == [True] * 3 * 4
+
+
 def test_what_a_compared_method_left_dense_is_not_called_dense(tmp_path):
     flags = ["--nsamples", "2", "--seqlen", "8", "--sparsity", "0.8", "--method", "wanda", "--compare", "magnitude"]
     _, report = prune(tmp_path, *flags, family="mixtral", num_local_experts=32, num_experts_per_tok=1)

@@ -130,6 +130,23 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(first, go, monkeypatch):
     assert files_of(went) == expected
 
 
+def test_the_best_state_stays_beside_the_last(tmp_path):
+    """Here a state is its number of steps."""
+    weights = SimpleNamespace(state=lambda part: {"x": torch.tensor([progress.done])}, restored=[])
+    weights.restore = lambda part, state, step: weights.restored.append((state["x"].item(), step))
+    progress = SimpleNamespace(done=0)
+    progress = Progress(tmp_path, saves.Plan(9, 1, 32, ""), weights, [1], 0.0, print)
+    for progress.done, loss in enumerate([3.0, 1.0, 2.0, 4.0], 1):
+        progress.save(lambda loss=loss: loss)
+    assert [saved.step for saved in saves.begun(tmp_path).states] == [2, 4]
+    assert {path.name for path in tmp_path.glob("step-*")} == {"step-2", "step-4"}
+    progress.take_best(0.5)
+    assert weights.restored == []
+    progress.take_best(math.nan)
+    assert weights.restored == [(2, 2)]
+    assert progress.done == 2
+
+
 def test_chunks_make_no_difference(go, monkeypatch):
     """Steps of several windows have a larger rate. It falls in the last third."""
     monkeypatch.setattr(distill, "windows_of_step", lambda *given: 3)
