@@ -1,8 +1,7 @@
 """Calibration text that the dense model generates itself: `--dataset self`, or `self=PROMPTS` to answer prompts.
 
 A window is one sequence, sampled token by token. It begins with the model's first token, and when a document ends, the
-next one begins. If the tokenizer has a chat template, half of the windows are conversations instead: the template opens
-the user's turn, the model generates this turn and then the answer, and the next conversation follows.
+next one begins.
 
 With prompts, a window begins with a prompt. The model answers it, and when the answer ends, the next prompt follows;
 after the last prompt, the first one.
@@ -71,19 +70,15 @@ def write_tokens(
         InputError: the model cannot generate text, or there are no prompts in the text.
     """
     writer: Any = model.model
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(n, seqlen, generator=generator, dtype=torch.float64)
+    draws = torch.rand(n, seqlen, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     begins = [partial(_document, _first_token(tokenizer))] * n
-    conversation = _conversation(tokenizer, say)
     if "=" in name:
         prompts = _prompts(tokenizer, name.partition("=")[2], PROMPTS * n, seqlen, say)
-        # An answer ends like a document, or like a turn of the template.
-        ends = {tokenizer.eos_token_id, *(conversation[2][:1] if conversation else ())}
+        # The model names the tokens that end an answer, one or several.
+        own = writer.generation_config.eos_token_id
+        ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         # Every window begins at another place of the prompts.
         begins = [partial(_answers, prompts, i * len(prompts) // n, ends) for i in range(n)]
-    elif conversation:
-        for i in torch.randperm(n, generator=generator)[: n // 2].tolist():
-            begins[i] = partial(_chat, *conversation)
     ids = list[Tensor]()
     say(f"calibration text: the model generates {n} windows of {seqlen} tokens, {min(n, batch)} at a time")
     with model.whole(), errors_in_one_line(f"{option('dataset', SELF)}: {type(writer).__name__} cannot generate text"):
@@ -140,19 +135,6 @@ def _document(token: int) -> Row:
         token = yield token
 
 
-def _chat(header: list[int], middle: list[int], closing: list[int]) -> Row:
-    """Yield the tokens of conversations. The arguments are the parts that `_conversation` returns."""
-    sampled, before = 0, list[int]()
-    while True:
-        # A turn ends where the model samples the first token of the template's next part.
-        for turn, end in ((before + header, middle[0]), (middle, closing[0])):
-            for token in turn:
-                sampled = yield token
-            while sampled != end:
-                sampled = yield sampled
-        before = closing
-
-
 def _answers(prompts: Sequence[list[int]], n: int, ends: Collection[int | None]) -> Row:
     """Yield the tokens of prompts from the nth on, and after each those of the model's answer, up to one of `ends`."""
     while True:
@@ -189,28 +171,6 @@ def _first_token(tokenizer: Tokenizer) -> int:
     """Find the token that documents begin with."""
     vocabulary, named = tokenizer.get_vocab(), (SEPARATOR, tokenizer.bos_token, tokenizer.eos_token)
     return [*start_tokens(tokenizer), *(vocabulary[token] for token in named if token in vocabulary), 0][0]
-
-
-def _conversation(tokenizer: Tokenizer, say: Say) -> list[list[int]] | None:
-    """Find the chat template's tokens before the user's turn, between the turn and the answer, and after the answer.
-
-    The result is None without a template. It is also None, with a note in the log, if the turns of the template do not
-    end with a special token.
-    """
-    if not tokenizer.chat_template:
-        return None
-    marks = "USERTURN", "ANSWER"
-    turns = [dict(role="user", content=marks[0]), dict(role="assistant", content=marks[1])]
-    with errors_in_one_line(f"{option('dataset', SELF)}: the chat template fails; name a text, or remove it"):
-        prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
-    header, _, middle = str(prompt).partition(marks[0])
-    parts = tokenize(tokenizer, [header, middle, str(whole).partition(marks[1])[2]])
-    if all(parts) and {parts[1][0], parts[2][0]} <= tokenizer.added_tokens_decoder.keys():
-        return parts
-    # A marker of plain text may be split into other tokens when the model samples it, so its end is not found.
-    say("note: turns of the chat template do not end with a special token: no end of one is found, and none is written")
-    return None
 
 
 def records_of(tokenizer: Tokenizer, ids: Tensor) -> str:

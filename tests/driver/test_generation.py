@@ -1,4 +1,4 @@
-"""Calibration text that the dense model writes itself: the same bytes again, as documents and as conversations."""
+"""Calibration text that the dense model writes itself: the same bytes again, as documents and as answers."""
 
 import json
 from functools import partial
@@ -94,34 +94,14 @@ def test_a_resumed_run_refuses_other_prompts(tmp_path, out, capsys):
     assert "its prompts" in capsys.readouterr().err
 
 
-def test_half_are_conversations_by_the_template():
-    tokenizer, lines = load_tokenizer(DEFAULT_MODEL), []
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
-    with streamed(DEFAULT_MODEL) as model:
-        ids, others = (write_tokens(model, tokenizer, 6, 40, 0, batch, lines.append) for batch in (4, 3))
-    # The draws of a window do not depend on what is written beside it.
-    assert torch.equal(ids, others)
-    texts = tokenizer.batch_decode(ids)
-    assert sum(text.startswith("<|user|>") for text in texts) == 3
-    assert [tokenizer.decode(part) for part in generation._conversation(tokenizer, lines.append)] == [
-        "<|user|>", "<|end|><|assistant|>", "<|end|>",
-    ]  # fmt: skip
-    assert not any("note: " in line for line in lines)
-    tokenizer.chat_template = TEMPLATE.replace("<|end|>", "plain")
-    assert generation._conversation(tokenizer, lines.append) is None
-    assert "no end of one" in lines[-1]
-
-
-def test_prompts_are_answered(tmp_path, monkeypatch):
+def test_prompts_are_answered(tmp_path):
     tokenizer, file = load_tokenizer(DEFAULT_MODEL), tmp_path / "prompts.jsonl"
     tokenizer.chat_template, asked = TEMPLATE, "<|user|>One<|end|><|assistant|>"
     file.write_text('{"messages": [{"role": "user", "content": "One"}]}\n{"text": "Two"}\n')
     with streamed(DEFAULT_MODEL) as model:
         write = partial(write_tokens, model, tokenizer, 2, 40, 0, say=print, name=f"self={file}")
         # The sixth token of the second window, which the model has written, ends a turn.
-        parts = [[0], [0], [int(write(2)[1, 5])]]
-        monkeypatch.setattr(generation, "_conversation", lambda *_: parts)
+        model.model.generation_config.eos_token_id = [int(write(2)[1, 5])]
         ids, others = map(write, (2, 1))
         file.write_text('"0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1 2 3 4"')
         with refused("prompts.jsonl: no prompts"):
