@@ -7,7 +7,6 @@ The steps of a reconstruction round the operands of fp32 products if that is fas
 precision.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from timeit import timeit
@@ -24,9 +23,8 @@ HALF = (torch.bfloat16, torch.float16)
 # A dtype is slow if its products take more than this many times as long as fp32 products. On all measured processors
 # the ratio is below 1.1 or above 1.5, far from this limit.
 SLOW = 1.25
-# Operands are rounded if products become at least FAST times as fast, and only in models of width WIDE or more, since
-# narrow models gain less.
-FAST, WIDE = 1.5, 256
+# Operands are rounded only in models of width WIDE or more, since narrow models gain less.
+WIDE = 256
 
 
 def computes_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
@@ -58,7 +56,9 @@ def slowdown(dtype: torch.dtype) -> float:
             out.backward(out.detach())
             weight.grad = None
 
-        own, fp32 = _seconds(*(partial(step, x, weight) for x, weight in operands))
+        # Alternately, and the shortest time of each.
+        rounds = [[timeit(partial(step, *x), number=1) for x in operands] for _ in range(5)]
+    own, fp32 = map(min, zip(*rounds, strict=True))
     return own / fp32
 
 
@@ -69,32 +69,19 @@ def rounds_products(dtype: torch.dtype, device: torch.device, width: int) -> boo
         dtype, device: the dtype and the device that the model computes in.
         width: the width of its hidden states.
     """
-    return dtype == torch.float32 and width >= WIDE and (device.type == "cuda" or speedup_of_rounding() >= FAST)
+    return dtype == torch.float32 and width >= WIDE and (device.type == "cuda" or cpu_rounds())
 
 
 @cache
-def speedup_of_rounding() -> float:
-    """Measure once per process how many times as fast fp32 products are on this CPU with operands rounded to bf16.
+def cpu_rounds() -> bool:
+    """Tell whether oneDNN rounds the operands of fp32 products to bf16 on this CPU, as it does where that is faster.
 
-    About 3.5 with AMX. 1 on a processor on which oneDNN does not round.
+    With AMX such products are about 3.5 times as fast.
     """
     # 1 + 2**-12 rounds to 1 in bf16, so the product shows whether operands were rounded.
     x = torch.full((512, 512), 1 + 2**-12)
-
-    def rounded() -> Tensor:
-        with rounded_products():
-            return x @ x
-
-    if rounded()[0, 0] != len(x):
-        return 1.0
-    exact, fast = _seconds(lambda: x @ x, rounded)
-    return exact / fast
-
-
-def _seconds(*works: Callable[[], object]) -> list[float]:
-    """Time several functions alternately, and return the shortest time of each, in seconds."""
-    rounds = [[timeit(work, number=1) for work in works] for _ in range(5)]
-    return [min(seconds) for seconds in zip(*rounds, strict=True)]
+    with rounded_products():
+        return (x @ x)[0, 0].item() == len(x)
 
 
 def rounded_products() -> AbstractContextManager[None]:
@@ -111,7 +98,7 @@ def note(dtype: torch.dtype) -> str:
 
 def note_of_rounding(device: torch.device) -> str:
     """Write the log line for a reconstruction with rounded products."""
-    to = "tf32" if device.type == "cuda" else f"bf16 ({speedup_of_rounding():.2g} times as fast here)"
+    to = "tf32" if device.type == "cuda" else "bf16"
     return f"steps of a reconstruction multiply in {to}; {option('precision', 'ieee')} keeps them exact"
 
 

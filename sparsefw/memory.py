@@ -193,24 +193,17 @@ def left_by_groups(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Pat
     drops it. A container may see its own group as the root.
 
     Args:
-        groups: file with the groups of this process, of version 2 or of each controller of version 1.
+        groups: file with the group of this process, of version 2.
         mounted: folder where the groups are mounted.
     """
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            root, limit, taken = mounted, "memory.max", "anon"
-        elif "memory" in controllers.split(","):
-            # In version 1, sums over the groups below have names that begin with total_.
-            root, limit, taken = mounted / "memory", "memory.limit_in_bytes", "total_rss"
-        else:
-            continue
-        group = PurePosixPath(path.lstrip("/"))
-        for folder in (root / group, *(root / above for above in group.parents)):
+    lines = groups.read_text().splitlines() if groups.exists() else ()
+    for line in (x for x in lines if x.startswith("0::")):
+        group = PurePosixPath(line.removeprefix("0::").lstrip("/"))
+        for folder in (mounted / group, *(mounted / above for above in group.parents)):
             # Without a limit the file is missing or contains "max".
             try:
-                allowed = int((folder / limit).read_text())
+                allowed = int((folder / "memory.max").read_text())
                 sizes = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):
                 continue
-            yield allowed - int(sizes.get(taken, 0))
+            yield allowed - int(sizes.get("anon", 0))

@@ -36,18 +36,11 @@ print(before, held, resident())
     assert after - before < 50 * 2**20
 
 
-def group_2(folder, limit, taken):
-    """Write the files of a control group of version 2."""
+def group(folder, limit, taken):
+    """Write the files of a control group."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.max").write_text(f"{limit}\n")
     (folder / "memory.stat").write_text(f"anon {taken}\nfile {9 * taken}\n")
-
-
-def group_1(folder, limit, taken):
-    """The same of version 1, which counts the groups below apart."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
-    (folder / "memory.stat").write_text(f"cache {taken}\nrss 1\ntotal_rss {taken}\n")
 
 
 def left(folder, *lines):
@@ -56,34 +49,21 @@ def left(folder, *lines):
     return min(left_by_groups(folder / "cgroup", folder / "sys"), default=None)
 
 
-def test_control_groups_of_version_2(tmp_path):
+def test_control_groups(tmp_path):
     """A job of SLURM: the root has no limit, nor has the group itself, and what others hold in the job counts."""
     mine, job = "0::/slurm/job_7/step_0/user", tmp_path / "sys" / "slurm" / "job_7"
     assert left(tmp_path, mine) is None
-    group_2(job / "step_0" / "user", "max", 3 * GIB)
-    group_2(job / "step_0", 70 * GIB, 4 * GIB)
-    group_2(job, 64 * GIB, 9 * GIB)
+    group(job / "step_0" / "user", "max", 3 * GIB)
+    group(job / "step_0", 70 * GIB, 4 * GIB)
+    group(job, 64 * GIB, 9 * GIB)
     # Those beside it do not count.
-    group_2(job / "step_1", GIB, 0)
+    group(job / "step_1", GIB, 0)
     assert left(tmp_path, mine) == 55 * GIB
-    group_2(job / "step_0" / "user", 20 * GIB, 3 * GIB)
+    group(job / "step_0" / "user", 20 * GIB, 3 * GIB)
     assert left(tmp_path, mine) == 17 * GIB
     # In a container, the root of what is seen is the container's group.
-    group_2(tmp_path / "sys", 16 * GIB, 5 * GIB)
+    group(tmp_path / "sys", 16 * GIB, 5 * GIB)
     assert left(tmp_path, "0::/") == 11 * GIB
-
-
-def test_control_groups_of_version_1(tmp_path):
-    memory = tmp_path / "sys" / "memory"
-    mine = ("9:name=systemd:/", "5:cpu,memory:/docker/3f", "1:cpuset:/other", "0::/unified")
-    group_1(memory / "docker" / "3f", NONE, GIB)
-    group_1(tmp_path / "sys" / "cpuset" / "other", GIB, 0)
-    assert left(tmp_path, *mine) == NONE - GIB
-    group_1(memory / "docker", 12 * GIB, GIB)
-    assert left(tmp_path, *mine) == 11 * GIB
-    # In a container, the path is the machine's, and only what is below the container's group is mounted.
-    group_1(memory, 8 * GIB, GIB)
-    assert left(tmp_path, "4:memory:/docker/4a") == 7 * GIB
 
 
 def test_free_memory_is_the_least_of_the_machine_s_and_the_groups(monkeypatch):
