@@ -3,7 +3,6 @@
 tests/extras/ runs the one with tasks (evaluation/test_run.py) and the one of llm-compressor (test_llmcompressor.py).
 """
 
-import ast
 import runpy
 from pathlib import Path
 
@@ -37,11 +36,3 @@ def test_prune_encoder(tmp_path, capsys):
 def test_time_kernel(capsys):
     main_of("time_kernel")("48", "64", torch.float32)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["sparsefw", "torch"]
-
-
-def test_llmcompressor_recipe():
-    """This package has all that it imports from it."""
-    written = ast.parse((EXAMPLES / "llmcompressor_recipe.py").read_text())
-    (imported,) = [node for node in written.body if getattr(node, "module", "") == "sparsefw.llmcompressor"]
-    module = ast.parse((EXAMPLES.parent / "sparsefw/extras/llmcompressor.py").read_text())
-    assert {x.name for x in imported.names} <= {node.name for node in module.body if isinstance(node, ast.ClassDef)}

@@ -1,7 +1,6 @@
 """Whatever ends a command, it prints one line and has an exit status, and a run that was ended goes on."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,7 +109,5 @@ def test_output_that_cannot_be_written(output, line):
 
 
 def test_the_gpu_is_hidden_unless_it_is_asked_for(pytestconfig):
-    """Here, and by all targets but two: the tests of runs compare bits with a CPU's, and fork."""
+    """The tests of runs compare bits with a CPU's, and fork."""
     assert pytestconfig.getoption("gpu") or os.environ["CUDA_VISIBLE_DEVICES"] == ""
-    targets = re.split(r"\n(?=[\w-]+:)", (pytestconfig.rootpath / "Makefile").read_text())
-    assert [target.partition(":")[0] for target in targets if "pytest --gpu" in target] == ["test-gpu", "bench"]

@@ -2,16 +2,13 @@
 
 import json
 import math
-import re
-import subprocess
 from dataclasses import replace
 
 import pytest
 from helpers.pages import report_of_run
 
-import sparsefw
 from sparsefw.errors import InputError
-from sparsefw.report.content import Reconstruction, commit, read_report
+from sparsefw.report.content import Reconstruction, read_report
 
 
 @pytest.fixture
@@ -29,9 +26,20 @@ def refused(path, text: str | bytes) -> str:
     return message.removeprefix(f"{path}: ")
 
 
-def test_what_is_written_is_read(path):
+@pytest.fixture
+def report(pruned):
+    return report_of_run(pruned)
+
+
+@pytest.fixture
+def content(report):
+    return json.loads(report.to_json())
+
+
+def test_what_is_written_is_read(path, pruned):
     """Losses need not be numbers, and names may hold any character."""
-    report = report_of_run(arguments=("--ignore", "down_proj", "--gpu-memory", "3"), prefix="a\ud800\x1b\n\u202e")
+    report = report_of_run(pruned, "--ignore", "down_proj", "--gpu-memory", "3")
+    report.layers[0] = replace(report.layers[0], name="a\ud800\x1b\n\u202e")
     report.seconds.update(solve=math.inf, forward=1e-320)
     report.arguments.update(seed=2**63 - 1)
     report.blocks[0] = replace(report.blocks[0], reconstruction=Reconstruction(0.5, math.inf, 18, True))
@@ -42,19 +50,18 @@ def test_what_is_written_is_read(path):
     assert math.isnan(read_report(path).seconds["solve"])
 
 
-def test_keys(path):
+def test_keys(content):
     """The keys of the file, for readers other than this package."""
     keys = (
         "arguments versions device data evaluation layers kept_dense seconds blocks timeline peak_memory memory notes "
         "ranks in_memory recovery recoveries given"
     )
-    assert list(json.loads(report_of_run().to_json())) == keys.split()
+    assert list(content) == keys.split()
 
 
-def test_reports_of_other_versions(path):
+def test_reports_of_other_versions(path, report, content):
     """Older ones have no reconstructions and no arguments that were given. Entries of later ones are passed over."""
-    report = report_of_run()
-    content = json.loads(report.to_json()) | {"later": 1}
+    content["later"] = 1
     for block in content["blocks"]:
         del block["reconstruction"]
     del content["given"]
@@ -71,10 +78,9 @@ def test_reports_of_other_versions(path):
         (lambda r: r["memory"].update(read_ahead=1), "$.memory.read_ahead"),
     ],
 )
-def test_values_of_another_kind(change, place, path):
-    report = json.loads(report_of_run().to_json())
-    change(report)
-    assert place in refused(path, json.dumps(report))
+def test_values_of_another_kind(change, place, path, content):
+    change(content)
+    assert place in refused(path, json.dumps(content))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "\ufeff{}", '{"layers": ' + "[" * 10**5, "\ud800", b"\xff\xfe\x00"])
@@ -82,8 +88,7 @@ def test_not_a_report(text, path):
     assert refused(path, text)
 
 
-def test_arguments(path):
-    report = report_of_run()
+def test_arguments(report):
     assert report.methods == ["wanda", "sparsefw"]
     report.arguments["refit"] = "4"
     with pytest.raises(InputError, match=r"^arguments\.refit: expected int, got str"):
@@ -91,12 +96,3 @@ def test_arguments(path):
     report.arguments.pop("compare")
     with pytest.raises(InputError, match=r"^arguments\.compare: missing; prune again with this version of sparsefw$"):
         _ = report.methods
-
-
-def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(sparsefw, "__file__", str(tmp_path / "sparsefw/__init__.py"))
-    assert commit() == {}
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for arguments in (["init"], ["commit", "--allow-empty", "-m", "first"]):
-        subprocess.run([*git, *arguments], check=True)
-    assert re.fullmatch(r"[0-9a-f]{7,}", commit()["commit"])

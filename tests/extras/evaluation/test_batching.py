@@ -25,13 +25,6 @@ def test_every_request_is_in_one_tree(branch):
         assert len(trees) == len({(*request.read,) for request in REQUESTS})
 
 
-def test_answers_to_questions_take_a_third_of_the_tokens():
-    question = b"a question of forty tokens, or a few more"
-    requests = {n: request_of([*question], [*b"answer", n], 256) for n in range(4)}
-    (tree,) = trees_of(requests, branch=True)
-    assert len(tree.tokens) == len(question) + len(b"answer")
-
-
 def test_a_token_attends_to_its_own_request_alone():
     """And padding to itself: otherwise a sum of probabilities would be 0 / 0."""
     answers = ([10, 11, 0], [20, 21, 22, 0], [20, 21, 30, 0], [40, 0])

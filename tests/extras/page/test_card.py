@@ -65,14 +65,14 @@ def test_a_run_and_its_packed_copy(pruned, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_what_it_has_of_the_source(tmp_path, cached):
+def test_what_it_has_of_the_source(pruned, tmp_path, cached):
     """Its own base and data are not those of the output, and a damaged entry does not matter."""
     source = tmp_path / ("hub/models--org--name/snapshots/abc" if cached else "source")
     source.mkdir(parents=True)
     (source / "README.md").write_text(SOURCE)
     own = ("--dataset", str(tmp_path / "own.txt"), "--dataset", f"self={tmp_path / 'asked.jsonl'}=2")
     datasets = ("--dataset", "c4=2", "--dataset", "org/texts", *own)
-    report = report_of_run(arguments=("--model", str(source), "--sparsity", "2:4", *datasets))
+    report = report_of_run(pruned, "--model", str(source), "--sparsity", "2:4", *datasets)
     card = ModelCard(card_of(source, "out", report, source))
     assert card.data.to_dict() == {
         "license": "other",
@@ -92,24 +92,24 @@ def test_what_it_has_of_the_source(tmp_path, cached):
 @pytest.mark.parametrize(
     "front", ["", "---\na: [\n---\n", "---\n- a\n---\n", "---\n1: 2\n---\n", "---\nlicense: no\n---\n"]
 )
-def test_a_source_whose_card_says_nothing(tmp_path, front):
+def test_a_source_whose_card_says_nothing(pruned, tmp_path, front):
     (tmp_path / "README.md").write_text(front + "# The source\n")
-    write_card(report_of_run(), tmp_path / "out", tmp_path, print, tmp_path)
+    write_card(report_of_run(pruned), tmp_path / "out", tmp_path, print, tmp_path)
     assert ModelCard.load(tmp_path / "README.md").data.to_dict() == {"tags": ["sparsefw", "pruned", "sparse"]}
 
 
 @pytest.mark.parametrize(
     "flags", ["", "--model another --dataset c4 --seed 3 --preset fast --ignore 're:.*a|b' --keep-zeros"]
 )
-def test_the_command_has_what_was_given(tmp_path, flags):
-    report = report_of_run(arguments=tuple(shlex.split(flags)))
+def test_the_command_has_what_was_given(pruned, tmp_path, flags):
+    report = report_of_run(pruned, *shlex.split(flags))
     command = card_of(tmp_path, "out", report, None).split("```sh\n")[1].split("\n```")[0]
     given = shlex.split(command.removeprefix("python -m sparsefw.run"))
     assert parsed(given)["arguments"] == report.arguments
     assert sorted(given) == sorted(shlex.split(f"--sparsity 0.5 --output out {flags}"))
 
 
-def test_a_report_that_does_not_tell_what_was_given(tmp_path):
-    card = card_of(tmp_path, "my out", replace(report_of_run(), given=None), None)
+def test_a_report_that_does_not_tell_what_was_given(pruned, tmp_path):
+    card = card_of(tmp_path, "my out", replace(report_of_run(pruned), given=None), None)
     assert "sparsefw.run" not in card
     assert "sparsefw.verify 'my out'" in card
