@@ -3,13 +3,13 @@
 The whole pruned model is in memory. A chunk of windows goes through the dense model, block by block, and steps are made
 on the windows of this chunk; then the next chunk follows. So memory does not grow with the number of windows.
 
-The loss is the divergence of the two models' predictions (`model.head`). The backward goes through the whole pruned
-model, and weights move as in a reconstruction (`solver.kept_weights`), in steps of several windows. Some windows are
-held out. If the loss on them does not fall, the pruned model stays as it was.
+The loss is the divergence of the two models' predictions (`model.head`). Gradients go back through the pruned model
+block by block (`model.trail`), and the weights of a block move as in a reconstruction (`solver.kept_weights`), in steps
+of several windows. Some windows are held out. If the loss on them does not fall, the pruned model stays as it was.
 
-Memory holds one model, the optimizer's state, the gradient of one matrix, the activations of one window, one dense
-block, and the hidden states of a chunk (`estimate.memory.recovery_needs`). A window takes 6 flops per weight and token;
-the forward of the dense model takes 2.
+Memory holds one model, the optimizer's state, the gradients of one block, the activations of one window in all blocks
+or in one, one dense block, and the hidden states of a chunk (`estimate.memory.recovery_needs`). A window takes 6 flops
+per weight and token, or 8 if blocks run again; the forward of the dense model takes 2.
 """
 
 import hashlib
@@ -21,7 +21,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +37,10 @@ from sparsefw.memory import trim_memory
 from sparsefw.model.activations import Store
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.forward import embed_batches
-from sparsefw.model.gradients import SliceGradients, deterministic, with_same_bits
+from sparsefw.model.gradients import deterministic, with_same_bits
 from sparsefw.model.head import add_divergence, logits_of_batch
 from sparsefw.model.hidden_states import HiddenStates
+from sparsefw.model.trail import Gradients, Trail
 from sparsefw.solver.kept_weights import KeptWeights
 from sparsefw.solver.layer import LayerResult
 
@@ -57,6 +57,21 @@ HELD_OUT, MOST_REPEATED = 16, 1000
 
 # Number of log lines about the steps.
 LINES = 10
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows, before the first block, and after the last block of the dense model."""
+
+    batches: Sequence[Batch]
+    start: HiddenStates
+    dense: HiddenStates
+
+    def close(self) -> None:
+        """Release all tensors."""
+        self.start.close()
+        self.dense.close()
+
 
 # Returns the tensors of a pruned block by its number.
 Pruned = Callable[[int], Mapping[str, Tensor]]
@@ -102,13 +117,13 @@ def recovering(
     rounded = arithmetic.rounded_products() if run.rounded else nullcontext()
     with ExitStack() as opened:
         with rounded, deterministic(refuse=False):
-            states = _dense_outputs(run, held_out)
-            opened.callback(states.close)
+            first = _windows(run, held_out)
+            opened.callback(first.close)
             opened.enter_context(model.outside_loaded(checked=False))
             for i in model.unique_blocks:
                 opened.callback(model.close, i)
                 model.open_alone(i, pruned(i))
-            found = _fit(run, layers, folder, held_out, states, windows)
+            found = _fit(run, layers, folder, first, windows)
         yield found
 
 
@@ -134,27 +149,24 @@ def _learned(windows: Iterator[Batch], held_out: Sequence[Batch]) -> Iterator[Ba
 
 
 @torch.no_grad()
-def _dense_outputs(run: Run, batches: Sequence[Batch]) -> HiddenStates:
-    """Run windows through the blocks of the dense model, and return their hidden states on the host.
-
-    The head is the same in both models, so it is applied later.
-    """
+def _windows(run: Run, batches: Sequence[Batch]) -> Windows:
+    """Embed windows, and run them through the blocks of the dense model. The head is applied later."""
     model = run.model
-    states = embed_batches(model, batches, Store(model.device, "host"))
+    start = embed_batches(model, batches, Store(model.device, "host"))
+    states = start.fork()
     for i, name in enumerate(model.names):
         with model.set_aside(model.names.index(name)):
             model.open(i, run.placement.ahead)
             states.advance(i)
             model.close(i)
-    return states
+    return Windows(batches, start, states)
 
 
 def _fit(
     run: Run,
     layers: Sequence[LayerResult],
     folder: Path,
-    held_out: Sequence[Batch],
-    states: HiddenStates,
+    held_out: Windows,
     windows: Iterator[Batch],
 ) -> Recovered:
     """Make the steps, and leave the best weights in the model.
@@ -162,22 +174,25 @@ def _fit(
     Args:
         run, layers, folder: as for `recovering`.
         held_out: the windows that are held out.
-        states: their hidden states after the last block of the dense model.
         windows: the windows that follow.
     """
     model = run.model
-    matrices = [
-        pruned_matrices(model, i, (x for x in layers if x.name.startswith(f"{model.names[i]}.")))
-        for i in model.unique_blocks
-    ]
-    weights = KeptWeights([x for of_block in matrices for x in of_block], run.config.backend, undo=False)
+    weights = {
+        i: KeptWeights(pruned_matrices(model, i, layers), run.config.backend, undo=False) for i in model.unique_blocks
+    }
+    step = partial(_step, model, weights, run.recovery.reruns)
 
     @torch.no_grad()
     def loss() -> float:
-        each = [_step(model, states, j, batch) for j, batch in enumerate(held_out)]
+        each = [_step(model, {}, True, held_out, j) for j in range(len(held_out.batches))]
         return torch.stack(each).mean().item()
 
-    trial = partial(_step, model, states, 0, held_out[0], weights, rate=0.0, trial=True)
+    def trial() -> Tensor:
+        divergence = step(held_out, 0)
+        for of_block in weights.values():
+            of_block.forget()
+        return divergence
+
     # A trial, because a real step that fails cannot be repeated: it moves weights during the backward.
     varies = list[str]()
     with_same_bits(trial, varies)
@@ -192,26 +207,28 @@ def _fit(
         if not math.isfinite(before):
             raise InputError("the pruned model: its predictions are NaN or Inf; prune again")
         of_loss = time.perf_counter() - began - of_trial
-        digest = hashlib.sha256(b"".join(map(_content, held_out))).hexdigest()
-        plan = _plan(run, folder, len(held_out), digest, of_trial + of_loss / len(held_out))
-        progress = Progress(folder, plan, weights, [len(of_block) for of_block in matrices], of_loss, run.say)
+        count = len(held_out.batches)
+        digest = hashlib.sha256(b"".join(map(_content, held_out.batches))).hexdigest()
+        plan = _plan(run, folder, count, digest, of_trial + of_loss / count)
+        progress = Progress(folder, plan, [*weights.values()], of_loss, run.say)
+        again = ", blocks run again in the backward" if run.recovery.reruns else ""
         made = f"; {progress.done} are made already" if progress.done else ""
         run.say(
-            f"recovery: {counted(plan.steps, 'step')} of {plan.of_step * run.recovery.seqlen} tokens{made}; divergence "
-            f"on {counted(len(held_out), 'held-out window')}: {before:.4g}"
+            f"recovery: {counted(plan.steps, 'step')} of {plan.of_step * run.recovery.seqlen} tokens{again}{made}; "
+            f"divergence on {counted(count, 'held-out window')}: {before:.4g}"
         )
         try:
             if before:
-                _make_steps(run, plan, progress, weights, loss, _learned(windows, held_out))
+                _make_steps(run, plan, progress, step, loss, _learned(windows, held_out.batches))
         except KeyboardInterrupt:
             run.say("interrupted: the recovery ends here; interrupt again to stop without its result")
         if progress.done < plan.steps:
             progress.take_best(loss())
-        weights.close()
-        for i in model.unique_blocks:
+        for i, of_block in weights.items():
+            of_block.close()
             model.round(i)
         after = loss()
-    return Recovered(before, after, len(held_out) + progress.done * plan.of_step, progress.done, digest)
+    return Recovered(before, after, count + progress.done * plan.of_step, progress.done, digest)
 
 
 def _plan(run: Run, folder: Path, held_out: int, digest: str, seconds: float) -> Plan:
@@ -237,19 +254,19 @@ def _make_steps(
     run: Run,
     plan: Plan,
     progress: Progress,
-    weights: KeptWeights,
+    step: Callable[..., Tensor],
     loss: Callable[[], float],
     learned: Iterator[Batch],
 ) -> None:
-    """Make the steps that are left, until the hours are over."""
+    """Make the steps that are left, until the hours are over. `step` is `_step` of this model."""
     model, losses, limit = run.model, list[Tensor](), math.inf if plan.hours is None else 3600 * plan.hours
     of_steps = itertools.islice(learned, progress.done * plan.of_step, plan.steps * plan.of_step)
-    for n, (states, j, batch) in enumerate(_with_dense(run, of_steps), 1):
+    for n, (chunk, j) in enumerate(_in_chunks(run, of_steps), 1):
         last = n % plan.of_step == 0
         # The rate falls with the steps or with the time, whichever is further.
         left = 1 - max(progress.done / plan.steps, progress.seconds / (limit or 1.0))
         rate = RATE * math.sqrt(plan.of_step / len(model.blocks)) * min(1.0, max(0.0, left / FALL))
-        losses.append(_step(model, states, j, batch, weights, rate=rate, more=not last))
+        losses.append(step(chunk, j, rate=rate, more=not last))
         if not last:
             continue
         progress.done += 1
@@ -271,32 +288,38 @@ def _content(batch: Batch) -> bytes:
     return b"".join(map(bytes_of, batch.tensors))
 
 
-def _with_dense(run: Run, batches: Iterator[Batch]) -> Iterator[tuple[HiddenStates, int, Batch]]:
-    """Yield windows chunk by chunk: the dense hidden states of the chunk, the number in it, and the window."""
+def _in_chunks(run: Run, batches: Iterator[Batch]) -> Iterator[tuple[Windows, int]]:
+    """Yield windows chunk by chunk: the chunk, and the number of the window in it."""
     size = chunk_windows(run.shape, run.recovery.seqlen)
-    while chunk := [*itertools.islice(batches, size)]:
-        states = _dense_outputs(run, chunk)
-        for j, batch in enumerate(chunk):
-            yield states, j, batch
-        states.close()
+    while of_chunk := [*itertools.islice(batches, size)]:
+        chunk = _windows(run, of_chunk)
+        yield from ((chunk, j) for j in range(len(of_chunk)))
+        chunk.close()
         trim_memory()
 
 
 def _step(
-    model: BlockModel, states: HiddenStates, j: int, batch: Batch, weights: KeptWeights | None = None, **of_step: Any
+    model: BlockModel,
+    weights: Mapping[int, KeptWeights],
+    reruns: bool,
+    windows: Windows,
+    j: int,
+    rate: float | None = None,
+    more: bool = False,
 ) -> Tensor:
     """Compute the divergence of predictions in a window, mean over tokens, () fp32, and move weights to lower it.
 
     Args:
         model: the model, whose blocks have the pruned weights.
-        states, j: the window's hidden states after the last block of the dense model.
-        batch: the window.
-        weights: optimizer of the weights to move; None: no weight moves.
-        of_step: arguments of `KeptWeights.step`.
+        weights: the optimizers of blocks by number; empty: only the divergence is wanted.
+        reruns: see `Trail`.
+        windows, j: windows, and the number of one of them.
+        rate: rate of the step; None: gradients are computed, and no weight moves.
+        more: as for `KeptWeights.step`.
     """
-    total, batch = torch.zeros((), device=model.device), batch.to(model.device, model.in_fp32)
-    explained = partial(model.explained, "a step through the whole model")
-    seen = states.unpadded(len(model.blocks) - 1, j)
+    total, batch = torch.zeros((), device=model.device), windows.batches[j].to(model.device, model.in_fp32)
+    dense, explained = windows.dense, partial(model.explained, "a step through the whole model")
+    seen = dense.unpadded(len(model.blocks) - 1, j)
 
     def of_tokens(predictions: Tensor) -> Tensor:
         """Reshape predictions to (1, tokens, vocabulary), without those of padding."""
@@ -305,12 +328,19 @@ def _step(
         return predictions.reshape(1, -1, predictions.shape[-1])
 
     with torch.no_grad():
-        p = of_tokens(logits_of_batch(model, batch, states.hidden[j], states.after_last(j)))
-    slices = SliceGradients(weights.parameters if weights else ())
-    with explained(), torch.set_grad_enabled(weights is not None), slices:
-        q = of_tokens(model.model(*batch.args, **batch.kwargs).logits)
-    add_divergence(total, p, q.detach(), replace=weights is not None)
+        p = of_tokens(logits_of_batch(model, batch, dense.hidden[j], dense.after_last(j)))
+    trail = Trail(windows.start, j, [x for of_block in weights.values() for x in of_block.parameters], reruns)
+    with explained(), torch.set_grad_enabled(bool(weights)):
+        graph, hidden, others = trail.end()
+        q = of_tokens(logits_of_batch(model, batch, hidden, others))
+    add_divergence(total, p, q.detach(), replace=bool(weights))
     if weights:
+        gradients: Gradients = {}
         with explained():
-            weights.step(backward=partial(torch.autograd.backward, q, p, inputs=slices.leaves), **of_step)
+            graph.pull_back([(q, p)], gradients)
+            for i in reversed(range(len(model.blocks))):
+                trail.pull_back(i, gradients)
+                # A block that is used several times comes last where it is used first.
+                if rate is not None and i in weights:
+                    weights[i].step(rate, more)
     return total / q.shape[1]

@@ -149,9 +149,9 @@ def pruned_matrices(
     model: BlockModel, i: int, results: Iterable[LayerResult]
 ) -> list[tuple[nn.Parameter, list[Tensor]]]:
     """List the parameters with pruned layers in block i, which is open, each with the matrices of its layers."""
-    block, views = model.blocks[i], dict[str, list[Tensor]]()
-    for result in results:
-        name = result.name.removeprefix(f"{model.names[i]}.")
+    block, prefix, views = model.blocks[i], f"{model.names[i]}.", dict[str, list[Tensor]]()
+    for result in (x for x in results if x.name.startswith(prefix)):
+        name = result.name.removeprefix(prefix)
         weight = layer_of(block, name, "", result.shape, result.transposed).weight
         views.setdefault(without_index(name), []).append(weight)
     return [(block.get_parameter(name), listed) for name, listed in views.items()]

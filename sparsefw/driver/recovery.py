@@ -43,11 +43,9 @@ def settle_recovery(run: Run, workload: Workload) -> Run:
     if config.recover == 0:
         notes_of_recovery(run.recovery, 0, hours)
         return run
-    # An unfinished recovery goes on with its windows, also where longer ones would fit now.
     folder = Writer(run.job.output.folder, 0).recovery
     known = begun(folder) if run.job.begun else None
-    longest = known.plan.seqlen if known else None
-    plan = plan_recovery(run.shape, workload, run.limits, not isinstance(run.calibration, Batches), longest)
+    plan = plan_recovery(run.shape, workload, run.limits)
     if why := _impossible(run):
         plan = RecoveryPlan(refused=InputError(why))
     # Steps are made already, and less memory may be free only now.
@@ -143,7 +141,7 @@ def _recovered(run: Run, writer: Writer, report: content.Report) -> content.Repo
         return read_shard(writer.path(model.unique_blocks.index(i)))
 
     layers = report.layers_of(report.method)
-    with recovering(run, pruned, layers, _windows(run, seqlen), writer.recovery) as found:
+    with recovering(run, pruned, layers, _windows(run), writer.recovery) as found:
         run.say(f"divergence on held-out windows: {found.before:.4g} to {found.after:.4g}")
         if not found.after < found.before:
             return _noted(run, report, "nothing is gained, so the pruned weights stay; more tokens may help")
@@ -165,13 +163,13 @@ def _noted(run: Run, report: content.Report, note: str) -> content.Report:
     return replace(report, notes=[*report.notes, note])
 
 
-def _windows(run: Run, seqlen: int) -> Iterator[Batch]:
-    """Yield windows of `seqlen` tokens that follow the run's windows, or a caller's batches, without end."""
+def _windows(run: Run) -> Iterator[Batch]:
+    """Yield windows that follow the run's windows, or a caller's batches, without end."""
     if isinstance(run.calibration, Batches):
         yield from itertools.cycle(run.calibration.batches)
     assert run.stream is not None
     while True:
-        yield from map(token_batch, run.stream.take(1).ids.view(-1, seqlen).split(1))
+        yield token_batch(run.stream.take(1).ids)
 
 
 def _evaluated(run: Run, number: int, text: content.EvaluationText) -> content.EvaluationText:

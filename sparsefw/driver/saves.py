@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import accumulate, pairwise
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -82,8 +81,7 @@ class Progress:
     Args:
         folder: folder of the states.
         plan: the plan of the steps. States of another plan are deleted.
-        weights: the optimizer.
-        counts: number of parameters of each block.
+        weights: the optimizers of the blocks.
         seconds: seconds that the loss on held-out windows takes.
         say: called with every line of the log.
 
@@ -95,14 +93,12 @@ class Progress:
         self,
         folder: Path,
         plan: Plan,
-        weights: KeptWeights,
-        counts: Sequence[int],
+        weights: Sequence[KeptWeights],
         seconds: float,
         say: Say,
     ) -> None:
         self._folder, self._weights, self._say = folder, weights, say
-        self._parts = [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]
-        self._bytes = sum(x.nbytes for x in weights.state(slice(None)).values())
+        self._bytes = sum(x.nbytes for of_block in weights for x in of_block.state().values())
         self._cost, self.done = seconds + self._bytes / EXPECTED, 0
         self._saves = begun(folder) or Saves(plan)
         if self._saves.plan != plan:
@@ -133,8 +129,8 @@ class Progress:
             return
         folder = self._path(self.done)
         folder.mkdir(exist_ok=True)
-        for n, part in enumerate(self._parts, 1):
-            tensors = {name: x.cpu() for name, x in self._weights.state(part).items()}
+        for n, weights in enumerate(self._weights, 1):
+            tensors = {name: x.cpu() for name, x in weights.state().items()}
             durably(folder / f"{n:05d}.safetensors", partial(save_file, tensors))
         saved = Saved(self.done, loss(), self.seconds)
         self._say(f"step {self.done}: saved; divergence on held-out windows: {saved.loss:.4g}")
@@ -161,7 +157,6 @@ class Progress:
             shutil.rmtree(path)
 
     def _restore(self, saved: Saved) -> None:
-        for n, part in enumerate(self._parts, 1):
-            state = load_file(self._path(saved.step) / f"{n:05d}.safetensors")
-            self._weights.restore(part, state, saved.step)
+        for n, weights in enumerate(self._weights, 1):
+            weights.restore(load_file(self._path(saved.step) / f"{n:05d}.safetensors"), saved.step)
         self.done = saved.step

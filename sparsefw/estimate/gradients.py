@@ -9,7 +9,9 @@ from sparsefw.solver.kept_weights import bytes_of_state
 from sparsefw.solver.patterns import Pattern
 
 
-def fit_bytes(blocks: Iterable[BlockShape], itemsize: int, pattern: Pattern, together: bool) -> int:
+def fit_bytes(
+    blocks: Iterable[BlockShape], itemsize: int, pattern: Pattern, together: bool, reruns: bool = False
+) -> int:
     """Count the bytes of the fit of kept weights: the optimizer's state, and the gradients.
 
     Args:
@@ -17,23 +19,24 @@ def fit_bytes(blocks: Iterable[BlockShape], itemsize: int, pattern: Pattern, tog
         itemsize: bytes of a weight.
         pattern: tells how many weights are kept.
         together: whether all blocks of a model are fitted together. Such a fit stores no copy of the first weights to
-            undo it, and holds the gradient of one matrix at a time. Only the gradients of experts stay until the
-            backward pass ends.
+            undo it, and holds the gradients of one block at a time.
+        reruns: whether blocks run again in the backward. If not, the gradients of all experts are held together.
     """
     state = gradients = largest = written = 0
     for block in blocks:
         # Experts that stay dense are slices of the same parameter as the pruned ones, so they have gradients too.
-        counts = {layer.name: layer.count for layer in block.all_layers}
+        counts, of_block = {layer.name: layer.count for layer in block.all_layers}, 0
         for layer in block.layers:
             kept = layer.count * layer.rows * pattern.kept(layer.d)
             weights = counts[layer.name] * layer.rows * layer.d
             state += bytes_of_state(weights, kept, itemsize, undo=not together)
-            if layer.experts or not together:
+            if layer.experts and together and not reruns:
                 gradients += itemsize * weights
-            if together:
-                largest = max(largest, itemsize * weights)
+            else:
+                of_block += itemsize * weights
             # The new values of one matrix at a time, and an index of 8 bytes for each value.
             written = max(written, (8 + itemsize) * kept)
+        largest = max(largest, of_block)
     return state + gradients + largest + written
 
 
@@ -69,10 +72,12 @@ def reconstruction_bytes(
     return shape.outside + fitted + max(step, _logits(shape, seqlen, gpu), loss)
 
 
-def recovery_bytes(shape: ModelShape, pattern: Pattern, seqlen: int, gpu: bool) -> int:
+def recovery_bytes(shape: ModelShape, pattern: Pattern, seqlen: int, gpu: bool, reruns: bool) -> int:
     """Count the bytes of a recovery, which fits all kept weights of a model together, window by window."""
-    fitted = fit_bytes(shape.blocks, shape.itemsize, pattern, together=True)
-    kept = sum(backward_bytes(block, shape, seqlen, seqlen) for block in shape.blocks)
+    fitted = fit_bytes(shape.blocks, shape.itemsize, pattern, together=True, reruns=reruns)
+    graphs = [backward_bytes(block, shape, seqlen, seqlen) for block in shape.blocks]
+    # Between all blocks lie what a block hands on, its gradient, and a copy.
+    kept = (max if reruns else sum)(graphs) + 2 * len(graphs) * sum(shape.window_bytes(seqlen))
     forward = max(forward_bytes(block, shape, seqlen, seqlen) for block in shape.kinds)
     # Between steps, blocks of the dense model run, and the next one is read.
     work = max(kept + _logits(shape, seqlen, gpu), 2 * shape.largest)

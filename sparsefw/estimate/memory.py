@@ -119,14 +119,18 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
     return MemoryNeeds(needs)
 
 
-def recovery_needs(shape: ModelShape, workload: Workload) -> MemoryNeeds:
-    """Count the peak bytes of a recovery: a step of the whole model, and the hidden states of a chunk or a text."""
+def recovery_needs(shape: ModelShape, workload: Workload, reruns: bool) -> MemoryNeeds:
+    """Count the peak bytes of a recovery: a step of the whole model, and the hidden states of a chunk or a text.
+
+    `reruns` tells whether blocks run again in the backward.
+    """
     nbytes, windows = pinned_bytes if workload.gpu else int, chunk_windows(shape, workload.seqlen) + MOST_HELD_OUT
-    host = max(windows, *workload.evaluation, 0) * sum(map(nbytes, shape.window_bytes(workload.seqlen)))
+    # Windows are held before the first block, and after the last one.
+    host = max(2 * windows, *workload.evaluation, 0) * sum(map(nbytes, shape.window_bytes(workload.seqlen)))
     if workload.gpu:
         # Pinned memory for weights on their way to the GPU or back.
         host += 2 * pinned_bytes(shape.largest) + _outside_pinned(shape)
-    step = recovery_bytes(shape, workload.config.pattern, workload.seqlen, workload.gpu)
+    step = recovery_bytes(shape, workload.config.pattern, workload.seqlen, workload.gpu, reruns)
     return MemoryNeeds({"recover": _peak(shape, workload, step, host)})
 
 

@@ -23,8 +23,6 @@ from sparsefw.solver.stack import BYTES_PER_ENTRY, ROW_UNIT
 # Tokens in a micro-batch that keep a GPU busy. Fewer are chosen only after every other saving but reading ahead.
 BUSY_TOKENS = 4096
 
-# A recovery divides windows in half, as often as memory asks for it, but not below this number of tokens.
-LEAST_TOKENS = 256
 
 # The largest batch of windows that a model generates as its own calibration text.
 MOST_GENERATED = 64
@@ -94,6 +92,7 @@ class RecoveryPlan:
         needs: the memory that it takes.
         refused: why there is no recovery although the config does not rule it out; None: there is no such reason.
         asked: whether the user has asked for a recovery; else it is the default.
+        reruns: whether blocks run again in the backward, since their graphs do not fit together.
     """
 
     tokens: int = 0
@@ -101,30 +100,20 @@ class RecoveryPlan:
     needs: MemoryNeeds = field(default_factory=partial(MemoryNeeds, {}))
     refused: InputError | None = None
     asked: bool = False
+    reruns: bool = False
 
 
-def plan_recovery(
-    shape: ModelShape, workload: Workload, limits: Limits, divides: bool = True, longest: int | None = None
-) -> RecoveryPlan:
-    """Plan the recovery of a run, in the longest windows that fit the memory limits.
-
-    Args:
-        shape, workload, limits: as for `place`.
-        divides: whether windows may be divided into shorter ones.
-        longest: tokens in the longest window; None: those of the workload.
-    """
-    config, seqlen, tried = workload.config, longest or workload.seqlen, list[MemoryNeeds]()
+def plan_recovery(shape: ModelShape, workload: Workload, limits: Limits) -> RecoveryPlan:
+    """Plan the recovery of a run. Blocks run again in the backward if their graphs do not fit; arguments as `place`."""
+    config, tried = workload.config, list[MemoryNeeds]()
     if not shape.logits_itemsize or config.recover == 0:
         return RecoveryPlan()
     tokens = config.recover or default_recovery(workload.windows, workload.seqlen)
-    while True:
-        tried.append(recovery_needs(shape, replace(workload, seqlen=seqlen)))
+    for reruns in (False, True):
+        tried.append(recovery_needs(shape, workload, reruns))
         if fits(tried[-1], limits):
-            return RecoveryPlan(tokens, seqlen, tried[-1])
-        if not divides or seqlen % 2 or seqlen < 2 * LEAST_TOKENS:
-            remedy = f"prune without it ({option('recover', 0)})"
-            return RecoveryPlan(refused=too_little(tried, limits, remedy))
-        seqlen //= 2
+            return RecoveryPlan(tokens, workload.seqlen, tried[-1], reruns=reruns)
+    return RecoveryPlan(refused=too_little(tried, limits, f"prune without it ({option('recover', 0)})"))
 
 
 def notes_of_recovery(plan: RecoveryPlan, recover: int | None, hours: float | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,11 +115,12 @@ class Activations:
 
     Args:
         store: the store of the tensors.
+        stored: tensors that are in it already.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, stored: Iterable[Stored] = ()) -> None:
         self.store = store
-        self._stored: list[Stored] = []
+        self._stored = [*stored]
         # The event at the end of all work that was launched before the last read.
         self._launched: torch.cuda.Event | None = None
         # Number of the micro-batch that is copied to the device ahead of use.
@@ -161,17 +162,20 @@ class Activations:
             self._stored[self._prefetched].fetch()
         return x
 
+    def stored(self, j: int) -> Stored:
+        """What stores the tensor of micro-batch j."""
+        return self._stored[j]
+
     def fork(self) -> "Activations":
         """Return a list of the same tensors that changes independently."""
         return self.some(range(len(self)))
 
     def some(self, numbers: Sequence[int], size: int = 0) -> "Activations":
         """Take some of the tensors. With `size`, cut them into views of at most `size` windows (the first axis)."""
-        found, chosen = Activations(self.store), [self._stored[j] for j in numbers]
+        chosen = [self._stored[j] for j in numbers]
         if size:
             chosen = [Stored(self.store, x, whole.left) for whole in chosen for x in whole.kept.split(size)]
-        found._stored = chosen
-        return found
+        return Activations(self.store, chosen)
 
     def clear(self) -> None:
         """Drop the tensors."""

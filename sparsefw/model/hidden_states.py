@@ -4,7 +4,7 @@ The blocks run one by one. `forward.embed` has traced the model's own forward, a
 this forward gives it. A block may also pass other tensors than hidden states to later blocks (`handed_on`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsefw.arithmetic import AsyncBool, all_finite, check_finite
 from sparsefw.errors import InputError
-from sparsefw.model.activations import Activations, Store, Stored
+from sparsefw.model.activations import Activations, Stored
 from sparsefw.model.block_model import BlockModel
 from sparsefw.model.nested import ConstantRef, ObjectRef, ValueRef, leaves_of, outline, rebuilt, tensors_of
 from sparsefw.model.partial_forward import INPUT, UNSUPPORTED, Point, run_part
@@ -54,12 +54,21 @@ class BlockRun:
         i: number of the block.
         block: a module that runs in place of the block; None: the block itself runs.
         batch: the micro-batch before the block.
+        read: called with each stored tensor among the arguments, and returns what the block gets.
 
     Attributes:
         returned: what the block returned in the last run.
     """
 
-    def __init__(self, model: BlockModel, i: int, block: nn.Module | None, batch: MicroBatch) -> None:
+    def __init__(
+        self,
+        model: BlockModel,
+        i: int,
+        block: nn.Module | None,
+        batch: MicroBatch,
+        read: Callable[[Stored, Tensor], Tensor] = lambda stored, x: x,
+    ) -> None:
+        self._read = read
         self._model, self._number, self._block, self._batch = model, i, block or model.blocks[i], batch
         self._tensors: dict[Stored, Tensor] = {}
         self._values = {n: self._tensor(x) for n, x in batch.values.items()}
@@ -80,7 +89,7 @@ class BlockRun:
         if not isinstance(leaf, Stored):
             return leaf
         if leaf not in self._tensors:
-            self._tensors[leaf] = leaf.read()
+            self._tensors[leaf] = self._read(leaf, leaf.read())
         return self._tensors[leaf]
 
     def __call__(self, hidden: Tensor) -> Any:
@@ -105,13 +114,13 @@ class BlockRun:
         hidden = following.hidden
         return batch, batch.values[hidden.number] if isinstance(hidden, ValueRef) else self._tensor(hidden)
 
-    def stored(self, batch: MicroBatch, live: Iterable[int], store: Store) -> MicroBatch:
-        """Put the live values of a micro-batch into a store. Tensors that were read from the store are not copied."""
+    def stored(self, batch: MicroBatch, live: Iterable[int], put: Callable[[Tensor], Stored]) -> MicroBatch:
+        """Store the live values of a micro-batch by `put`. Tensors that were read from a store stay there."""
         where = {id(x): known for known, x in self._tensors.items()}
 
         def leaf(x: Tensor) -> Stored:
             if id(x) not in where:
-                where[id(x)] = store.put(x)
+                where[id(x)] = put(x)
             return where[id(x)]
 
         objects, values = rebuilt((batch.objects, {n: batch.values[n] for n in live}), leaf)
@@ -283,7 +292,7 @@ class HiddenStates:
             )
         with torch.no_grad():
             batch, hidden = run.next_input()
-        self.batches[j] = run.stored(batch, self.model.flow.live[i], self.hidden.store)
+        self.batches[j] = run.stored(batch, self.model.flow.live[i], self.hidden.store.put)
         self.put(i, j, hidden)
 
     def is_chained(self, i: int) -> bool:

@@ -17,8 +17,7 @@ Weights in half precision move in fp32. After every step they are rounded to the
 """
 
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -62,37 +61,19 @@ class KeptWeights:
         """
         return [x.gradient() for x in self._variables]
 
-    def step(
-        self, rate: float, backward: Callable[[], None] = lambda: None, trial: bool = False, more: bool = False
-    ) -> None:
+    def step(self, rate: float, more: bool = False) -> None:
         """Move the weights against the gradients, and drop the gradients.
 
         Args:
             rate: the rate of this step.
-            backward: computes the missing gradients. A parameter moves as soon as its gradient is complete, so that few
-                gradients are in memory together. A parameter moves after `backward` if it shares its memory, has a
-                gradient already, or gets its gradient in slices (see `SliceGradients`).
-            trial: only call `backward`, to see whether it raises an error. Nothing moves, and no step is counted.
             more: whether more windows of the same step follow. Then the gradients only join m and v.
         """
-        self._done += not (trial or more)
-        moves: dict[int, Callable[[], None]] = {}
+        self._done += not more
         for x in self._variables:
-            step = partial(x.step, rate, self._done, self._backend)
-            moves[id(x.parameter)] = x.forget if trial else x.add if more else step
-        # torch refuses to compute gradients with a changed tensor, and marks all tensors that share its memory.
-        # So only parameters with memory of their own move inside `backward`.
-        awaited = [x for x in self.parameters if x.grad is None and x.untyped_storage().nbytes() == x.nbytes]
-        hooks = [x.register_post_accumulate_grad_hook(lambda x: moves.pop(id(x))()) for x in awaited]
-        try:
-            backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-            if trial:
-                self.forget()
-        for move in moves.values():
-            move()
+            if more:
+                x.add()
+            else:
+                x.step(rate, self._done, self._backend)
 
     def forget(self) -> None:
         """Drop all gradients."""
@@ -106,21 +87,21 @@ class KeptWeights:
             assert x.before is not None
             x.put(x.before)
 
-    def state(self, some: slice) -> dict[str, Tensor]:
-        """Return the optimizer's state of some of the parameters: of the first one "0.weight", "0.m" and "0.v".
+    def state(self) -> dict[str, Tensor]:
+        """Return the optimizer's state: of the first parameter "0.weight", "0.m" and "0.v".
 
         The first of these are the kept weights, in fp32.
         """
-        variables = enumerate(self._variables[some])
+        variables = enumerate(self._variables)
         return {f"{j}.{name}": getattr(x, name) for j, x in variables for name in ("weight", "m", "v")}
 
     @torch.no_grad()
-    def restore(self, some: slice, state: dict[str, Tensor], done: int) -> None:
-        """Go on from a state of some of the parameters after `done` steps."""
+    def restore(self, state: dict[str, Tensor], done: int) -> None:
+        """Go on from a state after `done` steps."""
         self._done = done
-        for name, own in self.state(some).items():
+        for name, own in self.state().items():
             own.copy_(state[name])
-        for x in self._variables[some]:
+        for x in self._variables:
             x.put(x.weight)
 
     def close(self) -> None:

@@ -60,10 +60,8 @@ def test_lines_and_json(config, tmp_path, capsys):
     assert content["limits"] == {"gpu": 72 * 10**9, "host": None}
     peak = max(peak["gpu"] for peak in content["memory"].values()) / 2**30
     assert re.search(rf"^all +{peak:.2f} ", out, re.MULTILINE)
-    assert re.search(r"^placement: 1 window at a time, solves in [\d.e-]+ GiB; activations: gpu", out, re.MULTILINE)
     tokens = 4 * content["workload"]["windows"] * content["workload"]["seqlen"]
-    assert content["recovery"] == {"tokens": tokens, "seqlen": 32, "hours": None}
-    assert out.endswith(f"recovery of the whole model: {tokens:,} tokens in windows of 32\n")
+    assert content["recovery"] == {"tokens": tokens, "hours": None}
     # The pruned blocks stay until the end.
     others = planned(capsys, tmp_path, "--model", config, "--gpu", "h100", *SMALL, "--recover", "0")
     assert (others["recovery"]["tokens"], others["disk"]["kept"]) == (0, 0)
@@ -73,7 +71,7 @@ def test_lines_and_json(config, tmp_path, capsys):
 
 def test_hours_of_no_recovery_are_refused_as_by_a_run(tmp_path, capsys):
     flags = "--hours=1", "--recover=0"
-    assert "model: as many tokens as fit into 1 hours, in" in said(capsys, flags[0])
+    assert "model: as many tokens as fit into 1 hours\n" in said(capsys, flags[0])
     line = refused(capsys, *flags)
     assert sparsefw.run.main([*flags, f"--output={tmp_path}/out"]) == 2
     assert capsys.readouterr().err == line
@@ -99,14 +97,6 @@ def test_without_flags_it_is_the_built_in_models_run(tmp_path, capsys):
     assert windows == evaluation_windows(load_tokenizer(DEFAULT_MODEL), "default", seqlen=128).n > 50
     assert "reconstruct" in plan["memory"]
     assert "reconstruct" not in planned(capsys, tmp_path, "--reconstruct", "0")["memory"]
-
-
-def test_a_run_refuses_what_a_plan_refuses(capsys, out):
-    least = []
-    for command in (main, sparsefw.run.main):
-        assert command(["--host-memory", "0.1", "--output", str(out)]) == 2
-        least.append(float(re.search(r"needs at least ([\d.]+) GiB of host", capsys.readouterr().err)[1]))
-    assert least[1] == pytest.approx(least[0], abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -163,19 +153,15 @@ def test_a_run_expects_and_refuses_what_its_plan_does(tmp_path, capsys, monkeypa
     monkeypatch.setattr("sparsefw.memory.resident", lambda: 400 << 20)
     text = tmp_path / "text.txt"
     source = save_model(tmp_path / "model", "llama", num_hidden_layers=2)
-    flags = ["--model", source, "--dataset", text, *SMALL, "--method", "wanda"]
-    line = refused(capsys, *flags, "--host-memory", "0.1")
-    run = [*map(str, flags), "--output", str(tmp_path / "out"), "--host-memory"]
-    assert sparsefw.run.main([*run, "0.1"]) == 2
-    assert capsys.readouterr().err == line
+    for method in ("sparsefw", "wanda"):
+        flags = ["--model", source, "--dataset", text, *SMALL, "--method", method]
+        line = refused(capsys, *flags, "--host-memory", "0.1")
+        run = [*map(str, flags), "--output", str(tmp_path / "out"), "--host-memory"]
+        assert sparsefw.run.main([*run, "0.1"]) == 2
+        assert capsys.readouterr().err == line
     enough = re.search(r"at least ([\d.]+) GiB", line)[1]
     plan = said(capsys, *flags, "--host-memory", enough)
     text.write_text(100 * "A rose is a rose is a rose. ")
     assert sparsefw.run.main([*run, enough]) == 0
-    out = capsys.readouterr().out
     expected = re.search(r"^all +0.00 +([\d.]+)$", plan, re.MULTILINE)[1]
-    (solves,) = re.findall(r"solves in ([\d.e-]+) GiB", " ".join(plan.split()))
-    assert float(solves) < float(enough)
-    for part in (f"memory: {expected} of {enough} GiB", f"solves in {solves} GiB", "block 1/2, ", "block 2/2: "):
-        assert part in " ".join(out.split())
-    assert max(len(row) for row in out.splitlines() if str(tmp_path) not in row) <= 100
+    assert f"memory: {expected} of {enough} GiB" in " ".join(capsys.readouterr().out.split())

@@ -67,7 +67,7 @@ def change_rates(patch, rate_of):
     step, made = distill._step, itertools.count()
 
     def changed(*given, **options):
-        if "rate" in options and "trial" not in options:
+        if "rate" in options:
             options["rate"] = rate_of(next(made), options["rate"])
         return step(*given, **options)
 
@@ -132,10 +132,10 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(first, go, monkeypatch):
 
 def test_the_best_state_stays_beside_the_last(tmp_path):
     """Here a state is its number of steps."""
-    weights = SimpleNamespace(state=lambda part: {"x": torch.tensor([progress.done])}, restored=[])
-    weights.restore = lambda part, state, step: weights.restored.append((state["x"].item(), step))
+    weights = SimpleNamespace(state=lambda: {"x": torch.tensor([progress.done])}, restored=[])
+    weights.restore = lambda state, step: weights.restored.append((state["x"].item(), step))
     progress = SimpleNamespace(done=0)
-    progress = Progress(tmp_path, saves.Plan(9, 1, 32, ""), weights, [1], 0.0, print)
+    progress = Progress(tmp_path, saves.Plan(9, 1, 32, ""), [weights], 0.0, print)
     for progress.done, loss in enumerate([3.0, 1.0, 2.0, 4.0], 1):
         progress.save(lambda loss=loss: loss)
     assert [saved.step for saved in saves.begun(tmp_path).states] == [2, 4]
@@ -286,24 +286,16 @@ def test_by_default_it_takes_what_fits(go, monkeypatch, capsys):
     assert go("begun", *DEFAULT)[0] == 2
 
 
-def test_windows_are_divided_where_memory_asks_for_it(go, monkeypatch):
-    def needs(shape, workload):
-        return MemoryNeeds({"recover": (0, 2**50 if workload.seqlen > 8 else 0)})
+def test_blocks_run_again_where_their_graphs_do_not_fit(go, monkeypatch, capsys):
+    expected = files_of(go("graphs", *FOUR))
+    assert ", blocks run again" not in capsys.readouterr().out
+
+    def needs(shape, workload, reruns):
+        return MemoryNeeds({"recover": (0, 0 if reruns else 2**50)})
 
     monkeypatch.setattr(placement, "recovery_needs", needs)
-    monkeypatch.setattr(placement, "LEAST_TOKENS", 8)
-    monkeypatch.setattr(Progress, "is_due", True)
-    expected = go("out", *FOUR)
-    found = report_of(expected).recovery
-    assert (found.data.seqlen, found.data.windows, found.steps) == (8, 16, 15)
-    with interrupted_at(24, lambda: 1 / 0):
-        assert go("resumed", *FOUR)[0]
-    with monkeypatch.context() as patched:
-        # More memory takes longer windows, but not in the middle of a recovery.
-        patched.setattr(placement, "recovery_needs", lambda *given: MemoryNeeds({"recover": (0, 0)}))
-        assert files_of(go("resumed", *FOUR)) == files_of(expected)
-    monkeypatch.setattr(placement, "LEAST_TOKENS", 16)
-    assert go("refused", *FOUR)[0] == 2
+    assert files_of(go("reruns", *FOUR)) == expected
+    assert "steps of 32 tokens, blocks run again in the backward; divergence" in capsys.readouterr().out
 
 
 def test_a_default_one_that_fails_leaves_the_pruned_model(go, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -10,9 +9,8 @@ from helpers.kernel_inputs import DEVICE, generator
 from helpers.problems import TRITON
 from torch import nn
 
-from sparsefw.kernels.backend import TORCH, Backend
+from sparsefw.kernels.backend import TORCH
 from sparsefw.kernels.definitions import DECAYS
-from sparsefw.model.gradients import SliceGradients
 from sparsefw.solver.kept_weights import KeptWeights, kept_entries
 
 RATE = 0.2
@@ -131,58 +129,16 @@ def test_a_step_of_several_windows_and_a_state_to_go_on_from(dtype):
                     give(parameter, gradient)
             weights.step(RATE, more=n % 3 < 2)
             if interrupted and n == 2:
-                states = [copy.deepcopy(weights.state(slice(j, j + 1))) for j in range(2)]
+                state = copy.deepcopy(weights.state())
                 weights.put_back()
                 weights = KeptWeights(matrices)
-                for j in range(2):
-                    weights.restore(slice(j, j + 1), states[j], 1)
+                weights.restore(state, 1)
         results.append(parameters)
     for parameter, again, W, own in zip(*results, sources, gradients, strict=True):
         assert torch.equal(bits(parameter), bits(again))
         if dtype == torch.float32:
             expected = adam(W, W != 0, W.shape[1], torch.stack(own).view(3, 3, *W.shape))
             torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_each_parameter_moves_once_its_gradient_is_complete():
-    """One is used twice; of another a part is, whose gradient lies in that of the whole; two share memory."""
-    sources = [pruned(6, 6), pruned(6, 6, seed=2), pruned(2, 6, 6, seed=3), *pruned(2, 6, 6, seed=4)]
-    x, left = torch.randn(4, 6).to(DEVICE), []
-
-    def ended(at_once):
-        parameters = [nn.Parameter(W.clone()) for W in sources[:3]]
-        a, b, experts, c, d = parameters = [*parameters, *map(nn.Parameter, torch.stack(sources[3:]).unbind())]
-        views = [a.detach()], [b.detach()], [*experts.detach()], [c.detach()], [d.detach()]
-
-        class Watched(Backend):
-            def adam_step(self, *args, **kwargs):
-                left.append(sum(parameter.grad is not None for parameter in parameters))
-                TORCH.adam_step(*args, **kwargs)
-
-        weights = KeptWeights(list(zip(parameters, views, strict=True)), Watched(TORCH.operations), undo=False)
-
-        def backward(error=False):
-            with SliceGradients(parameters) as slices:
-                loss = (x @ a @ b @ c @ d @ a @ experts[1]).square().mean()
-            torch.autograd.backward(loss, inputs=slices.leaves)
-            assert not error
-
-        if at_once:
-            with pytest.raises(AssertionError):
-                weights.step(RATE, partial(backward, error=True), trial=True)
-        for _ in range(3):
-            if at_once:
-                weights.step(RATE, backward)
-            else:
-                backward()
-                weights.step(RATE)
-        return parameters
-
-    results = [ended(at_once) for at_once in (False, True)]
-    assert all(torch.equal(bits(p), bits(q)) for p, q in zip(*results, strict=True))
-    assert not any(torch.equal(p, W) for p, W in zip(results[0], sources, strict=True))
-    # The experts' is there from the beginning.
-    assert left == 3 * [5, 4, 3, 2, 1] + 3 * [4, 4, 3, 2, 1]
 
 
 def whole(storage):
