@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.checkpoints import refused
 
-from sparsefw.errors import InputError, by_command, errors_in_one_line, first_line, naming, option, shown, worded
+from sparsefw.errors import InputError, by_command, errors_in_one_line, naming, option, shown, worded
 
 
 @pytest.mark.parametrize(
@@ -39,12 +39,6 @@ def test_errors_of_the_system_name_a_file():
         raise OSError(28, "No space left on device")
     with pytest.raises(OSError, match="No such file or directory: '/nowhere'"), naming(Path("/a/b")):
         Path("/nowhere").stat()
-
-
-def test_the_first_line_says_something():
-    assert first_line(ValueError("\n  first\nsecond")) == "first"
-    assert first_line(ValueError("One of these is wrong:\n\n   a\n   b")) == "One of these is wrong: a"
-    assert first_line(KeyError()) == "KeyError"
 
 
 def test_options_are_named_as_the_caller_writes_them():

@@ -1,6 +1,5 @@
 """`python -m bench` on a CPU, at tiny shapes."""
 
-import io
 import json
 from dataclasses import replace
 
@@ -77,41 +76,3 @@ def test_the_base_is_compared_with_ours_only(monkeypatch):
     case = measure.Case(*command.cases(command.named(["mirror"]), None, [measure.TINY], {})[0])
     rows = measure.measure(case, ["ours", "torch"], {"copy": 1.0}, 1.0, Base())
     assert {row["provider"]: row["speedup"] for row in rows} == {"ours": 4.0, "torch": 0.25, "base": 2.0}
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        ("row_", "'row_' is not one operation; there are row_step, row_swaps\n"),
-        ("lmo --shape 0x3", "argument --shape: invalid shape value: '0x3'\n"),
-        ("lmo --setting 3:7", "unknown 3:7; there are 2:4\n"),
-        ("lmo --json /no/x", "argument --json: /no/x: there is no such folder\n"),
-        ("lmo --base nowhere", "--base: nowhere is no commit, or older than "),
-    ],
-)
-def test_a_mistake_is_one_line(words, line, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        command.main(words.split())
-    error = capsys.readouterr().err
-    assert error.startswith(f"python -m bench: error: {line}")
-    assert error.count("\n") == 1
-
-
-def test_a_worker_answers_each_line(monkeypatch, capsys):
-    case = dict(setting="", rows=4, d=8, tokens=4, dtype="float32")
-    asked = [json.dumps(dict(operation=name, **case)) for name in ("take_rows", "nothing")]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(asked)))
-    assert command.main(["--worker"]) == 0
-    time, refused = map(json.loads, capsys.readouterr().out.splitlines())
-    assert time["seconds"] > 0
-    assert refused == {"error": "KeyError: 'nothing'"}
-
-
-def test_no_case_is_measured_twice_or_without_a_roof(capsys):
-    """mirror_lower ignores the rows."""
-    sizes = [measure.size_of(rows, 16, 4, "float32") for rows in (8, 4)]
-    chosen = command.named(["product", "mirror"])
-    found = [(x.name, label, size.rows) for x, label, size in command.cases(chosen, None, sizes, {"ieee": 1.0})]
-    assert found == [("product", "ieee", 8), ("product", "ieee", 4), ("mirror_lower", "", 8)]
-    assert "no roof of their precision: product tf32x3, product tf32, product bf16\n" in capsys.readouterr().out
-    assert [label for _, label, _ in command.cases(chosen, ["bf16"], sizes[:1], {})] == ["bf16"]

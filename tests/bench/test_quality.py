@@ -30,8 +30,3 @@ pathlib.Path("begun").mkdir()
         quality.spend(command, cost)
     (seconds,) = json.loads(cost.read_text()).values()
     assert 2 <= seconds < 4
-    # It was killed together with the study.
-    cost.write_text(json.dumps({quality.told(command): None}))
-    (tmp_path / "begun").rmdir()
-    quality.spend(command, cost)
-    assert [*json.loads(cost.read_text()).values()] == [None]

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 
 import base
@@ -88,47 +87,27 @@ def test_files_and_the_base_are_compared():
 WORKER = """
 import json, sys, sparsefw
 for line in sys.stdin:
-    name = json.loads(line)["operation"]
-    if name == "exit":
-        break
-    print(json.dumps({"seconds": sparsefw.SECONDS} if name == "lmo" else {"error": "unknown"}), flush=True)
+    print(json.dumps({"seconds": sparsefw.SECONDS}), flush=True)
 """
 
 
-@pytest.fixture
-def git(tmp_path, monkeypatch):
-    """git(...): run git in a repository that has a commit, and changes."""
+@pytest.mark.parametrize(("source", "compiled"), [("", "copied"), ("changed", "built")])
+def test_another_commit_is_timed_by_its_own_code(source, compiled, tmp_path, monkeypatch):
+    """What is compiled is copied from here if its sources are the same."""
     monkeypatch.setattr(base, "REPO", tmp_path)
     monkeypatch.setattr(base, "CODE", WORKER)
-
-    def git(*arguments):
-        command = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x", *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    git("init")
+    (tmp_path / "kernels/cpu").mkdir(parents=True)
     files = {"sparsefw.py": "SECONDS = 7", "kernels/cpu/x.cpp": "", "kernels/operation.py": ""}
     files["setup.py"] = "print(end='built', file=open('kernels/cpu/_x.so', 'w'))"
-    (tmp_path / "kernels/cpu").mkdir(parents=True)
+    changes = {"sparsefw.py": "SECONDS = 8", "kernels/cpu/x.cpp": source, "kernels/cpu/_x.so": "copied"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    git("add", ".")
-    git("commit", "-m", "new")
-    (tmp_path / "sparsefw.py").write_text("SECONDS = 8")
-    (tmp_path / "kernels/cpu/_x.so").write_text("copied")
-    return git
-
-
-@pytest.mark.parametrize(("source", "compiled"), [("", "copied"), ("changed", "built")])
-def test_another_commit_is_timed_by_its_own_code(source, compiled, git, tmp_path):
-    (tmp_path / "kernels/cpu/x.cpp").write_text(source)
-    with suppress(KeyboardInterrupt), base.start("HEAD") as worker:
+    for arguments in (["init"], ["add", "."], ["commit", "-m", "new"]):
+        command = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x", *arguments]
+        subprocess.run(command, check=True)
+    for name, text in changes.items():
+        (tmp_path / name).write_text(text)
+    with base.start("HEAD") as worker:
         assert worker.time(operation="lmo") == 7
         assert Path(f"/proc/{worker.process.pid}/cwd/kernels/cpu/_x.so").read_text() == compiled
-        for name, line in (("other", "HEAD: unknown"), *[("exit", "its process has ended")] * 2):
-            with pytest.raises(RuntimeError, match=line):
-                worker.time(operation=name)
-        raise KeyboardInterrupt
-    with pytest.raises(ValueError, match="-x is no commit, or older"), base.start("-x"):
-        pass
-    assert len(git("worktree", "list").splitlines()) == 1
     assert worker.process.returncode is not None

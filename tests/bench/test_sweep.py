@@ -1,15 +1,13 @@
 """The sweep examines classes that tests/helpers/families.py lacks, and shows mistakes."""
 
 import shutil
+from functools import partial
 
 import pytest
 from classes import examine
 from classes.examine import WORKS, WRONG
 from classes.tiny_model import cases
 from safetensors.torch import load_file, save_file
-
-import sparsefw.pack
-import sparsefw.run
 
 CASES = {case.model_type: case for case in cases()}
 
@@ -46,45 +44,30 @@ def right(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layer", "change", "reason"),
+    ("command", "layer", "change", "reason"),
     [
-        ("q_proj.weight", lambda weight: weight + 1e-9 * (weight == 0), "verify: "),
-        ("q_proj.weight", lambda weight: weight * 1.5, "pruned perplexity"),
-        ("layernorm", lambda weight: weight + 1e-7, "not reported as pruned"),
-        ("q_proj.weight", None, "missing_keys"),
+        ("run", "q_proj.weight", lambda weight: weight + 1e-9 * (weight == 0), "verify: "),
+        ("run", "q_proj.weight", lambda weight: weight * 1.5, "pruned perplexity"),
+        ("run", "layernorm", lambda weight: weight + 1e-7, "not reported as pruned"),
+        ("run", "q_proj.weight", None, "missing_keys"),
+        ("pack", "layernorm", lambda weight: weight * 2, "packed perplexity"),
     ],
 )
-def test_mistakes_of_a_run_are_found(layer, change, reason, right, monkeypatch, tmp_path):
-    """Tensors of a right output are changed."""
+def test_mistakes_are_found(command, layer, change, reason, right, monkeypatch, tmp_path):
+    """Tensors of a right output, or of its packed copy, are changed."""
 
-    def main(arguments):
-        shutil.copytree(right / examine.OUTPUT, tmp_path / examine.OUTPUT)
-        for path in (tmp_path / examine.OUTPUT).glob("*.safetensors"):
+    def main(name, folder, _):
+        shutil.copytree(right / folder, tmp_path / folder)
+        for path in (tmp_path / folder).glob("*.safetensors") if name == command else ():
             tensors = load_file(path)
-            for name in [name for name in tensors if layer in name]:
-                weight = tensors.pop(name)
-                tensors |= {name: change(weight)} if change else {}
+            for found in [found for found in tensors if layer in found]:
+                weight = tensors.pop(found)
+                tensors |= {found: change(weight)} if change else {}
             save_file(tensors, path, metadata={"format": "pt"})
         return 0
 
-    monkeypatch.setattr(sparsefw.run, "main", main)
+    for name, folder in (("run", examine.OUTPUT), ("pack", examine.PACKED)):
+        monkeypatch.setattr(f"sparsefw.{name}.main", partial(main, name, folder))
     row = examine.examine(CASES["stablelm"], tmp_path)
     assert row["outcome"] == WRONG
     assert reason in row["reason"]
-
-
-@pytest.mark.slow
-def test_a_mistake_of_packing_is_found(monkeypatch, tmp_path):
-    pack = sparsefw.pack.main
-
-    def main(arguments):
-        status = pack(arguments)
-        for path in (tmp_path / examine.PACKED).glob("*.safetensors"):
-            tensors = {name: 2 * x if x.is_floating_point() else x for name, x in load_file(path).items()}
-            save_file(tensors, path, metadata={"format": "pt"})
-        return status
-
-    monkeypatch.setattr(sparsefw.pack, "main", main)
-    row = examine.examine(CASES["stablelm"], tmp_path)
-    assert row["outcome"] == WRONG
-    assert row["reason"].startswith("packed perplexity")

@@ -1,79 +1,43 @@
-"""Times on a GPU hold no time of the host. Pretended clocks of the host and of the GPU show it."""
+"""Times on a GPU hold no time of the host, and rivals take turns."""
 
 from itertools import cycle, groupby
+from unittest.mock import Mock
 
 import pytest
 import timing
 import torch
 
 
-class Clocks:
-    """A host that takes time to launch, and a GPU that works through its queue. Times are in seconds."""
-
-    # The sleep is of a cycle, and of the time of the fill.
-    CYCLE, FILL = 1e-9, 1e-4
-
-    def __init__(self, patch):
-        self.host = self.gpu = 0.0
-        self.log = []
-        clocks = self
-
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            def record(self):
-                clocks.log.append("event")
-                # The GPU gets here once it has done what came before, and not before the host asks for it.
-                clocks.gpu = self.at = max(clocks.gpu, clocks.host)
-
-            def query(self):
-                return self.at <= clocks.host
-
-            def synchronize(self):
-                clocks.host = max(clocks.host, self.at)
-
-            def elapsed_time(self, later):
-                return 1e3 * (later.at - self.at)
-
-        class Filled:
-            def zero_(self):
-                clocks.work("fill", clocks.FILL)
-
-        patch.setattr(torch.cuda, "Event", Event)
-        patch.setattr(torch.cuda, "_sleep", lambda cycles: self.work("sleep", cycles * self.CYCLE))
-        patch.setattr(timing, "GPU", True)
-        patch.setattr(timing, "_flushed", Filled)
-
-    def work(self, what, seconds, launch=0.0):
-        self.log.append(what)
-        self.host += launch
-        self.gpu = max(self.gpu, self.host) + seconds
-
-    def operation(self, launches, launch, seconds):
-        for _ in range(launches):
-            self.work("kernel", seconds, launch)
-
-
 @pytest.fixture
-def clocks(monkeypatch):
-    return Clocks(monkeypatch)
+def gpu(monkeypatch):
+    """A pretended GPU, which keeps what the host asks of it."""
+    gpu = Mock()
+    gpu.Event.side_effect = cycle([gpu.started, gpu.ended])
+    gpu.started.elapsed_time.return_value = 3.0
+    monkeypatch.setattr(torch.cuda, "Event", gpu.Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", gpu.sleep)
+    monkeypatch.setattr(timing, "_flushed", gpu.flushed)
+    monkeypatch.setattr(timing, "GPU", True)
+    return gpu
 
 
-@pytest.mark.parametrize("launches", [1, 20, 100])
-def test_time_of_the_host_does_not_count(launches, clocks):
-    """Each kernel takes 10 us, and the host 50 us to launch it: 100 take it longer than the first sleep."""
-    watch = timing.Stopwatch(lambda: clocks.operation(launches, 50e-6, 10e-6))
-    assert [watch() for _ in range(5)] == pytest.approx([launches * 10e-6] * 5)
-    assert watch.late == 0
-    assert clocks.log[-4 - launches :] == ["fill", "sleep", "event", *["kernel"] * launches, "event"]
+def test_time_of_the_host_does_not_count(gpu):
+    """The GPU sleeps until all is launched, at the third try."""
+    gpu.started.query.side_effect = [True, True, False]
+    watch = timing.Stopwatch(gpu.kernel)
+    assert (watch(), watch.late) == (3e-3, 0)
+    asked = [name for name, *_ in gpu.mock_calls]
+    launched = ["flushed().zero_", "sleep", "started.record", "kernel", "started.query", "ended.record"]
+    assert asked[-8:] == [*launched, "ended.synchronize", "started.elapsed_time"]
+    assert [call.args[0] for call in gpu.sleep.mock_calls] == [n * timing.CYCLES for n in (1, 2, 4)]
+    gpu.started.elapsed_time.assert_called_with(gpu.ended)
 
 
-def test_waits_that_remain_are_told(clocks, monkeypatch):
+def test_waits_that_remain_are_told(gpu, monkeypatch):
+    gpu.started.query.return_value = True
     monkeypatch.setattr(timing, "MOST_CYCLES", timing.CYCLES)
-    watch = timing.Stopwatch(lambda: clocks.operation(100, 50e-6, 10e-6))
-    assert watch() > 2 * 100 * 10e-6
-    assert watch.late == 1
+    watch = timing.Stopwatch(gpu.kernel)
+    assert (watch(), watch.late) == (3e-3, 1)
 
 
 @pytest.fixture

@@ -40,9 +40,8 @@ def test_blocks_of_fp8_that_are_smaller_at_the_ends(chunk, monkeypatch):
     values, scales = fp8(x, (16, 48))
     assert scales.shape == (3, 3)
     result = Fp8((16, 48)).dequantize(values, scales, torch.float32)
-    for i in range(37):
-        for j in range(131):
-            assert result[i, j] == values[i, j].float() * scales[i // 16, j // 48]
+    entries = scales.repeat_interleave(16, 0)[:37].repeat_interleave(48, 1)[:, :131]
+    assert torch.equal(result, values.float() * entries)
     assert (result - x).abs().max() < 0.07 * x.abs().max()
 
 

@@ -101,15 +101,12 @@ class TestTensors:
             for read in (read_tensors(inspect(folder).tensors), read_shard(folder / SINGLE)):
                 assert all(tensor.data_ptr() % 64 == 0 for tensor in read.values())
 
-    @pytest.mark.parametrize("how", ["shorter", "other", "touched"])
-    def test_files_that_are_changed_while_a_run_reads_them(self, folder, how):
-        tensors, path = inspect(folder).tensors, folder / SINGLE
-        if how == "shorter":
-            path.write_bytes(path.read_bytes()[:-4])
-        elif how == "other":
-            save_file({"a": torch.ones(2)}, path)
-        else:
-            os.utime(path, ns=(1, 1))
+    @pytest.mark.parametrize(
+        "change", [lambda path: os.truncate(path, os.path.getsize(path) - 4), lambda path: os.utime(path, ns=(1, 1))]
+    )
+    def test_files_that_are_changed_while_a_run_reads_them(self, folder, change):
+        tensors = inspect(folder).tensors
+        change(folder / SINGLE)
         with refused("model.safetensors: changed since the run began"):
             read_tensors(tensors)
 

@@ -142,11 +142,6 @@ def test_no_model_there(tmp_path, capsys, monkeypatch):
     assert asked == [("org/name", "config.json")]
 
 
-def test_a_hub_id_needs_its_config_only(config, capsys, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(config))
-    assert "org/name, LlamaForCausalLM" in said(capsys, "--model", "org/name", *SMALL)
-
-
 def test_a_run_expects_and_refuses_what_its_plan_does(tmp_path, capsys, monkeypatch):
     """It refuses before a text is read: there is none here. What the plan names is enough for both."""
     # Other tests have made this process larger.

@@ -15,8 +15,6 @@ from sparsefw.checkpoint.quantization import Fp8
 from sparsefw.checkpoint.source import CONFIG, SINGLE, inspect
 from sparsefw.estimate.profile import shape_of
 
-OUT = "model.layers.1.self_attn.o_proj.weight"
-
 SAVE = {
     "qwen3": lambda folder: save_fp8(folder, "qwen3"),
     "one scale": lambda folder: save_fp8(folder, "qwen3", None, activation_scheme="static"),
@@ -48,11 +46,8 @@ def test_pruned_as_the_checkpoint_that_transformers_dequantizes(name, source, te
     assert shards(out) == shards(tmp_path / "expected")
     notes = report_of(out)["notes"]
     count = sum(name.endswith(("_scale_inv", "_scales")) for name in load_file(source(name) / SINGLE))
-    method = "mxfp4" if name == "gpt_oss" else "fp8"
-    begin = f"the source is quantized ({method}): {count} tensors are converted to bfloat16, all tensors "
-    assert [note.startswith(begin) for note in notes] == [True] + [False] * (len(notes) - 1)
+    assert f": {count} tensors are converted to bfloat16" in notes[0]
     assert f"note: {notes[0]}\n" in said
-    assert notes[0] in (out / "report.html").read_text()
     passed(capsys, out)
     config = json.loads((out / CONFIG).read_text())
     before = json.loads((source(name) / CONFIG).read_text())
@@ -62,13 +57,6 @@ def test_pruned_as_the_checkpoint_that_transformers_dequantizes(name, source, te
     assert model.dtype == torch.bfloat16
     ids = torch.arange(20).view(2, 10)
     assert torch.equal(model(ids).logits, expected(ids).logits)
-
-
-def test_verify_compares_with_the_dequantized_source(source, text, out, capsys):
-    assert run(source("gpt_oss"), text, out, "--method", "wanda") == 0
-    assert "kept weights are the source's" in passed(capsys, out)
-    change_tensor(out, OUT, lambda W: put(tuple((W != 0).nonzero()[5]), flip_bit)(W))
-    assert "1 of " in only_failure(capsys, out, "kept")
 
 
 def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, out, capsys):
@@ -86,7 +74,7 @@ def test_quantized_tensors_outside_of_the_blocks(text, tmp_path, out, capsys):
     shape, stored = shape_of(inspect(folder)), load_file(folder / SINGLE)
     assert shape.quantized_bytes == stored[unused].nbytes + stored[scale].nbytes > small
     assert run(folder, text, out, "--method", "wanda") == 0
-    passed(capsys, out)
+    assert "kept weights are the source's" in passed(capsys, out)
     written = tensors_of(out)
     assert not {f"{embeddings}_scale_inv", scale} & written.keys()
     for name in (embeddings, unused):

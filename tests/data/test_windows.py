@@ -218,7 +218,6 @@ def test_only_the_start_token_of_the_tokenizer_and_once(plain, tmp_path):
 def test_windows_of_tokens(dtype):
     ids = torch.arange(12).view(4, 3).T.to(dtype)
     windows = windows_of(ids, "mine")
-    assert (windows.n, windows.seqlen, windows.source) == (3, 4, "mine")
     assert windows.ids.dtype == torch.int64
     assert windows.ids.tolist() == ids.tolist()
     assert windows.hash == hashlib.sha256(ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()

@@ -7,6 +7,9 @@ from sparsefw.api import given_arguments
 from sparsefw.cli import run_parser, settings_of
 from sparsefw.report.content import Report, read_report
 
+# A run of two methods that evaluates both.
+REPORTED = ("--compare", "wanda", "--eval", "default", "--eval-windows", "3")
+
 
 def parsed(arguments: Iterable[str]) -> dict[str, dict]:
     """The arguments of a report and those that were given, from a command line."""
@@ -17,7 +20,7 @@ def parsed(arguments: Iterable[str]) -> dict[str, dict]:
 
 
 def report_of_run(pruned, *arguments: str) -> Report:
-    """The report of a run of wanda and sparsefw with a text to evaluate on, as if it had had these arguments."""
-    _, output = pruned("--compare", "wanda", "--eval", "default", "--eval-windows", "2")
+    """The report of a run of wanda and sparsefw, as if it had had these arguments."""
+    _, output = pruned(*REPORTED)
     report = read_report(output / "report.json")
     return replace(report, **parsed(["--sparsity", "0.5", "--output", "out", *arguments]))

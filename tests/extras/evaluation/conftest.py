@@ -2,8 +2,6 @@
 
 import pytest
 
-QUICK = {"nsamples": 4, "seqlen": 32, "sparsity": "0.5", "steps": 2, "reconstruct": 0, "recover": 0, "kernel": "torch"}
-
 
 @pytest.fixture(autouse=True, scope="module")
 def no_cache(tmp_path_factory):
@@ -34,17 +32,9 @@ def manager(tasks):
     return TaskManager(include_path=str(tasks), include_defaults=False)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a dense model, a text, and a model that was pruned."""
-    from helpers.commands import TEXT
-    from helpers.families import save_model
+@pytest.fixture
+def place(pruned):
+    """A folder with a dense model, a text, and the output of a run, which nobody may change."""
+    from helpers.pages import REPORTED
 
-    import sparsefw
-
-    folder = tmp_path_factory.mktemp("job")
-    save_model(folder / "dense", "llama", num_hidden_layers=1)
-    text = folder / "text.txt"
-    text.write_text(TEXT)
-    sparsefw.prune(folder / "dense", folder / "pruned", dataset=text, evaluate=text, eval_windows=3, **QUICK)
-    return folder
+    return pruned(*REPORTED)[1].parent

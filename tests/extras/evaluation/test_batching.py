@@ -1,10 +1,9 @@
-"""Trees hold every request, and most tokens once."""
+"""Trees hold every request, and each beginning of requests once. test_streaming.py has their masks."""
 
 import pytest
-import torch
 from helpers.requests import REQUESTS
 
-from sparsefw.extras.evaluation.batching import MAX_BRANCHES, batch_of, request_of, trees_of
+from sparsefw.extras.evaluation.batching import MAX_BRANCHES, request_of, trees_of
 
 
 def test_requests_are_cut_on_the_left():
@@ -21,25 +20,7 @@ def test_every_request_is_in_one_tree(branch):
     for tree in trees:
         assert len(tree.tokens) <= min(tree.length, MAX_BRANCHES * tree.depth)
         assert tree.length - len(tree.tokens) <= branch * tree.length / 16
+        beginnings = {tuple(path[: n + 1]) for path in tree.paths.values() for n in range(len(path))}
+        assert len(tree.tokens) == len(beginnings)
     if not branch:
         assert len(trees) == len({(*request.read,) for request in REQUESTS})
-
-
-def test_a_token_attends_to_its_own_request_alone():
-    """And padding to itself: otherwise a sum of probabilities would be 0 / 0."""
-    answers = ([10, 11, 0], [20, 21, 22, 0], [20, 21, 30, 0], [40, 0])
-    (tree,) = trees_of({n: request_of(range(1, 10), answer, 99) for n, answer in enumerate(answers)}, branch=True)
-    assert len(tree.tokens) == 9 + 2 + 3 + 1 + 1
-    batch = batch_of([tree], torch.float32)
-    mask, positions = batch.kwargs["attention_mask"][0, 0], batch.kwargs["position_ids"][0]
-
-    def seen(place):
-        return torch.nonzero(mask[place] == 0).flatten().tolist()
-
-    for path in tree.paths.values():
-        assert positions[[*path]].tolist() == [*range(len(path))]
-        assert all(seen(place) == [*path[: n + 1]] for n, place in enumerate(path))
-    (padded,) = trees_of({n: request_of(range(40), [40 + n] * (2 + n), 99) for n in range(2)}, branch=True)
-    mask = batch_of([padded], torch.float32).kwargs["attention_mask"][0, 0]
-    assert (len(padded.tokens), padded.length) == (43, 44)
-    assert seen(43) == [43]

@@ -23,19 +23,19 @@ NAMES = ["tiny_choices", "tiny_rolling", "tiny_last_word"]
 
 
 def evaluated(place, tasks=None, **options):
-    given = {"texts": place / "text.txt", "eval_windows": 3, "seqlen": 32, "against": place / "dense"}
+    given = {"texts": "default", "eval_windows": 3, "seqlen": 32, "against": place / "model"}
     with_tasks = {"tasks": NAMES, "include_path": tasks} if tasks else {}
-    return evaluate(place / "pruned", **given | with_tasks | options)
+    return evaluate(place / "out", **given | with_tasks | options)
 
 
 def test_perplexity_is_that_of_the_run(place, tasks):
     found = evaluated(place, tasks, limit=4)
     dense, pruned = found.models
-    assert (dense, pruned) == (str(place / "dense"), str(place / "pruned"))
+    assert (dense, pruned) == (str(place / "model"), str(place / "out"))
     assert {record.task for record in found.tasks} == {*NAMES}
     # The harness's own aggregations say how documents make a metric.
     assert all(record.results[pruned].difference.stderr is not None for record in found.tasks)
-    (text,), (of_run,) = found.texts, json.loads((place / "pruned/report.json").read_text())["evaluation"]
+    (text,), (of_run,) = found.texts, json.loads((place / "out/report.json").read_text())["evaluation"]
     values = [text.results[name].value for name in found.models]
     assert values == pytest.approx([of_run["perplexity"][name] for name in ("dense", "sparsefw")], rel=1e-5)
     assert text.results[pruned].difference.value == pytest.approx(values[1] - values[0])
@@ -88,13 +88,13 @@ def test_texts_alone_need_no_harness(place, monkeypatch):
     # Windows are as long as the model takes.
     assert found.texts[0].seqlen == 64
     with refused(r"pip install -e '.\[eval\]'"):
-        evaluate(place / "dense", "tiny_choices")
+        evaluate(place / "model", "tiny_choices")
 
 
 def test_perplexities_in_other_tokens_are_not_compared(place, tmp_path):
     save_model(tmp_path / "other", "llama", seed=1)
     make_tokenizer(bos=True).save_pretrained(tmp_path / "other")
-    given = dict(against=place / "dense", texts=place / "text.txt")
+    given = dict(against=place / "model", texts=place / "text.txt")
     with refused(r"reads .* as other tokens than"):
         evaluate(tmp_path / "other", **given, seqlen=32)
     with refused("other: windows of 32 tokens, .*; give seqlen=32"):
@@ -105,10 +105,10 @@ def test_perplexities_in_other_tokens_are_not_compared(place, tmp_path):
 
 def test_ranks_that_differ_are_named(place, tmp_path):
     """Each machine may have a folder of its own, here with other weights."""
-    save_model(tmp_path / "pruned", "llama", num_hidden_layers=1, seed=1)
+    save_model(tmp_path / "out", "llama", num_hidden_layers=2, seed=1)
     for folders, windows, message in (
         ([place, place], [3, 2], "rank 1: eval_windows is 2, and that of rank 0 is 3; start all ranks with the same"),
-        ([place, tmp_path], [3, 3], "rank 1: the digest of the weights of pruned is "),
+        ([place, tmp_path], [3, 3], "rank 1: the digest of the weights of out is "),
     ):
         assert all(x.startswith(message) for x in on_ranks(2, refused_in, folders, windows, place / "text.txt"))
 
@@ -116,30 +116,30 @@ def test_ranks_that_differ_are_named(place, tmp_path):
 def refused_in(ranks, folders, windows, text):
     os.chdir(folders[ranks.number])
     with pytest.raises(InputError) as error:
-        evaluate("pruned", texts=text, seqlen=32, eval_windows=windows[ranks.number])
+        evaluate("out", texts=text, seqlen=32, eval_windows=windows[ranks.number])
     return str(error.value)
 
 
 def test_the_command(place, tasks, capsys):
-    arguments = [place / "pruned", "--against", place / "dense", "--tasks", "tiny_choices, tiny_rolling", "--limit", 4]
+    arguments = [place / "out", "--against", place / "model", "--tasks", "tiny_choices, tiny_rolling", "--limit", 4]
     arguments += ["--include-path", tasks, "--eval", place / "text.txt", "--seqlen", 32, "--eval-windows", 3]
     assert main([*map(str, arguments)]) == 0
     # The dense model's accuracy with its error, and the pruned model's with the difference.
     table = capsys.readouterr().out
-    assert re.search(r"^tiny_choices +acc +4 [^±\n]*±[^±\n]*dense\n[^±\n]*±[^±\n]*±[^±\n]*pruned$", table, re.M)
+    assert re.search(r"^tiny_choices +acc +4 [^±\n]*±[^±\n]*model\n[^±\n]*±[^±\n]*±[^±\n]*out$", table, re.M)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--tasks", "tiny_chioces"], "task 'tiny_chioces': unknown"),
     ([], "--tasks, --eval: give tasks, or a text"),
-    (["--eval", "default", "--against", "DENSE"], "dense: the model itself"),
+    (["--eval", "default", "--against", "DENSE"], "model: the model itself"),
     (["--eval", "default", "--host-memory", "0.01"], "--host-memory 0.01: this run needs at least"),
     (["--eval", "default", "--limit", "3"], "--limit: needs --tasks"),
     (["--tasks", "tiny_choices", "--limit", "0"], "--limit 0: expected more than 0"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(arguments, message, place, tasks, capsys):
     given = ["--include-path", str(tasks)] if "--tasks" in arguments else []
-    dense = str(place / "dense")
+    dense = str(place / "model")
     assert main([dense, *given, *(dense if x == "DENSE" else x for x in arguments)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sparsefw: ")
