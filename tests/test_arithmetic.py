@@ -83,9 +83,9 @@ def test_steps_round_their_products_and_losses_do_not(tmp_path, out, monkeypatch
     folder, found = save_model(tmp_path / "model", "llama", num_hidden_layers=2), set()
     loss_of = BlockFit.loss_of
 
-    def note(fit, j, of_pass=None, learned=False):
+    def note(fit, j, learned=False):
         found.add((learned, torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
-        return loss_of(fit, j, of_pass, learned)
+        return loss_of(fit, j, learned)
 
     def stop(line):
         if line.startswith("layers.1"):

@@ -108,7 +108,7 @@ def prune_block(run: Run, i: int, streams: Streams, writes: bool) -> tuple[Finis
                 with model.timeline.span("reconstruct", i):
                     if start is not None:
                         windows.go_back(start)
-                    found = reconstruct(run, i, windows, streams.calibration[DENSE], results, streams.ids)
+                    found = reconstruct(run, i, windows, streams.calibration[DENSE], results)
                     block.block.reconstruction = found
         model.round(i)
         advance(run, i, "forward", [windows])

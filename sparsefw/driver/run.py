@@ -94,7 +94,7 @@ def settled(run: Run, saved: int = 0) -> Run:
     run = replace(run, disk=disk, notes=notes)
     _say_what_is_pruned(run, whole)
     if job.config.reconstruct:
-        run.say(reconstruction_line(reconstruction_steps(shape, workload, placement)))
+        run.say(reconstruction_line(reconstruction_steps(workload, placement)))
     return run
 
 

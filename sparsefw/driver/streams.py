@@ -4,9 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from sparsefw.data.windows import Samples, Windows
+from sparsefw.data.windows import Samples
 from sparsefw.driver.block import kept_dense, tensors_of
 from sparsefw.driver.finished import FinishedBlock, TensorsByMethod
 from sparsefw.driver.job import Run
@@ -25,13 +23,11 @@ class Streams:
     Attributes:
         calibration: hidden states of the calibration windows, by method or DENSE.
         evaluation: hidden states of every evaluation text, by method or DENSE.
-        ids: the tokens of the calibration windows; None: the calibration uses batches in place of text.
         texts: this rank's windows of each evaluation text.
     """
 
     calibration: dict[str, HiddenStates]
     evaluation: dict[str, list[HiddenStates]]
-    ids: Tensor | None
     texts: list[Samples]
 
     def of(self, name: str) -> list[HiddenStates]:
@@ -59,8 +55,7 @@ def embedded(run: Run) -> Iterator[Streams]:
             pieces = [calibration.shard(slice(n)) for n in {step, calibration.n % step} - {0}] if step else []
             calibrated = _embed(run, calibration, names[not run.config.uses_dense_stream :], pieces)
             evaluated = [_embed(run, text, names) for text in texts]
-        ids = calibration.ids if isinstance(calibration, Windows) else None
-        streams = Streams(calibrated, {name: [by_name[name] for by_name in evaluated] for name in names}, ids, texts)
+        streams = Streams(calibrated, {name: [by_name[name] for by_name in evaluated] for name in names}, texts)
         for name in names:
             for hidden_states in streams.of(name):
                 opened.callback(hidden_states.close)

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from sparsefw.estimate.shapes import BlockShape, ModelShape
-from sparsefw.estimate.steps import tokens_and_steps
 from sparsefw.model.head import PIECE
 from sparsefw.solver.kept_weights import bytes_of_state
 from sparsefw.solver.patterns import Pattern
@@ -51,7 +50,7 @@ def backward_bytes(block: BlockShape, shape: ModelShape, seqlen: int, tokens: in
 
 
 def reconstruction_bytes(
-    block: BlockShape, shape: ModelShape, pattern: Pattern, seqlen: int, tokens: int, loss: int, gpu: bool
+    block: BlockShape, shape: ModelShape, pattern: Pattern, seqlen: int, tokens: int, loss: int
 ) -> int:
     """Count the bytes of a reconstruction besides the block.
 
@@ -60,16 +59,10 @@ def reconstruction_bytes(
         pattern: tells how many weights are kept.
         seqlen, tokens: tokens of a window, and of a step.
         loss: bytes to compute the loss on a held-out micro-batch.
-        gpu: whether the model is pruned on a GPU.
     """
     fitted = fit_bytes([block], shape.itemsize, pattern, together=False)
     step = backward_bytes(block, shape, seqlen, tokens) + forward_bytes(block, shape, seqlen, tokens)
-    if not (block.predicts and block.layers):
-        return fitted + max(step, loss)
-    # A step compares the predictions of some tokens only. The held-out loss compares all, without gradients.
-    every, _ = tokens_and_steps(shape, seqlen, 1)
-    step += _logits(shape, -(-seqlen // every), gpu)
-    return shape.outside + fitted + max(step, _logits(shape, seqlen, gpu), loss)
+    return fitted + max(step, loss)
 
 
 def recovery_bytes(shape: ModelShape, pattern: Pattern, seqlen: int, gpu: bool, reruns: bool) -> int:

@@ -97,7 +97,7 @@ def memory_needs(shape: ModelShape, workload: Workload, placement: Placement) ->
         of_step = min(placement.step or placement.batch, workload.most_windows) * seqlen
         # Measuring the loss takes the hidden states of a micro-batch in both models, and four copies in fp32.
         loss = max(forward, 16 * tokens * shape.hidden) + 2 * tokens * shape.hidden * shape.itemsize
-        fit = config.pattern, seqlen, of_step, loss, gpu
+        fit = config.pattern, seqlen, of_step, loss
         fitted = max(block.nbytes + reconstruction_bytes(block, shape, *fit) for block in shape.kinds)
         phases["reconstruct"] = fitted, others + passing
     logits = (seqlen if shape.by_window else tokens) * shape.vocabulary * (shape.itemsize + 8)

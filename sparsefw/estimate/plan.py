@@ -153,7 +153,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
         "memory": {phase: dict(zip(("gpu", "host"), peaks, strict=True)) for phase, peaks in needs.phases.items()},
         "placement": asdict(placement) | {"folder": str(placement.folder)},
         "disk": disk_space(shape, workload, placement),
-        "reconstruction": reconstruction_steps(shape, workload, placement),
+        "reconstruction": reconstruction_steps(workload, placement),
         "recovery": {"tokens": None if by_hours else recovery.tokens, "hours": output.hours},
         "notes": notes,
     }

@@ -74,10 +74,8 @@ def shape_of_text(model: BlockModel) -> ModelShape:
     by_window = model.flow.by_window and not model.flow.batch_after
     # A model without logits predicts no tokens.
     vocabulary = (model.vocabulary or 0) if model.logits_itemsize else 0
-    last = replace(shape.blocks[-1], predicts=by_window and vocabulary > 0)
     return replace(
         shape,
-        blocks=(*shape.blocks[:-1], last),
         vocabulary=vocabulary,
         by_window=by_window,
         whole_bytes=0 if model.is_whole else shape.outside + sum(block.nbytes for block in shape.blocks),

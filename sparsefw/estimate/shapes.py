@@ -47,7 +47,6 @@ class BlockShape:
         layers: the layers that are pruned, in the order of use. Their `experts` counts pruned experts only.
         all_layers: all prunable layers, pruned or not.
         seen: names, without an expert's index, of all matrices that occur in products, prunable or not.
-        predicts: whether the head predicts tokens from the block's output, as in the last block of a language model.
         expert_names: names of modules that may be experts, see `experts_of`.
         live: live bytes of the forward, see `count_forward`.
         allocated: bytes of all tensors that the forward allocates.
@@ -57,7 +56,6 @@ class BlockShape:
     layers: tuple[LayerShape, ...]
     all_layers: tuple[LayerShape, ...]
     seen: frozenset[str] = frozenset()
-    predicts: bool = False
     expert_names: Experts = frozenset()
     live: tuple[LinearCount, ...] = ()
     allocated: LinearCount = NOTHING

@@ -4,8 +4,7 @@ A pruned model's predictions are compared with those of the dense model:
 
     divergence = sum over tokens and vocabulary of p (log p - log q)        p: dense, q: pruned (Kullback and Leibler)
 
-Its gradient with respect to q's logits is q - p. `divergence` backpropagates it to the hidden states window by window.
-So memory holds the logits of one window only, and fp32 distributions for one piece of these logits.
+Its gradient with respect to q's logits is q - p. Memory holds fp32 distributions for one piece of the logits.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,9 +27,6 @@ from sparsefw.ranks import ALONE, Ranks
 
 # Number of logits in a piece, by type of device; a piece has at least one token. On a CPU a piece fits into the cache.
 PIECE = {"cpu": 2**18, "cuda": 2**24}
-
-# Number of tokens whose logits are compared in `logits_are_tokenwise`: the last ones.
-COMPARED = 4
 
 # torch's loss functions. A model's forward calls them in fp32, see `_in_fp32`.
 LOSSES = {F.cross_entropy, F.nll_loss, F.log_softmax, F.kl_div, F.mse_loss, F.l1_loss, F.smooth_l1_loss}
@@ -156,86 +152,6 @@ def logits_of_batch(model: BlockModel, batch: Batch, hidden: Tensor, others: Val
         if model.flow.by_window:
             return logits_after_blocks(model, batch, hidden)
         return getattr(run_after_blocks(model, batch, hidden, others or {}), "logits", None)
-
-
-def tokens_of_pass(n: int, every: int) -> slice:
-    """The tokens of a window that pass n compares: one in `every`. The next pass takes their right neighbours."""
-    return slice(n % every, None, every)
-
-
-@torch.no_grad()
-def logits_are_tokenwise(states: HiddenStates, ids: Tensor, every: int) -> bool:
-    """Whether a token's logits depend only on the hidden state of this token after the last block.
-
-    Returns false, too, if a block would have to run to find out. Call this inside `BlockModel.outside_loaded`.
-
-    Args:
-        states: hidden states of windows before the first block.
-        ids: (windows, seqlen) tokens of the windows.
-        every: the test computes the logits of one token in `every`, and compares them with those of the whole window.
-    """
-    model, hidden = states.model, states.hidden[0]
-    if not model.flow.by_window or hidden.shape[:2] != ids[: states.windows[0]].shape:
-        return False
-    some = tokens_of_pass(0, every)
-    parts = hidden[:1], hidden[:1, some]
-    if not all(model.templates.find(kind, x, any_shape=True) for kind in model.block_types for x in parts):
-        # A stub is missing, and only a run of the block would show its output.
-        return False
-    whole = logits(model, ids[:1], hidden[:1])
-    # A classifier returns logits for the whole window, not for each token.
-    if not isinstance(whole, Tensor) or whole.ndim != 3 or whole.shape[:2] != ids[:1].shape:
-        return False
-    try:
-        part = logits(model, ids[:1, some], hidden[:1, some])
-    except InputError:
-        # The model's forward needs all tokens.
-        return False
-    # A comparison of all tokens would take several times the memory of their logits.
-    last, others = whole[:, some][:, -COMPARED:], part[:, -COMPARED:]
-    # Logits may be -inf, and NaN in a damaged model. Products of different shapes round differently.
-    finite = last[last.isfinite()]
-    within = 0.01 * float(finite.abs().max()) if len(finite) else 0.0
-    return last.shape == others.shape and torch.allclose(last, others, rtol=0.01, atol=within, equal_nan=True)
-
-
-def divergence(model: BlockModel, ids: Tensor, hidden: Tensor, dense: Tensor) -> Tensor:
-    """The Kullback-Leibler divergence, summed over all tokens, () fp32. It has a gradient with respect to `hidden`.
-
-    Args:
-        model: the model; call this inside `BlockModel.outside_loaded`.
-        ids: (windows, seqlen) tokens.
-        hidden, dense: (windows, seqlen, d) the last block's output in the pruned and in the dense model.
-    """
-    return _Divergence.apply(hidden, dense, ids, model)
-
-
-class _Divergence(torch.autograd.Function):
-    """Autograd function of `divergence`. Its forward computes the gradient, and its backward only scales it."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, dense: Tensor, ids: Tensor, model: BlockModel) -> Tensor:
-        total, needs_gradient = hidden.new_zeros((), dtype=torch.float32), ctx.needs_input_grad[0]
-        gradients: list[Tensor] = []
-        for n in range(len(ids)):
-            window = slice(n, n + 1)
-            x = hidden[window].detach().requires_grad_(needs_gradient)
-            p_logits = logits(model, ids[window], dense[window])
-            with torch.set_grad_enabled(needs_gradient):
-                q_logits = logits(model, ids[window], x)
-            add_divergence(total, p_logits, q_logits.detach(), needs_gradient)
-            if needs_gradient:
-                gradients += torch.autograd.grad(q_logits, x, p_logits)
-            # Frees the logits before those of the next window are made.
-            del p_logits, q_logits
-        if needs_gradient:
-            ctx.save_for_backward(torch.cat(gradients))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return outer[0] * gradient, None, None, None
 
 
 def add_divergence(total: Tensor, p_logits: Tensor, q_logits: Tensor, replace: bool) -> None:

@@ -35,20 +35,16 @@ DENSE, RECOVERED = "dense", "recovered"
 # A model with this share of zeros is not called dense.
 SPARSE = 0.05
 
-# The two losses of a reconstruction. Each compares the pruned and the dense model: by hidden states or by predictions.
-HIDDEN, PREDICTIONS = "hidden states", "predictions"
-
 
 @dataclass(frozen=True)
 class Reconstruction:
     """The reconstruction of a block: its kept weights were fitted together.
 
     Attributes:
-        before, after: loss on held-out windows before and after the reconstruction, mean over tokens.
+        before, after: loss on held-out windows before and after the reconstruction, mean over tokens of
+            e = ‖pruned - dense‖² / ‖dense‖² of the hidden states after the block, or 1 + log e if e is above 1.
         steps: number of steps.
         put_back: whether the weights were put back, because the loss did not fall.
-        loss: HIDDEN or PREDICTIONS. HIDDEN: e = ‖pruned - dense‖² / ‖dense‖² of the hidden states after the block, or
-            1 + log e if e is above 1. PREDICTIONS: the divergence of predicted tokens, see `model.head`.
         varies: names of torch operations that may give other bits in another run, at most one per rank; empty: the
             weights have the same bits in every run.
     """
@@ -57,7 +53,6 @@ class Reconstruction:
     after: float
     steps: int
     put_back: bool
-    loss: str = HIDDEN
     varies: str = ""
 
 

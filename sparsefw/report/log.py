@@ -24,7 +24,6 @@ from sparsefw.memory import Limits, peak_memory
 from sparsefw.model.activations import Placement
 from sparsefw.report.content import (
     DENSE,
-    HIDDEN,
     RECOVERED,
     SPARSE,
     BlockRecord,
@@ -158,9 +157,8 @@ def block_row(blocks: Sequence[str], i: int, left: float = 0.0, found: Reconstru
         return line
     notes = "; put back" if found.put_back else ""
     notes += f"; another run may give other bits: {found.varies}" if found.varies else ""
-    loss = "loss" if found.loss == HIDDEN else f"loss of {found.loss}"
     steps = counted(found.steps, "step")
-    return f"{line}: reconstructed in {steps}, {loss} {found.before:.5f} -> {found.after:.5f}{notes}"
+    return f"{line}: reconstructed in {steps}, loss {found.before:.5f} -> {found.after:.5f}{notes}"
 
 
 def result_columns(report: Report) -> list[str]:

@@ -10,10 +10,13 @@ import torch
 from helpers.checkpoints import contents, make_hub_cache
 from helpers.commands import interrupted_at, report_of, shards, tensors_of
 from helpers.families import first_is_fast, save_model
+from helpers.texts import calibration_windows
 from helpers.verifying import DOWN, WANDA, change_tensor
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from sparsefw import pack, recover, verify
+from sparsefw import arithmetic, pack, recover, verify
+from sparsefw.data.tokens import load_tokenizer
 from sparsefw.driver import distill
 from sparsefw.report.content import read_report
 
@@ -69,6 +72,32 @@ def test_kept_weights_alone_change_and_predictions_come_closer(pruned, tmp_path,
         again, _ = recovered(output, tmp_path / "again", "--recover", 640)
         assert {**contents(again), "README.md": b""} == {**contents(folder), "README.md": b""}
         assert pack.main([str(folder), str(tmp_path / "packed")]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_and_steps_are_those_of_the_definition(pruned, tmp_path, monkeypatch, dtype):
+    """In half precision, that of a processor which computes in fp32: the loss is of the rounded weights."""
+    monkeypatch.setattr(arithmetic, "computes_in_fp32", lambda dtype, device: True)
+    source, output = pruned(*WANDA, dtype=dtype)
+    folder, report = recovered(output, tmp_path / "recovered", "--recover", 64)
+    text = output.parent / "text.txt"
+    ids = calibration_windows(load_tokenizer(source), str(text), nsamples=6, seqlen=32, seed=1).ids[:2]
+    models = [AutoModelForCausalLM.from_pretrained(x, dtype=torch.float64) for x in (source, output, folder)]
+    dense, *both = (model(ids).logits.log_softmax(-1) for model in models)
+    # Kullback and Leibler's divergence of both windows, the first of which is held out.
+    before, after = ((dense.exp() * (dense - x)).sum(-1).mean(1) for x in both)
+    (recovery,) = report.recoveries
+    assert [before[0].item(), after[0].item()] == pytest.approx([recovery.before, recovery.after], rel=1e-4)
+    if dtype == torch.bfloat16:
+        return
+    before[1].backward()
+    start, moved = (model.get_parameter(DOWN) for model in models[1:])
+    kept, gradient = start != 0, start.grad
+    # Adam's first step is the rate over the square root of the number of blocks, against the sign of the gradient.
+    rate = RATE / math.sqrt(2) * start[kept].square().mean().sqrt() / math.sqrt(start.shape[1])
+    clear = kept & (gradient.abs() > 0.01 * gradient.abs().max())
+    assert clear.sum() > 0.8 * kept.sum()
+    assert torch.allclose((moved - start)[clear], -rate * gradient[clear].sign(), rtol=1e-2)
 
 
 def test_windows_may_be_longer_than_those_of_the_run(output, tmp_path):

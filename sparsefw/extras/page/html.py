@@ -23,7 +23,7 @@ from sparsefw.errors import printable
 from sparsefw.extras.page.command import commands_of
 from sparsefw.memory import gib
 from sparsefw.report import log
-from sparsefw.report.content import HIDDEN, BlockRecord, Report, amount
+from sparsefw.report.content import BlockRecord, Report, amount
 from sparsefw.solver.layer import LayerResult
 from sparsefw.timeline import Span
 
@@ -134,8 +134,7 @@ def _block_cells(block: BlockRecord, phases: list[str]) -> list[str]:
     peaks = [f"{getattr(block, name) / 2**30:.2f}" for name in PEAKS.values()]
     losses, found = ["-", "-"], block.reconstruction
     if found:
-        notes = ([] if found.loss == HIDDEN else [found.loss]) + ["put back"] * found.put_back
-        losses = [f"{found.before:.5f}", f"{found.after:.5f}" + (f" ({', '.join(notes)})" if notes else "")]
+        losses = [f"{found.before:.5f}", f"{found.after:.5f}" + " (put back)" * found.put_back]
     return [str(block.block), block.name, *seconds, *peaks, *losses, block.way]
 
 
