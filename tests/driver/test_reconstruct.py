@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,15 @@ from helpers.families import first_is_fast
 from helpers.reconstructed import METHODS, SEQLEN, WINDOWS, run
 from helpers.texts import calibration_windows
 from helpers.verifying import passed
+from helpers.whole import streamed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sparsefw.data.batches import token_batch
 from sparsefw.driver import reconstruct
+from sparsefw.driver.reconstruct import BlockFit
 from sparsefw.model.activations import HELD_OUT, split_batches
+from sparsefw.model.forward import embed_batches
+from sparsefw.ranks import ALONE
 from sparsefw.report import log
 from sparsefw.solver.kept_weights import KeptWeights
 
@@ -175,3 +181,30 @@ def test_micro_batches_that_are_held_out(count):
     assert sorted(learned + held_out) == [*range(count)]
     assert len(held_out) == max(count // HELD_OUT, int(count > 1))
     assert len(learned) >= min(count, 1)
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_steps_on_pieces_are_those_on_micro_batches_of_their_own(i, llama):
+    """The same gradients, and the same loss of what is held out."""
+    ids, found = windows_of(llama), []
+    with streamed(llama / "model") as model:
+        for size, learned, held_out in ((1, [4, 5, 6, 7], [0, 1, 2, 3]), (4, [1], [0])):
+            pieces = [token_batch(ids[:1])] if size > 1 else []
+            states = embed_batches(model, map(token_batch, ids.split(size)), pieces=pieces)
+            block, dense = model.open(i), states.fork()
+            with torch.no_grad():
+                dense.advance(i)
+                block.mlp.down_proj.weight[:, ::2] = 0
+            weight = block.mlp.down_proj.weight.requires_grad_()
+            run = SimpleNamespace(model=model, ranks=ALONE, rounded=False)
+            fit = BlockFit(run, i, states, dense, learned, held_out)
+            assert (len(fit.steps[0]), len(fit.steps[1])) == (4, 4)
+            assert torch.equal(torch.cat([*fit.steps[0].hidden]), torch.cat([states.hidden[j] for j in learned]))
+            found.append([torch.tensor(fit.loss())])
+            for n in range(4):
+                fit.add_gradients(n, [weight])
+                found[-1].append(weight.grad)
+                weight.grad = None
+            weight.requires_grad_(False)
+            model.close(i)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
