@@ -75,8 +75,8 @@ def write_tokens(
     if "=" in name:
         prompts = _prompts(tokenizer, name.partition("=")[2], PROMPTS * n, seqlen, say)
         # The model names the tokens that end an answer, one or several.
-        own = writer.generation_config.eos_token_id
-        ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        end = getattr(writer.generation_config, "eos_token_id", None)
+        ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
         # Every window begins at another place of the prompts.
         begins = [partial(_answers, prompts, i * len(prompts) // n, ends) for i in range(n)]
     ids = list[Tensor]()
