@@ -19,7 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
 
-# What `--numerics` pretends, and the tiles of these GPUs.
+# The GPUs whose rounding `--numerics` pretends, and their tiles.
 NUMERICS = {"hopper": "sm_90", "ampere": "sm_80"}
 
 

@@ -74,7 +74,7 @@ def rounds_products(dtype: torch.dtype, device: torch.device, width: int) -> boo
 
 @cache
 def cpu_rounds() -> bool:
-    """Tell whether oneDNN rounds the operands of fp32 products to bf16 on this CPU, as it does where that is faster.
+    """Tell whether oneDNN rounds the operands of fp32 products to bf16: it does on CPUs that multiply in bf16.
 
     With AMX such products are about 3.5 times as fast.
     """

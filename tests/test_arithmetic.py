@@ -79,7 +79,7 @@ def test_a_resumed_run_computes_as_it_began(began, now, tmp_path, out, monkeypat
 
 
 def test_steps_round_their_products_and_losses_do_not(tmp_path, out, monkeypatch):
-    """A resumed run rounds as it began, whatever a new timing says; a caller may ask for exact products."""
+    """A resumed run rounds as it began, whatever the processor does now; a caller may ask for exact products."""
     folder, found = save_model(tmp_path / "model", "llama", num_hidden_layers=2), set()
     loss_of = BlockFit.loss_of
 

@@ -60,8 +60,8 @@ LINES = 10
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Windows, before the first block, and after the last block of the dense model."""
+class Chunk:
+    """A chunk of windows, before the first block, and after the last block of the dense model."""
 
     batches: Sequence[Batch]
     start: HiddenStates
@@ -117,7 +117,7 @@ def recovering(
     rounded = arithmetic.rounded_products() if run.rounded else nullcontext()
     with ExitStack() as opened:
         with rounded, deterministic(refuse=False):
-            first = _windows(run, held_out)
+            first = _chunk(run, held_out)
             opened.callback(first.close)
             opened.enter_context(model.outside_loaded(checked=False))
             for i in model.unique_blocks:
@@ -149,7 +149,7 @@ def _learned(windows: Iterator[Batch], held_out: Sequence[Batch]) -> Iterator[Ba
 
 
 @torch.no_grad()
-def _windows(run: Run, batches: Sequence[Batch]) -> Windows:
+def _chunk(run: Run, batches: Sequence[Batch]) -> Chunk:
     """Embed windows, and run them through the blocks of the dense model. The head is applied later."""
     model = run.model
     start = embed_batches(model, batches, Store(model.device, "host"))
@@ -159,14 +159,14 @@ def _windows(run: Run, batches: Sequence[Batch]) -> Windows:
             model.open(i, run.placement.ahead)
             states.advance(i)
             model.close(i)
-    return Windows(batches, start, states)
+    return Chunk(batches, start, states)
 
 
 def _fit(
     run: Run,
     layers: Sequence[LayerResult],
     folder: Path,
-    held_out: Windows,
+    held_out: Chunk,
     windows: Iterator[Batch],
 ) -> Recovered:
     """Make the steps, and leave the best weights in the model.
@@ -288,11 +288,11 @@ def _content(batch: Batch) -> bytes:
     return b"".join(map(bytes_of, batch.tensors))
 
 
-def _in_chunks(run: Run, batches: Iterator[Batch]) -> Iterator[tuple[Windows, int]]:
+def _in_chunks(run: Run, batches: Iterator[Batch]) -> Iterator[tuple[Chunk, int]]:
     """Yield windows chunk by chunk: the chunk, and the number of the window in it."""
     size = chunk_windows(run.shape, run.recovery.seqlen)
     while of_chunk := [*itertools.islice(batches, size)]:
-        chunk = _windows(run, of_chunk)
+        chunk = _chunk(run, of_chunk)
         yield from ((chunk, j) for j in range(len(of_chunk)))
         chunk.close()
         trim_memory()
@@ -302,7 +302,7 @@ def _step(
     model: BlockModel,
     weights: Mapping[int, KeptWeights],
     reruns: bool,
-    windows: Windows,
+    chunk: Chunk,
     j: int,
     rate: float | None = None,
     more: bool = False,
@@ -313,12 +313,12 @@ def _step(
         model: the model, whose blocks have the pruned weights.
         weights: the optimizers of blocks by number; empty: only the divergence is wanted.
         reruns: see `Trail`.
-        windows, j: windows, and the number of one of them.
+        chunk, j: the chunk of the window, and its number in it.
         rate: rate of the step; None: gradients are computed, and no weight moves.
         more: as for `KeptWeights.step`.
     """
-    total, batch = torch.zeros((), device=model.device), windows.batches[j].to(model.device, model.in_fp32)
-    dense, explained = windows.dense, partial(model.explained, "a step through the whole model")
+    total, batch = torch.zeros((), device=model.device), chunk.batches[j].to(model.device, model.in_fp32)
+    dense, explained = chunk.dense, partial(model.explained, "a step through the whole model")
     seen = dense.unpadded(len(model.blocks) - 1, j)
 
     def of_tokens(predictions: Tensor) -> Tensor:
@@ -329,7 +329,7 @@ def _step(
 
     with torch.no_grad():
         p = of_tokens(logits_of_batch(model, batch, dense.hidden[j], dense.after_last(j)))
-    trail = Trail(windows.start, j, [x for of_block in weights.values() for x in of_block.parameters], reruns)
+    trail = Trail(chunk.start, j, [x for of_block in weights.values() for x in of_block.parameters], reruns)
     with explained(), torch.set_grad_enabled(bool(weights)):
         graph, hidden, others = trail.end()
         q = of_tokens(logits_of_batch(model, batch, hidden, others))

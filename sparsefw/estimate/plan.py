@@ -154,7 +154,7 @@ def plan(inputs: Inputs, config: PruneConfig, output: Output, card: str | None) 
         "placement": asdict(placement) | {"folder": str(placement.folder)},
         "disk": disk_space(shape, workload, placement),
         "reconstruction": reconstruction_steps(workload, placement),
-        "recovery": {"tokens": None if by_hours else recovery.tokens, "hours": output.hours},
+        "recovery": {"tokens": None if by_hours else recovery.tokens, "hours": output.hours, "reruns": recovery.reruns},
         "notes": notes,
     }
 
@@ -199,8 +199,8 @@ def lines(content: dict[str, Any]) -> Iterator[str]:
     )
     if content["reconstruction"]:
         yield reconstruction_line(content["reconstruction"])
-    tokens, hours = content["recovery"].values()
+    tokens, hours, reruns = content["recovery"].values()
     if tokens != 0:
         amount = f"as many tokens as fit into {hours:g} hours" if tokens is None else f"{tokens:,} tokens"
-        yield f"recovery of the whole model: {amount}"
+        yield f"recovery of the whole model: {amount}" + ", blocks run again in the backward" * reruns
     yield from (f"note: {note}" for note in content["notes"])

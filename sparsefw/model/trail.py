@@ -68,7 +68,7 @@ class Trail:
     def __init__(self, states: HiddenStates, j: int, parameters: Sequence[nn.Parameter], reruns: bool) -> None:
         self._parameters, self._store = parameters, Store(states.model.device)
         self.window = replace(states.some([j]), hidden=Activations(self._store, [self._store.put(states.hidden[j])]))
-        # What no block has made has no gradients.
+        # Tensors that no block has made have no gradients.
         self._outside = {*self._boundary(self.window)}
         self._starts, self._graphs = list[HiddenStates](), list[Graph]()
         for i in range(len(states.model.blocks)):
@@ -78,7 +78,7 @@ class Trail:
         self._starts.append(self.window)
 
     def end(self) -> tuple[Graph, Tensor, Values]:
-        """Return the graph behind the last block, with its leaves: the hidden states, and other tensors by number."""
+        """Return a graph that begins after the last block, the hidden states there, and other tensors by number."""
         graph, [batch] = Graph(), self.window.batches
         hidden = graph.leaf(self.window.hidden.stored(0), self.window.hidden[0])
         stored = {n: batch.values[n] for n in self.window.model.flow.end}

@@ -61,7 +61,7 @@ def test_lines_and_json(config, tmp_path, capsys):
     peak = max(peak["gpu"] for peak in content["memory"].values()) / 2**30
     assert re.search(rf"^all +{peak:.2f} ", out, re.MULTILINE)
     tokens = 4 * content["workload"]["windows"] * content["workload"]["seqlen"]
-    assert content["recovery"] == {"tokens": tokens, "hours": None}
+    assert content["recovery"] == {"tokens": tokens, "hours": None, "reruns": False}
     # The pruned blocks stay until the end.
     others = planned(capsys, tmp_path, "--model", config, "--gpu", "h100", *SMALL, "--recover", "0")
     assert (others["recovery"]["tokens"], others["disk"]["kept"]) == (0, 0)

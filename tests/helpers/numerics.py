@@ -3,7 +3,7 @@
 The interpreter sums as numpy does, which is more exact than a GPU. Here it rounds as one:
 
 - tl.dot on tensor cores. Products are exact. Those of a block and the running sum are aligned to the largest exponent
-  among them. What lies below the last kept bit is cut off, then all are added exactly, and the sum is cut off to fp32.
+  among them. Lower bits than the last kept one are cut off. Then all are added exactly, and the sum is cut off to fp32.
 - tl.dot of tf32: operands are cut off to 10 bits of mantissa. tf32x3 is three such products, with operands that are
   split by rounding to the nearest.
 - tl.dot of fp32 at full precision: fused multiply-adds in the order of k.
@@ -119,7 +119,7 @@ def sum_by_threads(x: np.ndarray, axis: int) -> np.ndarray:
 
 
 def moved(x: np.ndarray, units: int) -> np.ndarray:
-    """Move fp32 numbers by up to so many units in the last place, by a hash of their bits.
+    """Move fp32 numbers by at most `units` units in the last place. A hash of a number's bits says how far.
 
     Powers of two, zero, infinities and subnormal numbers stay: instructions are exact there.
     """
